@@ -1,0 +1,279 @@
+"""The settings of every verb: typed, frozen, strict; the same names in YAML, on the command line, in errors and in `--help`.
+
+A root class per verb (`PretrainConfig`, `PrepareConfig`, `EvaluateConfig`, `ExportConfig`, `ReportConfig`) is made of sections.
+`Root.from_dict` and `to_dict` go to and from plain values; `command_line.load_config` reads YAML and overrides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PlainValidator
+
+from elmo_ray.config_schema import Allowed, Duration, Globs, Int, Pairs, Root, Section
+
+__all__ = [
+    "CharCnnConfig", "ClusterConfig", "ComputeConfig", "DataConfig", "Duration", "EvalConfig", "EvaluateConfig", "ExportConfig",
+    "InitConfig", "LstmConfig", "ModelConfig", "OptimConfig", "PrepareConfig", "PretrainConfig", "ReportConfig", "RunConfig",
+    "SAMPLE", "ScheduleConfig", "SoftmaxConfig", "StorageConfig", "TaskConfig", "TextConfig", "TrainConfig",
+]  # fmt: skip
+
+SAMPLE = "sample"  # data.train: the embedded corpus
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
+
+
+def _reset(value: Any) -> float | str:
+    if value in ("never", "block"):
+        return str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError("not a way to reset states")
+
+
+Reset = Annotated[
+    float | Literal["never", "block"], PlainValidator(_reset), Allowed("never, block or a probability from 0 to 1")
+]
+
+
+class StorageConfig(Section):
+    path: ClassVar[str] = "run."
+    storage_path: str = Field("runs", min_length=1, description="folder of all runs; nothing is written outside of it")
+
+
+class RunConfig(StorageConfig):
+    name: Annotated[str | None, Allowed("a file name without a slash, or null")] = Field(
+        None, pattern=_NAME, description="the run's folder under run.storage_path; null: made from the date"
+    )
+    seed: Int = Field(1, ge=0, lt=2**63, description="of initial values, order of blocks, dropout and negatives")
+    export: bool = Field(True, description="write export/ with weights.hdf5, options.json and vocab.txt at the end")
+
+
+class TextConfig(Section):
+    """What any verb needs to know about text."""
+
+    path: ClassVar[str] = "data."
+    test: Globs = Field((), description="test text, for evaluate")
+    prepared_dir: str | None = Field(None, description="index, unpacked shards, vocabulary; null: under run.storage_path")
+    block_bytes: Int = Field(131072, ge=4096, le=16 << 20, description="size of the blocks that text is read in")
+    on_error: Literal["fail", "replace"] = Field("fail", description="what bytes that are not UTF-8 do")
+
+
+class DataConfig(TextConfig):
+    train: Globs = Field((), description="training text, one sentence a line; `sample` is the embedded corpus")
+    valid: Globs = Field((), description="held-out text for validation while training")
+    vocab: str | None = Field(None, description="vocabulary file, one word a line; null: counted from data.train")
+    streams: Int = Field(32, ge=1, le=1 << 20, description="rows of the global batch, dealt to the workers")
+    shuffle: Literal["blocks", "off"] = Field("blocks", description="order of an epoch: shuffled blocks, or files as listed")
+    holdout: float = Field(0.0, ge=0, lt=0.5, description="share of data.train's blocks set aside as validation text")
+    min_count: Int = Field(1, ge=1, description="words seen less often are left out of a counted vocabulary")
+    max_vocab: Int | None = Field(None, ge=4, description="most lines of a counted vocabulary; null: no limit")
+
+    def _unused(self) -> dict[str, str]:
+        why = f"the vocabulary is read from data.vocab={self.vocab}; remove one of them"
+        return {"min_count": why, "max_vocab": why} if self.vocab is not None else {}
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.valid and self.holdout > 0:
+            yield f"data.holdout={self.holdout} and data.valid both name validation text; remove one of them"
+        for key in ("train", "valid", "test"):
+            globs = getattr(self, key)
+            if SAMPLE in globs and len(globs) > 1:
+                yield f"data.{key} mixes `sample` with other text; the embedded corpus stands alone"
+
+
+class CharCnnConfig(Section):
+    path: ClassVar[str] = "model.char_cnn."
+    filters: Pairs = Field(((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), description="[width, count] of each convolution")
+    activation: Literal["relu", "tanh"] = Field("relu", description="after the maximum over positions")
+    embedding_dim: Int = Field(16, ge=1, description="size of a character's vector")
+    max_characters: Int = Field(50, ge=3, le=1000, description="ids of a word, its begin and end included")
+    n_highway: Int = Field(2, ge=0, description="highway layers after the convolutions")
+
+    def _contradictions(self) -> Iterator[str]:
+        if not self.filters:
+            yield "model.char_cnn.filters=[]: must have a [width, count] at least"
+        for width, count in self.filters:
+            if width < 1 or count < 1:
+                yield f"model.char_cnn.filters has [{width}, {count}]: width and count must be integers >= 1"
+            elif width > self.max_characters:
+                yield (
+                    f"model.char_cnn.filters has width {width}, but a word has only "
+                    f"model.char_cnn.max_characters={self.max_characters} ids; lower the one or raise the other"
+                )
+
+
+class LstmConfig(Section):
+    path: ClassVar[str] = "model.lstm."
+    dim: Int = Field(512, ge=1, description="cells of a layer and direction")
+    projection_dim: Int = Field(128, ge=1, description="size of a layer's output; equal to dim: no projection")
+    n_layers: Int = Field(2, ge=1, description="layers of a direction")
+    cell_clip: float | None = Field(3.0, gt=0, description="bound of the cell state; null: none")
+    proj_clip: float | None = Field(3.0, gt=0, description="bound of the projected output; null: none")
+    use_skip_connections: bool = Field(True, description="add a layer's input to its output from the second layer on")
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.projection_dim > self.dim:
+            yield (
+                f"model.lstm.projection_dim={self.projection_dim} exceeds model.lstm.dim={self.dim}; "
+                "a projection makes smaller (equal: none)"
+            )
+
+
+class ModelConfig(Section):
+    path: ClassVar[str] = "model."
+    bidirectional: bool = Field(True, description="false: the forward direction only")
+    input: Literal["characters", "words"] = Field("characters", description="words: a table of the vocabulary, no char CNN")
+    char_cnn: CharCnnConfig = CharCnnConfig()
+    lstm: LstmConfig = LstmConfig()
+
+    def _unused(self) -> dict[str, str]:
+        return {"char_cnn": "model.input=words has no char CNN; remove one of them"} if self.input == "words" else {}
+
+
+class SoftmaxConfig(Section):
+    path: ClassVar[str] = "softmax."
+    kind: Literal["sampled", "full"] = Field("sampled", description="of training; evaluation is always full")
+    negatives: Int = Field(1024, ge=1, description="sampled words of a step and direction, shared by all positions")
+    tied: bool = Field(False, description="use the word table of model.input=words as the softmax's weights")
+
+    def _unused(self) -> dict[str, str]:
+        return {"negatives": "softmax.kind=full samples no words; remove one of them"} if self.kind == "full" else {}
+
+
+class ScheduleConfig(Section):
+    path: ClassVar[str] = "optim.schedule."
+    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
+    warmup_steps: Int = Field(0, ge=0, description="steps of linear rise from 0 to lr")
+    final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate as a part of lr")
+
+    def _unused(self) -> dict[str, str]:
+        return {"final_ratio": "optim.schedule.kind=constant has no decay"} if self.kind == "constant" else {}
+
+
+class OptimConfig(Section):
+    path: ClassVar[str] = "optim."
+    name: Literal["adagrad", "adamw"] = Field("adagrad", description="adagrad is the original's; adamw is for dense parameters")
+    lr: float = Field(0.2, gt=0, description="learning rate")
+    table_lr: float | None = Field(None, gt=0, description="of word tables, which keep Adagrad under adamw; null: 0.2")
+    clip_norm: float = Field(10.0, gt=0, description="bound of the global norm of all gradients")
+    initial_accumulator: float = Field(1.0, gt=0, description="first value of Adagrad's sums of squares")
+    weight_decay: float = Field(0.0, ge=0, description="of adamw")
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    def _unused(self) -> dict[str, str]:
+        if self.name == "adamw":
+            return {}
+        why = "optim.name=adagrad does not use it; set optim.name=adamw or remove it"
+        return {"weight_decay": why, "table_lr": why}
+
+
+class TrainConfig(Section):
+    path: ClassVar[str] = "train."
+    unroll: Int = Field(20, ge=1, description="positions of a stream in a step: the window of backpropagation")
+    reset: Reset = Field(0.01, description="zero states never, at each block, or with this probability per stream and step")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the input of every LSTM layer and on the last output")
+    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="bf16: products only; fp64: for tests")
+    duration: Duration = Field(Duration(10, "epochs"), description="how long to train")
+    validate_every: Duration | None = Field(Duration(1000, "steps"), description="how often to validate; null: never")
+    validate_positions: Int = Field(200_000, ge=1, description="most positions of a validation")
+    checkpoint_every: Duration = Field(Duration(1000, "steps"), description="how often to write a checkpoint")
+    keep_last: Int = Field(3, ge=1, description="checkpoints kept, besides the best by validation")
+    log_every: Int = Field(50, ge=1, description="steps between two records of metrics")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="what a loss or gradient that is not finite does")
+    max_skips: Int = Field(10, ge=1, description="skipped steps that end the run")
+
+    def _unused(self) -> dict[str, str]:
+        unused = {}
+        if self.validate_every is None:
+            unused["validate_positions"] = "train.validate_every=null never validates"
+        if self.on_nonfinite == "stop":
+            unused["max_skips"] = "train.on_nonfinite=stop skips no step"
+        return unused
+
+
+class TaskConfig(Section):
+    path: ClassVar[str] = "cluster."
+    workers: Int = Field(1, ge=0, description="worker processes; 0: in the calling process, without Ray")
+    cpus_per_worker: float = Field(0.5, gt=0, description="CPUs that Ray reserves for a worker")
+    max_failures: Int = Field(3, ge=0, description="restarts after lost workers before giving up")
+
+
+class ComputeConfig(TaskConfig):
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: a GPU for each worker where the cluster has them")
+    threads: Int | None = Field(None, ge=1, description="torch threads of a worker; null: its share of the cores")
+
+
+class ClusterConfig(ComputeConfig):
+    data_cpus: float = Field(0.25, gt=0, description="CPUs of a data task; each worker runs one")
+
+
+class EvalConfig(Section):
+    path: ClassVar[str] = "evaluate."
+    streams: Int = Field(32, ge=1, description="contiguous parts that the text is read in, each from zero states")
+    reset: Literal["never", "sentence"] = Field("never", description="sentence: zero states at each sentence")
+    rows: Int = Field(128, ge=1, description="streams computed at a time; the result does not depend on it")
+
+    def _unused(self) -> dict[str, str]:
+        return {"streams": "evaluate.reset=sentence depends on no stream"} if self.reset == "sentence" else {}
+
+
+class InitConfig(Section):
+    """Where weights come from; the key of `source` is `init.from`."""
+
+    path: ClassVar[str] = "init."
+    source: str | None = Field(None, alias="from", description="SOURCE: run, checkpoint, bilm-tf save folder, or weights.hdf5")
+    options: str | None = Field(None, description="options.json of a weights.hdf5; null: the one beside it")
+    vocab: str | None = Field(None, description="vocabulary of a bilm-tf save folder")
+
+
+class PretrainConfig(Root):
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    softmax: SoftmaxConfig = SoftmaxConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluate: EvalConfig = EvalConfig()
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.cluster.workers > self.data.streams:
+            yield (
+                f"cluster.workers={self.cluster.workers} exceeds data.streams={self.data.streams}; "
+                "a worker needs a stream at least"
+            )
+        if self.softmax.tied and self.model.input != "words":
+            yield "softmax.tied=true needs model.input=words: there is no word table to share"
+
+    def required(self) -> dict[str, str]:
+        return {} if self.data.train else {"data.train": "set it to a glob of text files, or to `sample`"}
+
+
+class PrepareConfig(PretrainConfig):
+    """The file of a pretrain run; only run, data and cluster matter to `prepare`."""
+
+
+class EvaluateConfig(Root):
+    run: StorageConfig = StorageConfig()
+    data: TextConfig = TextConfig()
+    evaluate: EvalConfig = EvalConfig()
+    cluster: ComputeConfig = ComputeConfig()
+    init: InitConfig = InitConfig()
+    checkpoint: str = Field("best", min_length=1, description="of a run: best, last, or a checkpoint's name")
+
+    def required(self) -> dict[str, str]:
+        return {} if self.data.test else {"data.test": "set it to a glob of text files, or to `sample`"}
+
+
+class ExportConfig(Root):
+    cluster: TaskConfig = TaskConfig()
+    init: InitConfig = InitConfig()
+    checkpoint: str = Field("best", min_length=1, description="of a run: best, last, or a checkpoint's name")
+    out: str | None = Field(None, description="OUT: the folder to write")
+
+
+class ReportConfig(Root):
+    runs: Globs = Field((), description="RUN ...: folders of runs")
+    out: str | None = Field(None, description="PNG file of the curves; null: curve.png in the first run's folder")

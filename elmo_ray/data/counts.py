@@ -1,0 +1,66 @@
+"""Counting words in bounded memory."""
+
+import collections
+import logging
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+class WordCounter:
+    """Counts of words, of at most `cap` distinct ones.
+
+    When there are more, the counts of 1 are dropped, then those of 2 and so on until at most half of `cap` are left.
+    What is lost is bounded: a word's count is short by at most `max_missing`, the sum of the highest counts dropped each
+    time, so every word that occurs more often than that is there. Without a pruning all counts are exact. A word costs
+    some 170 bytes.
+
+    pruned_entries: how many times a word was dropped (a word may come back and be dropped again).
+    pruned_tokens:  the occurrences that were dropped with them.
+    """
+
+    def __init__(self, cap: int) -> None:
+        self.cap = cap
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.pruned_entries = 0
+        self.pruned_tokens = 0
+        self.max_missing = 0
+
+    def add(self, words: Iterable[str]) -> None:
+        """Counts each of `words` once. The cap holds between calls, so each should bring few words beside it."""
+        self.counts.update(words)
+        self._prune()
+
+    def merge(self, other: "WordCounter") -> None:
+        """Adds the counts of another counter, and what it lost."""
+        self.merge_counts(other.counts)
+        self.pruned_entries += other.pruned_entries
+        self.pruned_tokens += other.pruned_tokens
+        self.max_missing += other.max_missing
+
+    def merge_counts(self, counts: Mapping[str, int]) -> None:
+        """Adds counts."""
+        self.counts.update(counts)
+        self._prune()
+
+    def by_falling_count(self, min_count: int = 1, limit: int | None = None) -> list[tuple[str, int]]:
+        """(word, count) for counts of `min_count` and more, at most `limit`; equal counts in the order of the words."""
+        kept = [item for item in self.counts.items() if item[1] >= min_count]
+        kept.sort(key=lambda item: (-item[1], item[0]))
+        return kept[:limit]
+
+    def _prune(self) -> None:
+        if len(self.counts) <= self.cap:
+            return
+        values = np.fromiter(self.counts.values(), dtype=np.int64, count=len(self.counts))
+        # The smallest threshold such that at most cap // 2 counts are above it.
+        keep = self.cap // 2
+        threshold = int(np.partition(values, len(values) - keep - 1)[len(values) - keep - 1])
+        dropped = values[values <= threshold]
+        self.counts = collections.Counter({word: n for word, n in self.counts.items() if n > threshold})
+        self.pruned_entries += len(dropped)
+        self.pruned_tokens += int(dropped.sum())
+        self.max_missing += threshold
+        logger.info("more than %d distinct words: dropped %d with counts up to %d", self.cap, len(dropped), threshold)

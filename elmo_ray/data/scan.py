@@ -1,0 +1,159 @@
+"""One pass over the text of a shard: blocks and their sizes, word counts, and signs that it is not tokenised sentences."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from elmo_ray.data.counts import WordCounter
+from elmo_ray.data.shards import Shard
+from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_size, line_start, split_lines
+from elmo_ray.errors import DataError
+
+# A shard is scanned in segments of about this size, which may run at the same time. The cuts of blocks depend on it.
+SEGMENT_BYTES = 64 << 20
+LONG_LINE_WORDS = 250
+_HASH_BYTES = 4 << 20
+
+
+@dataclass
+class Segment:
+    """What the scan of one segment found. Lists have an entry per block; `counts` is None where words were not counted.
+
+    sha256 is of the whole file, and empty where the segment is not all of it.
+    checked, joined: words looked at for signs of missing tokenisation, and those that have them.
+    long_lines: lines of more than LONG_LINE_WORDS words; the longest is line `longest_line` (from 0, in the segment).
+    """
+
+    path: str
+    number: int
+    size: int
+    mtime_ns: int
+    sha256: str = ""
+    block_ends: list[int] = field(default_factory=list)
+    block_positions: list[int] = field(default_factory=list)
+    block_tokens: list[int] = field(default_factory=list)
+    block_characters: list[int] = field(default_factory=list)
+    replaced: int = 0
+    checked: int = 0
+    joined: int = 0
+    long_lines: int = 0
+    longest_words: int = 0
+    longest_line: int = 0
+    counts: WordCounter | None = None
+
+    @property
+    def sentences(self) -> int:
+        """Sentences of the segment."""
+        return sum(self.block_positions) - sum(self.block_tokens)
+
+
+def segment_count(size: int) -> int:
+    """Number of segments of a file of `size` bytes; an empty file has one."""
+    return max(1, -(-size // SEGMENT_BYTES))
+
+
+def scan_shard(
+    path: str, block_bytes: int, on_error: OnError, cap: int | None = None
+) -> Iterator[Segment]:
+    """Scans all segments of a file, one after the other."""
+    for number in range(segment_count(file_size(path))):
+        yield scan_segment(path, number, block_bytes, on_error, cap)
+
+
+def scan_segment(path: str, number: int, block_bytes: int, on_error: OnError, cap: int | None = None) -> Segment:
+    """Scans the lines that begin in segment `number` of a file; counts words when there is a `cap` (see WordCounter).
+
+    Raises DataError for a file that cannot be read, changes meanwhile, has a line over the limit, or, unless `on_error`
+    is "replace", is not UTF-8 or has a NUL.
+    """
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            segment = Segment(path, number, status.st_size, status.st_mtime_ns)
+            segment.counts = WordCounter(cap) if cap is not None else None
+            start = line_start(file, number * SEGMENT_BYTES, status.st_size)
+            end = line_start(file, (number + 1) * SEGMENT_BYTES, status.st_size)
+            digest = hashlib.sha256()
+            for offset, data in cut_blocks(file, start, end, block_bytes):
+                digest.update(data)
+                _scan_block(segment, offset, data, on_error)
+            if segment_count(status.st_size) == 1:
+                segment.sha256 = digest.hexdigest()
+            now = os.fstat(file.fileno())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+        raise DataError(f"{path}: changed while it was read; run prepare again")
+    return segment
+
+
+def hash_file(path: str) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(_HASH_BYTES):
+                digest.update(data)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def join_segments(path: str, source: str, segments: Sequence[Segment], sha256: str | None = None) -> Shard:
+    """The shard of these segments, which are all of the file's in order; hashes the file unless its hash is given."""
+    if len({(segment.size, segment.mtime_ns) for segment in segments}) != 1:
+        raise DataError(f"{path}: changed while it was read; run prepare again")
+    lists = {
+        name: np.array([value for segment in segments for value in getattr(segment, name)], dtype=np.int64)
+        for name in ("block_ends", "block_positions", "block_tokens", "block_characters")
+    }
+    tokens = int(lists["block_tokens"].sum())
+    return Shard(
+        path=path,
+        source=source,
+        size=segments[0].size,
+        mtime_ns=segments[0].mtime_ns,
+        sentences=int(lists["block_positions"].sum()) - tokens,
+        tokens=tokens,
+        characters=int(lists["block_characters"].sum()),
+        sha256=sha256 or segments[0].sha256 or hash_file(path),
+        **lists,
+    )
+
+
+def _scan_block(segment: Segment, offset: int, data: bytes, on_error: OnError) -> None:
+    text, replaced = decode(data, on_error, segment.path, offset)
+    words = text.split()
+    if segment.counts is not None:
+        segment.counts.add(words)
+    # The signs of untokenised text are looked for in a sample: the first block of each segment.
+    if not segment.block_ends:
+        segment.checked = len(words)
+        segment.joined = sum(map(_is_joined, words))
+    _find_long_lines(segment, text)
+    segment.replaced += replaced
+    segment.block_ends.append(offset + len(data))
+    segment.block_positions.append(len(words) + count_lines(data))
+    segment.block_tokens.append(len(words))
+    segment.block_characters.append(len("".join(words)))
+
+
+def _is_joined(word: str) -> bool:
+    """Whether punctuation sticks to a word, as in "end." before tokenisation."""
+    return word[-1] in ",.;:!?" and word[-2:-1].isalpha()
+
+
+def _find_long_lines(segment: Segment, text: str) -> None:
+    lines = split_lines(text)
+    # n words need at least 2 n - 1 characters, so most lines are settled by their length.
+    if max(map(len, lines), default=0) <= 2 * LONG_LINE_WORDS:
+        return
+    before = segment.sentences
+    for number, line in enumerate(lines):
+        if len(line) > 2 * LONG_LINE_WORDS and (words := len(line.split())) > LONG_LINE_WORDS:
+            segment.long_lines += 1
+            if words > segment.longest_words:
+                segment.longest_words, segment.longest_line = words, before + number

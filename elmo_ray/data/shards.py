@@ -1,0 +1,266 @@
+"""The index of a corpus: shards of text, cut into line-aligned blocks whose positions are counted."""
+
+import glob
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from elmo_ray.data.text import OnError
+from elmo_ray.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+Int64 = npt.NDArray[np.int64]
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """The lines in bytes [start, end) of a text file, and their positions: words + sentences, in each direction."""
+
+    path: str
+    start: int
+    end: int
+    positions: int
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One text file and its blocks, which tile it from byte 0.
+
+    path:       absolute path of the seekable text; `source` is the file it was unpacked from, or the same path.
+    size, mtime_ns, sha256: of the file at `path`, in bytes, ns and hexadecimal.
+    characters: Unicode code points of all words.
+    block_*:    int64 [n]: the byte each block ends at; its positions, words and code points of its words.
+    """
+
+    path: str
+    source: str
+    size: int
+    mtime_ns: int
+    sentences: int
+    tokens: int
+    characters: int
+    sha256: str
+    block_ends: Int64
+    block_positions: Int64
+    block_tokens: Int64
+    block_characters: Int64
+
+
+class Corpus:
+    """Blocks of text in order: all those of some shards, or a choice of them.
+
+    block_shard:  int32 [N], index into `shards`.
+    block_start, block_end: int64 [N], bytes.
+    block_positions, block_tokens, block_characters: int64 [N].
+    positions, tokens, sentences, characters: their sums over the corpus's blocks.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        block_shard: npt.NDArray[np.int32],
+        block_start: Int64,
+        block_end: Int64,
+        block_positions: Int64,
+        block_tokens: Int64,
+        block_characters: Int64,
+    ) -> None:
+        self.shards = tuple(shards)
+        self.block_shard = block_shard
+        self.block_start = block_start
+        self.block_end = block_end
+        self.block_positions = block_positions
+        self.block_tokens = block_tokens
+        self.block_characters = block_characters
+        self.positions = int(block_positions.sum())
+        self.tokens = int(block_tokens.sum())
+        self.sentences = self.positions - self.tokens
+        self.characters = int(block_characters.sum())
+
+    @classmethod
+    def from_shards(cls, shards: Sequence[Shard]) -> "Corpus":
+        """All blocks of all shards, in the order given. A shard may be empty."""
+        empty = np.zeros(0, dtype=np.int64)
+        starts = [np.concatenate((np.zeros(1, np.int64), shard.block_ends))[:-1] for shard in shards]
+        numbers = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.block_ends) for shard in shards])
+        return cls(
+            shards,
+            numbers,
+            np.concatenate([empty, *starts]),
+            np.concatenate([empty, *(shard.block_ends for shard in shards)]),
+            np.concatenate([empty, *(shard.block_positions for shard in shards)]),
+            np.concatenate([empty, *(shard.block_tokens for shard in shards)]),
+            np.concatenate([empty, *(shard.block_characters for shard in shards)]),
+        )
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self.block_shard)
+
+    def block(self, index: int) -> Block:
+        """The block of this index."""
+        return Block(
+            self.shards[self.block_shard[index]].path,
+            int(self.block_start[index]),
+            int(self.block_end[index]),
+            int(self.block_positions[index]),
+        )
+
+    def blocks(self) -> Iterable[Block]:
+        """All blocks in order."""
+        return map(self.block, range(len(self)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the texts, their order, and the blocks; it does not depend on where the files are."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(shard.sha256.encode())
+        for array in (self.block_shard, self.block_start, self.block_end):
+            digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def choose(self, indices: Int64) -> "Corpus":
+        """The corpus of these blocks, in this order."""
+        return Corpus(
+            self.shards,
+            self.block_shard[indices],
+            self.block_start[indices],
+            self.block_end[indices],
+            self.block_positions[indices],
+            self.block_tokens[indices],
+            self.block_characters[indices],
+        )
+
+    def split(self, holdout: float, seed: int) -> tuple["Corpus", "Corpus"]:
+        """Sets whole blocks aside: (the rest, about `holdout` of all positions but at least one block).
+
+        A pure function of the blocks' positions, `holdout` and `seed`. Raises ConfigError when nothing would remain.
+        """
+        order = np.argsort(_scramble(np.arange(len(self), dtype=np.uint64), seed), kind="stable")
+        before = np.cumsum(self.block_positions[order]) - self.block_positions[order]
+        aside = np.zeros(len(self), dtype=bool)
+        aside[order] = before < holdout * self.positions
+        if aside.all():
+            raise ConfigError(
+                f"data.holdout={holdout} needs more blocks than the {len(self)} of this corpus; "
+                "lower data.block_bytes or name data.valid"
+            )
+        return self.choose(np.flatnonzero(~aside)), self.choose(np.flatnonzero(aside))
+
+    def check_files(self) -> None:
+        """Raises DataError when a file of the corpus is gone or is not the one that was indexed."""
+        for shard in self.shards:
+            try:
+                status = os.stat(shard.path)
+            except OSError as error:
+                raise DataError(f"{shard.path}: {error.strerror}; it was there when the corpus was indexed") from None
+            if status.st_size != shard.size:
+                raise DataError(f"{shard.path}: {status.st_size} bytes, {shard.size} when indexed; run prepare again")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the index as .npz (arrays and one JSON text, no pickle), whole or not at all."""
+        shards = [shard_fields(shard) for shard in self.shards]
+        arrays = {f"block_{name}": getattr(self, f"block_{name}") for name in _CORPUS_ARRAYS}
+        for number, shard in enumerate(self.shards):
+            arrays.update({f"shard{number}/{name}": getattr(shard, name) for name in _SHARD_ARRAYS})
+        write_npz(path, {"format_version": _FORMAT_VERSION, "shards": shards}, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Corpus":
+        """Reads what `save` wrote; DataError when it is not such a file."""
+        fields, arrays = read_npz(path)
+        try:
+            if fields["format_version"] != _FORMAT_VERSION:
+                raise DataError(f"{path}: index format {fields['format_version']}, not {_FORMAT_VERSION}; prepare again")
+            shards = [
+                Shard(**shard, **{name: arrays[f"shard{number}/{name}"] for name in _SHARD_ARRAYS})
+                for number, shard in enumerate(fields["shards"])
+            ]
+            return cls(shards, *(arrays[f"block_{name}"] for name in _CORPUS_ARRAYS))
+        except (KeyError, TypeError):
+            raise DataError(f"{path}: not a corpus index; run prepare again") from None
+
+
+_CORPUS_ARRAYS = ("shard", "start", "end", "positions", "tokens", "characters")
+_SHARD_ARRAYS = ("block_ends", "block_positions", "block_tokens", "block_characters")
+_SHARD_FIELDS = ("path", "source", "size", "mtime_ns", "sentences", "tokens", "characters", "sha256")
+
+
+def shard_fields(shard: Shard) -> dict[str, str | int]:
+    """The plain fields of a shard, as they go into JSON."""
+    return {name: getattr(shard, name) for name in _SHARD_FIELDS}
+
+
+def index_shard(path: str, block_bytes: int = 131072, on_error: OnError = "fail") -> Shard:
+    """Indexes a text file in this process, a block in memory at a time. DataError as in `elmo_ray.data.scan`."""
+    from elmo_ray.data.scan import join_segments, scan_shard
+
+    return join_segments(os.path.abspath(path), os.path.abspath(path), list(scan_shard(path, block_bytes, on_error)))
+
+
+def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
+    """The absolute paths of the files that `patterns` (files or globs, `**` too) name.
+
+    In the order of the patterns, sorted within each, every file once. Raises ConfigError, naming `key`, for a pattern
+    that matches nothing and for directories, DataError for a file that cannot be read.
+    """
+    paths: dict[str, None] = {}
+    for pattern in patterns:
+        expanded = os.path.expanduser(pattern)
+        found = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
+        if not found:
+            raise ConfigError(f"{key}={pattern}: no file matches (looked in {os.getcwd()})")
+        for name in found:
+            path = os.path.abspath(name)
+            if os.path.isdir(path):
+                raise ConfigError(f"{key}={pattern}: {name} is a directory; name its files, as in {name}/*.txt")
+            if not os.path.isfile(path) or not os.access(path, os.R_OK):
+                raise DataError(f"{path}: cannot be read ({key}={pattern})")
+            if path in paths:
+                logger.warning("%s: %s is named twice and is used once", key, path)
+            paths[path] = None
+    return list(paths)
+
+
+def write_npz(path: str | os.PathLike[str], fields: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """Writes plain fields (as JSON) and arrays to a compressed .npz, aside and then renamed."""
+    target = Path(path)
+    buffer = io.BytesIO()
+    text = np.frombuffer(json.dumps(fields).encode(), dtype=np.uint8)
+    np.savez_compressed(buffer, allow_pickle=False, fields=text, **arrays)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside.write_bytes(buffer.getvalue())
+    os.replace(aside, target)
+
+
+def read_npz(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Reads what `write_npz` wrote; DataError for a missing or damaged file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return json.loads(arrays.pop("fields").tobytes()), arrays
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such index; run prepare") from None
+    except Exception as error:  # zip, zlib, numpy and JSON each have errors of their own
+        raise DataError(f"{path}: damaged index ({error}); delete it and run prepare again") from None
+
+
+def _scramble(values: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
+    """SplitMix64's output function: our own, so that a split never changes with a library's generator."""
+    mixed = values + np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

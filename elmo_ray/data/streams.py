@@ -1,0 +1,390 @@
+"""Streams: the rows of the global batch, and the windows of positions that they yield.
+
+The blocks of an epoch in their order form one line of P positions; stream s owns positions [s*P//S, (s+1)*P//S) of every
+epoch. What a stream needs to go on is its cursor, two integers, so a stream can move to another worker at any window.
+"""
+
+from __future__ import annotations
+
+import heapq
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmo_ray.data.characters import PADDING
+from elmo_ray.data.encode import EncodedBlock
+from elmo_ray.data.shards import Block, Corpus
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import DataError
+
+IntArray = NDArray[np.int64]
+BlockSource = Callable[[Iterator[Block]], Iterator[EncodedBlock]]
+"""Encodes blocks in the order in which they are asked for; the request iterator may be endless."""
+
+LENGTH_CLASSES = (6, 8, 10, 13, 18, 26)
+"""Upper bounds, in character ids (bytes + 2), of the groups in which a batch's words go through the char CNN."""
+
+
+@dataclass
+class StreamCursors:
+    """Where some streams are, one element a stream: shares finished, positions consumed of the next share, and the audit.
+
+    `audit_positions` counts all positions ever consumed, `audit_hash` is a running CRC-32 of their target ids.
+    """
+
+    epoch: IntArray
+    offset: IntArray
+    audit_positions: IntArray
+    audit_hash: IntArray
+
+    @classmethod
+    def start(cls, n_streams: int) -> StreamCursors:
+        return cls(*(np.zeros(n_streams, np.int64) for _ in range(4)))
+
+    def copy(self) -> StreamCursors:
+        return StreamCursors(*(a.copy() for a in (self.epoch, self.offset, self.audit_positions, self.audit_hash)))
+
+    def arrays(self) -> dict[str, IntArray]:
+        return {"epoch": self.epoch, "offset": self.offset, "audit_positions": self.audit_positions,
+                "audit_hash": self.audit_hash}
+
+
+@dataclass(frozen=True)
+class BlockShare:
+    """Positions [first, last) of one block that one stream will train on in one epoch."""
+
+    stream: int
+    epoch: int
+    block: int
+    first: int
+    last: int
+
+
+class StreamPlan:
+    """Which positions belong to which stream: a pure function of corpus, S, seed and epoch.
+
+    Raises DataError where the corpus has no position at all.
+    """
+
+    def __init__(self, corpus: Corpus, n_streams: int, seed: int = 0, shuffle: bool = True, epochs: int | None = None):
+        self.corpus = corpus
+        self.n_streams = n_streams
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epochs = epochs  # None: endless
+        self.positions = int(corpus.block_positions.sum())
+        if self.positions == 0:
+            raise DataError("the corpus has no sentence in it: nothing to read")
+        self._order = lru_cache(maxsize=4)(self._compute_order)
+
+    def _compute_order(self, epoch: int) -> tuple[IntArray, IntArray]:
+        n = len(self.corpus.block_positions)
+        blocks = np.arange(n, dtype=np.int64)
+        if self.shuffle:
+            blocks = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(n).astype(np.int64)
+        return blocks, np.cumsum(self.corpus.block_positions[blocks])
+
+    def order(self, epoch: int) -> tuple[IntArray, IntArray]:
+        """The epoch's blocks in order, and the position on the epoch's line at which each of them ends."""
+        return self._order(epoch)
+
+    def share(self, stream: int) -> tuple[int, int]:
+        """First and last (exclusive) position on an epoch's line that `stream` owns; may be empty."""
+        return stream * self.positions // self.n_streams, (stream + 1) * self.positions // self.n_streams
+
+    def share_sizes(self) -> IntArray:
+        edges = np.array([s * self.positions // self.n_streams for s in range(self.n_streams + 1)], np.int64)
+        return np.diff(edges)
+
+    def steps(self, epochs: float, unroll: int) -> int:
+        """Windows of `unroll` positions until the longest stream has done `epochs` shares."""
+        return int(-(-int(np.ceil(epochs * int(self.share_sizes().max()))) // unroll))
+
+    def block_shares(self, stream: int, epoch: int, offset: int) -> Iterator[BlockShare]:
+        """What `stream` reads from a cursor on, without end unless the plan has a number of epochs."""
+        lo, hi = self.share(stream)
+        if lo == hi:
+            return
+        while self.epochs is None or epoch < self.epochs:
+            blocks, ends = self.order(epoch)
+            at = lo + offset
+            i = int(np.searchsorted(ends, at, side="right"))
+            while at < hi:
+                end = int(ends[i])
+                start = end - int(self.corpus.block_positions[blocks[i]])
+                last = min(end, hi)
+                if last > at:
+                    yield BlockShare(stream, epoch, int(blocks[i]), at - start, last - start)
+                at = last
+                i += 1
+            epoch, offset = epoch + 1, 0
+
+    def requests(self, streams: range, cursors: StreamCursors, unroll: int) -> Iterator[tuple[int, BlockShare]]:
+        """The shares of `streams` in the order in which they are needed, each with the window that needs it first."""
+        heap: list[tuple[int, int, BlockShare]] = []
+        shares = {s: self.block_shares(s, int(cursors.epoch[k]), int(cursors.offset[k])) for k, s in enumerate(streams)}
+        ahead = dict.fromkeys(streams, 0)  # positions asked for so far
+
+        def push(stream: int) -> None:
+            share = next(shares[stream], None)
+            if share is not None:
+                heapq.heappush(heap, (ahead[stream] // unroll, stream, share))
+                ahead[stream] += share.last - share.first
+
+        for stream in streams:
+            push(stream)
+        while heap:
+            window, stream, share = heapq.heappop(heap)
+            yield window, share
+            push(stream)
+
+    def new_block(self, stream: int, epoch: int, offset: int, unroll: int) -> bool:
+        """Whether a block began since the window before the one at this cursor did."""
+        if offset < unroll:
+            return True
+        _, ends = self.order(epoch)
+        at = self.share(stream)[0] + offset
+        i, j = np.searchsorted(ends, [at - unroll, at], side="right")
+        return bool(i != j)
+
+
+@dataclass
+class Batch:
+    """One window of every stream of a worker. D directions, B rows, T window, U distinct words, C characters.
+
+    types: [U, C] int16 character ids of the distinct words, shorter classes first; word-id input: [U] int64 vocabulary ids.
+    type_classes: (number of types, columns of characters that they need) in the order of `types`.
+    inputs: [D, B, T] int64 indices into types.  targets: [D, B, T] int64 vocabulary ids, -1 = no position.
+    lengths: [B] valid positions of each row, always its first ones.  new_block: [B] a block began since the last window.
+    cursors: after this batch.
+    """
+
+    types: NDArray[np.int16] | IntArray
+    type_classes: tuple[tuple[int, int], ...]
+    inputs: IntArray
+    targets: IntArray
+    lengths: IntArray
+    new_block: NDArray[np.bool_]
+    cursors: StreamCursors
+
+    @property
+    def positions(self) -> int:
+        """Positions in one direction."""
+        return int(self.lengths.sum())
+
+
+@dataclass
+class _Piece:
+    """Part of a block, as positions: columns of `tokens` are forward input, forward target, backward input, backward target."""
+
+    tokens: NDArray[np.int64]  # [4, n]
+    unknown_base: int
+    unknown: NDArray[np.int16]
+    taken: int = 0
+
+
+def block_positions(block: EncodedBlock, vocabulary: Vocabulary, unknown_base: int = 0) -> NDArray[np.int64]:
+    """[4, n] forward inputs and targets, backward inputs and targets of a block (BILM.md: n words give n + 1 positions).
+
+    As inputs, unknown words are numbered from `unknown_base`; as targets they are `<UNK>`.
+    """
+    lengths = block.lengths.astype(np.int64)
+    n_sentences, n_tokens = len(lengths), len(block.ids)
+    ids = block.ids.astype(np.int64)
+    as_input = np.where(ids < 0, unknown_base - 1 - ids, ids)
+    as_target = np.where(ids < 0, vocabulary.unk, ids)
+    n = n_tokens + n_sentences
+    starts = np.concatenate([[0], np.cumsum(lengths + 1)[:-1]]) if n_sentences else np.zeros(0, np.int64)
+    sentence_of_token = np.repeat(np.arange(n_sentences), lengths)
+    forward = np.arange(n_tokens) + sentence_of_token  # token i is the target of this position
+    # backward, token k of a sentence of m words is the target of position m - 1 - k
+    backward = starts[sentence_of_token] + lengths[sentence_of_token] - 1 - (forward - starts[sentence_of_token])
+    tokens = np.empty((4, n), np.int64)
+    tokens[0, starts] = vocabulary.bos
+    tokens[0, forward + 1] = as_input
+    tokens[1, forward] = as_target
+    tokens[1, starts + lengths] = vocabulary.eos
+    tokens[2, starts] = vocabulary.eos
+    tokens[2, backward + 1] = as_input
+    tokens[3, backward] = as_target
+    tokens[3, starts + lengths] = vocabulary.bos
+    return tokens
+
+
+class TypeTable:
+    """Characters of the vocabulary's words, encoded once, and the grouping of a batch's words by length.
+
+    widest: the widest filter. Words of L ids need min(C, L + widest) columns: with one window of padding the maximum over
+    positions is that of all C columns (BILM.md, char CNN).
+    """
+
+    def __init__(self, vocabulary: Vocabulary, max_characters: int, widest: int):
+        self.table = vocabulary.characters(max_characters)
+        self.lengths = (self.table != PADDING).sum(axis=1).astype(np.int64)
+        bounds = [b for b in LENGTH_CLASSES if b + widest < max_characters] + [max_characters]
+        self.bounds = np.array(bounds, np.int64)
+        self.columns = [min(max_characters, b + widest) for b in bounds]
+
+    def gather(self, known: IntArray, unknown: NDArray[np.int16]) -> tuple[NDArray[np.int16], tuple, IntArray]:
+        """Rows of known ids then of unknown words, sorted by class; returns types, classes and the new place of each row."""
+        types = np.concatenate([self.table[known], unknown])
+        lengths = np.concatenate([self.lengths[known], (unknown != PADDING).sum(axis=1)])
+        classes = np.searchsorted(self.bounds, lengths)
+        order = np.argsort(classes, kind="stable")
+        counts = np.bincount(classes, minlength=len(self.bounds))
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        return types[order], tuple((int(n), c) for n, c in zip(counts, self.columns, strict=True) if n), place
+
+
+class StreamLoader:
+    """Yields the windows of `streams` (a contiguous range) from `cursors` on, reading each block when it is first needed.
+
+    characters: table for character input, or None for word-id input (unknown words are then `<UNK>`).
+    directions: 2, or 1 for a forward-only model. Ends when every stream is done; never ends for an endless plan.
+    """
+
+    def __init__(self, plan: StreamPlan, streams: range, cursors: StreamCursors, source: BlockSource,
+                 vocabulary: Vocabulary, unroll: int, characters: TypeTable | None, directions: int = 2):
+        self.plan, self.streams, self.unroll, self.directions = plan, streams, unroll, directions
+        self.vocabulary, self.characters = vocabulary, characters
+        self.cursors = cursors.copy()
+        self.replaced = 0
+        self._window = 0
+        self._pieces: list[deque[_Piece]] = [deque() for _ in streams]
+        self._next_base = vocabulary.size
+        # One generator gives the order to the source and, share by share, to the loop below.
+        self._asked: deque[tuple[int, BlockShare]] = deque()
+        self._requests = plan.requests(streams, self.cursors, unroll)
+        self._blocks = source(self._ask())
+        self._pending: tuple[int, BlockShare] | None = None
+        self._sizes = plan.share_sizes()
+
+    def _ask(self) -> Iterator[Block]:
+        for request in self._requests:
+            self._asked.append(request)
+            yield self.plan.corpus.block(request[1].block)
+
+    def close(self) -> None:
+        """Stop the source's background work."""
+        close = getattr(self._blocks, "close", None)
+        if close is not None:
+            close()
+
+    def _pull(self) -> None:
+        """Take from the source every share that the current window needs."""
+        while True:
+            if self._pending is None:
+                block = next(self._blocks, None)
+                if block is None:
+                    return
+                self._pending = self._asked.popleft()
+                self._block = block
+            window, share = self._pending
+            if window > self._window:
+                return
+            self._add(share, self._block)
+            self._pending = None
+
+    def _add(self, share: BlockShare, block: EncodedBlock) -> None:
+        tokens = block_positions(block, self.vocabulary, self._next_base)
+        expected = int(self.plan.corpus.block_positions[share.block])
+        if tokens.shape[1] != expected:
+            path = self.plan.corpus.block(share.block).path
+            raise DataError(f"{path}: a block has {tokens.shape[1]} positions, the index says {expected}: "
+                            "the file changed since it was prepared; run prepare again")
+        self.replaced += block.replaced
+        piece = _Piece(tokens[:, share.first : share.last], self._next_base, block.unknown)
+        self._next_base += len(block.unknown)
+        self._pieces[share.stream - self.streams.start].append(piece)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.plan.epochs is None or not self.done():
+            yield self.next_batch()
+
+    def done(self) -> bool:
+        """Whether every stream of this loader has finished its last share."""
+        if self.plan.epochs is None:
+            return False
+        sizes = self._sizes[self.streams.start : self.streams.stop]
+        return bool(np.all((self.cursors.epoch >= self.plan.epochs) | (sizes == 0)))
+
+    def next_batch(self) -> Batch:
+        """The next window of every stream; streams that are done yield targets of -1."""
+        self._pull()
+        n_rows, unroll = len(self.streams), self.unroll
+        tokens = np.full((4, n_rows, unroll), -1, np.int64)
+        tokens[0], tokens[2] = self.vocabulary.bos, self.vocabulary.bos
+        lengths = np.zeros(n_rows, np.int64)
+        new_block = np.zeros(n_rows, np.bool_)
+        live: list[_Piece] = []
+        for row, pieces in enumerate(self._pieces):
+            stream = self.streams.start + row
+            if pieces:
+                new_block[row] = self.plan.new_block(stream, int(self.cursors.epoch[row]),
+                                                     int(self.cursors.offset[row]), unroll)
+            filled = 0
+            while filled < unroll and pieces:
+                piece = pieces[0]
+                n = min(unroll - filled, piece.tokens.shape[1] - piece.taken)
+                tokens[:, row, filled : filled + n] = piece.tokens[:, piece.taken : piece.taken + n]
+                live.append(piece)
+                filled += n
+                piece.taken += n
+                if piece.taken == piece.tokens.shape[1]:
+                    pieces.popleft()
+            lengths[row] = filled
+            self._advance(row, stream, tokens[:, row, :filled])
+        self._window += 1
+        types, classes, inputs = self._types(tokens[0 : 2 * self.directions : 2], live)
+        return Batch(types, classes, inputs, tokens[1 : 2 * self.directions : 2].copy(), lengths, new_block,
+                     self.cursors.copy())
+
+    def _advance(self, row: int, stream: int, tokens: NDArray[np.int64]) -> None:
+        cursors, n, size = self.cursors, tokens.shape[1], int(self._sizes[stream])
+        if n == 0:
+            return
+        total = int(cursors.offset[row]) + n
+        cursors.epoch[row] += total // size
+        cursors.offset[row] = total % size
+        cursors.audit_positions[row] += n
+        targets = np.ascontiguousarray(tokens[1::2].T.astype("<i4"))  # position by position, so that windows do not matter
+        cursors.audit_hash[row] = zlib.crc32(targets.tobytes(), int(cursors.audit_hash[row]))
+
+    def _types(self, inputs: NDArray[np.int64], live: list[_Piece]) -> tuple[NDArray, tuple, IntArray]:
+        size = self.vocabulary.size
+        if self.characters is None:
+            words, places = np.unique(np.where(inputs >= size, self.vocabulary.unk, inputs), return_inverse=True)
+            return words, ((len(words), 1),), places.reshape(inputs.shape)
+        words, places = np.unique(inputs, return_inverse=True)
+        n_known = int(np.searchsorted(words, size))
+        unknown = np.zeros((len(words) - n_known, self.characters.table.shape[1]), np.int16)
+        if len(unknown):
+            by_base = {p.unknown_base: p for p in live if len(p.unknown)}
+            bases = np.array(sorted(by_base), np.int64)
+            owner = bases[np.searchsorted(bases, words[n_known:], side="right") - 1]
+            for base in np.unique(owner):
+                mine = owner == base
+                unknown[mine] = by_base[int(base)].unknown[words[n_known:][mine] - base]
+        types, classes, place = self.characters.gather(words[:n_known], unknown)
+        return types, classes, place[places.reshape(inputs.shape)]
+
+
+def deal(n_streams: int, workers: int) -> list[range]:
+    """Contiguous ranges of streams for each worker, equal or one more on the first ones (`workers` <= `n_streams`)."""
+    edges = [-(-w * n_streams // workers) for w in range(workers + 1)]
+    return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def read_all(loader: StreamLoader, limit: int | None = None) -> Iterator[Batch]:
+    """Batches until the streams are done or `limit` batches have come; closes the loader."""
+    try:
+        yield from islice(loader, limit)
+    finally:
+        loader.close()

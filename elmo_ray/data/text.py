@@ -1,0 +1,167 @@
+"""Lines and bytes of text files: what a sentence is, where a file may be cut, what happens to bytes that are not text.
+
+A sentence is a line ended by \\n, \\r\\n or a lone \\r, and the rest after the last line end when it is not empty. Its words
+are what `str.split()` gives; no other character ends a line, and an empty line is a sentence of no words (BILM.md).
+"""
+
+import os
+from collections.abc import Iterator
+from typing import BinaryIO, Literal
+
+from elmo_ray.errors import DataError
+
+OnError = Literal["fail", "replace"]
+
+REPLACEMENT = "\ufffd"
+# A longer line is no sentence, and would have to be held in memory whole.
+MAX_LINE_BYTES = 64 << 20
+_READ_BYTES = 1 << 20
+
+
+def decode(data: bytes, on_error: OnError, path: str, offset: int) -> tuple[str, int]:
+    """Decodes UTF-8 and counts what had to be replaced.
+
+    `data` stands at byte `offset` of `path` and begins at a line's start. With "fail", the first invalid sequence or NUL
+    raises a DataError with file and line; with "replace", each becomes U+FFFD.
+    """
+    replaced = 0
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if on_error == "fail":
+            raise DataError(_bad_byte(path, offset + error.start, "not UTF-8")) from None
+        text = data.decode("utf-8", "replace")
+        replaced = text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
+    if "\0" in text:
+        if on_error == "fail":
+            raise DataError(_bad_byte(path, offset + data.index(b"\0"), "a NUL byte"))
+        replaced += text.count("\0")
+        text = text.replace("\0", REPLACEMENT)
+    return text, replaced
+
+
+def split_lines(text: str) -> list[str]:
+    """The sentences of `text`, not yet split into words."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def count_lines(data: bytes) -> int:
+    """Number of sentences in `data`, which begins at a line's start and ends at a line's or the file's end."""
+    lines = data.count(b"\n")
+    if b"\r" in data:
+        lines += data.count(b"\r") - data.count(b"\r\n")
+    return lines + (not data.endswith((b"\n", b"\r")) and len(data) > 0)
+
+
+def line_number(path: str, offset: int) -> int:
+    """The 1-based number of the line that byte `offset` of `path` is in. Reads the file up to there."""
+    lines, position, previous = 0, 0, b""
+    with open(path, "rb") as file:
+        while position < offset:
+            data = previous + file.read(min(_READ_BYTES, offset - position))
+            if len(data) == len(previous):
+                break
+            position += len(data) - len(previous)
+            # A \r at the end may be half of \r\n: it is counted with the next piece.
+            previous = b"\r" if data.endswith(b"\r") else b""
+            data = data[: len(data) - len(previous)]
+            lines += data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
+        if previous and file.read(1) != b"\n":
+            lines += 1
+    return lines + 1
+
+
+def line_start(file: BinaryIO, position: int, size: int) -> int:
+    """The first start of a line at or after `position`; `size` (the end of the file) when there is none."""
+    if position <= 0 or position >= size:
+        return min(max(position, 0), size)
+    file.seek(position - 1)
+    base, data = position - 1, b""
+    while base + len(data) < size:
+        data += file.read(_READ_BYTES + 1)
+        end = _first_line_end(data, base + len(data) >= size)
+        if end:
+            return base + end
+        # Only a last \r can still become part of a line end.
+        base, data = base + len(data) - 1, data[-1:]
+        _check_line(file.name, position, base - position)
+    return size
+
+
+def cut_blocks(file: BinaryIO, start: int, end: int, block_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Yields (offset, bytes) of line-aligned pieces that tile [start, end) of `file`.
+
+    `start` and `end` are starts of lines or the end of the file. A piece has at most `block_bytes` bytes unless it is a
+    single longer line. Raises DataError for a line over MAX_LINE_BYTES and for a file that got shorter.
+    """
+    while start < end:
+        whole = end - start <= block_bytes
+        file.seek(start)
+        data = file.read(end - start if whole else block_bytes + 1)
+        if len(data) < min(end - start, block_bytes + 1):
+            raise _became_shorter(file)
+        if not whole:
+            cut = _last_line_end(data, block_bytes)
+            while not cut:
+                _check_line(file.name, start, len(data))
+                more = file.read(min(max(len(data), _READ_BYTES), end - start - len(data)))
+                if not more and start + len(data) < end:
+                    raise _became_shorter(file)
+                # One byte back, for a \r\n that the pieces had cut in two.
+                found = _first_line_end(data[-1:] + more, start + len(data) + len(more) >= end)
+                cut = len(data) - 1 + found if found else 0
+                data += more
+            data = data[:cut]
+        yield start, data
+        start += len(data)
+
+
+def file_size(path: str) -> int:
+    """Size in bytes; DataError when the file cannot be looked at."""
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; has the file been moved since it was listed?") from None
+
+
+def _first_line_end(data: bytes, is_last: bool) -> int:
+    """The offset just after the first line end in `data`, 0 for none. A \\r at the very end counts only if `is_last`.
+
+    With `is_last` and no line end, the end of `data` is the end of the line.
+    """
+    newline = data.find(b"\n")
+    carriage = data.find(b"\r", 0, newline if newline >= 0 else len(data))
+    if carriage >= 0 and carriage + 1 != newline and (is_last or carriage + 1 < len(data)):
+        return carriage + 1
+    if newline >= 0:
+        return newline + 1
+    return len(data) if is_last else 0
+
+
+def _last_line_end(data: bytes, limit: int) -> int:
+    """The offset just after the last line end that is at most `limit`, 0 for none; `data` has a byte beyond `limit`."""
+    newline = data.rfind(b"\n", 0, limit)
+    carriage = data.rfind(b"\r", newline + 1, limit)
+    if carriage == limit - 1 and data[limit : limit + 1] == b"\n":
+        carriage = data.rfind(b"\r", newline + 1, carriage)
+    return max(newline, carriage) + 1
+
+
+def _check_line(path: str, offset: int, length: int) -> None:
+    if length > MAX_LINE_BYTES:
+        line = line_number(path, offset)
+        raise DataError(f"{path}, line {line}: longer than {MAX_LINE_BYTES >> 20} MiB; write one sentence a line")
+
+
+def _became_shorter(file: BinaryIO) -> DataError:
+    return DataError(f"{file.name}: became shorter while it was read; run prepare again")
+
+
+def _bad_byte(path: str, offset: int, what: str) -> str:
+    where = f"{path}, line {line_number(path, offset)}" if os.path.exists(path) else path
+    return f"{where}: {what}; correct the file or set data.on_error=replace"

@@ -1,0 +1,113 @@
+"""The word vocabulary: one word a line, in falling count, read exactly as bilm-tf reads it."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from elmo_ray.data.characters import encode_words, sentence_marker_rows
+from elmo_ray.errors import DataError
+
+SENTENCE_BEGIN_WORD = "<S>"
+SENTENCE_END_WORD = "</S>"
+UNKNOWN_WORD = "<UNK>"
+SPECIAL_WORDS = (SENTENCE_BEGIN_WORD, SENTENCE_END_WORD, UNKNOWN_WORD)
+# A line that the original skips without giving it a number.
+SKIPPED_WORD = "!!!MAXTERMID"
+
+
+class Vocabulary:
+    """Words by id and ids by word.
+
+    `words[i]` is the word of id i, duplicates included; `ids` has for a word that occurs twice the last of its ids.
+    `bos`, `eos` and `unk` are the ids of `<S>`, `</S>` and `<UNK>`, which may stand anywhere. `sha256` covers the
+    words in order, not the file's spelling of them.
+    """
+
+    def __init__(self, words: Iterable[str], path: str | None = None) -> None:
+        """Raises DataError when one of the three special words is missing."""
+        self.path = path
+        self.words = list(words)
+        self.ids = {word: number for number, word in enumerate(self.words)}
+        missing = [word for word in SPECIAL_WORDS if word not in self.ids]
+        if missing:
+            where = path if path is not None else "vocabulary"
+            raise DataError(f"{where}: the vocabulary has no line {' and no line '.join(missing)}; add it at the top")
+        self.bos = self.ids[SENTENCE_BEGIN_WORD]
+        self.eos = self.ids[SENTENCE_END_WORD]
+        self.unk = self.ids[UNKNOWN_WORD]
+        self._tables: dict[int, npt.NDArray[np.int16]] = {}
+
+    @classmethod
+    def from_words(cls, words: Iterable[str]) -> "Vocabulary":
+        """A vocabulary of these words in this order, such that `write` and `read` give the same one again.
+
+        Raises DataError for a missing special word and for words that a vocabulary file cannot hold.
+        """
+        vocabulary = cls(words)
+        for word in vocabulary.words:
+            if word != word.strip() or "\n" in word or "\r" in word or word == SKIPPED_WORD:
+                raise DataError(f"vocabulary: {word!r} cannot stand in a vocabulary file; leave it out")
+        return vocabulary
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Vocabulary":
+        """Reads a vocabulary file: stripped lines (ended by \\n, \\r\\n or \\r), `!!!MAXTERMID` left out.
+
+        Raises DataError when the file is missing, is not UTF-8 (with the line), or lacks a special word.
+        """
+        name = os.fspath(path)
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{name}: cannot read the vocabulary ({error.strerror})") from None
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise DataError(f"{name}, line {line}: not UTF-8; convert the vocabulary to UTF-8") from None
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        if not lines[-1]:
+            lines.pop()
+        words = (line.strip() for line in lines)
+        return cls((word for word in words if word != SKIPPED_WORD), path=os.path.abspath(name))
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the words one a line, UTF-8; the file appears whole or not at all."""
+        target = Path(path)
+        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        aside.write_bytes(self._content())
+        os.replace(aside, target)
+
+    @property
+    def size(self) -> int:
+        """Number of ids (V), duplicates included."""
+        return len(self.words)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of the words in the order of their ids, hexadecimal."""
+        return hashlib.sha256(self._content()).hexdigest()
+
+    def characters(self, max_characters: int = 50) -> npt.NDArray[np.int16]:
+        """The character ids of every word, int16 [V, max_characters], made once and read-only.
+
+        The rows of `bos` and `eos` are the sentence markers; `<UNK>` is spelt out, as in the original.
+        """
+        table_VC = self._tables.get(max_characters)
+        if table_VC is None:
+            table_VC = encode_words(self.words, max_characters)
+            table_VC[[self.bos, self.eos]] = sentence_marker_rows(max_characters)
+            table_VC.setflags(write=False)
+            self._tables[max_characters] = table_VC
+        return table_VC
+
+    def _content(self) -> bytes:
+        return "".join(f"{word}\n" for word in self.words).encode("utf-8")

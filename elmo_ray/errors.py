@@ -1,0 +1,21 @@
+"""Errors that users can cause. A verb prints them as one line and exits with code 2; anything else is a defect of ours."""
+
+
+class ElmoRayError(Exception):
+    """Base of every error that a user's input can cause."""
+
+
+class ConfigError(ElmoRayError):
+    """A configuration key is unknown, of the wrong type, out of range, or contradicts another one."""
+
+
+class DataError(ElmoRayError):
+    """A corpus, shard or vocabulary cannot be used; the message names the file and, where there is one, the line."""
+
+
+class CheckpointError(ElmoRayError):
+    """A checkpoint is missing, incomplete or damaged; the message names the file."""
+
+
+class FormatError(ElmoRayError):
+    """A weights, options or checkpoint file of another program has the wrong form."""

@@ -1,0 +1,1 @@
+"""Files of other programs: bilm-tf weights, options and checkpoints."""

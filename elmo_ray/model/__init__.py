@@ -1,0 +1,1 @@
+"""The bidirectional language model: char CNN, LSTM with projection, softmax."""

@@ -1,0 +1,115 @@
+"""Word inputs: the character CNN with highways and projection, and the word-id embedding. U words, C characters, P output."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elmo_ray.config import CharCnnConfig
+from elmo_ray.data.characters import N_CHARACTERS
+
+CARRY_BIAS = -2.0
+
+
+class Highway(nn.Module):
+    """y = g * relu(x Wt + bt) + (1 - g) * x with g = sigmoid(x Wc + bc); relu whatever the CNN uses (BILM.md, Model)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.carry_weight = nn.Parameter(torch.empty(dim, dim))
+        self.carry_bias = nn.Parameter(torch.empty(dim))
+        self.transform_weight = nn.Parameter(torch.empty(dim, dim))
+        self.transform_bias = nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for weight in (self.carry_weight, self.transform_weight):
+                weight.normal_(0.0, math.sqrt(1.0 / weight.shape[0]), generator=generator)
+            self.carry_bias.fill_(CARRY_BIAS)
+            self.transform_bias.zero_()
+
+    def forward(self, x_UF: Tensor, dtype: torch.dtype | None) -> Tensor:
+        carry = torch.sigmoid(_affine(x_UF, self.carry_weight, self.carry_bias, dtype))
+        transform = torch.relu(_affine(x_UF, self.transform_weight, self.transform_bias, dtype))
+        return torch.lerp(x_UF, transform, carry)
+
+
+class CharCnn(nn.Module):
+    """Characters of words to vectors: embedding, convolutions with maximum over positions, highways, projection.
+
+    Filters are stored as [count, embedding_dim, width]. The projection exists only where the filters' sum is not P.
+    Nothing is masked: padding has a learned vector and takes part, as in bilm-tf.
+    """
+
+    def __init__(self, config: CharCnnConfig, output_dim: int):
+        super().__init__()
+        self.config = config
+        n_filters = sum(count for _, count in config.filters)
+        self.embedding = nn.Parameter(torch.empty(N_CHARACTERS, config.embedding_dim))
+        self.filters = nn.ParameterList(torch.empty(count, config.embedding_dim, width) for width, count in config.filters)
+        self.filter_biases = nn.ParameterList(torch.empty(count) for _, count in config.filters)
+        self.highways = nn.ModuleList(Highway(n_filters) for _ in range(config.n_highway))
+        has_projection = n_filters != output_dim
+        self.projection_weight = nn.Parameter(torch.empty(n_filters, output_dim)) if has_projection else None
+        self.projection_bias = nn.Parameter(torch.empty(output_dim)) if has_projection else None
+
+    @property
+    def widest(self) -> int:
+        return max(width for width, _ in self.config.filters)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initial values as the original's (BILM.md, Model, Initial values)."""
+        with torch.no_grad():
+            self.embedding.uniform_(-1.0, 1.0, generator=generator)
+            for weight, bias in zip(self.filters, self.filter_biases, strict=True):
+                if self.config.activation == "relu":
+                    weight.uniform_(-0.05, 0.05, generator=generator)
+                else:
+                    variance = 1.0 / (weight.shape[2] * self.config.embedding_dim)
+                    weight.normal_(0.0, math.sqrt(variance), generator=generator)
+                bias.zero_()
+            for highway in self.highways:
+                highway.reset_parameters(generator)  # type: ignore[operator]
+            if self.projection_weight is not None and self.projection_bias is not None:
+                fan_in = self.projection_weight.shape[0]
+                self.projection_weight.normal_(0.0, math.sqrt(1.0 / fan_in), generator=generator)
+                self.projection_bias.zero_()
+
+    def forward(self, types_UC: Tensor, classes: tuple[tuple[int, int], ...] | None = None,
+                dtype: torch.dtype | None = None) -> Tensor:
+        """[U, P] vectors of words.
+
+        types_UC: character ids. classes: (words, columns) of consecutive groups whose words fit into fewer columns, see
+        `streams.TypeTable`; None takes all columns for all words. dtype: of the products; results are in the weights'.
+        """
+        if classes is None:
+            classes = ((types_UC.shape[0], types_UC.shape[1]),)
+        groups, start = [], 0
+        for count, columns in classes:
+            groups.append(self._convolve(types_UC[start : start + count, :columns], dtype))
+            start += count
+        x = groups[0] if len(groups) == 1 else torch.cat(groups)
+        for highway in self.highways:
+            x = highway(x, dtype)
+        if self.projection_weight is not None and self.projection_bias is not None:
+            x = _affine(x, self.projection_weight, self.projection_bias, dtype)
+        return x
+
+    def _convolve(self, types_UN: Tensor, dtype: torch.dtype | None) -> Tensor:
+        low = self.embedding.dtype if dtype is None else dtype
+        x_UEN = F.embedding(types_UN.int(), self.embedding.to(low)).transpose(1, 2)
+        parts = []
+        for weight, bias in zip(self.filters, self.filter_biases, strict=True):
+            # bias and activation are monotone, so they may come after the maximum, on far fewer numbers
+            parts.append(F.conv1d(x_UEN, weight.to(low)).amax(dim=2).to(bias.dtype) + bias)
+        x = torch.cat(parts, dim=1)
+        return torch.relu(x) if self.config.activation == "relu" else torch.tanh(x)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None:
+        return torch.addmm(bias, x, weight)
+    return torch.mm(x.to(dtype), weight.to(dtype)).to(x.dtype) + bias

@@ -1,0 +1,100 @@
+"""The softmax over the vocabulary: full, sampled with log-uniform negatives, and exact in chunks for evaluation.
+
+Shapes: N positions, P projection, V vocabulary, K negatives, R touched rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+CHUNK = 4096
+"""Vocabulary rows per product in evaluation; a [positions, V] tensor never exists."""
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Negatives of one direction and step. ids: [K] int64 distinct vocabulary ids; tries: draws it took to find K distinct."""
+
+    ids: NDArray[np.int64]
+    tries: int
+
+
+def draw_negatives(seed: int, step: int, direction: int, n_words: int, count: int) -> Negatives:
+    """Log-uniform negatives without replacement, a pure function of its arguments.
+
+    As TensorFlow's log_uniform_candidate_sampler(unique=True): draw ids with p(k) = log((k+2)/(k+1)) / log(V+1) one after
+    another, keep the first `count` distinct ones; `tries` is the index of the last of them plus one. Needs
+    count <= n_words (checked with the configuration).
+    """
+    random = np.random.Generator(np.random.Philox(key=[seed, 2 * step + direction]))
+    draws = np.zeros(0, np.int64)
+    size = 4 * count + 64
+    while True:
+        uniform = random.random(size)
+        more = np.expm1(uniform * math.log1p(n_words)).astype(np.int64)  # exp(u log(V+1)) - 1, rounded down
+        draws = np.concatenate([draws, np.minimum(more, n_words - 1)])
+        _, first = np.unique(draws, return_index=True)
+        if len(first) >= count:
+            first.sort()
+            return Negatives(draws[first[:count]], int(first[count - 1]) + 1)
+        size = len(draws)
+
+
+def log_expected_count(ids: NDArray[np.int64], tries: int, n_words: int) -> NDArray[np.float32]:
+    """log(-expm1(tries * log1p(-p(id)))): the log of how often an id is expected among the distinct draws."""
+    probability = np.log1p(1.0 / (ids + 1.0)) / math.log1p(n_words)
+    return np.log(-np.expm1(tries * np.log1p(-probability))).astype(np.float32)
+
+
+def sampled_losses(x_NP: Tensor, rows_RP: Tensor, bias_R: Tensor, target_rows_N: Tensor, target_log_count_N: Tensor,
+                   negative_rows_K: Tensor, negative_log_count_K: Tensor, dtype: torch.dtype | None = None,
+                   mask_hits: bool = True) -> Tensor:
+    """[N] losses in nats of each position against its target and the negatives of its direction.
+
+    rows_RP, bias_R: the touched rows of the table; the two `_rows_` arguments index them. A negative equal to a position's
+    target is masked (bilm-tf always does), and the log expected count is subtracted from every logit.
+    """
+    # F.embedding and not rows[index]: its backward adds in a fixed order with several threads
+    true_logits = (x_NP * F.embedding(target_rows_N, rows_RP)).sum(dim=1)
+    true_logits = true_logits + F.embedding(target_rows_N, bias_R[:, None])[:, 0] - target_log_count_N
+    negatives_KP = F.embedding(negative_rows_K, rows_RP)
+    offset_K = F.embedding(negative_rows_K, bias_R[:, None])[:, 0] - negative_log_count_K
+    if dtype is None:
+        logits = torch.addmm(offset_K, x_NP, negatives_KP.t())
+    else:
+        logits = torch.mm(x_NP.to(dtype), negatives_KP.to(dtype).t()).to(x_NP.dtype) + offset_K
+    if mask_hits:
+        logits = logits.masked_fill(target_rows_N[:, None] == negative_rows_K[None, :], -math.inf)
+    return torch.logaddexp(torch.logsumexp(logits, dim=1), true_logits) - true_logits
+
+
+def full_losses(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[N] losses in nats over the whole vocabulary, differentiable; targets of -1 give 0."""
+    if dtype is None:
+        logits = torch.addmm(bias_V, x_NP, weight_VP.t())
+    else:
+        logits = torch.mm(x_NP.to(dtype), weight_VP.to(dtype).t()).to(x_NP.dtype) + bias_V
+    return F.cross_entropy(logits, targets_N, ignore_index=-1, reduction="none")
+
+
+@torch.no_grad()
+def full_losses_in_chunks(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor,
+                          dtype: torch.dtype | None = None) -> Tensor:
+    """[N] losses in nats over the whole vocabulary, for evaluation: memory is N * CHUNK; targets of -1 give 0."""
+    low = x_NP.dtype if dtype is None else dtype
+    x_low = x_NP.to(low)
+    total = torch.full_like(x_NP[:, 0], -math.inf)
+    for start in range(0, len(weight_VP), CHUNK):
+        stop = start + CHUNK
+        logits = torch.mm(x_low, weight_VP[start:stop].to(low).t()).to(x_NP.dtype) + bias_V[start:stop]
+        total = torch.logaddexp(total, torch.logsumexp(logits, dim=1))
+    safe = targets_N.clamp_min(0)
+    true = (x_NP * weight_VP[safe]).sum(dim=1) + bias_V[safe]
+    return torch.where(targets_N >= 0, total - true, 0.0)

@@ -1,0 +1,1 @@
+"""One training step, the loop around it, checkpoints, and the runner on Ray Train."""

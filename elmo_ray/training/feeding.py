@@ -1,0 +1,174 @@
+"""The loader thread: windows of streams become step inputs, a step ahead of training.
+
+Here the noise of a step is drawn (negatives, resets), ids are exchanged, and the touched rows of the tables are found,
+so that the training thread never waits for the host.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from elmo_ray.config import PretrainConfig
+from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader
+from elmo_ray.errors import ElmoRayError
+from elmo_ray.model.softmax import draw_negatives, log_expected_count
+from elmo_ray.training.exchange import Exchange, Flags, Gathered
+from elmo_ray.training.step import StepInput
+
+RESET_KEY = 0x7265736574
+"""Keeps the draws of resets apart from the others of the same (seed, step)."""
+
+
+@dataclass
+class Fed:
+    """A step's input, and what the loop must know with it. waited: seconds the training thread waited for it."""
+
+    batch: StepInput
+    cursors: StreamCursors
+    flags: Flags
+    replaced: int
+    waited: float = 0.0
+
+
+def reset_rows(reset: str | float, batch: Batch, streams: range, n_streams: int, seed: int, step: int) -> NDArray[np.bool_]:
+    """[B] rows that start this window from zero state (`train.reset`); the same for any number of workers."""
+    if reset == "never":
+        return np.zeros(len(streams), np.bool_)
+    if reset == "block":
+        return batch.new_block
+    random = np.random.Generator(np.random.Philox(key=[seed ^ RESET_KEY, step]))
+    return random.random(n_streams)[streams.start : streams.stop] < float(reset)
+
+
+class StepAssembler:
+    """Turns a worker's Batch into a StepInput: draws, exchange, rows."""
+
+    def __init__(self, config: PretrainConfig, n_words: int, streams: range, exchange: Exchange):
+        self.config, self.n_words, self.streams, self.exchange = config, n_words, streams, exchange
+        self.words = config.model.input == "words"
+        self.directions = 2 if config.model.bidirectional else 1
+        rows = -(-config.data.streams // exchange.world)
+        self.capacity = rows * config.train.unroll * self.directions * (2 if self.words else 1)
+
+    def __call__(self, batch: Batch, step: int, flags: Flags) -> tuple[StepInput, Flags]:
+        config = self.config
+        sampled = config.softmax.kind == "sampled"
+        drawn = []
+        if sampled:
+            drawn = [draw_negatives(config.run.seed, step, d, self.n_words, config.softmax.negatives)
+                     for d in range(self.directions)]
+        noise_hash = zlib.crc32(b"".join(n.ids.tobytes() for n in drawn))
+        inputs = batch.types.astype(np.int64) if self.words else np.zeros(0, np.int64)
+        # one fixed place for input ids, behind all targets: they touch other rows than targets do
+        ids = np.full(self.capacity, -1, np.int64)
+        ids[: batch.targets.size] = batch.targets.ravel()
+        if self.words:
+            ids[self.capacity // 2 : self.capacity // 2 + len(inputs)] = inputs
+        gathered = self.exchange.gather(ids, self.capacity, batch.positions, noise_hash, flags)
+        reset = reset_rows(config.train.reset, batch, self.streams, config.data.streams, config.run.seed, step)
+        result = StepInput(step, torch.from_numpy(batch.types), batch.type_classes, torch.from_numpy(batch.inputs),
+                           torch.from_numpy(batch.targets), torch.from_numpy(batch.lengths), torch.from_numpy(reset),
+                           gathered.positions)
+        if sampled:
+            self._add_rows(result, batch, drawn, gathered, inputs)
+        return result, gathered.flags
+
+    def _add_rows(self, result: StepInput, batch: Batch, drawn: list, gathered: Gathered, inputs: NDArray[np.int64]) -> None:
+        half = self.capacity // 2 if self.words else self.capacity
+        touched = [gathered.ids[:, :half].ravel(), *(n.ids for n in drawn)]
+        if self.words and self.config.softmax.tied:
+            touched.append(gathered.ids[:, half:].ravel())
+        rows = np.unique(np.concatenate(touched))
+        rows = rows[np.searchsorted(rows, 0) :]  # without the -1 of "no position"
+        precision = np.float64 if self.config.train.precision == "fp64" else np.float32
+        safe = np.maximum(batch.targets, 0)
+        counts = np.stack([log_expected_count(safe[d], n.tries, self.n_words) for d, n in enumerate(drawn)])
+        negative_ids = np.stack([n.ids for n in drawn])
+        negative_counts = np.stack([log_expected_count(n.ids, n.tries, self.n_words) for n in drawn])
+        result.rows = torch.from_numpy(rows)
+        result.target_rows = torch.from_numpy(np.minimum(np.searchsorted(rows, safe), len(rows) - 1))
+        result.target_log_count = torch.from_numpy(counts.astype(precision))
+        result.negative_rows = torch.from_numpy(np.searchsorted(rows, negative_ids))
+        result.negative_log_count = torch.from_numpy(negative_counts.astype(precision))
+        if self.words:
+            if not self.config.softmax.tied:
+                input_rows = np.unique(gathered.ids[:, half:])
+                rows = input_rows[np.searchsorted(input_rows, 0) :]
+                result.input_rows = torch.from_numpy(rows)
+            result.types = torch.from_numpy(np.searchsorted(rows, inputs))
+
+
+class Feeder:
+    """Runs loader and assembler in a thread, `ahead` steps before the training thread, and yields `Fed`.
+
+    flags: called in the thread for this rank's flags. An error of any rank comes out of the iterator on every rank.
+    """
+
+    def __init__(self, loader: StreamLoader, assembler: StepAssembler, steps: range, flags: Callable[[], Flags],
+                 device: torch.device, ahead: int = 2):
+        self.loader, self.assembler, self.steps, self.flags, self.device = loader, assembler, steps, flags, device
+        self._queue: queue.Queue[Fed | BaseException | None] = queue.Queue(maxsize=ahead)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="elmo-loader", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            for step in self.steps:
+                try:
+                    batch = self.loader.next_batch()
+                except ElmoRayError as error:
+                    # the others are waiting in the exchange: tell them before giving up
+                    exchange, capacity = self.assembler.exchange, self.assembler.capacity
+                    exchange.gather(np.zeros(0, np.int64), capacity, 0, 0, self.flags(), error)
+                    raise
+                result, flags = self.assembler(batch, step, self.flags())
+                if self.device.type == "cuda":
+                    result = _pinned(result).to(self.device)
+                self._put(Fed(result, batch.cursors, flags, self.loader.replaced))
+                if flags.stop or self._closed.is_set():
+                    break
+            self._put(None)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread must see it
+            self._put(error)
+        finally:
+            self.loader.close()
+
+    def _put(self, item: Fed | BaseException | None) -> None:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def __iter__(self) -> Iterator[Fed]:
+        self._thread.start()
+        try:
+            while True:
+                start = time.perf_counter()
+                item = self._queue.get()
+                if item is None:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                item.waited = time.perf_counter() - start
+                yield item
+        finally:
+            self._closed.set()
+            self._thread.join(timeout=30)
+
+
+def _pinned(batch: StepInput) -> StepInput:
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            setattr(batch, name, value.pin_memory())
+    return batch

@@ -1,0 +1,134 @@
+"""Optimizers: the dense part by torch's Adagrad or AdamW, the tables by Adagrad on the rows that a step touches.
+
+One global norm over everything decides the clip, as bilm-tf's `clip_by_global_norm`; a step whose norm is not finite
+changes nothing, decided on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from elmo_ray.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int) -> float:
+    """Rate of 0-based `step`: linear warm-up to `base`, then constant, or linear or cosine decay to base * final_ratio."""
+    schedule = config.schedule
+    if step < schedule.warmup_steps:
+        return base * (step + 1) / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return base
+    done = min(1.0, (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps))
+    left = 1.0 - done if schedule.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return base * (schedule.final_ratio + (1.0 - schedule.final_ratio) * left)
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """0-d norm of all gradients together."""
+    return torch.stack(torch._foreach_norm(gradients)).square_().sum().sqrt_()
+
+
+class Optimizer:
+    """Holds the slots. dense: name -> parameter, updated whole. tables: name -> [V, ...] tensor, updated by rows.
+
+    Row-sparse equals dense for Adagrad because a row without gradient does not move, so the tables keep Adagrad (with
+    `optim.table_lr`) when the dense part is trained by AdamW.
+    """
+
+    def __init__(self, config: OptimConfig, dense: Mapping[str, nn.Parameter], tables: Mapping[str, Tensor]):
+        self.config = config
+        self.dense = dict(dense)
+        self.tables = dict(tables)
+        self.accumulators = {name: torch.full_like(table, config.initial_accumulator) for name, table in tables.items()}
+        self.inner: torch.optim.Optimizer | None = None
+        if self.dense:
+            parameters = list(self.dense.values())
+            if config.name == "adagrad":
+                # fused: one pass over each tensor instead of five; torch has it for the CPU only
+                fused = parameters[0].device.type == "cpu"
+                self.inner = torch.optim.Adagrad(parameters, lr=config.lr, eps=0.0, fused=fused,
+                                                 initial_accumulator_value=config.initial_accumulator)
+            else:
+                self.inner = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+    def apply(self, dense_gradients: Mapping[str, Tensor], rows: Mapping[str, Tensor], row_gradients: Mapping[str, Tensor],
+              step: int, total_steps: int) -> tuple[Tensor, Tensor]:
+        """Clip by the global norm and update.
+
+        rows: table name -> [R] touched rows, or absent where row_gradients holds the whole table's gradient.
+        Returns the 0-d norm before the clip and the 0-d bool whether it was finite; nothing is updated where it was not.
+        """
+        norm = global_norm([*dense_gradients.values(), *row_gradients.values()])
+        finite = torch.isfinite(norm)
+        divisor = norm.clamp_min(self.config.clip_norm) / self.config.clip_norm
+        divisor = torch.where(finite, divisor, 1.0).to(torch.float32)
+        if self.inner is not None and dense_gradients:
+            self._update_dense(dense_gradients, divisor, finite, learning_rate(self.config, self.config.lr, step, total_steps))
+        table_lr = self.config.lr if self.config.table_lr is None else self.config.table_lr
+        rate = learning_rate(self.config, table_lr, step, total_steps)
+        with torch.no_grad():
+            for name, gradient in row_gradients.items():
+                g = torch.where(finite, gradient / divisor, 0.0)
+                self._update_rows(name, rows.get(name), g, rate)
+        return norm, finite
+
+    def _update_dense(self, gradients: Mapping[str, Tensor], divisor: Tensor, finite: Tensor, rate: float) -> None:
+        assert self.inner is not None
+        fused = bool(self.inner.param_groups[0].get("fused"))
+        for name, parameter in self.dense.items():
+            g = gradients[name]
+            # where there is no fused kernel to skip the update, gradients of zero do (Adagrad's rows do not move)
+            parameter.grad = g if fused else torch.where(finite, g / divisor, 0.0)
+        if fused:
+            self.inner.grad_scale = divisor  # type: ignore[attr-defined]
+            self.inner.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+        for group in self.inner.param_groups:
+            group["lr"] = rate
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+
+    def _update_rows(self, name: str, rows: Tensor | None, gradient: Tensor, rate: float) -> None:
+        table, accumulator = self.tables[name], self.accumulators[name]
+        if rows is None:
+            accumulator.addcmul_(gradient, gradient)
+            table.addcdiv_(gradient, accumulator.sqrt(), value=-rate)
+            return
+        slot = accumulator.index_select(0, rows).addcmul_(gradient, gradient)
+        accumulator.index_copy_(0, rows, slot)
+        table.index_copy_(0, rows, table.index_select(0, rows).addcdiv_(gradient, slot.sqrt_(), value=-rate))
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Slots by `<slot>.<parameter>`: `accumulator.*` for Adagrad, `exp_avg.*`, `exp_avg_sq.*`, `step.*` for AdamW."""
+        state = {f"accumulator.{name}": slot for name, slot in self.accumulators.items()}
+        for name, parameter in self.dense.items():
+            for slot, key in self._slots().items():
+                value = self._inner_state(parameter).get(key)
+                if value is not None:
+                    state[f"{slot}.{name}"] = value
+        return state
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Take slots as `state_tensors` gave them. Raises KeyError for a slot that is missing."""
+        for name in self.accumulators:
+            self.accumulators[name].copy_(state[f"accumulator.{name}"])
+        for name, parameter in self.dense.items():
+            target = self._inner_state(parameter)
+            for slot, key in self._slots().items():
+                value = state[f"{slot}.{name}"]
+                if key in target:
+                    target[key].copy_(value)
+                else:
+                    target[key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
+
+    def _slots(self) -> dict[str, str]:
+        if self.config.name == "adagrad":
+            return {"accumulator": "sum"}
+        return {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "step"}
+
+    def _inner_state(self, parameter: nn.Parameter) -> dict:
+        assert self.inner is not None
+        return self.inner.state[parameter]

@@ -1,0 +1,161 @@
+"""One training step: losses, gradients over all ranks, update, carried state.
+
+Shapes: D directions, B rows, T window, U distinct words, C characters, K negatives, R touched rows, P projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from elmo_ray.config import PretrainConfig
+from elmo_ray.model.bilm import TABLES, BiLM
+from elmo_ray.model.dropout import Dropout
+from elmo_ray.model.lstm import LstmState
+from elmo_ray.model.softmax import full_losses, sampled_losses
+from elmo_ray.training.optim import Optimizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+"""Of parameters, states and sums; bf16 is for the products only."""
+
+
+@dataclass
+class StepInput:
+    """All that a step needs, on the device.
+
+    types [U, C] (or [U] for word input: indices into `input_rows`, or ids with a full softmax), type_classes, inputs
+    [D, B, T], targets [D, B, T], lengths [B] as in `streams.Batch`; reset [B] rows that start from zero state;
+    positions: of all ranks in one direction, the divisor of the loss.
+    With a sampled softmax: rows [R] of the softmax table (all ranks have the same), target_rows [D, B, T] and
+    negative_rows [D, K] index into them, with the log expected counts of both; input_rows: rows of an untied word embedding.
+    """
+
+    step: int
+    types: Tensor
+    type_classes: tuple[tuple[int, int], ...]
+    inputs: Tensor
+    targets: Tensor
+    lengths: Tensor
+    reset: Tensor
+    positions: int
+    rows: Tensor | None = None
+    target_rows: Tensor | None = None
+    target_log_count: Tensor | None = None
+    negative_rows: Tensor | None = None
+    negative_log_count: Tensor | None = None
+    input_rows: Tensor | None = None
+
+    def to(self, device: torch.device) -> StepInput:
+        """A copy on `device`; from pinned memory the transfer does not wait."""
+        moved = {f.name: v.to(device, non_blocking=True) for f in fields(self)
+                 if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass
+class Gradients:
+    """Gradients of the mean loss over all ranks, times unroll. `tables`: of the touched rows, or of whole tables."""
+
+    dense: dict[str, Tensor]
+    tables: dict[str, Tensor]
+    rows: dict[str, Tensor]
+
+
+@dataclass
+class StepOutput:
+    """Everything stays on the device. loss_sums: [D] nats summed over this rank's positions."""
+
+    loss_sums: Tensor
+    norm: Tensor
+    finite: Tensor
+
+
+class TrainStep:
+    """The step with its model, optimizer and carried `state` (this worker's rows).
+
+    world > 1 needs torch.distributed to be initialised; ranks stay equal by construction (DESIGN.md 5).
+    """
+
+    def __init__(self, config: PretrainConfig, model: BiLM, rows: int, rank: int = 0, world: int = 1,
+                 total_steps: int = 1):
+        self.config, self.model, self.rank, self.world, self.total_steps = config, model, rank, world, total_steps
+        self.device = next(model.parameters()).device
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+        self.sampled = config.softmax.kind == "sampled"
+        tables = {name: p for name, p in model.named_parameters() if name in TABLES}
+        if self.sampled:
+            for parameter in tables.values():
+                parameter.requires_grad_(False)  # gradients are taken at copies of the touched rows
+        self.optimizer = Optimizer(config.optim, model.dense_parameters(), {n: p.detach() for n, p in tables.items()})
+        self.state = model.lstm.zero_state(rows, like=next(model.parameters()).detach())
+        self.forward: torch.nn.Module = model
+        if world > 1:
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(tables))
+            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            for tensor in tables.values():
+                dist.broadcast(tensor.detach(), src=0)  # DDP, which broadcasts the others, does not know the tables
+
+    def gradients(self, batch: StepInput) -> tuple[Gradients, Tensor, LstmState]:
+        """Forward and backward: gradients averaged over all positions of all ranks, [D] loss sums of this rank, new state."""
+        config, model = self.config, self.model
+        leaves: dict[str, Tensor] = {}
+        rows: dict[str, Tensor] = {}
+        if self.sampled:
+            for name, table in self.optimizer.tables.items():
+                index = batch.input_rows if name == "word_embedding" and not model.tied else batch.rows
+                assert index is not None
+                rows[name] = index
+                leaves[name] = table.index_select(0, index).requires_grad_()
+        dropout = None
+        if config.train.dropout > 0.0:
+            dropout = Dropout(config.train.dropout, config.run.seed, batch.step, self.rank, self.device)
+        x_DBTP, state = self.forward(batch.types, batch.type_classes, batch.inputs, self.state.zero_rows(batch.reset),
+                                     batch.lengths, dropout, self.dtype, leaves.get("word_embedding"))
+        sums = torch.stack([self._losses(batch, x_DBTP[d], d, leaves).sum() for d in range(model.directions)])
+        scale = config.train.unroll * self.world / (model.directions * max(1, batch.positions))
+        (sums.sum() * scale).backward()
+        dense = {name: _taken(p) for name, p in self.optimizer.dense.items()}
+        if self.sampled:
+            tables = {name: _taken(leaf) for name, leaf in leaves.items()}
+        else:
+            tables = {name: _taken(p) for name, p in model.named_parameters() if name in TABLES}
+        for gradient in tables.values():
+            if self.world > 1:
+                dist.all_reduce(gradient)
+                gradient /= self.world
+        return Gradients(dense, tables, rows), sums.detach(), state
+
+    def _losses(self, batch: StepInput, x_BTP: Tensor, direction: int, leaves: dict[str, Tensor]) -> Tensor:
+        """[B*T] losses in nats, 0 where there is no position."""
+        x_NP = x_BTP.flatten(0, 1)
+        targets_N = batch.targets[direction].flatten()
+        if not self.sampled:
+            bias = self.model.softmax_bias
+            assert bias is not None
+            return full_losses(x_NP, self.model.output_weight, bias, targets_N, self.dtype)
+        assert batch.target_rows is not None and batch.target_log_count is not None
+        assert batch.negative_rows is not None and batch.negative_log_count is not None
+        weight = leaves["word_embedding" if self.model.tied else "softmax_weight"]
+        losses = sampled_losses(x_NP, weight, leaves["softmax_bias"], batch.target_rows[direction].flatten(),
+                                batch.target_log_count[direction].flatten(), batch.negative_rows[direction],
+                                batch.negative_log_count[direction], self.dtype)
+        return torch.where(targets_N >= 0, losses, 0.0)
+
+    def run(self, batch: StepInput) -> StepOutput:
+        """A whole step. Where the gradient is not finite neither the parameters nor the state change."""
+        gradients, sums, state = self.gradients(batch)
+        norm, finite = self.optimizer.apply(gradients.dense, gradients.rows, gradients.tables, batch.step, self.total_steps)
+        self.state = LstmState(*(torch.where(finite, new, old) for new, old in zip(state, self.state, strict=True)))
+        return StepOutput(sums, norm, finite)
+
+
+def _taken(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    parameter.grad = None
+    return gradient
