@@ -1,3 +1,3 @@
-"""elmo_ray: trains, judges and exports ELMo bidirectional language models on Ray; `python -m elmo_ray` lists the verbs."""
+"""Trains, judges and exports ELMo bidirectional language models on Ray; `python -m elmo_ray` lists the verbs."""
 
 __version__ = "0.1.0"

@@ -1,13 +1,14 @@
 """From the command line to a configuration and back to an exit code; every verb's `main` is one call of `run_verb`.
 
-    def run(config: PretrainConfig, flags: Flags = Flags()) -> PretrainResult: ...
-    def main(argv: Sequence[str] | None = None) -> int:
-        return run_verb("pretrain", PretrainConfig, run, argv)
+def run(config: PretrainConfig, flags: Flags = Flags()) -> PretrainResult: ...
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_verb("pretrain", PretrainConfig, run, argv)
 """
 
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import logging
 import os
@@ -47,7 +48,7 @@ class Flags:
 
 @dataclass(frozen=True)
 class Positional:
-    """An argument without a key: its name in the usage line, and the key that it sets (a `many` one takes all that follow)."""
+    """An argument without a key: its name in the usage line and the key that it sets; `many` takes all that follow."""
 
     label: str
     key: str
@@ -56,7 +57,7 @@ class Positional:
 
 @dataclass(frozen=True)
 class Verb:
-    """What the command line of a verb looks like; `config` says whether CONFIG.yaml is required, optional or not taken."""
+    """What a verb's command line looks like; `config` says whether CONFIG.yaml is required, optional or not taken."""
 
     summary: str
     config: str = "optional"
@@ -84,7 +85,8 @@ VERBS: dict[str, Verb] = {
         positionals=(_SOURCE, Positional("OUT", "out")), flags=("json",),
     ),
     "report": Verb(
-        "tables and perplexity curves of runs", config="no", positionals=(Positional("RUN", "runs", many=True),), flags=("json",)
+        "tables and perplexity curves of runs",
+        config="no", positionals=(Positional("RUN", "runs", many=True),), flags=("json",),
     ),
 }  # fmt: skip
 
@@ -103,7 +105,7 @@ def run_verb(
 ) -> int:
     """Parses `argv` (default: the process's), runs the verb, prints its result; returns the exit code.
 
-    0: done; 2: a user's mistake, one line each on stderr; 130: interrupted. Other exceptions are defects and pass through.
+    0: done; 2: a user's mistake, one line each on stderr; 130: interrupted. Other exceptions are defects and go on.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
@@ -115,6 +117,8 @@ def run_verb(
     try:
         config, flags = parse(arguments, name, root)
         set_up_logging()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that has not our curve's characters
         result = run(config, flags)
         if isinstance(result, Result):
             print(result.summary(), flush=True)
@@ -132,7 +136,7 @@ def run_verb(
 
 
 def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Flags]:
-    """The configuration and the flags that the arguments of a verb say; raises ConfigError, one line for each mistake."""
+    """The configuration and the flags that a verb's arguments say; raises ConfigError, one line for each mistake."""
     verb = VERBS[name]
     words, values = _split(argv, name, verb)
     file: str | None = None
@@ -172,7 +176,7 @@ def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Fla
 def load_config(
     path: str | Path | None, overrides: Sequence[str], root: type[RootT], values: Mapping[str, Any] | None = None
 ) -> RootT:
-    """Defaults, then the YAML file, then dotted `values`, then `key.path=value`; ${NAME} in strings comes from the environment.
+    """Defaults, then the YAML file, dotted `values` and `key.path=value`; ${NAME} in strings is the environment's.
 
     Raises ConfigError with one line for each unknown key, bad value, contradiction or variable that is not set.
     """
@@ -204,7 +208,9 @@ def help_text(name: str, root: type[Root]) -> str:
     texts = {**_FLAG_HELP, "help": "print this text", "version": "print the version"}
     lines.extend(f"  --{flag:<10} {texts[flag]}" for flag in flags)
     sets = {place.key: place.label for place in verb.positionals}
-    lines.extend(["", "keys (in CONFIG.yaml, or as key.path=value):" if verb.config != "no" else "keys (as key=value):"])
+    lines.extend(
+        ["", "keys (in CONFIG.yaml, or as key.path=value):" if verb.config != "no" else "keys (as key=value):"]
+    )
     for key in keys(root):
         if verb.sections and key.name.split(".")[0] not in verb.sections:
             continue
@@ -318,7 +324,7 @@ def _override(tree: dict[str, Any], text: str, root: type[Root], known: Mapping[
 
 
 def _text(value: str, key: Key) -> Any:
-    """A path, glob or name as it stands, since `*.txt` and 2024 are no YAML strings; quotes, lists and null are still YAML's."""
+    """A path, glob or name as it stands, as `*.txt` and 2024 are no YAML strings; quotes and lists are still YAML."""
     if key.optional and value in ("null", "none", "~"):
         return None
     if value[0] in "[\"'":

@@ -1,6 +1,6 @@
-"""The settings of every verb: typed, frozen, strict; the same names in YAML, on the command line, in errors and in `--help`.
+"""The settings of every verb: typed, frozen, strict; the same names in YAML, overrides, errors and `--help`.
 
-A root class per verb (`PretrainConfig`, `PrepareConfig`, `EvaluateConfig`, `ExportConfig`, `ReportConfig`) is made of sections.
+A root class per verb (`PretrainConfig`, `PrepareConfig`, `EvaluateConfig`, ...) is made of sections.
 `Root.from_dict` and `to_dict` go to and from plain values; `command_line.load_config` reads YAML and overrides.
 """
 
@@ -14,9 +14,10 @@ from pydantic import Field, PlainValidator
 from elmo_ray.config_schema import Allowed, Duration, Globs, Int, Pairs, Root, Section
 
 __all__ = [
-    "CharCnnConfig", "ClusterConfig", "ComputeConfig", "DataConfig", "Duration", "EvalConfig", "EvaluateConfig", "ExportConfig",
-    "InitConfig", "LstmConfig", "ModelConfig", "OptimConfig", "PrepareConfig", "PretrainConfig", "ReportConfig", "RunConfig",
-    "SAMPLE", "ScheduleConfig", "SoftmaxConfig", "StorageConfig", "TaskConfig", "TextConfig", "TrainConfig",
+    "SAMPLE", "CharCnnConfig", "ClusterConfig", "ComputeConfig", "DataConfig", "Duration", "EvalConfig",
+    "EvaluateConfig", "ExportConfig", "InitConfig", "LstmConfig", "ModelConfig", "OptimConfig", "PrepareConfig",
+    "PretrainConfig", "ReportConfig", "RunConfig", "ScheduleConfig", "SoftmaxConfig", "StorageConfig", "TaskConfig",
+    "TextConfig", "TrainConfig",
 ]  # fmt: skip
 
 SAMPLE = "sample"  # data.train: the embedded corpus
@@ -55,7 +56,9 @@ class TextConfig(Section):
 
     path: ClassVar[str] = "data."
     test: Globs = Field((), description="test text, for evaluate")
-    prepared_dir: str | None = Field(None, description="index, unpacked shards, vocabulary; null: under run.storage_path")
+    prepared_dir: str | None = Field(
+        None, description="index, unpacked shards, vocabulary; null: under run.storage_path"
+    )
     block_bytes: Int = Field(131072, ge=4096, le=16 << 20, description="size of the blocks that text is read in")
     on_error: Literal["fail", "replace"] = Field("fail", description="what bytes that are not UTF-8 do")
 
@@ -65,7 +68,9 @@ class DataConfig(TextConfig):
     valid: Globs = Field((), description="held-out text for validation while training")
     vocab: str | None = Field(None, description="vocabulary file, one word a line; null: counted from data.train")
     streams: Int = Field(32, ge=1, le=1 << 20, description="rows of the global batch, dealt to the workers")
-    shuffle: Literal["blocks", "off"] = Field("blocks", description="order of an epoch: shuffled blocks, or files as listed")
+    shuffle: Literal["blocks", "off"] = Field(
+        "blocks", description="order of an epoch: shuffled blocks, or files as listed"
+    )
     holdout: float = Field(0.0, ge=0, lt=0.5, description="share of data.train's blocks set aside as validation text")
     min_count: Int = Field(1, ge=1, description="words seen less often are left out of a counted vocabulary")
     max_vocab: Int | None = Field(None, ge=4, description="most lines of a counted vocabulary; null: no limit")
@@ -85,7 +90,9 @@ class DataConfig(TextConfig):
 
 class CharCnnConfig(Section):
     path: ClassVar[str] = "model.char_cnn."
-    filters: Pairs = Field(((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), description="[width, count] of each convolution")
+    filters: Pairs = Field(
+        ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), description="[width, count] of each convolution"
+    )
     activation: Literal["relu", "tanh"] = Field("relu", description="after the maximum over positions")
     embedding_dim: Int = Field(16, ge=1, description="size of a character's vector")
     max_characters: Int = Field(50, ge=3, le=1000, description="ids of a word, its begin and end included")
@@ -124,7 +131,9 @@ class LstmConfig(Section):
 class ModelConfig(Section):
     path: ClassVar[str] = "model."
     bidirectional: bool = Field(True, description="false: the forward direction only")
-    input: Literal["characters", "words"] = Field("characters", description="words: a table of the vocabulary, no char CNN")
+    input: Literal["characters", "words"] = Field(
+        "characters", description="words: a table of the vocabulary, no char CNN"
+    )
     char_cnn: CharCnnConfig = CharCnnConfig()
     lstm: LstmConfig = LstmConfig()
 
@@ -144,8 +153,10 @@ class SoftmaxConfig(Section):
 
 class ScheduleConfig(Section):
     path: ClassVar[str] = "optim.schedule."
-    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate after the warm-up")
-    warmup_steps: Int = Field(0, ge=0, description="steps of linear rise from 0 to lr")
+    kind: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the learning rate after the warm-up"
+    )
+    warmup_steps: Int = Field(0, ge=0, description="steps of linear rise to lr")
     final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate as a part of lr")
 
     def _unused(self) -> dict[str, str]:
@@ -154,9 +165,13 @@ class ScheduleConfig(Section):
 
 class OptimConfig(Section):
     path: ClassVar[str] = "optim."
-    name: Literal["adagrad", "adamw"] = Field("adagrad", description="adagrad is the original's; adamw is for dense parameters")
+    name: Literal["adagrad", "adamw"] = Field(
+        "adagrad", description="adagrad is the original's; adamw is for dense parameters"
+    )
     lr: float = Field(0.2, gt=0, description="learning rate")
-    table_lr: float | None = Field(None, gt=0, description="of word tables, which keep Adagrad under adamw; null: 0.2")
+    table_lr: float | None = Field(
+        None, gt=0, description="of the word tables, which keep Adagrad under adamw; null: lr"
+    )
     clip_norm: float = Field(10.0, gt=0, description="bound of the global norm of all gradients")
     initial_accumulator: float = Field(1.0, gt=0, description="first value of Adagrad's sums of squares")
     weight_decay: float = Field(0.0, ge=0, description="of adamw")
@@ -165,14 +180,13 @@ class OptimConfig(Section):
     def _unused(self) -> dict[str, str]:
         if self.name == "adamw":
             return {}
-        why = "optim.name=adagrad does not use it; set optim.name=adamw or remove it"
-        return {"weight_decay": why, "table_lr": why}
+        return {"weight_decay": "optim.name=adagrad does not use it; set optim.name=adamw or remove it"}
 
 
 class TrainConfig(Section):
     path: ClassVar[str] = "train."
     unroll: Int = Field(20, ge=1, description="positions of a stream in a step: the window of backpropagation")
-    reset: Reset = Field(0.01, description="zero states never, at each block, or with this probability per stream and step")
+    reset: Reset = Field(0.01, description="when a stream starts from zero again (probability per step)")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the input of every LSTM layer and on the last output")
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="bf16: products only; fp64: for tests")
     duration: Duration = Field(Duration(10, "epochs"), description="how long to train")
@@ -201,7 +215,9 @@ class TaskConfig(Section):
 
 
 class ComputeConfig(TaskConfig):
-    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: a GPU for each worker where the cluster has them")
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="auto: a GPU for each worker where the cluster has them"
+    )
     threads: Int | None = Field(None, ge=1, description="torch threads of a worker; null: its share of the cores")
 
 
@@ -223,7 +239,9 @@ class InitConfig(Section):
     """Where weights come from; the key of `source` is `init.from`."""
 
     path: ClassVar[str] = "init."
-    source: str | None = Field(None, alias="from", description="SOURCE: run, checkpoint, bilm-tf save folder, or weights.hdf5")
+    source: str | None = Field(
+        None, alias="from", description="SOURCE: run, checkpoint, bilm-tf save folder, or weights.hdf5"
+    )
     options: str | None = Field(None, description="options.json of a weights.hdf5; null: the one beside it")
     vocab: str | None = Field(None, description="vocabulary of a bilm-tf save folder")
 
@@ -246,6 +264,13 @@ class PretrainConfig(Root):
             )
         if self.softmax.tied and self.model.input != "words":
             yield "softmax.tied=true needs model.input=words: there is no word table to share"
+
+    def _unused(self) -> dict[str, str]:
+        text = self.data.valid or self.data.holdout > 0 or self.data.train in ((), (SAMPLE,))
+        if text or self.train.validate_every is None:
+            return {}
+        why = "there is no validation text; set data.valid or data.holdout, or remove it"
+        return {"train.validate_every": why, "train.validate_positions": why}
 
     def required(self) -> dict[str, str]:
         return {} if self.data.train else {"data.train": "set it to a glob of text files, or to `sample`"}

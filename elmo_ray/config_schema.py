@@ -1,4 +1,4 @@
-"""What every configuration has: strict frozen sections, a table of keys, errors of one line each, and plain dicts in and out."""
+"""What every configuration has: strict frozen sections, a table of keys, errors of one line, plain dicts in and out."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Pairs = Annotated[tuple[tuple[Int, Int], ...], BeforeValidator(_as_tuple), Allow
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training: an amount of optimizer steps, epochs of the corpus, or positions (tokens plus sentences)."""
+    """A length of training: so many optimizer steps, epochs of the corpus, or positions (tokens plus sentences)."""
 
     amount: float
     unit: Literal["steps", "epochs", "positions"]
@@ -68,7 +68,7 @@ class Duration:
         return cls(amount, unit)  # type: ignore[arg-type]
 
     def steps(self, positions_per_step: int, positions_per_epoch: int) -> int:
-        """The number of optimizer steps, rounded up; `positions_per_step` counts all streams, `positions_per_epoch` the corpus."""
+        """As optimizer steps, rounded up; positions of a step are all streams', positions of an epoch the corpus's."""
         if self.unit == "steps":
             return math.ceil(self.amount)
         positions = self.amount * positions_per_epoch if self.unit == "epochs" else self.amount
@@ -174,7 +174,7 @@ class Root(Section):
 
     @classmethod
     def from_dict(cls: type[RootT], values: Mapping[str, Any]) -> RootT:
-        """From nested plain values, as YAML gives them; raises ConfigError with a line for each unknown key or bad value."""
+        """From nested plain values, as YAML gives them; raises ConfigError, a line for each bad key or value."""
         unknown, known = _known(cls, values)
         lines = [unknown_key(cls, name) for name in unknown]
         try:
@@ -287,7 +287,10 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
     text = words.get(annotation, str(annotation))
     signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
     limits = [
-        f"{sign} {getattr(item, name)}" for name, sign in signs for item in metadata if getattr(item, name, None) is not None
+        f"{sign} {getattr(item, name)}"
+        for name, sign in signs
+        for item in metadata
+        if getattr(item, name, None) is not None
     ]
     return f"{text} {' and '.join(limits)}" if limits and annotation in (int, float) else text
 

@@ -1,4 +1,4 @@
-"""YAML as people expect it: the scalars of YAML 1.2, duplicate keys refused, and a dumper that this reader reads back alike."""
+"""YAML as people expect it: the scalars of YAML 1.2, no duplicate keys, and a dumper whose output reads back alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from elmo_ray.errors import ConfigError
 _NULL = re.compile(r"^(?:~|null|Null|NULL|none|None|)$")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
-_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$")
+_FLOAT = re.compile(
+    r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+)
 _RESOLVERS = (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT))
 
 
@@ -75,7 +77,7 @@ _Dumper.add_representer(
 def parse_yaml(text: str, where: str) -> Any:
     """The value of one YAML document. `where` (a file or a key) begins the message of the ConfigError for a bad one."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         raise ConfigError(f"{where}{line}: {one_line(error.problem or error.context or 'not YAML')}") from None

@@ -19,3 +19,7 @@ class CheckpointError(ElmoRayError):
 
 class FormatError(ElmoRayError):
     """A weights, options or checkpoint file of another program has the wrong form."""
+
+
+class TrainingError(ElmoRayError):
+    """Training cannot go on: a loss or gradient is not finite, or checkpoints cannot be written."""

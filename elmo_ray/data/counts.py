@@ -3,8 +3,10 @@
 import collections
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 logger = logging.getLogger(__name__)
 
@@ -13,9 +15,9 @@ class WordCounter:
     """Counts of words, of at most `cap` distinct ones.
 
     When there are more, the counts of 1 are dropped, then those of 2 and so on until at most half of `cap` are left.
-    What is lost is bounded: a word's count is short by at most `max_missing`, the sum of the highest counts dropped each
-    time, so every word that occurs more often than that is there. Without a pruning all counts are exact. A word costs
-    some 170 bytes.
+    What is lost is bounded: a word's count is short by at most `max_missing`, the sum of the highest counts dropped
+    each time, so every word that occurs more often than that is there. Without a pruning all counts are exact. A word
+    costs some 170 bytes.
 
     pruned_entries: how many times a word was dropped (a word may come back and be dropped again).
     pruned_tokens:  the occurrences that were dropped with them.
@@ -44,6 +46,33 @@ class WordCounter:
         """Adds counts."""
         self.counts.update(counts)
         self._prune()
+
+    def subtract(self, words: Iterable[str]) -> None:
+        """Takes back one occurrence of each of `words` that is still counted."""
+        for word, number in collections.Counter(words).items():
+            left = self.counts.get(word, 0) - number
+            if left > 0:
+                self.counts[word] = left
+            else:
+                self.counts.pop(word, None)
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What `from_arrays` makes the counter of again: words ended by \\n in UTF-8, counts, and the other fields."""
+        words = "".join(f"{word}\n" for word in self.counts).encode()
+        return {
+            "words": np.frombuffer(words, dtype=np.uint8),
+            "word_counts": np.fromiter(self.counts.values(), dtype=np.int64, count=len(self.counts)),
+            "pruned": np.array([self.pruned_entries, self.pruned_tokens, self.max_missing], dtype=np.int64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], cap: int) -> "WordCounter":
+        """The counter that `to_arrays` was called on, with another cap."""
+        counter = cls(cap)
+        counter.pruned_entries, counter.pruned_tokens, counter.max_missing = arrays["pruned"].tolist()
+        words = arrays["words"].tobytes().decode().split("\n")[:-1]
+        counter.counts = collections.Counter(dict(zip(words, arrays["word_counts"].tolist(), strict=True)))
+        return counter
 
     def by_falling_count(self, min_count: int = 1, limit: int | None = None) -> list[tuple[str, int]]:
         """(word, count) for counts of `min_count` and more, at most `limit`; equal counts in the order of the words."""

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,10 @@ def encode_block(
     path: str = "text",
     offset: int = 0,
 ) -> EncodedBlock:
-    """Encodes whole lines of UTF-8; `path` and `offset` say where they stand, for the DataError of bytes that are no text."""
+    """Encodes whole lines of UTF-8.
+
+    `path` and `offset` say where they stand, for the DataError of bytes that are no text (see `decode`).
+    """
     text, replaced = decode(data, on_error, path, offset)
     encoded = encode_text(text, vocabulary, max_characters)
     return EncodedBlock(encoded.ids, encoded.lengths, encoded.unknown, replaced)
@@ -100,8 +103,8 @@ def thread_source(
     max_characters: int = 50,
     look_ahead: int = 8,
     on_error: OnError = "fail",
-) -> Iterator[EncodedBlock]:
-    """Encodes `blocks`, which may never end, in order in a background thread, at most `look_ahead` ahead of the consumer.
+) -> Generator[EncodedBlock, None, None]:
+    """Encodes `blocks`, which may never end, in order in a background thread, `look_ahead` ahead of the consumer.
 
     An error of the thread is raised by the consumer's `next` in its place in the order. Closing the generator, or
     dropping it, stops the thread and waits for it.

@@ -1,5 +1,6 @@
-"""One pass over the text of a shard: blocks and their sizes, word counts, and signs that it is not tokenised sentences."""
+"""One pass over the text of a shard: blocks and their sizes, word counts, signs that it is not tokenised sentences."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from elmo_ray.data import index_file
 from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.shards import Shard
 from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_size, line_start, split_lines
@@ -15,6 +17,7 @@ from elmo_ray.errors import DataError
 # A shard is scanned in segments of about this size, which may run at the same time. The cuts of blocks depend on it.
 SEGMENT_BYTES = 64 << 20
 LONG_LINE_WORDS = 250
+FORMAT_VERSION = 1
 _HASH_BYTES = 4 << 20
 
 
@@ -22,7 +25,7 @@ _HASH_BYTES = 4 << 20
 class Segment:
     """What the scan of one segment found. Lists have an entry per block; `counts` is None where words were not counted.
 
-    sha256 is of the whole file, and empty where the segment is not all of it.
+    size, mtime_ns, sha256: of the whole file; the hash is empty where the segment is not all of it.
     checked, joined: words looked at for signs of missing tokenisation, and those that have them.
     long_lines: lines of more than LONG_LINE_WORDS words; the longest is line `longest_line` (from 0, in the segment).
     """
@@ -31,7 +34,11 @@ class Segment:
     number: int
     size: int
     mtime_ns: int
+    block_bytes: int
+    segment_bytes: int = 0
+    version: int = 0
     sha256: str = ""
+    byte_order_mark: bool = False
     block_ends: list[int] = field(default_factory=list)
     block_positions: list[int] = field(default_factory=list)
     block_tokens: list[int] = field(default_factory=list)
@@ -44,10 +51,33 @@ class Segment:
     longest_line: int = 0
     counts: WordCounter | None = None
 
+    def pack(self) -> bytes:
+        """The segment as the bytes of an index file."""
+        blocks = {name: np.array(getattr(self, name), dtype=np.int64) for name in _BLOCK_LISTS}
+        fields = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        counts = self.counts.to_arrays() if self.counts is not None else {}
+        return index_file.pack({**fields, "counted": self.counts is not None}, {**blocks, **counts})
+
+    @classmethod
+    def unpack(cls, data: bytes, name: str, cap: int) -> "Segment":
+        """The segment that `pack` was called on; DataError, naming `name`, when the bytes are damaged."""
+        fields, arrays = index_file.unpack(data, name)
+        try:
+            counts = WordCounter.from_arrays(arrays, cap) if fields.pop("counted") else None
+            return cls(**fields, **{key: arrays[key].tolist() for key in _BLOCK_LISTS}, counts=counts)
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{name}: no index of a segment; delete it and run prepare again") from None
+
     @property
     def sentences(self) -> int:
         """Sentences of the segment."""
         return sum(self.block_positions) - sum(self.block_tokens)
+
+
+_BLOCK_LISTS = ("block_ends", "block_positions", "block_tokens", "block_characters")
+_PLAIN_FIELDS = tuple(
+    item.name for item in dataclasses.fields(Segment) if item.name not in _BLOCK_LISTS and item.name != "counts"
+)
 
 
 def segment_count(size: int) -> int:
@@ -55,9 +85,7 @@ def segment_count(size: int) -> int:
     return max(1, -(-size // SEGMENT_BYTES))
 
 
-def scan_shard(
-    path: str, block_bytes: int, on_error: OnError, cap: int | None = None
-) -> Iterator[Segment]:
+def scan_shard(path: str, block_bytes: int, on_error: OnError, cap: int | None = None) -> Iterator[Segment]:
     """Scans all segments of a file, one after the other."""
     for number in range(segment_count(file_size(path))):
         yield scan_segment(path, number, block_bytes, on_error, cap)
@@ -72,7 +100,9 @@ def scan_segment(path: str, number: int, block_bytes: int, on_error: OnError, ca
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            segment = Segment(path, number, status.st_size, status.st_mtime_ns)
+            segment = Segment(
+                path, number, status.st_size, status.st_mtime_ns, block_bytes, SEGMENT_BYTES, FORMAT_VERSION
+            )
             segment.counts = WordCounter(cap) if cap is not None else None
             start = line_start(file, number * SEGMENT_BYTES, status.st_size)
             end = line_start(file, (number + 1) * SEGMENT_BYTES, status.st_size)
@@ -108,7 +138,7 @@ def join_segments(path: str, source: str, segments: Sequence[Segment], sha256: s
         raise DataError(f"{path}: changed while it was read; run prepare again")
     lists = {
         name: np.array([value for segment in segments for value in getattr(segment, name)], dtype=np.int64)
-        for name in ("block_ends", "block_positions", "block_tokens", "block_characters")
+        for name in _BLOCK_LISTS
     }
     tokens = int(lists["block_tokens"].sum())
     return Shard(
@@ -133,6 +163,7 @@ def _scan_block(segment: Segment, offset: int, data: bytes, on_error: OnError) -
     if not segment.block_ends:
         segment.checked = len(words)
         segment.joined = sum(map(_is_joined, words))
+        segment.byte_order_mark = offset == 0 and text.startswith("\ufeff")
     _find_long_lines(segment, text)
     segment.replaced += replaced
     segment.block_ends.append(offset + len(data))

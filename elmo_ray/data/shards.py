@@ -2,18 +2,15 @@
 
 import glob
 import hashlib
-import io
-import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from elmo_ray.data import index_file
 from elmo_ray.data.text import OnError
 from elmo_ray.errors import ConfigError, DataError
 
@@ -176,17 +173,19 @@ class Corpus:
         arrays = {f"block_{name}": getattr(self, f"block_{name}") for name in _CORPUS_ARRAYS}
         for number, shard in enumerate(self.shards):
             arrays.update({f"shard{number}/{name}": getattr(shard, name) for name in _SHARD_ARRAYS})
-        write_npz(path, {"format_version": _FORMAT_VERSION, "shards": shards}, arrays)
+        index_file.write_aside(path, index_file.pack({"format_version": _FORMAT_VERSION, "shards": shards}, arrays))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Corpus":
         """Reads what `save` wrote; DataError when it is not such a file."""
-        fields, arrays = read_npz(path)
+        fields, arrays = index_file.read(path)
         try:
             if fields["format_version"] != _FORMAT_VERSION:
-                raise DataError(f"{path}: index format {fields['format_version']}, not {_FORMAT_VERSION}; prepare again")
+                raise DataError(
+                    f"{path}: index format {fields['format_version']}, not {_FORMAT_VERSION}; prepare again"
+                )
             shards = [
-                Shard(**shard, **{name: arrays[f"shard{number}/{name}"] for name in _SHARD_ARRAYS})
+                Shard(**{**shard, **{name: arrays[f"shard{number}/{name}"] for name in _SHARD_ARRAYS}})
                 for number, shard in enumerate(fields["shards"])
             ]
             return cls(shards, *(arrays[f"block_{name}"] for name in _CORPUS_ARRAYS))
@@ -235,32 +234,10 @@ def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
     return list(paths)
 
 
-def write_npz(path: str | os.PathLike[str], fields: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> None:
-    """Writes plain fields (as JSON) and arrays to a compressed .npz, aside and then renamed."""
-    target = Path(path)
-    buffer = io.BytesIO()
-    text = np.frombuffer(json.dumps(fields).encode(), dtype=np.uint8)
-    np.savez_compressed(buffer, allow_pickle=False, fields=text, **arrays)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    aside.write_bytes(buffer.getvalue())
-    os.replace(aside, target)
-
-
-def read_npz(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Reads what `write_npz` wrote; DataError for a missing or damaged file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        return json.loads(arrays.pop("fields").tobytes()), arrays
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such index; run prepare") from None
-    except Exception as error:  # zip, zlib, numpy and JSON each have errors of their own
-        raise DataError(f"{path}: damaged index ({error}); delete it and run prepare again") from None
-
-
 def _scramble(values: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """SplitMix64's output function: our own, so that a split never changes with a library's generator."""
-    mixed = values + np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+    """SplitMix64's output function of our own input, so that a split never changes with a library's generator."""
+    offset = np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    mixed = (values + offset) * np.uint64(0xD6E8FEB86659FD93)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

@@ -1,7 +1,8 @@
-"""Lines and bytes of text files: what a sentence is, where a file may be cut, what happens to bytes that are not text.
+"""Lines and bytes of text files: what a sentence is, where a file may be cut, what bytes that are no text become.
 
-A sentence is a line ended by \\n, \\r\\n or a lone \\r, and the rest after the last line end when it is not empty. Its words
-are what `str.split()` gives; no other character ends a line, and an empty line is a sentence of no words (BILM.md).
+A sentence is a line ended by \\n, \\r\\n or a lone \\r, or the rest after the last line end when it is not empty. Its
+words are what `str.split()` gives; no other character ends a line, and an empty line is a sentence of no words: so
+bilm-tf read text files.
 """
 
 import os
@@ -21,8 +22,8 @@ _READ_BYTES = 1 << 20
 def decode(data: bytes, on_error: OnError, path: str, offset: int) -> tuple[str, int]:
     """Decodes UTF-8 and counts what had to be replaced.
 
-    `data` stands at byte `offset` of `path` and begins at a line's start. With "fail", the first invalid sequence or NUL
-    raises a DataError with file and line; with "replace", each becomes U+FFFD.
+    `data` stands at byte `offset` of `path` and begins at a line's start. With "fail", the first invalid sequence or
+    NUL raises a DataError with file and line; with "replace", each becomes U+FFFD.
     """
     replaced = 0
     try:

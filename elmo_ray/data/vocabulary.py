@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from elmo_ray.data import index_file
 from elmo_ray.data.characters import encode_words, sentence_marker_rows
 from elmo_ray.errors import DataError
 
@@ -77,11 +78,8 @@ class Vocabulary:
         return cls((word for word in words if word != SKIPPED_WORD), path=os.path.abspath(name))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the words one a line, UTF-8; the file appears whole or not at all."""
-        target = Path(path)
-        aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        aside.write_bytes(self._content())
-        os.replace(aside, target)
+        """Writes the words one a line, UTF-8; the file appears whole or not at all (else DataError)."""
+        index_file.write_aside(path, self._content())
 
     @property
     def size(self) -> int:

@@ -99,14 +99,26 @@ class CharCnn(nn.Module):
         return x
 
     def _convolve(self, types_UN: Tensor, dtype: torch.dtype | None) -> Tensor:
-        low = self.embedding.dtype if dtype is None else dtype
-        x_UEN = F.embedding(types_UN.int(), self.embedding.to(low)).transpose(1, 2)
-        parts = []
-        for weight, bias in zip(self.filters, self.filter_biases, strict=True):
-            # bias and activation are monotone, so they may come after the maximum, on far fewer numbers
-            parts.append(F.conv1d(x_UEN, weight.to(low)).amax(dim=2).to(bias.dtype) + bias)
-        x = torch.cat(parts, dim=1)
+        widest, columns = self.widest, types_UN.shape[1]
+        if columns < self.config.max_characters:
+            # Words that leave `widest` columns of padding: the windows that begin at their ids and the first of padding
+            # alone hold every filter's maximum, so one product serves all filters, the narrow ones padded with zeros.
+            weight = torch.cat([F.pad(w, (0, widest - w.shape[2])) for w in self.filters])
+            x = self._windows(types_UN, widest, weight, dtype)
+        else:
+            x = torch.cat([self._windows(types_UN, w.shape[2], w, dtype) for w in self.filters], dim=1)
+        # bias and activation are monotone, so they may come after the maximum, on far fewer numbers
+        x = x + torch.cat(list(self.filter_biases))
         return torch.relu(x) if self.config.activation == "relu" else torch.tanh(x)
+
+    def _windows(self, types_UN: Tensor, width: int, weight_FEW: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """[U, F] maximum over all windows of `width` characters of their products with the filters."""
+        low = self.embedding.dtype if dtype is None else dtype
+        windows_UMW = types_UN.int().unfold(1, width, 1)
+        u, m, _ = windows_UMW.shape
+        x = F.embedding(windows_UMW, self.embedding.to(low)).view(u * m, width * self.config.embedding_dim)
+        product = torch.mm(x, weight_FEW.permute(2, 1, 0).reshape(-1, weight_FEW.shape[0]).to(low))
+        return product.view(u, m, -1).max(dim=1).values.to(self.embedding.dtype)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> Tensor:

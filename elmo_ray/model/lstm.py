@@ -33,13 +33,6 @@ class LstmState(NamedTuple):
         return LstmState(self.hidden.where(keep, 0.0), self.cell.where(keep, 0.0))
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Batched product in `dtype`, returned in the dtype of `a`; None multiplies as it is."""
-    if dtype is None:
-        return torch.bmm(a, b)
-    return torch.bmm(a.to(dtype), b.to(dtype)).to(a.dtype)
-
-
 class _Recurrence(torch.autograd.Function):
     """One layer over a window. Weight gradients are one product over all time steps instead of one a step."""
 
@@ -98,8 +91,9 @@ class _Recurrence(torch.autograd.Function):
         d_outputs = grads[0]
         d_gates = torch.empty_like(gates)
         d_raw = torch.empty_like(outputs)  # gradient of the projection's result before its clip
-        w_hidden_t = w_hidden.transpose(1, 2)
-        w_projection_t = None if w_projection is None else w_projection.transpose(1, 2)
+        # Copies, once a window: products of few rows with a transposed view run at a fraction of the speed on CPUs.
+        w_hidden_t = w_hidden.transpose(1, 2).contiguous()
+        w_projection_t = None if w_projection is None else w_projection.transpose(1, 2).contiguous()
         d_hidden: Tensor | None = None
         d_cell: Tensor | None = None
         sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
@@ -136,7 +130,7 @@ class _Recurrence(torch.autograd.Function):
         flat = d_gates.view(d, t * b, 4 * h)
         flat_low = flat.to(low)
         full = d_gates.dtype
-        d_x = torch.bmm(flat_low, w_input.transpose(1, 2)).to(full).view(d, t, b, -1) if ctx.needs_input_grad[0] else None
+        d_x = torch.bmm(flat_low, w_input.transpose(1, 2).contiguous()).to(full).view(d, t, b, -1) if ctx.needs_input_grad[0] else None
         d_w_input = torch.bmm(x_low.transpose(1, 2), flat_low).to(full)
         previous = torch.cat([hidden_DBP[:, None], outputs[:, :-1]], dim=1).view(d, t * b, p).to(low)
         d_w_hidden = torch.bmm(previous.transpose(1, 2), flat_low).to(full)

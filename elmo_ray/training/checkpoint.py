@@ -1,9 +1,9 @@
 """Checkpoints that prove that they are whole. Knows neither Ray nor torch.distributed.
 
-A checkpoint is a directory `step-00001000-attempt-001/`. Every rank writes its files aside, syncs and renames them, then its
-`part-RANK.json` (names, sizes, sha256). When all parts are there rank 0 writes `manifest.json`, last. A directory without a
-manifest that verifies is not a checkpoint, and readers take only files that the manifest names. Tensors are in safetensors
-files, nothing is ever pickled: a stranger's checkpoint can be wrong, but it cannot run code.
+A checkpoint is a directory `step-00001000-attempt-001/`. Every rank writes its files aside, syncs and renames them, and
+then its `part-RANK.json` (names, sizes, sha256). When all parts are there rank 0 writes `manifest.json`, last. A
+directory without a manifest that verifies is not a checkpoint, and readers take only files that the manifest names.
+Tensors are in safetensors files, nothing is pickled: a stranger's checkpoint can be wrong, but it cannot run code.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 def write_part(directory: PathLike, rank: int, tensors: Tensors, texts: Mapping[str, str]) -> None:
     """Write the files of one rank, then `part-RANK.json`; after an error nothing of this rank is left in `directory`.
 
-    `tensors` is file name -> tensor name -> tensor (any shape), `texts` is file name -> text. Raises OSError (disk full, no
-    permission, `directory` is a finished checkpoint) and ValueError (a name or dtype that no checkpoint can have).
+    `tensors` is file name -> tensor name -> tensor (any shape), `texts` is file name -> text. Raises OSError (disk
+    full, no permission, `directory` is a finished checkpoint) and ValueError (a name or dtype that none can have).
     """
     folder = Path(directory)
     names = [*tensors, *texts]
@@ -109,9 +109,10 @@ def write_part(directory: PathLike, rank: int, tensors: Tensors, texts: Mapping[
 def commit(directory: PathLike, world: int, manifest_fields: Mapping[str, Any], patience_s: float = 30.0) -> Checkpoint:
     """Rank 0, when all ranks have written: join the part manifests into `manifest.json`, the last file of a checkpoint.
 
-    `manifest_fields` are plain JSON values; `step` and `streams` (S) are required. Waits up to `patience_s` seconds for files
-    of other machines that a network file system does not show yet. Raises CheckpointError if a part or file is missing, two
-    ranks wrote the same file, or the stream files do not tile 0..S-1; OSError if the manifest cannot be written.
+    `manifest_fields` are plain JSON values; `step` and `streams` (S) are required. Waits up to `patience_s` seconds for
+    files of other machines that a network file system does not show yet. Raises CheckpointError if a part or file is
+    missing, two ranks wrote the same file, or the stream files do not tile 0..S-1; OSError if the manifest cannot be
+    written.
     """
     folder = Path(directory)
     deadline = time.monotonic() + patience_s
@@ -191,7 +192,7 @@ class CheckpointWriter:
         def run() -> None:
             try:
                 job()
-            except Exception as error:  # noqa: BLE001 - whatever happened to storage, training goes on
+            except Exception as error:  # whatever happened to storage, training goes on
                 self.error = error
                 self.state = "failed"
             else:
@@ -241,7 +242,7 @@ def prune(checkpoints_dir: PathLike, keep: int, protect: Iterable[PathLike] = ()
 
 
 def discard(directory: PathLike) -> None:
-    """Remove a checkpoint directory, finished or not; the manifest first, so that half of one is never taken for a whole."""
+    """Remove a checkpoint directory, finished or not; the manifest first, so that half is never taken for a whole."""
     folder = Path(directory)
     try:
         (folder / MANIFEST).unlink(missing_ok=True)

@@ -68,7 +68,7 @@ class Checkpoint:
         """All tensors of one safetensors file, in host memory."""
         with self._open(name) as handle:
             # Cloned: a tensor that is still mapped from the file would suffer when the file is pruned on NFS.
-            return {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+            return {key: handle.get_tensor(key).clone() for key in handle.keys()}
 
     def text(self, name: str) -> str:
         path = self._named(name)
@@ -81,7 +81,7 @@ class Checkpoint:
         return read_json(self._named(name))
 
     def stream_tensors(self, first: int, last_exclusive: int) -> dict[str, torch.Tensor]:
-        """Rows first..last_exclusive-1 of every tensor of the stream files (leading dimension = streams), whoever wrote them."""
+        """Rows first..last_exclusive-1 of every tensor of the stream files, whose leading dimension is streams."""
         if not 0 <= first < last_exclusive <= self.streams:
             raise CheckpointError(f"{self.path}: has streams 0..{self.streams - 1}, not {first}..{last_exclusive - 1}")
         pieces: dict[str, list[torch.Tensor]] = {}
@@ -145,7 +145,7 @@ def open_checkpoint(directory: PathLike, verify: bool = True) -> Checkpoint:
 
 
 def newest_checkpoint(checkpoints_dir: PathLike, verify: bool = True) -> Checkpoint | None:
-    """The newest checkpoint (by attempt, then step) that verifies, with a logged warning for each newer one that does not.
+    """The newest checkpoint (by attempt, then step) that verifies, with a logged warning for each newer one.
 
     None if nothing was ever committed. Raises CheckpointError if there are committed checkpoints and all are damaged:
     starting again from nothing must be the user's decision.

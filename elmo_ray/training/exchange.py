@@ -11,25 +11,23 @@ from numpy.typing import NDArray
 
 from elmo_ray.errors import DataError, ElmoRayError
 
-IDLE, WRITTEN, FAILED = 0, 1, 2
-"""States of a rank's part of a checkpoint, as sent."""
-
-
 @dataclass
 class Flags:
-    """One rank's flags, or all ranks' combined. stop: somebody asked to stop. parts: each rank's checkpoint state."""
+    """One rank's flags, or all ranks' combined. stop: somebody asked to stop.
+
+    parts: what became of each rank's part of a checkpoint: the number of the save when it is written, minus it when that
+    failed, 0 before. Numbered, because flags travel some steps ahead of training and may speak of an earlier save.
+    """
 
     stop: bool = False
     parts: list[int] = field(default_factory=list)
 
-    @property
-    def all_written(self) -> bool:
-        return bool(self.parts) and all(p == WRITTEN for p in self.parts)
+    def all_ended(self, save: int) -> bool:
+        """Whether every rank has ended its writing for this save, well or not."""
+        return bool(self.parts) and all(abs(p) == save for p in self.parts)
 
-    @property
-    def any_failed(self) -> bool:
-        """Whether all ranks have ended their writing and at least one failed."""
-        return bool(self.parts) and IDLE not in self.parts and FAILED in self.parts
+    def all_written(self, save: int) -> bool:
+        return bool(self.parts) and all(p == save for p in self.parts)
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Exchange:
                error: ElmoRayError | None = None) -> Gathered:
         """Share one step's ids (at most `capacity`), positions and flags; `noise_hash` must be equal on all ranks."""
         message = np.full(self.HEADER + capacity, -1, np.int64)
-        message[: self.HEADER] = [positions, noise_hash, flags.stop, flags.parts[0] if flags.parts else IDLE, error is not None]
+        message[: self.HEADER] = [positions, noise_hash, flags.stop, flags.parts[0] if flags.parts else 0, error is not None]
         message[self.HEADER : self.HEADER + len(ids)] = ids
         everything = message[None]
         if self.world > 1:

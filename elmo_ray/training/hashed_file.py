@@ -1,7 +1,7 @@
 """Files that are written aside, hashed on the way, synced and renamed; and the safetensors form written that way.
 
-safetensors' own writer takes a whole file as one byte string or leaves no place to hash: here a tensor's memory goes to the
-file in pieces, so that saving needs no second copy of a model. Reading is left to the safetensors library.
+safetensors' own writer takes a whole file as one byte string or leaves no place to hash: here a tensor's memory goes to
+the file in pieces, so that saving needs no second copy of a model. Reading is left to the safetensors library.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def is_file_name(name: object) -> bool:
 
 
 def finished_manifest(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`manifest` checked, as plain JSON values and with its own hash; raises CheckpointError or ValueError (not JSON)."""
+    """`manifest` checked, as plain JSON values, with its own hash; raises CheckpointError, ValueError if not JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(manifest, allow_nan=False))
     plain[_OWN_HASH] = _hash_of(plain)
     check_manifest(folder, plain)

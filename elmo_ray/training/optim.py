@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from elmo_ray.config import OptimConfig
 
+TABLE_LR = 0.2
+
 
 def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int) -> float:
     """Rate of 0-based `step`: linear warm-up to `base`, then constant, or linear or cosine decay to base * final_ratio."""
@@ -25,6 +27,13 @@ def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int)
     done = min(1.0, (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps))
     left = 1.0 - done if schedule.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return base * (schedule.final_ratio + (1.0 - schedule.final_ratio) * left)
+
+
+def table_rate(config: OptimConfig) -> float:
+    """Base rate of the tables, which keep Adagrad: `optim.table_lr`, or `optim.lr`, which with AdamW is not Adagrad's: 0.2."""
+    if config.table_lr is not None:
+        return config.table_lr
+    return config.lr if config.name == "adagrad" else TABLE_LR
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
@@ -68,8 +77,7 @@ class Optimizer:
         divisor = torch.where(finite, divisor, 1.0).to(torch.float32)
         if self.inner is not None and dense_gradients:
             self._update_dense(dense_gradients, divisor, finite, learning_rate(self.config, self.config.lr, step, total_steps))
-        table_lr = self.config.lr if self.config.table_lr is None else self.config.table_lr
-        rate = learning_rate(self.config, table_lr, step, total_steps)
+        rate = learning_rate(self.config, table_rate(self.config), step, total_steps)
         with torch.no_grad():
             for name, gradient in row_gradients.items():
                 g = torch.where(finite, gradient / divisor, 0.0)

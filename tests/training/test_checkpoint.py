@@ -406,7 +406,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=3), rehash=st.booleans(), cut=st.integers(0, 40))
+@given(st.dictionaries(st.sampled_from(KEYS), json_values, max_size=3), st.booleans(), st.integers(0, 40))
 def test_fuzzed_manifests_raise_only_our_error(
     stranger: Path, changes: dict[str, object], rehash: bool, cut: int
 ) -> None:

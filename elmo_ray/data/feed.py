@@ -1,0 +1,221 @@
+"""Blocks encoded by Ray Data tasks, in order: the source of `StreamLoader` for runs on a cluster.
+
+A rank calls `ray_source` in its own process. The blocks that it asks for are cut into segments; each segment is a small
+Ray Dataset with a task per group of blocks. One thread runs the segments one after another, so that a rank never has
+more than one data task at a time: a task that is held back by backpressure keeps its CPU, and if one rank could hold
+them all, the others would wait for their data and all ranks for each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import queue
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from elmo_ray.data.encode import EncodedBlock, load_block
+from elmo_ray.data.shards import Block
+from elmo_ray.data.text import OnError
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import DataError
+
+_SCHEMA = pa.schema(
+    [
+        ("ids", pa.binary()),
+        ("lengths", pa.binary()),
+        ("unknown", pa.binary()),
+        ("replaced", pa.int64()),
+        ("error", pa.string()),
+    ]
+)
+_TARGET_BLOCK_BYTES = 8 << 20
+_LOOK_AHEAD_GROUPS = 8
+
+
+class RaySource(Iterator[EncodedBlock]):
+    """Encodes blocks, which may never end, in order; `ray.init` must have been called. Work begins at once.
+
+    Data processes read the vocabulary from its path themselves and compare it with its hash. Two segments (in bytes of
+    text) at most are asked from `blocks` ahead of the consumer, one is encoded. An error in a block is raised as
+    DataError where that block would have come; `close` (or dropping the source) stops the thread and its tasks.
+    """
+
+    def __init__(
+        self, blocks: Iterable[Block], task: EncodeTask, data_cpus: float, segment_bytes: int, group_bytes: int
+    ) -> None:
+        self._max_characters = task.max_characters
+        self._tables: queue.Queue[pa.Table | BaseException | None] = queue.Queue(maxsize=_LOOK_AHEAD_GROUPS)
+        self._stop = threading.Event()
+        self._rows: Iterator[EncodedBlock] = iter(())
+        # The thread must not refer to `self`, or dropping the source would not stop it.
+        segments = _segments(blocks, segment_bytes, group_bytes)
+        arguments = (segments, task, data_cpus, self._tables, self._stop)
+        self._thread = threading.Thread(target=_fill, args=arguments, name="ray-source", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> EncodedBlock:
+        while True:
+            for block in self._rows:
+                return block
+            if self._stop.is_set():
+                raise StopIteration
+            item = self._tables.get()
+            if item is None:
+                self._stop.set()
+            elif isinstance(item, BaseException):
+                self._stop.set()
+                raise item
+            else:
+                self._rows = _decode(item, self._max_characters)
+
+    def close(self) -> None:
+        """Stop, and wait for the thread; the iterator is then at its end."""
+        self._stop.set()
+        self._rows = iter(())
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=30)
+
+    def __del__(self) -> None:
+        self._stop.set()
+
+
+def ray_source(
+    blocks: Iterable[Block],
+    vocabulary_path: str,
+    vocabulary_sha256: str,
+    max_characters: int = 50,
+    data_cpus: float = 0.25,
+    on_error: OnError = "fail",
+    segment_bytes: int = 64 << 20,
+    group_bytes: int = 1 << 20,
+) -> RaySource:
+    """Encode `blocks` in Ray Data tasks of `data_cpus` logical CPUs, one task at a time; see `RaySource`."""
+    task = EncodeTask(os.path.abspath(vocabulary_path), vocabulary_sha256, max_characters, on_error)
+    return RaySource(blocks, task, data_cpus, segment_bytes, group_bytes)
+
+
+def _fill(
+    segments: Iterator[list[list[Block]]],
+    task: EncodeTask,
+    data_cpus: float,
+    tables: queue.Queue[pa.Table | BaseException | None],
+    stop: threading.Event,
+) -> None:
+    """The thread of a source: tables of all segments, then None or the error that ended it."""
+
+    def put(item: pa.Table | BaseException | None) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                tables.put(item, timeout=0.1)
+                return
+
+    try:
+        for segment in segments:
+            with contextlib.closing(_run_segment(segment, task, data_cpus)) as results:
+                for table in results:
+                    put(table)
+                    if stop.is_set():
+                        return
+        put(None)
+    except BaseException as error:  # the consumer raises it
+        put(error)
+
+
+def _segments(blocks: Iterable[Block], segment_bytes: int, group_bytes: int) -> Iterator[list[list[Block]]]:
+    """Segments of groups of blocks, in order; each group and segment has at least one block."""
+    segment: list[list[Block]] = []
+    group: list[Block] = []
+    in_segment = in_group = 0
+    for block in blocks:
+        size = block.end - block.start
+        if group and in_group + size > group_bytes:
+            segment.append(group)
+            group, in_group = [], 0
+        if segment and in_segment + size > segment_bytes:
+            yield segment
+            segment, in_segment = [], in_group
+        group.append(block)
+        in_group += size
+        in_segment += size
+    if group:
+        segment.append(group)
+    if segment:
+        yield segment
+
+
+def _run_segment(segment: list[list[Block]], task: EncodeTask, data_cpus: float) -> Generator[pa.Table, None, None]:
+    """The tables of a segment's groups in order. Ray stops the tasks when this generator is closed."""
+    items = [{"blocks": json.dumps([[b.path, b.start, b.end, b.positions] for b in group])} for group in segment]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    context = dataset.context
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = _TARGET_BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A consumer may take hours over a segment; by default Ray gives up when nothing has moved for 30 minutes.
+    context.execution_no_progress_timeout_s = -1
+    encoded = dataset.map_batches(
+        task.encode, batch_size=None, batch_format="pyarrow", num_cpus=data_cpus, concurrency=1
+    )
+    for bundle in encoded.iter_internal_ref_bundles():
+        for reference in bundle.block_refs:
+            yield ray.get(reference)
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """What travels to the data processes: where the vocabulary is, and not the vocabulary."""
+
+    vocabulary_path: str
+    vocabulary_sha256: str
+    max_characters: int
+    on_error: OnError
+
+    def encode(self, batch: pa.Table) -> pa.Table:
+        """A row per block, up to the first that is in error, which has only the message."""
+        rows: list[dict[str, Any]] = []
+        try:
+            vocabulary = _vocabulary(self.vocabulary_path, self.vocabulary_sha256)
+            for fields in itertools.chain.from_iterable(map(json.loads, batch.column("blocks").to_pylist())):
+                block = load_block(Block(*fields), vocabulary, self.max_characters, self.on_error)
+                row = {name: getattr(block, name).tobytes() for name in ("ids", "lengths", "unknown")}
+                rows.append({**row, "replaced": block.replaced})
+        except DataError as error:
+            # As a row and not as an exception: it keeps its place in the order, and Ray neither retries nor logs it.
+            rows.append({"error": str(error)})
+        return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+@functools.lru_cache(maxsize=2)
+def _vocabulary(path: str, sha256: str) -> Vocabulary:
+    """Read once per data process: a closure with a big vocabulary would travel with every task."""
+    vocabulary = Vocabulary.read(path)
+    if vocabulary.sha256 != sha256:
+        raise DataError(f"{path}: the vocabulary has changed since the run was set up (sha256 {vocabulary.sha256:.12})")
+    return vocabulary
+
+
+def _decode(table: pa.Table, max_characters: int) -> Iterator[EncodedBlock]:
+    for row in range(table.num_rows):
+        message = table.column("error")[row].as_py()
+        if message is not None:
+            raise DataError(message)
+        # Copies: a view would keep the whole group in the object store as long as a stream needs one block of it.
+        ids, lengths = (_array(table, name, row, np.int32) for name in ("ids", "lengths"))
+        unknown = _array(table, "unknown", row, np.int16).reshape(-1, max_characters)
+        yield EncodedBlock(ids, lengths, unknown, table.column("replaced")[row].as_py())
+
+
+def _array(table: pa.Table, name: str, row: int, dtype: Any) -> Any:
+    return np.frombuffer(table.column(name)[row].as_buffer(), dtype).copy()

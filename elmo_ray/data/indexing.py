@@ -1,0 +1,198 @@
+"""The index of many files, kept on disk: what has been found out about a file is not found out again.
+
+The state of each segment of a file is one small file in `state/`, and counts as long as the text's size and time of
+change, the cut of the blocks, and what was asked (word counts or not) are the same.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elmo_ray.data import index_file, scan, unpack
+from elmo_ray.data.counts import WordCounter
+from elmo_ray.data.scan import LONG_LINE_WORDS, Segment, join_segments, segment_count
+from elmo_ray.data.shards import Corpus, Shard
+from elmo_ray.data.tasks import hash_task, perform, scan_task, unpack_task
+from elmo_ray.data.text import OnError, file_size
+from elmo_ray.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# Most distinct words that a task holds for its segment; beyond them the rarest are dropped (see WordCounter).
+SEGMENT_WORDS = 1_000_000
+_UNTOKENISED_SHARE = 0.04
+_PROGRESS_SECONDS = 10.0
+
+Task = dict[str, Any]
+Runner = Callable[[Sequence[Task]], Iterable[tuple[int, bytes]]]
+"""Does tasks in any order: yields (number of the task, its result). Raises DataError."""
+
+
+def run_here(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
+    """The runner of this process: one task after the other."""
+    for number, task in enumerate(todo):
+        yield number, perform(task)
+
+
+@dataclass
+class Findings:
+    """What is worth a warning in some files.
+
+    checked, joined: words of a sample, and those with punctuation stuck to them.
+    """
+
+    replaced: int = 0
+    checked: int = 0
+    joined: int = 0
+    long_lines: int = 0
+    longest_words: int = 0
+    longest_place: str = ""
+    marked_files: list[str] = field(default_factory=list)
+
+    def add(self, segment: Segment, source: str, first_line: int) -> None:
+        """Adds what a segment's scan found; `first_line` counts from 1."""
+        self.replaced += segment.replaced
+        self.checked += segment.checked
+        self.joined += segment.joined
+        self.long_lines += segment.long_lines
+        if segment.longest_words > self.longest_words:
+            self.longest_words = segment.longest_words
+            self.longest_place = f"{source}, line {first_line + segment.longest_line}"
+        if segment.byte_order_mark:
+            self.marked_files.append(source)
+
+    def warn(self, key: str) -> None:
+        """Logs a line for each kind of trouble; `key` says where the files were named."""
+        if self.checked and self.joined > _UNTOKENISED_SHARE * self.checked:
+            logger.warning(
+                "%s: punctuation sticks to %.0f %% of the words (as in `end.`): is the text tokenised?",
+                key,
+                100 * self.joined / self.checked,
+            )
+        if self.long_lines:
+            logger.warning(
+                "%s: %d lines have more than %d words (%s has %d): is it one sentence a line?",
+                key,
+                self.long_lines,
+                LONG_LINE_WORDS,
+                self.longest_place,
+                self.longest_words,
+            )
+        if self.replaced:
+            logger.warning("%s: %d invalid UTF-8 sequences or NULs become U+FFFD", key, self.replaced)
+        if self.marked_files:
+            logger.warning(
+                "%s: %d files begin with a byte order mark, which sticks to their first word (%s)",
+                key,
+                len(self.marked_files),
+                self.marked_files[0],
+            )
+
+
+class Indexer:
+    """Indexes files into `directory`, which has the folders `state` and `text`; `fresh` forgets what is known."""
+
+    def __init__(self, directory: Path, block_bytes: int, on_error: OnError, runner: Runner, fresh: bool = False):
+        self.directory = directory
+        self.block_bytes = block_bytes
+        self.on_error = on_error
+        self.runner = runner
+        self.fresh = fresh
+
+    def index(self, sources: Sequence[str], key: str, counter: WordCounter | None = None) -> tuple[Corpus, Findings]:
+        """Unpacks, scans and, for a `counter`, counts the words of files, which `key` named. Raises DataError.
+
+        Counts are merged in the order of the files: they do not depend on the runner even when words are dropped.
+        """
+        texts = [self._text(source) for source in sources]
+        self._perform(self.unpack_tasks(sources), f"unpacking shards of {key}", lambda task, result: None)
+        todo = self.scan_tasks(texts, counter is not None)
+        self._perform(todo, f"indexing {key}", lambda task, result: index_file.write_aside(self._state(task), result))
+        findings = Findings()
+        shards = [self._shard(*names, findings, counter) for names in zip(texts, sources, strict=True)]
+        findings.warn(key)
+        return Corpus.from_shards(shards), findings
+
+    def unpack_tasks(self, sources: Sequence[str]) -> list[Task]:
+        """The tasks that give every compressed file its text. DataError when the disk has no space for them."""
+        todo: list[Task] = []
+        for source in sources:
+            text = Path(self._text(source))
+            if text != Path(source) and (self.fresh or not unpack.is_unpacked(source, text)):
+                todo.append(unpack_task(source, str(text)))
+        if todo:
+            unpack.check_space([task["source"] for task in todo], self.directory)
+        return todo
+
+    def scan_tasks(self, texts: Sequence[str], count: bool) -> list[Task]:
+        """The tasks for what is not known yet about the texts, the hashes of large ones among them."""
+        todo: list[Task] = []
+        cap = SEGMENT_WORDS if count else None
+        for path in texts:
+            segments = segment_count(file_size(path))
+            wanted = [scan_task(path, number, self.block_bytes, self.on_error, cap) for number in range(segments)]
+            if segments > 1:
+                wanted.append(hash_task(path))
+            todo.extend(task for task in wanted if self.fresh or not self._is_known(task))
+        return todo
+
+    def _text(self, source: str) -> str:
+        packed = unpack.compression(source) is not None
+        return str(unpack.unpacked_path(source, self.directory / "text")) if packed else source
+
+    def _perform(self, todo: Sequence[Task], what: str, keep: Callable[[Task, bytes], None]) -> None:
+        if not todo:
+            return
+        started = told = time.monotonic()
+        for done, (number, result) in enumerate(self.runner(todo), start=1):
+            keep(todo[number], result)
+            if time.monotonic() - told > _PROGRESS_SECONDS and done < len(todo):
+                told = time.monotonic()
+                logger.info("%s: %d of %d parts in %.0f s", what, done, len(todo), told - started)
+        logger.info("%s: %d parts in %.1f s", what, len(todo), time.monotonic() - started)
+
+    def _state(self, task: Task) -> Path:
+        path = task["path"]
+        part = "sha256" if task["kind"] == "hash" else f"{task['number']:05d}"
+        name = f"{Path(path).stem}-{hashlib.sha256(path.encode()).hexdigest()[:12]}-{part}.npz"
+        return self.directory / "state" / name
+
+    def _is_known(self, task: Task) -> bool:
+        try:
+            fields = index_file.read_fields(self._state(task))
+            status = os.stat(task["path"])
+        except (DataError, OSError):
+            return False
+        if (fields.get("size"), fields.get("mtime_ns")) != (status.st_size, status.st_mtime_ns):
+            return False
+        if task["kind"] == "hash":
+            return True
+        return (
+            fields.get("version") == scan.FORMAT_VERSION
+            and fields.get("block_bytes") == self.block_bytes
+            and fields.get("segment_bytes") == scan.SEGMENT_BYTES
+            and (fields.get("counted", False) or task["cap"] is None)
+            and (not fields.get("replaced") or self.on_error == "replace")
+        )
+
+    def _shard(self, text: str, source: str, findings: Findings, counter: WordCounter | None) -> Shard:
+        segments = []
+        lines = 0
+        for number in range(segment_count(file_size(text))):
+            state = self._state(scan_task(text, number, self.block_bytes, self.on_error, None))
+            segment = Segment.unpack(index_file.read_bytes(state), str(state), SEGMENT_WORDS)
+            findings.add(segment, source, lines + 1)
+            lines += segment.sentences
+            if counter is not None and segment.counts is not None:
+                counter.merge(segment.counts)
+            segment.counts = None
+            segments.append(segment)
+        sha256 = None
+        if len(segments) > 1:
+            sha256 = index_file.read_fields(self._state(hash_task(text)))["sha256"]
+        return join_segments(text, source, segments, sha256)

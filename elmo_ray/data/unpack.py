@@ -1,0 +1,187 @@
+"""Compressed shards (.gz, .zst) to seekable text under the prepared folder."""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import socket
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from elmo_ray.errors import DataError
+
+_MAGIC = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd"}
+_READ_BYTES = 1 << 18
+# Left free on the disk, and how often that is looked at while unpacking.
+_SPARE_BYTES = 64 << 20
+_CHECK_BYTES = 64 << 20
+# Where a file does not say how much it unpacks to: English text shrinks to a third or a quarter.
+_USUAL_RATIO = 4
+
+
+def compression(path: str) -> str | None:
+    """ "gz", "zst", or None for plain text, by the file's first bytes.
+
+    Raises DataError when the file's name says otherwise (an empty or foreign file) or it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    suffix = path.rpartition(".")[2]
+    for kind, magic in _MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if suffix in _MAGIC:
+        raise DataError(f"{path}: is no .{suffix} file (it begins with {head!r}); rename or replace it")
+    return None
+
+
+def unpacked_path(source: str, directory: Path) -> Path:
+    """Where the text of a compressed shard goes: a name of its own for every source path."""
+    name = os.path.basename(source)
+    for kind in _MAGIC:
+        name = name.removesuffix(f".{kind}")
+    stem = name.removesuffix(".txt")
+    return directory / f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}.txt"
+
+
+def is_unpacked(source: str, target: Path) -> bool:
+    """Whether `target` is the whole text of `source` as it is now."""
+    try:
+        note = json.loads(_note(target).read_text("utf-8"))
+        status, text = os.stat(source), os.stat(target)
+    except (OSError, ValueError):
+        return False
+    return bool(note == _fields(status, text.st_size))
+
+
+def check_space(sources: Sequence[str], directory: Path) -> None:
+    """Raises DataError when the disk of `directory` has too little space for the texts of compressed `sources`."""
+    needed = sum(_estimate(source) for source in sources) + _SPARE_BYTES
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise DataError(
+            f"data.prepared_dir={directory}: {len(sources)} compressed shards need about {needed / 1e9:.1f} GB and "
+            f"{free / 1e9:.1f} GB are free; name a folder on a larger disk"
+        )
+
+
+def unpack(source: str, target: Path) -> int:
+    """Writes the text of `source` to `target`, whole or not at all; returns its bytes.
+
+    Raises DataError for a damaged or truncated file and for a full disk.
+    """
+    prefix = f".{target.name}.{socket.gethostname()}."
+    for stale in target.parent.glob(f"{prefix}*.part"):
+        # A run that was killed could not remove its piece, which may be large.
+        if not _is_alive(stale.name.removeprefix(prefix).removesuffix(".part")):
+            stale.unlink(missing_ok=True)
+    aside = target.with_name(f"{prefix}{os.getpid()}.part")
+    try:
+        status = os.stat(source)
+        size = 0
+        since_check = _CHECK_BYTES
+        with open(source, "rb") as packed, open(aside, "wb") as text:
+            for piece in _pieces(packed, source):
+                if since_check >= _CHECK_BYTES:
+                    since_check = 0
+                    _check_free(target, source)
+                text.write(piece)
+                size += len(piece)
+                since_check += len(piece)
+            text.flush()
+            os.fsync(text.fileno())
+        os.replace(aside, target)
+        _note(target).write_text(json.dumps(_fields(status, size)), "utf-8")
+    except OSError as error:
+        raise DataError(f"{source}: cannot be unpacked to {target.parent} ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+    return size
+
+
+def _pieces(packed: BinaryIO, source: str) -> Iterator[bytes]:
+    pieces = _zst_pieces(packed, source) if compression(source) == "zst" else _gz_pieces(packed)
+    try:
+        yield from pieces
+    except EOFError:
+        raise DataError(f"{source}: is truncated; get the whole file again") from None
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{source}: is damaged ({error}); get the file again") from None
+
+
+def _gz_pieces(packed: BinaryIO) -> Iterator[bytes]:
+    with gzip.open(packed, "rb") as text:
+        while piece := text.read(_READ_BYTES):
+            yield piece
+
+
+def _zst_pieces(packed: BinaryIO, source: str) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(f"{source}: needs the package zstandard (pip install zstandard)") from None
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame = decompressor.decompressobj()
+    data = packed.read(_READ_BYTES)
+    try:
+        while data:
+            yield frame.decompress(data)
+            data = frame.unused_data
+            if frame.eof and (data or (data := packed.read(_READ_BYTES))):
+                frame = decompressor.decompressobj()
+            elif not frame.eof and not (data := packed.read(_READ_BYTES)):
+                raise EOFError
+    except zstandard.ZstdError as error:
+        raise DataError(f"{source}: is damaged ({error}); get the file again") from None
+
+
+def _estimate(source: str) -> int:
+    size = os.path.getsize(source)
+    guess = size * _USUAL_RATIO
+    with open(source, "rb") as packed:
+        if compression(source) == "zst":
+            with contextlib.suppress(Exception):  # only a guess: what is wrong with the file shows when it is unpacked
+                import zstandard
+
+                stated = zstandard.get_frame_parameters(packed.read(18)).content_size
+                return stated if 0 < stated < 1 << 60 else guess
+            return guess
+        packed.seek(max(0, size - 4))
+        # The length field of the last member, modulo 2**32: noise in a truncated file.
+        stated = int.from_bytes(packed.read(4), "little")
+    return stated if size <= stated <= 10 * size else guess
+
+
+def _check_free(target: Path, source: str) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < _SPARE_BYTES + _CHECK_BYTES:
+        raise DataError(
+            f"{source}: the disk of {target.parent} is full while unpacking; set data.prepared_dir to a larger one"
+        )
+
+
+def _note(target: Path) -> Path:
+    return target.with_suffix(".unpacked.json")
+
+
+def _fields(source: os.stat_result, text_bytes: int) -> dict[str, int]:
+    return {"source_size": source.st_size, "source_mtime_ns": source.st_mtime_ns, "text_size": text_bytes}
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:
+        return True
+    return True

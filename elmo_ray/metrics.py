@@ -1,0 +1,189 @@
+"""A run's metrics: one JSONL file for each attempt, which the console line, TensorBoard and `report` are fed from.
+
+A record is a flat mapping with `kind` ("train" or "valid"), `step` (optimizer steps done), `time` (seconds since 1970),
+and numbers: `epoch` (fractional), `positions` (trained on so far), `loss` (nats per position: mean over directions),
+`loss_forward`, `loss_backward`, `perplexity`, `perplexity_forward`, `perplexity_backward` (exp of those; the backward
+ones are None for a forward-only model), and for "train" `grad_norm`, `lr`, `positions_per_second`, `data_wait` (share
+of a step's time that waited for text). Numbers that are not finite are written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from elmo_ray.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+_FILE = re.compile(r"^attempt-(\d+)\.jsonl$")
+
+Record = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends records to RUN/metrics/attempt-AAA.jsonl, then to RUN/tensorboard where TensorBoard is installed.
+
+    The line is on its way to the disk when `write` returns, so that a crash loses at most the line being written.
+    """
+
+    def __init__(self, directory: str | Path, attempt: int, tensorboard: bool = True) -> None:
+        folder = Path(directory) / "metrics"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"attempt-{attempt:03d}.jsonl"
+        _end_torn_line(self.path)
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)
+        self._board = _summary_writer(Path(directory) / "tensorboard") if tensorboard else None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """`record` has `kind` and `step`; `time` is added where it lacks."""
+        plain = {name: _number(value) for name, value in {"time": time.time(), **record}.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        if self._board is None:
+            return
+        for name, value in plain.items():
+            if name not in ("kind", "step", "time") and isinstance(value, int | float):
+                self._board.add_scalar(f"{plain['kind']}/{name}", value, plain["step"], walltime=plain["time"])
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: str | Path) -> list[Record]:
+    """All records of a run by step; where attempts overlap, the newest one's. DataError if there is no metrics file.
+
+    A last line without an end, left by a crash, is skipped; any other line that is no record is a DataError.
+    """
+    folder = Path(run_dir) / "metrics"
+    names = os.listdir(folder) if folder.is_dir() else []
+    attempts = sorted((int(match[1]), match[0]) for match in map(_FILE.match, names) if match)
+    if not attempts:
+        raise DataError(f"{folder}: no attempt-*.jsonl; is {run_dir} a run?")
+    newest: dict[tuple[str, int], Record] = {}
+    for _, name in attempts:
+        records = _read_file(folder / name)
+        # What an earlier attempt did after the checkpoint from which this one went on has been undone.
+        first: dict[str, int] = {}
+        for record in records:
+            first[record["kind"]] = min(record["step"], first.get(record["kind"], record["step"]))
+        newest = {(kind, step): r for (kind, step), r in newest.items() if kind not in first or step < first[kind]}
+        newest.update({(record["kind"], record["step"]): record for record in records})
+    return sorted(newest.values(), key=lambda record: (record["step"], record["kind"]))
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats, infinity beyond what a float holds."""
+    return math.exp(loss) if loss < 709.0 else math.inf
+
+
+def console_line(record: Mapping[str, Any], total_steps: int) -> str:
+    """One line for a person: step, epoch, loss, perplexities, speed and the time left at that speed.
+
+    The time left needs `positions_per_second`, and `positions` and `step` for the mean positions of a step.
+    """
+    width = len(str(total_steps))
+    backward = record.get("perplexity_backward")
+    parts = [
+        f"step {record['step']:>{width}}/{total_steps}",
+        f"epoch {record['epoch']:.2f}" if record.get("epoch") is not None else "",
+        "held-out" if record["kind"] == "valid" else "",
+        f"loss {_show(record.get('loss'), '.4f')}",
+        f"perplexity forward {_show(record.get('perplexity_forward'), '.1f')}"
+        + (f" backward {_show(backward, '.1f')}" if "perplexity_backward" in record else ""),
+    ]
+    if record["kind"] == "train":
+        speed = record.get("positions_per_second")
+        wait = record.get("data_wait")
+        parts.append(f"{speed:,.0f} positions/s" if speed else "")
+        parts.append(f"waits {wait:.0%}" if wait is not None and wait >= 0.05 else "")
+        left = _seconds_left(record, total_steps)
+        parts.append(f"{clock(left)} left" if left is not None else "")
+    return "  ".join(part for part in parts if part)
+
+
+def clock(seconds: float) -> str:
+    """3723 as 1h02m, 75 as 1m15s, 8 as 8s."""
+    whole = max(0, round(seconds))
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def _seconds_left(record: Mapping[str, Any], total_steps: int) -> float | None:
+    speed, positions, step = record.get("positions_per_second"), record.get("positions"), record["step"]
+    if not speed or not positions or not step:
+        return None
+    return float((total_steps - step) * (positions / step) / speed)
+
+
+def _show(value: Any, form: str) -> str:
+    if not isinstance(value, int | float):
+        return "-"
+    return format(value, form) if abs(value) < 1e7 else format(value, ".3g")
+
+
+def _number(value: Any) -> Any:
+    """JSON has no infinity, and numpy's and torch's scalars are not its numbers."""
+    if hasattr(value, "item") and not isinstance(value, str | int | float):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _end_torn_line(path: Path) -> None:
+    """An attempt that goes on in the same file must not append to half a line."""
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb+") as file:
+            data = file.read()
+            if not data.endswith(b"\n"):
+                file.truncate(data.rfind(b"\n") + 1)
+
+
+def _read_file(path: Path) -> list[Record]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    records: list[Record] = []
+    if lines.pop():
+        _LOG.info("%s line %d has no end and is skipped", path, len(lines) + 1)
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            kind, step = record["kind"], record["step"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path} line {number}: not a record of metrics") from None
+        if not isinstance(kind, str) or not isinstance(step, int):
+            raise DataError(f"{path} line {number}: not a record of metrics")
+        records.append(record)
+    return records
+
+
+def _summary_writer(folder: Path) -> Any:
+    """torch's writer, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))

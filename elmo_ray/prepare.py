@@ -1,0 +1,328 @@
+"""`prepare`: counts, indexes and checks a corpus; writes vocab.txt; unpacks .gz and .zst; gathers the sample corpus.
+
+    python -m elmo_ray.prepare CONFIG.yaml [key.path=value ...] [--fresh] [--dry-run] [--json FILE]
+
+What it finds out about a file is kept under data.prepared_dir and found out again only when the file, or what is asked
+about it, has changed; so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elmo_ray.command_line import Flags, run_verb
+from elmo_ray.config import SAMPLE, ClusterConfig, DataConfig, PrepareConfig, PretrainConfig
+from elmo_ray.data import index_file, sample
+from elmo_ray.data.counts import WordCounter
+from elmo_ray.data.encode import read_block
+from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, run_here
+from elmo_ray.data.shards import Corpus, expand_paths, shard_fields
+from elmo_ray.data.tasks import perform_rows
+from elmo_ray.data.text import OnError, decode
+from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_WORDS, Vocabulary
+from elmo_ray.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# Most distinct words held for the corpus, some 0.7 GB; beyond them the rarest are dropped (see WordCounter).
+CORPUS_WORDS = 4_000_000
+# Less work than this, in bytes of text, is done in this process: it takes less time than Ray needs to start.
+SMALL_BYTES = 8 << 20
+# Tasks in one Dataset: every task is an object that this process makes.
+_DATASET_TASKS = 1000
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """A corpus that is ready for training.
+
+    vocabulary_path: data.vocab, or the vocab.txt counted from the training text; `counted` tells which.
+    train, valid, test: None where no text is named. With data.holdout, `valid` is those blocks of data.train.
+    pruned_words, pruned_tokens, max_missing: what counting in bounded memory lost, all 0 if exact (see WordCounter).
+    replaced: invalid sequences and NULs that data.on_error=replace turns into U+FFFD.
+    """
+
+    prepared_dir: Path
+    vocabulary_path: Path
+    vocabulary_sha256: str
+    vocabulary_size: int
+    counted: bool
+    train: Corpus
+    valid: Corpus | None
+    test: Corpus | None
+    pruned_words: int = 0
+    pruned_tokens: int = 0
+    max_missing: int = 0
+    replaced: int = 0
+
+    @property
+    def corpora(self) -> dict[str, Corpus]:
+        """The texts that there are, by the names train, valid and test."""
+        named = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: corpus for name, corpus in named.items() if corpus is not None}
+
+    def summary(self) -> str:
+        """A table of the texts, and the vocabulary."""
+        lines = [f"{'text':<6}{'files':>7}{'blocks':>9}{'sentences':>13}{'tokens':>15}{'characters':>16}"]
+        for name, corpus in self.corpora.items():
+            files = len(set(corpus.block_shard.tolist()))
+            lines.append(
+                f"{name:<6}{files:>7,}{len(corpus):>9,}{corpus.sentences:>13,}{corpus.tokens:>15,}{corpus.characters:>16,}"
+            )
+        lines.append(f"vocabulary: {self.vocabulary_size:,} words in {self.vocabulary_path}")
+        if self.max_missing:
+            lines.append(
+                f"counting dropped rare words {self.pruned_words:,} times ({self.pruned_tokens:,} tokens): "
+                f"a count may be short by {self.max_missing:,} at most"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain values; of each text its shards, sums and fingerprint."""
+        texts = {
+            name: {
+                "blocks": len(corpus),
+                "positions": corpus.positions,
+                "sentences": corpus.sentences,
+                "tokens": corpus.tokens,
+                "characters": corpus.characters,
+                "fingerprint": corpus.fingerprint,
+                "shards": [shard_fields(shard) for shard in corpus.shards],
+            }
+            for name, corpus in self.corpora.items()
+        }
+        return {
+            "prepared_dir": str(self.prepared_dir),
+            "vocabulary": {
+                "path": str(self.vocabulary_path),
+                "size": self.vocabulary_size,
+                "sha256": self.vocabulary_sha256,
+                "counted": self.counted,
+                "pruned_words": self.pruned_words,
+                "pruned_tokens": self.pruned_tokens,
+                "max_missing": self.max_missing,
+            },
+            "replaced": self.replaced,
+            **texts,
+        }
+
+
+@dataclass(frozen=True)
+class PreparePlan:
+    """What `prepare` would do: files by text, tasks that are not done yet, and the bytes they read."""
+
+    files: dict[str, int]
+    tasks: int
+    bytes_to_read: int
+
+    def summary(self) -> str:
+        """One line a text, and the work."""
+        lines = [f"data.{name}: {count:,} files" for name, count in self.files.items()]
+        return "\n".join([*lines, f"to do: {self.tasks:,} tasks that read {self.bytes_to_read / 1e6:,.1f} MB"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return {"files": self.files, "tasks": self.tasks, "bytes_to_read": self.bytes_to_read}
+
+
+def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
+    """Prepares the texts of data.train, data.valid and data.test, and the vocabulary.
+
+    Writes only under data.prepared_dir: vocab.txt, {train,valid,test}.npz (`Corpus.load`), prepare.json, and what it
+    knows of each file, which `fresh` forgets. Ray Data does the work, a segment of a file a task; with
+    cluster.workers=0 or little to do, this process. Raises ConfigError and DataError.
+    """
+    data = config.data
+    directory = prepared_dir(config.run.storage_path, data.prepared_dir)
+    given = Vocabulary.read(data.vocab) if data.vocab is not None else None
+    counter = WordCounter(CORPUS_WORDS) if given is None else None
+    indexer = Indexer(directory, data.block_bytes, data.on_error, _runner(config.cluster), fresh)
+    corpora: dict[str, Corpus] = {}
+    findings: list[Findings] = []
+    for name, paths in _files(data, directory).items():
+        corpora[name], found = indexer.index(paths, f"data.{name}", counter if name == "train" else None)
+        findings.append(found)
+    train = corpora["train"]
+    if not train.tokens:
+        raise DataError(f"data.train={','.join(data.train)}: no words in {len(train.shards)} files")
+    if data.holdout:
+        train, corpora["valid"] = train.split(data.holdout, config.run.seed)
+        if counter is not None:
+            _take_back(counter, corpora["valid"], data.on_error)
+
+    if given is not None:
+        vocabulary, path = given, Path(os.path.abspath(str(data.vocab)))
+    else:
+        vocabulary, path = _write_vocabulary(counter or WordCounter(0), data, directory)
+    result = PrepareResult(
+        prepared_dir=directory,
+        vocabulary_path=path,
+        vocabulary_sha256=vocabulary.sha256,
+        vocabulary_size=vocabulary.size,
+        counted=given is None,
+        train=train,
+        valid=corpora.get("valid"),
+        test=corpora.get("test"),
+        pruned_words=counter.pruned_entries if counter else 0,
+        pruned_tokens=counter.pruned_tokens if counter else 0,
+        max_missing=counter.max_missing if counter else 0,
+        replaced=sum(found.replaced for found in findings),
+    )
+    for name, corpus in result.corpora.items():
+        corpus.save(directory / f"{name}.npz")
+    index_file.write_aside(directory / "prepare.json", (json.dumps(result.to_dict(), indent=1) + "\n").encode())
+    return result
+
+
+def plan(config: PretrainConfig) -> PreparePlan:
+    """What `run` would do; compressed files that are not unpacked count with their compressed size."""
+    data = config.data
+    directory = prepared_dir(config.run.storage_path, data.prepared_dir)
+    indexer = Indexer(directory, data.block_bytes, data.on_error, run_here)
+    files = _files(data, directory)
+    todo: list[Task] = []
+    for name, paths in files.items():
+        packed = indexer.unpack_tasks(paths)
+        texts = [path for path in paths if path not in {task["source"] for task in packed}]
+        todo.extend([*packed, *indexer.scan_tasks(texts, name == "train" and data.vocab is None)])
+    return PreparePlan({name: len(paths) for name, paths in files.items()}, len(todo), _bytes_of(todo))
+
+
+def index_texts(globs: Sequence[str], key: str, directory: Path, block_bytes: int, on_error: OnError) -> Corpus:
+    """Indexes texts in this process, without counting words: for evaluation text, which is small.
+
+    `directory` is one of `prepared_dir`; ("sample",) is the sample corpus's test text. Errors name `key`.
+    """
+    if tuple(globs) == (SAMPLE,):
+        paths = list(sample.gather(directory / "sample").test)
+    else:
+        paths = expand_paths(globs, key)
+    return Indexer(directory, block_bytes, on_error, run_here).index(paths, key)[0]
+
+
+def prepared_dir(storage_path: str, configured: str | None) -> Path:
+    """The folder of data.prepared_dir, by default `prepared` in run.storage_path: absolute, and made if need be."""
+    directory = Path(os.path.abspath(os.path.expanduser(configured or os.path.join(storage_path, "prepared"))))
+    try:
+        for name in ("state", "text"):
+            (directory / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"data.prepared_dir={directory}: cannot be made ({error.strerror})") from None
+    return directory
+
+
+def _files(data: DataConfig, directory: Path) -> dict[str, list[str]]:
+    """The files of each text that is named; a sample corpus brings its own valid and test text where none is."""
+    globs = {"train": data.train, "valid": data.valid, "test": data.test}
+    if data.train == (SAMPLE,):
+        globs["test"] = data.test or (SAMPLE,)
+        globs["valid"] = data.valid or (() if data.holdout else (SAMPLE,))
+    files = {}
+    for name, patterns in globs.items():
+        if patterns == (SAMPLE,):
+            files[name] = list(getattr(sample.gather(directory / "sample"), name))
+        elif patterns or name == "train":
+            files[name] = expand_paths(patterns, f"data.{name}")
+    return files
+
+
+def _take_back(counter: WordCounter, corpus: Corpus, on_error: OnError) -> None:
+    """Words of text that is set aside are not counted: it stands for text that nobody has seen."""
+    for block in corpus.blocks():
+        text, _ = decode(read_block(block), on_error, block.path, block.start)
+        counter.subtract(text.split())
+
+
+def _write_vocabulary(counter: WordCounter, data: DataConfig, directory: Path) -> tuple[Vocabulary, Path]:
+    """vocab.txt: the three special words, then words by falling count, equal counts in the order of the words."""
+    for word in (*SPECIAL_WORDS, SKIPPED_WORD):
+        counter.counts.pop(word, None)
+    limit = data.max_vocab - len(SPECIAL_WORDS) if data.max_vocab is not None else None
+    counted = counter.by_falling_count(data.min_count, limit)
+    if counter.max_missing and (not counted or counted[-1][1] <= 2 * counter.max_missing):
+        logger.warning(
+            "more than %d distinct words: rare ones were dropped, and counts may be short by up to %d; "
+            "raise data.min_count or lower data.max_vocab to be sure of every word",
+            counter.cap,
+            counter.max_missing,
+        )
+    vocabulary = Vocabulary.from_words([*SPECIAL_WORDS, *(word for word, _ in counted)])
+    path = directory / "vocab.txt"
+    if path.exists() and Vocabulary.read(path).sha256 != vocabulary.sha256:
+        logger.warning("%s: replaced; it was counted from another text or with other limits", path)
+    vocabulary.write(path)
+    return vocabulary, path
+
+
+def _runner(cluster: ClusterConfig) -> Runner:
+    def run_tasks(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
+        if cluster.workers == 0 or _bytes_of(todo) < SMALL_BYTES:
+            return run_here(todo)
+        return _run_on_ray(todo)
+
+    return run_tasks
+
+
+def _bytes_of(todo: Sequence[Task]) -> int:
+    """About how many bytes the tasks read."""
+    from elmo_ray.data.scan import SEGMENT_BYTES
+
+    sizes = {task.get("path") or task["source"]: 0 for task in todo}
+    sizes = {path: os.path.getsize(path) for path in sizes}
+    return sum(
+        min(sizes[task["path"]], SEGMENT_BYTES) if task["kind"] == "scan" else sizes[task.get("path") or task["source"]]
+        for task in todo
+    )
+
+
+def _run_on_ray(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
+    import ray
+    import ray.data
+
+    _ensure_ray()
+    free = ray.available_resources().get("CPU", 0.0)
+    cpus = 1.0 if free >= 1 else 0.25
+    pool = ray.data.TaskPoolStrategy(size=max(1, int(free)))
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for first in range(0, len(todo), _DATASET_TASKS):
+        items = [
+            {"number": number, "task": json.dumps(task)}
+            for number, task in enumerate(todo[first : first + _DATASET_TASKS], start=first)
+        ]
+        results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            perform_rows, batch_size=1, batch_format="pyarrow", num_cpus=cpus, compute=pool
+        )
+        for row in results.iter_rows():
+            if row["error"]:
+                raise DataError(row["error"])
+            yield row["number"], row["result"]
+
+
+def _ensure_ray() -> None:
+    import ray
+
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+        ray.init(logging_level="ERROR", log_to_driver=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `python -m elmo_ray.prepare`; returns the exit code."""
+
+    def verb(config: PrepareConfig, flags: Flags) -> PrepareResult | PreparePlan:
+        return plan(config) if flags.dry_run else run(config, flags.fresh)
+
+    return run_verb("prepare", PrepareConfig, verb, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

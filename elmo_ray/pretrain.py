@@ -1,0 +1,184 @@
+"""`pretrain`: train a biLM from scratch.
+
+    python -m elmo_ray.pretrain CONFIG.yaml [key.path=value ...] [--resume | --fresh] [--dry-run] [--json FILE]
+
+config -> corpus and vocabulary -> trainer -> fit -> evaluate -> export. Everything is written to STORAGE/NAME and to
+data.prepared_dir, by default STORAGE/prepared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elmo_ray import prepare
+from elmo_ray.command_line import Flags, run_verb
+from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
+from elmo_ray.dry_run import DryRun, dry_run
+from elmo_ray.errors import ConfigError
+from elmo_ray.run_folder import RunFolder, open_run
+
+logger = logging.getLogger(__name__)
+
+SHOWN_WORDS = ("the", "is", "one", "string", "returns", "if", "man", "time", "said")
+"""Whose neighbours are shown at the end, as far as the vocabulary has them."""
+
+UNIGRAM_POSITIONS = 50_000_000
+"""Larger corpora are not read again for the unigram yardstick."""
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a run has come to. evaluation: of the test text, with the unigram's perplexity beside it, or None."""
+
+    run_dir: Path
+    training: dict[str, Any]
+    evaluation: dict[str, Any] | None = None
+    unigram_perplexity: float | None = None
+    export_dir: Path | None = None
+    neighbours: dict[str, list[str]] = field(default_factory=dict)
+    curve: str = ""
+
+    def summary(self) -> str:
+        training, lines = self.training, [self.curve] if self.curve else []
+        if self.neighbours:
+            lines += ["nearest words:", *(f"  {word:<10} {', '.join(near)}" for word, near in self.neighbours.items()), ""]
+        if self.evaluation is not None:
+            values = [f"{name} {self.evaluation[f'perplexity_{name}']:.1f}" for name in ("forward", "backward")
+                      if self.evaluation[f"perplexity_{name}"] is not None]
+            line = f"held-out perplexity of the test text: {', '.join(values)}, together {self.evaluation['perplexity']:.1f}"
+            if self.unigram_perplexity is not None:
+                line += f"; add-one unigram {self.unigram_perplexity:.1f}"
+            lines.append(line)
+        done = "finished" if training["finished"] else "stopped"
+        lines.append(f"{done} at step {training['steps']:,} of {training['total_steps']:,}: {training['positions']:,} positions "
+                     f"in {training['seconds']:,.0f} s")
+        if training["best_perplexity"] is not None:
+            lines.append(f"best validation perplexity {training['best_perplexity']:.2f} at step {training['best_step']:,}")
+        lines.append(f"run: {self.run_dir}" + (f"   export: {self.export_dir}" if self.export_dir else ""))
+        if training["stopped"]:
+            lines.append("go on with the same command and --resume")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"run_dir": str(self.run_dir), **self.training, "evaluation": self.evaluation,
+                "unigram_perplexity": self.unigram_perplexity, "nearest_words": self.neighbours,
+                "export_dir": str(self.export_dir) if self.export_dir else None}
+
+
+def run(config: PretrainConfig, flags: Flags = Flags()) -> PretrainResult | DryRun:
+    """The whole job. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
+    if flags.dry_run:
+        return dry_run(config)
+    folder = open_run(config, flags.resume, flags.fresh)
+    if folder.finished and folder.step is not None and not _longer(config, folder):
+        logger.info("%s: finished at step %d; nothing to do", folder.path, folder.step)
+        return _finished(folder)
+    prepared = prepare.run(config)
+    if config.softmax.kind == "sampled" and config.softmax.negatives >= prepared.vocabulary_size:
+        raise ConfigError(f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
+                          f"vocabulary, {prepared.vocabulary_size}")
+    plan = _plan(config, folder.path, prepared)
+    from elmo_ray.training.cluster import fit
+
+    training = fit(plan)
+    if training["stopped"]:
+        return PretrainResult(folder.path, training)
+    return _finish(config, folder.path, prepared, training)
+
+
+def _longer(config: PretrainConfig, folder: RunFolder) -> bool:
+    """Whether train.duration was changed since the run was finished."""
+    from elmo_ray.training.checkpoint import newest_checkpoint
+
+    newest = newest_checkpoint(folder.path / "checkpoints")
+    if newest is None:
+        return True
+    import yaml
+
+    saved = yaml.safe_load(newest.text("config.yaml"))
+    return bool(saved.get("train", {}).get("duration") != str(config.train.duration))
+
+
+def _plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult) -> Any:
+    """Everything that the workers read is copied to the run's folder: another run may prepare another corpus meanwhile."""
+    from elmo_ray.data.index_file import write_aside
+    from elmo_ray.training.loop import TrainPlan
+
+    prepared.train.save(run_dir / "train.npz")
+    if prepared.valid is not None:
+        prepared.valid.save(run_dir / "valid.npz")
+    write_aside(run_dir / "vocab.txt", prepared.vocabulary_path.read_bytes())
+    write_aside(run_dir / "config.yaml", config.to_yaml().encode())
+    valid = str(run_dir / "valid.npz") if prepared.valid is not None else None
+    return TrainPlan(config, str(run_dir), str(run_dir / "train.npz"), valid, str(run_dir / "vocab.txt"))
+
+
+def _finish(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult, training: dict[str, Any]) -> PretrainResult:
+    from elmo_ray import evaluate, export, report
+    from elmo_ray.data.unigram import add_one_perplexity
+    from elmo_ray.data.vocabulary import Vocabulary
+    from elmo_ray.model.neighbours import nearest_words
+    from elmo_ray.source import open_source
+
+    evaluation, unigram, export_dir = None, None, None
+    if config.run.export and config.model.bidirectional:
+        export_dir = run_dir / "export"
+        export.export_model(str(run_dir), export_dir)
+    elif config.run.export:
+        logger.warning("run.export: a forward-only model has no form that bilm-tf or AllenNLP could load; not exported")
+    if prepared.test is not None:
+        texts = config.data.test or config.data.train
+        evaluation = evaluate.run(EvaluateConfig.from_dict({
+            "run": {"storage_path": config.run.storage_path},
+            "data": {"test": list(texts), "prepared_dir": str(prepared.prepared_dir), "block_bytes": config.data.block_bytes,
+                     "on_error": config.data.on_error},
+            "evaluate": config.evaluate.to_dict(),
+            "cluster": {"workers": config.cluster.workers, "cpus_per_worker": config.cluster.cpus_per_worker},
+            "init": {"from": str(run_dir)},
+        })).to_dict()
+        if prepared.train.positions <= UNIGRAM_POSITIONS:
+            vocabulary = Vocabulary.read(prepared.vocabulary_path)
+            unigram = add_one_perplexity(prepared.train, prepared.test, vocabulary, config.data.on_error)
+    source = open_source(str(run_dir))
+    neighbours = nearest_words(source.model, source.vocabulary, SHOWN_WORDS)
+    drawn = report.run(ReportConfig(runs=(str(run_dir),)))
+    result = PretrainResult(run_dir, training, evaluation, unigram, export_dir, neighbours, report.terminal_curve(drawn.runs))
+    _write_result(result)
+    return result
+
+
+def _write_result(result: PretrainResult) -> None:
+    aside = result.run_dir / ".result.json"
+    aside.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, result.run_dir / "result.json")
+
+
+def _finished(folder: RunFolder) -> PretrainResult:
+    """A run that was finished before: what it said then."""
+    try:
+        values = json.loads((folder.path / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        values = {}
+    keys = ("steps", "total_steps", "positions", "finished", "stopped", "best_perplexity", "best_step", "seconds")
+    unknown = {"steps": folder.step, "total_steps": folder.step, "positions": 0, "finished": True, "stopped": False,
+               "best_perplexity": None, "best_step": None, "seconds": 0.0}
+    training = {key: values.get(key, unknown[key]) for key in keys}
+    export_dir = values.get("export_dir")
+    return PretrainResult(folder.path, training, values.get("evaluation"), values.get("unigram_perplexity"),
+                          Path(export_dir) if export_dir else None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return run_verb("pretrain", PretrainConfig, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

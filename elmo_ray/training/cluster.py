@@ -1,0 +1,358 @@
+"""Runs the training loop on Ray Train, or in this process: resources checked first, errors and signals brought home."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import os
+import secrets
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from elmo_ray import errors
+from elmo_ray.config import ClusterConfig
+from elmo_ray.data.encode import thread_source
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import ConfigError, ElmoRayError, TrainingError
+from elmo_ray.training.loop import TrainPlan, Worker, train
+
+logger = logging.getLogger(__name__)
+
+Device = Literal["cpu", "gpu"]
+TrainFunction = Callable[[TrainPlan, Worker], dict[str, Any]]
+T = TypeVar("T")
+
+_STOP_FILE = "stop"
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+_COLLECTIVE_TIMEOUT_S = 600
+_START_FAILURES = 3
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    # print() in a worker would come twice
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # a dead worker is noticed, and a report taken, in one second instead of two
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(_COLLECTIVE_TIMEOUT_S),
+}
+
+
+# ---------------------------------------------------------------- the cluster
+
+
+def ensure_ray() -> None:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine that only this process can use; no-op in a session.
+
+    Raises ConfigError if nothing answers at RAY_ADDRESS.
+    """
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None and "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        # With the mode unset Ray asks for a token on a cluster of its own, and would write one to the home directory.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        return
+    if address is not None:
+        try:
+            ray.init(logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster can be joined there: {_line(error)}") from None
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ray.init(address="local", object_store_memory=min(1 << 30, memory // 5), logging_level="ERROR")
+
+
+def check_resources(cluster: ClusterConfig) -> Device:
+    """The device that workers will use, if the cluster can hold them and their data tasks; call `ensure_ray` first.
+
+    A data task that is held back keeps its CPU: with less than this, a rank could wait for ever for its data. Raises
+    ConfigError with the numbers, for the sum and for the nodes.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    device = _device(cluster, sum(node.get("GPU", 0.0) for node in nodes))
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+    n, worker, task = cluster.workers, cluster.cpus_per_worker, cluster.data_cpus
+    request = f"cluster.workers={n} x (cluster.cpus_per_worker={worker} + cluster.data_cpus={task})"
+    have = f"{sum(cpus):g} on {len(nodes)} node{'s' if len(nodes) != 1 else ''} ({', '.join(f'{c:g}' for c in cpus)})"
+    if n * (worker + task) > sum(cpus) + 1e-6:
+        raise ConfigError(
+            f"{request} needs {n * (worker + task):g} CPUs, the Ray cluster has {have}; lower one of them"
+        )
+    gpus = [int(node.get("GPU", 0.0)) if device == "gpu" else n for node in nodes]
+    if not _fits(cpus, gpus, n, worker, task):
+        raise ConfigError(
+            f"{request} cannot be placed: the CPUs are {have}, and a worker or data task must be on one node"
+        )
+    free = ray.available_resources().get("CPU", 0.0)
+    if n * (worker + task) > free + 1e-6:
+        logger.warning("%s: only %g CPUs are free; training waits for others to end", request, free)
+    return device
+
+
+def _device(cluster: ClusterConfig, gpus: float) -> Device:
+    if cluster.device == "cpu" or (cluster.device == "auto" and gpus == 0):
+        return "cpu"
+    if gpus >= cluster.workers:
+        return "gpu"
+    message = f"cluster.workers={cluster.workers} needs a GPU each, and the cluster has {gpus:g}"
+    if cluster.device == "gpu":
+        raise ConfigError(f"cluster.device=gpu: {message}; lower cluster.workers or set cluster.device=cpu")
+    logger.warning("cluster.device=auto: %s: training on CPUs", message)
+    return "cpu"
+
+
+def _fits(cpus: Sequence[float], gpus: Sequence[int], workers: int, worker: float, task: float) -> bool:
+    """Whether some placement holds `workers` workers (a worker on one node, with a GPU if counted) and its task."""
+    # tasks[k]: most data tasks that fit beside k workers on the nodes so far
+    tasks: list[float] = [0.0] + [-math.inf] * workers
+    for cpu, gpu in zip(cpus, gpus, strict=True):
+        most = min(int(cpu / worker + 1e-6), gpu, workers)
+        room = [int((cpu - k * worker) / task + 1e-6) for k in range(most + 1)]
+        tasks = [max(tasks[n - k] + room[k] for k in range(min(n, most) + 1)) for n in range(workers + 1)]
+    return tasks[workers] >= workers
+
+
+# ---------------------------------------------------------------- running
+
+
+def fit(plan: TrainPlan, function: TrainFunction = train) -> dict[str, Any]:
+    """Train as `plan` says, on Ray or (cluster.workers: 0) here; the result of rank 0.
+
+    The first SIGINT or SIGTERM asks the workers to stop at the next step, with a checkpoint; a second one ends the
+    process. Lost workers are restarted up to cluster.max_failures times. ElmoRayErrors of the workers are raised here,
+    and never retried; TrainingError if workers or the cluster fail too often.
+    """
+    run_dir = os.path.abspath(plan.run_dir)
+    stop_file = Path(run_dir) / _STOP_FILE
+    if plan.config.cluster.workers == 0:
+        worker = _local_worker(plan)
+        with _stop_on_signals(stop_file):
+            return function(plan, worker)
+    ensure_ray()  # before our handlers: it sets one for SIGTERM
+    device = check_resources(plan.config.cluster)
+    with _stop_on_signals(stop_file):
+        return _in_thread(lambda: _fit_on_ray(plan, run_dir, device, function))
+
+
+def _local_worker(plan: TrainPlan) -> Worker:
+    cluster = plan.config.cluster
+    if cluster.threads is not None:
+        torch.set_num_threads(cluster.threads)
+    if cluster.device == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("cluster.device=gpu: torch sees no GPU on this machine; set cluster.device=cpu")
+    device = torch.device("cuda" if cluster.device != "cpu" and torch.cuda.is_available() else "cpu")
+    source = functools.partial(
+        thread_source,
+        vocabulary=Vocabulary.read(plan.vocabulary_path),
+        max_characters=plan.config.model.char_cnn.max_characters,
+        on_error=plan.config.data.on_error,
+    )
+    return Worker(0, 1, device, source, lambda step, path, metrics: None, _stop_check(plan.run_dir))
+
+
+def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFunction) -> dict[str, Any]:
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster = plan.config.cluster
+    # The loop finds, checks and prunes checkpoints itself. Ray's own list of them would only forbid a start after one
+    # was deleted, or after an update of Ray.
+    Path(run_dir, _SNAPSHOT).unlink(missing_ok=True)
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if device == "gpu" else {})
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "plan": plan.to_dict() | {"run_dir": run_dir},
+            "vocabulary_sha256": Vocabulary.read(plan.vocabulary_path).sha256,
+            "function": function,
+        },
+        torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=device == "gpu", resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=os.path.basename(run_dir),
+            storage_path=os.path.dirname(run_dir),
+            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=_START_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=None),
+            callbacks=[_failure_log(cluster.max_failures)],
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        returned = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise _training_error(error, cluster) from error
+    if "error" in returned:
+        kind = getattr(errors, returned["error"], TrainingError)
+        raise kind(returned["message"])
+    return dict(returned["result"])
+
+
+def _training_error(error: Exception, cluster: ClusterConfig) -> TrainingError:
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for rank, failure in failures.items():
+        logger.error("worker %d: %s", rank, "".join(traceback.format_exception(failure)).rstrip())
+    if failures:
+        rank, failure = next(iter(failures.items()))
+        return TrainingError(
+            f"workers failed more than cluster.max_failures={cluster.max_failures} times; last, worker {rank}: "
+            f"{_line(failure)}; --resume goes on from the newest checkpoint"
+        )
+    return TrainingError(
+        f"Ray could not run cluster.workers={cluster.workers} with cluster.cpus_per_worker={cluster.cpus_per_worker}: "
+        f"{_line(getattr(error, 'controller_failure', error))}"
+    )
+
+
+def _failure_log(max_failures: int) -> Any:
+    from ray.train import UserCallback
+
+    class FailureLog(UserCallback):
+        """Says in the driver's terminal what Ray does in silence; lives in the controller process."""
+
+        count = 0
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            self.count += 1
+            lost = "; ".join(f"worker {rank}: {_line(error)}" for rank, error in worker_exceptions.items())
+            then = "restarting all" if self.count <= max_failures else "giving up"
+            logging.getLogger("elmo_ray").warning("failure %d of %d: %s: %s", self.count, max_failures, then, lost)
+
+    return FailureLog()
+
+
+def _line(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+# ---------------------------------------------------------------- in a worker
+
+
+def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs in each worker process."""
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray.train
+    import ray.train.torch
+
+    from elmo_ray.data.feed import ray_source
+
+    plan = TrainPlan.from_dict(settings["plan"])
+    cluster = plan.config.cluster
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    if rank > 0:
+        logging.getLogger("elmo_ray").setLevel(logging.WARNING)
+    # Ray allows one OpenMP thread for each process whatever the machine has.
+    torch.set_num_threads(cluster.threads or max(1, _cores() // context.get_local_world_size()))
+    source = functools.partial(
+        ray_source,
+        vocabulary_path=plan.vocabulary_path,
+        vocabulary_sha256=settings["vocabulary_sha256"],
+        max_characters=plan.config.model.char_cnn.max_characters,
+        data_cpus=cluster.data_cpus,
+        on_error=plan.config.data.on_error,
+    )
+
+    def register(step: int, path: str, metrics: dict[str, Any]) -> None:
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(path),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    device = ray.train.torch.get_device()
+    worker = Worker(rank, context.get_world_size(), device, source, register, _stop_check(plan.run_dir))
+    try:
+        return {"result": settings["function"](plan, worker)}
+    except ElmoRayError as error:
+        # As a value: Ray would retry an exception, and a user's mistake does not go away.
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------- stopping
+
+
+def _stop_check(run_dir: str) -> Callable[[], bool]:
+    """Whether the driver has asked to stop; looks at the storage once a second at most."""
+    path = os.path.join(run_dir, _STOP_FILE)
+    seen, looked = False, -math.inf
+
+    def stop_requested() -> bool:
+        nonlocal seen, looked
+        now = time.monotonic()
+        if not seen and now - looked >= 1:
+            seen, looked = os.path.exists(path), now
+        return seen
+
+    return stop_requested
+
+
+@contextlib.contextmanager
+def _stop_on_signals(stop_file: Path) -> Iterator[None]:
+    """The first SIGINT or SIGTERM makes the stop file; after it signals do again what they did before."""
+    stop_file.parent.mkdir(parents=True, exist_ok=True)
+    stop_file.unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a sweep's trial: its driver is another process, and only a main thread may have handlers
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        restore()
+        stop_file.touch()
+        logger.warning("%s: training stops after this step; once more to abort", signal.Signals(number).name)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        restore()
+        stop_file.unlink(missing_ok=True)
+
+
+def _in_thread(run: Callable[[], T]) -> T:
+    """Run beside the main thread, where Ray Train would put a SIGINT handler of its own that aborts training."""
+    results: list[T] = []
+    problems: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            results.append(run())
+        except BaseException as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=target, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)  # signals are handled between two joins
+    if problems:
+        raise problems[0]
+    return results[0]

@@ -1,0 +1,394 @@
+"""The training loop of one worker: feed, step, log, validate, save. The same with and without Ray."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elmo_ray.config import Duration, PretrainConfig
+from elmo_ray.data.encode import thread_source
+from elmo_ray.data.shards import Corpus
+from elmo_ray.data.streams import BlockSource, StreamCursors, StreamLoader, StreamPlan, deal
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import CheckpointError, ConfigError, ElmoRayError, TrainingError
+from elmo_ray.metrics import MetricsWriter, console_line, perplexity
+from elmo_ray.model.bilm import BiLM
+from elmo_ray.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, streams_name
+from elmo_ray.training.exchange import Exchange, Flags
+from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
+from elmo_ray.training.optim import learning_rate
+from elmo_ray.training.perplexity import LossSums, Validation, character_table
+from elmo_ray.training.progress import Progress
+from elmo_ray.training.ranks import Ranks
+from elmo_ray.training.saver import Saver, next_attempt
+from elmo_ray.training.step import DTYPES, StepOutput, TrainStep
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What to train, in plain values that travel to workers. Paths are absolute."""
+
+    config: PretrainConfig
+    run_dir: str
+    corpus_path: str
+    valid_path: str | None
+    vocabulary_path: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainPlan:
+        return cls(**{**values, "config": PretrainConfig.from_dict(values["config"])})
+
+
+@dataclass
+class Worker:
+    """This process's place and means.
+
+    source: encodes blocks in order. register: every rank calls it with (step, path, metrics) of a committed checkpoint.
+    stop_requested: whether somebody asked to stop. prunes: whether the loop deletes old checkpoints itself.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    source: BlockSource
+    register: Callable[[int, str, dict[str, Any]], None]
+    stop_requested: Callable[[], bool]
+    prunes: bool = True
+
+
+def train(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
+    """Train to the end of `train.duration`, or until asked to stop; goes on from the newest whole checkpoint of the run.
+
+    Returns plain values: steps, positions, finished, stopped, best_perplexity, best_step, checkpoint, seconds. Raises an
+    ElmoRayError on all ranks alike.
+    """
+    return _Run(plan, worker).run()
+
+
+class _Run:
+    def __init__(self, plan: TrainPlan, worker: Worker):
+        self.plan, self.worker, self.config = plan, worker, plan.config
+        self.run_dir = Path(plan.run_dir)
+        self.ranks = Ranks(worker.rank, worker.world)
+        error: ElmoRayError | None = None
+        try:
+            self._read_data()
+        except ElmoRayError as problem:
+            error = problem
+        self.ranks.agree(error)
+        self.attempt = self.ranks.from_first(next_attempt(self.run_dir) if worker.rank == 0 else None)
+        self.step = self._build_step()
+        self.progress = Progress()
+        self.cursors = StreamCursors.start(len(self.streams))
+        self.sums = torch.zeros(self.model.directions, dtype=torch.float64, device=worker.device)
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=worker.device)
+        self.seen_not_finite = 0
+        self._resume()
+        keep = self.config.train.keep_last if worker.prunes else None
+        self.saver = Saver(self.run_dir, self.attempt, self.ranks, keep, worker.register)
+        self.metrics = MetricsWriter(self.run_dir, self.attempt) if worker.rank == 0 else None
+        self.started = time.monotonic()
+        self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
+        self.save_wanted = self.best_wanted = False
+
+    def _read_data(self) -> None:
+        config, worker = self.config, self.worker
+        self.vocabulary = Vocabulary.read(self.plan.vocabulary_path)
+        if config.softmax.kind == "sampled" and config.softmax.negatives >= self.vocabulary.size:
+            raise ConfigError(f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
+                              f"vocabulary, {self.vocabulary.size}")
+        corpus = Corpus.load(self.plan.corpus_path)
+        seed, unroll = config.run.seed, config.train.unroll
+        duration = config.train.duration
+        whole = duration.unit == "epochs" and duration.amount == int(duration.amount)
+        self.streams_plan = StreamPlan(corpus, config.data.streams, seed, config.data.shuffle == "blocks",
+                                       int(duration.amount) if whole else None)
+        self.total_steps = self._steps(duration)
+        self.streams = deal(config.data.streams, worker.world)[worker.rank]
+        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+        self.valid_plan = None
+        if self.plan.valid_path is not None and config.train.validate_every is not None:
+            self.valid_plan = StreamPlan(Corpus.load(self.plan.valid_path), config.evaluate.streams, 0, False, 1)
+        self.unroll = unroll
+
+    def _steps(self, duration: Duration) -> int:
+        if duration.unit == "epochs":
+            return max(1, self.streams_plan.steps(duration.amount, self.config.train.unroll))
+        return duration.steps(self.config.data.streams * self.config.train.unroll, self.streams_plan.positions)
+
+    def _build_step(self) -> TrainStep:
+        config, worker = self.config, self.worker
+        model = BiLM(config.model, config.softmax, self.vocabulary.size).to(DTYPES[config.train.precision])
+        model.reset_parameters(config.run.seed)
+        self.model = model.to(worker.device)
+        step = TrainStep(config, self.model, len(self.streams), worker.rank, worker.world, self.total_steps)
+        self.validation: Validation | None = None
+        if self.valid_plan is not None:
+            look_ahead = 2
+            source = lambda blocks: thread_source(blocks, self.vocabulary, config.model.char_cnn.max_characters,  # noqa: E731
+                                                  look_ahead, config.data.on_error)
+            self.validation = Validation(self.valid_plan, deal(config.evaluate.streams, worker.world)[worker.rank], source,
+                                         self.vocabulary, self.unroll, config.train.validate_positions, self.model, self.dtype)
+        return step
+
+    # ---------------------------------------------------------------- start
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that goes on from it."""
+        config = self.config
+        return {
+            "data.streams": config.data.streams,
+            "data.train": self.streams_plan.corpus.fingerprint,
+            "data.vocab": self.vocabulary.sha256,
+            "model": config.model.to_dict(),
+            "softmax.tied": config.softmax.tied,
+        }
+
+    def _resume(self) -> None:
+        error: ElmoRayError | None = None
+        path: str | None = None
+        if self.ranks.rank == 0:
+            try:
+                newest = newest_checkpoint(self.run_dir / "checkpoints")
+                path = None if newest is None else str(newest.path)
+            except ElmoRayError as problem:
+                error = problem
+        self.ranks.agree(error)
+        path = self.ranks.from_first(path)
+        if path is None:
+            if self.ranks.rank == 0:
+                logger.info("start: fresh, seed %d, %d steps", self.config.run.seed, self.total_steps)
+            return
+        try:
+            self._load(open_checkpoint(path, verify=False))
+        except ElmoRayError as problem:
+            error = problem
+        self.ranks.agree(error)
+        if self.ranks.rank == 0:
+            logger.info("start: resume from step %d of %d (%s)", self.progress.step, self.total_steps, path)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        saved = checkpoint.manifest.get("identity", {})
+        for key, value in self._identity().items():
+            if saved.get(key) != value:
+                raise ConfigError(f"{key} is {value}, but the run's checkpoint {checkpoint.path.name} was made with "
+                                  f"{saved.get(key)}; use the same, or --fresh or another run.name")
+        self._load_tensors(checkpoint, "model.safetensors", dict(self.model.state_dict()))
+        slots = checkpoint.tensors("optimizer.safetensors")
+        try:
+            self.step.optimizer.load_state_tensors(slots)
+        except (KeyError, RuntimeError) as problem:
+            raise CheckpointError(f"{checkpoint.path}/optimizer.safetensors: does not fit optim.name="
+                                  f"{self.config.optim.name}: {problem}") from None
+        self.progress = Progress.from_dict(checkpoint.json("progress.json"), str(checkpoint.path))
+        rows = checkpoint.stream_tensors(self.streams.start, self.streams.stop)
+        state = self.step.state
+        # files have streams first, so that any worker can take any of them
+        self.step.state = type(state)(rows["hidden"].permute(1, 2, 0, 3).to(state.hidden).contiguous(),
+                                      rows["cell"].permute(1, 2, 0, 3).to(state.cell).contiguous())
+        self.cursors = StreamCursors(*(rows[k].numpy().astype(np.int64) for k in StreamCursors.start(0).arrays()))
+        self.sums = rows["window_losses"].sum(dim=0).to(self.sums)
+
+    @staticmethod
+    def _load_tensors(checkpoint: Checkpoint, name: str, into: dict[str, Tensor]) -> None:
+        saved = checkpoint.tensors(name)
+        for key, target in into.items():
+            if key not in saved or saved[key].shape != target.shape:
+                raise CheckpointError(f"{checkpoint.path}/{name}: {key} is missing or of another shape")
+            with torch.no_grad():
+                target.copy_(saved[key])
+
+    # ---------------------------------------------------------------- loop
+
+    def run(self) -> dict[str, Any]:
+        config, progress = self.config, self.progress
+        if progress.step >= self.total_steps:
+            return self._result(stopped=False)
+        loader = StreamLoader(self.streams_plan, self.streams, self.cursors, self.worker.source, self.vocabulary, self.unroll,
+                              character_table(self.model, self.vocabulary), self.model.directions)
+        exchange = Exchange(self.ranks.rank, self.ranks.world, self.ranks.exchange)
+        assembler = StepAssembler(config, self.vocabulary.size, self.streams, exchange)
+        feeder = Feeder(loader, assembler, range(progress.step, self.total_steps), self._flags, self.worker.device)
+        validate_every = self._steps(config.train.validate_every) if config.train.validate_every else 0
+        checkpoint_every = self._steps(config.train.checkpoint_every)
+        stopped, first = False, True
+        for fed in feeder:
+            if first:
+                first = False
+                if self.ranks.world > 1:
+                    # DDP arranges its buckets anew after its first backward, which would change the sums' order; this
+                    # pass changes nothing else
+                    self.step.gradients(fed.batch)
+                self.started = self.window_start = time.monotonic()
+            self._train_on(fed)
+            self.saver.poll(fed.flags)
+            step = progress.step
+            if step % config.train.log_every == 0 or step == self.total_steps:
+                self._log()
+            if self.validation is not None and (step % validate_every == 0 or step == self.total_steps):
+                self._validate()
+            if step % checkpoint_every == 0 or step == self.total_steps:
+                self.save_wanted = True
+            stopped = fed.flags.stop and step < self.total_steps
+            if self.save_wanted and not self.saver.busy and not stopped:
+                self._save()
+        self.saver.finish()
+        if self.saver.last_step != progress.step:
+            self._save()
+            self.saver.finish()
+        self._close(stopped)
+        return self._result(stopped)
+
+    def _flags(self) -> Flags:
+        return Flags(self.worker.stop_requested(), [self.saver.part()])
+
+    def _train_on(self, fed: Fed) -> None:
+        output = self.step.run(fed.batch)
+        self.cursors = fed.cursors
+        # a running sum is not to be spoilt by one bad step
+        self.sums += torch.where(output.finite, output.loss_sums, 0.0)
+        self.not_finite += ~output.finite
+        progress = self.progress
+        progress.step += 1
+        progress.positions += fed.batch.positions
+        progress.window_positions += fed.batch.positions
+        progress.window_steps += 1
+        progress.replaced = fed.replaced
+        self.window_waited += fed.waited
+        self.last = output
+        # reading a number waits for the device: on a GPU that is left to the log steps
+        if self.worker.device.type == "cpu" or progress.step % self.config.train.log_every == 0:
+            self._check_finite(output)
+
+    def _check_finite(self, output: StepOutput) -> None:
+        count = int(self.not_finite)
+        if count == self.seen_not_finite:
+            return
+        self.progress.skipped += count - self.seen_not_finite
+        self.seen_not_finite = count
+        losses = self.ranks.all(output.loss_sums.tolist())
+        workers = [rank for rank, sums in enumerate(losses) if not all(np.isfinite(sums))]
+        where = f"worker {', '.join(map(str, workers))}" if workers else "all workers (the loss is finite, the gradient is not)"
+        last = self.saver.last_step
+        message = (f"step {self.progress.step}: not finite at {where}: gradient norm {float(output.norm)}, loss sums {losses}; "
+                   f"no update was made; last good checkpoint: {'none' if last is None else f'step {last}'}")
+        config = self.config.train
+        if config.on_nonfinite == "stop":
+            raise TrainingError(message + "; lower optim.lr, or set train.on_nonfinite=skip")
+        if self.ranks.rank == 0:
+            logger.warning("%s (skip %d of %d)", message, self.progress.skipped, config.max_skips)
+        if self.progress.skipped >= config.max_skips:
+            raise TrainingError(f"{message}; train.max_skips={config.max_skips} reached")
+
+    # ---------------------------------------------------------------- records
+
+    def _log(self) -> None:
+        progress = self.progress
+        sums = self.ranks.sum(self.sums.cpu().clone()) / max(1, progress.window_positions)
+        now = time.monotonic()
+        seconds = max(1e-9, now - self.window_start - self.window_pause)
+        losses = sums.tolist()
+        mean = sum(losses) / len(losses)
+        record = {
+            "kind": "train", "step": progress.step, "epoch": self._epoch(), "positions": progress.positions, "loss": mean,
+            "loss_forward": losses[0], "loss_backward": losses[1] if len(losses) > 1 else None,
+            "perplexity_forward": perplexity(losses[0]), "perplexity_backward": perplexity(losses[1]) if len(losses) > 1 else None,
+            "perplexity": perplexity(mean), "grad_norm": float(self.last.norm),
+            "lr": learning_rate(self.config.optim, self.config.optim.lr, progress.step - 1, self.total_steps),
+            "positions_per_second": progress.window_positions / seconds, "data_wait": self.window_waited / seconds,
+            "skipped": progress.skipped, "replaced": progress.replaced, "time": time.time(),
+        }
+        self._write(record)
+        progress.window_positions = progress.window_steps = 0
+        self.sums.zero_()
+        self.window_start, self.window_pause, self.window_waited = now, 0.0, 0.0
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(record)
+            logger.info("%s", console_line(record, self.total_steps))
+
+    def _epoch(self) -> float:
+        return self.progress.positions / self.streams_plan.positions
+
+    def _validate(self) -> None:
+        assert self.validation is not None
+        start = time.monotonic()
+        error: ElmoRayError | None = None
+        losses = LossSums([0.0] * self.model.directions, 0)
+        try:
+            losses = self.validation.losses()
+        except ElmoRayError as problem:
+            error = problem
+        self.ranks.agree(error)
+        totals = self.ranks.sum(torch.tensor([*losses.nats, losses.positions], dtype=torch.float64)).tolist()
+        total = LossSums(totals[:-1], int(totals[-1]))
+        pause = time.monotonic() - start
+        self.window_pause += pause
+        values = total.perplexities()
+        progress = self.progress
+        mean = sum(total.mean) / len(total.mean)
+        record = {"kind": "valid", "step": progress.step, "epoch": self._epoch(), "positions": total.positions, "loss": mean,
+                  **values, "seconds": pause, "time": time.time()}
+        self._write(record)
+        progress.last_valid = {"step": progress.step, **values}
+        now = values["perplexity"]
+        if now is not None and (progress.best_perplexity is None or now < progress.best_perplexity):
+            progress.best_perplexity, progress.best_step = now, progress.step
+            self.save_wanted = self.best_wanted = True
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save(self) -> None:
+        progress, config = self.progress, self.config
+        progress.finished = progress.step >= self.total_steps
+        state = self.step.state
+        # only sums of a whole window travel: each worker keeps its own in its first stream's row
+        window = torch.zeros(len(self.streams), len(self.sums), dtype=torch.float64)
+        window[0] = self.sums.cpu()
+        streams = {"hidden": state.hidden.permute(2, 0, 1, 3).contiguous(), "cell": state.cell.permute(2, 0, 1, 3).contiguous(),
+                   "window_losses": window, **{k: torch.from_numpy(v) for k, v in self.cursors.arrays().items()}}
+        tensors = {streams_name(self.streams.start, self.streams.stop): streams}
+        texts: dict[str, str] = {}
+        if self.ranks.rank == 0:
+            import json
+
+            tensors["model.safetensors"] = dict(self.model.state_dict())
+            tensors["optimizer.safetensors"] = self.step.optimizer.state_tensors()
+            saved = {**progress.to_dict(), "seconds": progress.seconds + time.monotonic() - self.started}
+            texts = {"config.yaml": config.to_yaml(), "progress.json": json.dumps(saved),
+                     "vocab.txt": Path(self.plan.vocabulary_path).read_text(encoding="utf-8")}
+        fields = {"streams": config.data.streams, "identity": self._identity(), "device": self.worker.device.type,
+                  "precision": config.train.precision, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        self.saver.start(progress.step, tensors, texts, fields, self.best_wanted)
+        self.save_wanted = self.best_wanted = False
+
+    def _close(self, stopped: bool) -> None:
+        self.progress.seconds += time.monotonic() - self.started
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.ranks.rank == 0 and stopped:
+            logger.info("stopped at step %d as asked; the state is saved, go on with --resume", self.progress.step)
+
+    def _result(self, stopped: bool) -> dict[str, Any]:
+        progress = self.progress
+        last = self.saver.last
+        return {
+            "steps": progress.step, "total_steps": self.total_steps, "positions": progress.positions,
+            "finished": progress.step >= self.total_steps, "stopped": stopped, "best_perplexity": progress.best_perplexity,
+            "best_step": progress.best_step, "last_valid": progress.last_valid, "seconds": progress.seconds,
+            "checkpoint": None if last is None else str(last.path),
+        }

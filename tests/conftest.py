@@ -1,0 +1,47 @@
+"""What all tests share: the folder of references, and one Ray session for the few tests that need it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports Ray: without it a token is written to the home directory and usage is reported.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with golden values and corpora; tests that need it are skipped where it is not there."""
+    folder = Path(os.environ.get("ELMO_SHARED") or REPOSITORY.parent / "shared")
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"no reference values in {folder} (set ELMO_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One small local Ray for the whole session: 4 CPUs to reserve, 200 MB of object store."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=0,
+        object_store_memory=200_000_000,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
