@@ -189,9 +189,7 @@ def plan(config: PretrainConfig) -> PreparePlan:
     files = _files(data, directory)
     todo: list[Task] = []
     for name, paths in files.items():
-        packed = indexer.unpack_tasks(paths)
-        texts = [path for path in paths if path not in {task["source"] for task in packed}]
-        todo.extend([*packed, *indexer.scan_tasks(texts, name == "train" and data.vocab is None)])
+        todo.extend(indexer.todo(paths, name == "train" and data.vocab is None))
     return PreparePlan({name: len(paths) for name, paths in files.items()}, len(todo), _bytes_of(todo))
 
 
@@ -246,11 +244,12 @@ def _write_vocabulary(counter: WordCounter, data: DataConfig, directory: Path) -
         counter.counts.pop(word, None)
     limit = data.max_vocab - len(SPECIAL_WORDS) if data.max_vocab is not None else None
     counted = counter.by_falling_count(data.min_count, limit)
-    if counter.max_missing and (not counted or counted[-1][1] <= 2 * counter.max_missing):
+    if counter.max_missing:
+        last = counted[-1][1] if limit is not None and len(counted) == limit else data.min_count
         logger.warning(
-            "more than %d distinct words: rare ones were dropped, and counts may be short by up to %d; "
-            "raise data.min_count or lower data.max_vocab to be sure of every word",
-            counter.cap,
+            "rare words were dropped to count in bounded memory: words that occur up to %d times may be missing from "
+            "the vocabulary (counts may be short by %d)",
+            last + counter.max_missing,
             counter.max_missing,
         )
     vocabulary = Vocabulary.from_words([*SPECIAL_WORDS, *(word for word, _ in counted)])

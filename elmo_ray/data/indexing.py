@@ -110,15 +110,22 @@ class Indexer:
         Counts are merged in the order of the files: they do not depend on the runner even when words are dropped.
         """
         texts = [self._text(source) for source in sources]
-        self._perform(self.unpack_tasks(sources), f"unpacking shards of {key}", lambda task, result: None)
-        todo = self.scan_tasks(texts, counter is not None)
+        self._perform(self._unpack_tasks(sources), f"unpacking shards of {key}", lambda task, result: None)
+        todo = self._scan_tasks(texts, counter is not None)
         self._perform(todo, f"indexing {key}", lambda task, result: index_file.write_aside(self._state(task), result))
         findings = Findings()
         shards = [self._shard(*names, findings, counter) for names in zip(texts, sources, strict=True)]
         findings.warn(key)
         return Corpus.from_shards(shards), findings
 
-    def unpack_tasks(self, sources: Sequence[str]) -> list[Task]:
+    def todo(self, sources: Sequence[str], count: bool) -> list[Task]:
+        """The tasks that `index` would do; of a file that is yet to be unpacked only that."""
+        packed = self._unpack_tasks(sources)
+        unknown = {task["source"] for task in packed}
+        texts = [self._text(source) for source in sources if source not in unknown]
+        return [*packed, *self._scan_tasks(texts, count)]
+
+    def _unpack_tasks(self, sources: Sequence[str]) -> list[Task]:
         """The tasks that give every compressed file its text. DataError when the disk has no space for them."""
         todo: list[Task] = []
         for source in sources:
@@ -129,7 +136,7 @@ class Indexer:
             unpack.check_space([task["source"] for task in todo], self.directory)
         return todo
 
-    def scan_tasks(self, texts: Sequence[str], count: bool) -> list[Task]:
+    def _scan_tasks(self, texts: Sequence[str], count: bool) -> list[Task]:
         """The tasks for what is not known yet about the texts, the hashes of large ones among them."""
         todo: list[Task] = []
         cap = SEGMENT_WORDS if count else None

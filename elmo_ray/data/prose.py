@@ -14,7 +14,7 @@ _MARKUP = [
 ]
 _BULLET = re.compile(r"\s*(?:[-*+•o]|\(?\d{1,2}[.)]|\[\d+\])\s+(?=\S)")
 # Lines that end a paragraph and belong to none: underlines, tables, prompts, grammar, directives.
-_NO_PROSE = re.compile(r"\s*(?:[-=*~^+#|_.]{3,}\s*$|[+|]|>>>|\.\.\s|\$ |.*::=|@\w)")
+_NO_PROSE = re.compile(r"\s*(?:[-=*~^+#|_.]{3,}\s*$|[+|]|>>>|\.\.\s|\$ |.*(?:::=|----|====)|@\w)")
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:e\.g|i\.e|etc|vs|cf|Mr|Dr|St|No|no|approx|resp|[A-Z]|[a-z])\.$")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9_*])")
 _HYPHENATED = re.compile(r"(?<=[a-z])- (?=[a-z])")  # a compound whose parts are on two lines

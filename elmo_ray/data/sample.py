@@ -121,12 +121,19 @@ def _docstrings(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+    yield from _docstrings_under(tree)
+
+
+def _docstrings_under(node: ast.AST) -> Iterator[str]:
+    """In the order of the source. Only statements are visited: `ast.walk` visits twenty times as many nodes."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node, clean=False)
         if text:
             yield text
+    for part in ("body", "handlers", "orelse", "finalbody"):
+        below = getattr(node, part, ())
+        for child in below if isinstance(below, list) else ():
+            yield from _docstrings_under(child)
 
 
 def _deal(documents: dict[str, list[str]]) -> dict[str, list[list[str]]]:

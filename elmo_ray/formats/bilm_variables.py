@@ -71,37 +71,53 @@ def to_variables(model: BiLM, tensors: Mapping[str, Tensor]) -> dict[str, Array]
     return result
 
 
+def variable_shapes(model: BiLM) -> dict[str, tuple[int, ...]]:
+    """TensorFlow name -> shape of every variable of the model, which may be on the meta device."""
+    parameters = dict(model.named_parameters())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, variable in _shared_names(model).items():
+        shape = tuple(parameters[name].shape)
+        shapes[variable] = (1, *reversed(shape)) if name.startswith("char_cnn.filters.") else shape
+    for layer in range(model.config.lstm.n_layers):
+        prefix = f"lstm.layers.{layer}."
+        _, inputs, gates = parameters[prefix + "input_kernel"].shape
+        hidden = parameters[prefix + "hidden_kernel"].shape[1]
+        for d in range(model.directions):
+            cell = cell_prefix(model.config, d, layer)
+            shapes[cell + "kernel"] = (inputs + hidden, gates)
+            shapes[cell + "bias"] = (gates,)
+            if prefix + "projection" in parameters:
+                shapes[cell + "projection/kernel"] = tuple(parameters[prefix + "projection"].shape[1:])
+    return shapes
+
+
 def from_variables(model: BiLM, variables: Mapping[str, Array], source: str) -> dict[str, Tensor]:
     """Our parameter name -> tensor. Raises FormatError, naming `source`, for a variable that is missing or of another shape."""
+    shapes = variable_shapes(model)
 
-    def take(variable: str, shape: tuple[int, ...]) -> Array:
+    def take(variable: str) -> Array:
         if variable not in variables:
             raise FormatError(f"{source}: has no variable {variable}; the options describe another model")
         array = np.asarray(variables[variable])
-        if array.shape != shape:
-            raise FormatError(f"{source}: {variable} has shape {list(array.shape)}, the options ask for {list(shape)}")
+        if array.shape != shapes[variable]:
+            raise FormatError(f"{source}: {variable} has shape {list(array.shape)}, the options ask for {list(shapes[variable])}")
         return array
 
     parameters = dict(model.named_parameters())
     result: dict[str, Tensor] = {}
     for name, variable in _shared_names(model).items():
-        shape = tuple(parameters[name].shape)
+        array = take(variable)
         if name.startswith("char_cnn.filters."):
-            array = take(variable, (1, *reversed(shape)))[0].transpose(2, 1, 0)
-        else:
-            array = take(variable, shape)
+            array = array[0].transpose(2, 1, 0)
         result[name] = torch.from_numpy(np.array(array, order="C"))
     for layer in range(model.config.lstm.n_layers):
         prefix = f"lstm.layers.{layer}."
-        _, inputs, gates = parameters[prefix + "input_kernel"].shape
-        hidden = parameters[prefix + "hidden_kernel"].shape[1]
+        inputs = parameters[prefix + "input_kernel"].shape[1]
         cells = [cell_prefix(model.config, d, layer) for d in range(model.directions)]
-        kernels = np.stack([take(cell + "kernel", (inputs + hidden, gates)) for cell in cells])
+        kernels = np.stack([take(cell + "kernel") for cell in cells])
         result[prefix + "input_kernel"] = torch.from_numpy(kernels[:, :inputs].copy())
         result[prefix + "hidden_kernel"] = torch.from_numpy(kernels[:, inputs:].copy())
-        result[prefix + "bias"] = torch.from_numpy(np.stack([take(cell + "bias", (gates,)) for cell in cells]))
+        result[prefix + "bias"] = torch.from_numpy(np.stack([take(cell + "bias") for cell in cells]))
         if prefix + "projection" in parameters:
-            shape = tuple(parameters[prefix + "projection"].shape[1:])
-            stacked = np.stack([take(cell + "projection/kernel", shape) for cell in cells])
-            result[prefix + "projection"] = torch.from_numpy(stacked)
+            result[prefix + "projection"] = torch.from_numpy(np.stack([take(cell + "projection/kernel") for cell in cells]))
     return result

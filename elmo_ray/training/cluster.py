@@ -71,6 +71,8 @@ def ensure_ray() -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster can be joined there: {_line(error)}") from None
         return
+    # Nothing is preempted here, and its watcher is a process more that logs an error of no meaning.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     ray.init(address="local", object_store_memory=min(1 << 30, memory // 5), logging_level="ERROR")
 

@@ -1,5 +1,4 @@
 import itertools
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,13 +35,11 @@ def sentences_of(block: EncodedBlock, vocabulary: Vocabulary) -> list[tuple[list
 
 
 @pytest.mark.parametrize("shard", [0, 1, 2])
-def test_encodings_of_the_original(shard: int) -> None:
-    shared = Path(os.environ.get("ELMO_SHARED", Path(__file__).parents[2] / ".." / "shared")) / "golden" / "data"
-    text = shared / "shards" / f"shard-{shard:05d}-of-00003"
-    if not text.exists():
-        pytest.skip(f"{text} is other people's text and is not here; ELMO_SHARED names the folder that has it")
-    expected = np.load(shared / "batches.npz")
-    vocabulary = Vocabulary.read(shared / "vocab.txt")
+def test_encodings_of_the_original(shared: Path, shard: int) -> None:
+    folder = shared / "golden" / "data"
+    text = folder / "shards" / f"shard-{shard:05d}-of-00003"
+    expected = np.load(folder / "batches.npz")
+    vocabulary = Vocabulary.read(folder / "vocab.txt")
     found = sentences_of(encode_block(text.read_bytes(), vocabulary, 50), vocabulary)
     assert len(found) == sum(1 for key in expected if key.startswith(f"encode/shard{shard}/")) // 2
     for line, (ids, characters) in enumerate(found):
