@@ -46,12 +46,16 @@ class DryRun:
         lines += [f"  {'all':<24}{sum(self.parameters.values()):>15,}", ""]
         guessed = "" if self.exact else " (guessed from the files' sizes; `prepare` counts them)"
         lines += [
-            f"vocabulary: {about}{self.vocabulary:,} words; positions of an epoch: {about}{self.positions_per_epoch:,}{guessed}",
+            f"vocabulary: {about}{self.vocabulary:,} words",
+            f"positions of an epoch: {about}{self.positions_per_epoch:,}{guessed}",
             f"positions per step: {step:,} ({config.data.streams} streams x {config.train.unroll})",
-            f"steps: {about}{self.steps_per_epoch:,} per epoch, {self.steps:,} in all (train.duration={config.train.duration})",
-            "memory of a worker: " + ", ".join(f"{k} {_size(v)}" for k, v in self.memory.items())
+            f"steps: {about}{self.steps_per_epoch:,} per epoch, {self.steps:,} in all "
+            f"(train.duration={config.train.duration})",
+            "memory of a worker: "
+            + ", ".join(f"{k} {_size(v)}" for k, v in self.memory.items())
             + f"; in all about {_size(sum(self.memory.values()))}",
-            f"disk: {_size(self.checkpoint_bytes)} a checkpoint, {config.train.keep_last} kept, one being written and the best: "
+            f"disk: {_size(self.checkpoint_bytes)} a checkpoint, {config.train.keep_last} kept, "
+            "one being written and the best: "
             f"{_size(self.checkpoint_bytes * (config.train.keep_last + 2))}; free {_size(self.disk_free)}",
             f"devices seen: {', '.join(self.devices)}",
         ]
@@ -75,8 +79,10 @@ def dry_run(config: PretrainConfig) -> DryRun:
     else:
         words = config.data.max_vocab or 100_000
     if config.softmax.kind == "sampled" and config.softmax.negatives >= words:
-        raise ConfigError(f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
-                          f"vocabulary, {words}")
+        raise ConfigError(
+            f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
+            f"vocabulary, {words}"
+        )
     unroll, streams = config.train.unroll, config.data.streams
     if exact:
         plan = StreamPlan(Corpus.load(directory / "train.npz"), streams)
@@ -103,7 +109,9 @@ def dry_run(config: PretrainConfig) -> DryRun:
     # kept for backward: gates, their gradients, cells, outputs; and logits with their gradient
     activations = window * lstm.n_layers * (10 * lstm.dim + 4 * lstm.projection_dim) + 3 * window * negatives
     memory = {
-        "parameters": total * width, "optimizer": total * slots * width, "gradients": _dense(parameters) * width,
+        "parameters": total * width,
+        "optimizer": total * slots * width,
+        "gradients": _dense(parameters) * width,
         "activations": activations * width,
         "text": words * (2 * config.model.char_cnn.max_characters + 150) + rows * 3 * config.data.block_bytes * 6,
     }
@@ -111,8 +119,19 @@ def dry_run(config: PretrainConfig) -> DryRun:
     while not storage.exists():
         storage = storage.parent
     state = streams * directions * lstm.n_layers * (lstm.dim + lstm.projection_dim) * width
-    return DryRun(config, parameters, words, positions, exact, per_epoch, steps, memory,
-                  total * (1 + slots) * width + state, shutil.disk_usage(storage).free, _devices())
+    return DryRun(
+        config,
+        parameters,
+        words,
+        positions,
+        exact,
+        per_epoch,
+        steps,
+        memory,
+        total * (1 + slots) * width + state,
+        shutil.disk_usage(storage).free,
+        _devices(),
+    )
 
 
 def _vocabulary_path(config: PretrainConfig, directory: Path) -> Path:
@@ -125,8 +144,13 @@ def _part(name: str) -> str:
     if words[0] == "lstm":
         return f"lstm.{words[2]}"
     if words[0] == "char_cnn":
-        return {"embedding": "char_embedding", "highways": "highway"}.get(words[1], words[1].split("_")[0]).replace(
-            "filters", "char_cnn").replace("filter", "char_cnn")
+        parts = {
+            "embedding": "char_embedding",
+            "highways": "highway",
+            "filters": "char_cnn",
+            "filter_biases": "char_cnn",
+        }
+        return parts.get(words[1], "projection")
     return "softmax" if name.startswith("softmax") else name
 
 

@@ -4,7 +4,8 @@ A record is a flat mapping with `kind` ("train" or "valid"), `step` (optimizer s
 and numbers: `epoch` (fractional), `positions` (trained on so far), `loss` (nats per position: mean over directions),
 `loss_forward`, `loss_backward`, `perplexity`, `perplexity_forward`, `perplexity_backward` (exp of those; the backward
 ones are None for a forward-only model), and for "train" `grad_norm`, `lr`, `positions_per_second`, `data_wait` (share
-of a step's time that waited for text). Numbers that are not finite are written as null.
+of a step's time that waited for text). Numbers that are not finite are written as null. A record of kind "event" has a
+`message` instead: how the attempt started, and the like.
 """
 
 from __future__ import annotations
@@ -66,6 +67,38 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class MetricsFollower:
+    """Shows in a driver's terminal what rank 0 writes, wherever it runs: reads the lines that are new since the last `poll`.
+
+    Made before training starts, it begins where the files end.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._folder = Path(run_dir) / "metrics"
+        self._read: dict[str, int] = {path.name: path.stat().st_size for path in self._folder.glob("attempt-*.jsonl")}
+
+    def poll(self) -> list[Record]:
+        """New whole records, oldest first."""
+        records: list[Record] = []
+        for path in sorted(self._folder.glob("attempt-*.jsonl")):
+            start = self._read.get(path.name, 0)
+            with open(path, "rb") as file:
+                file.seek(start)
+                text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._read[path.name] = start + len(whole)
+            records.extend(json.loads(line) for line in whole.splitlines() if line.strip())
+        return records
+
+    def log(self) -> None:
+        """Log the new records as lines for a person."""
+        for record in self.poll():
+            if record.get("kind") == "event":
+                _LOG.info("%s", record.get("message"))
+            else:
+                _LOG.info("%s", console_line(record, record.get("total_steps") or record["step"]))
 
 
 def read_metrics(run_dir: str | Path) -> list[Record]:

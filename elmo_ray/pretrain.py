@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,15 @@ from elmo_ray.command_line import Flags, run_verb
 from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
 from elmo_ray.dry_run import DryRun, dry_run
 from elmo_ray.errors import ConfigError
+from elmo_ray.metrics import MetricsFollower
 from elmo_ray.run_folder import RunFolder, open_run
 
 logger = logging.getLogger(__name__)
 
 SHOWN_WORDS = ("the", "is", "one", "string", "returns", "if", "man", "time", "said")
 """Whose neighbours are shown at the end, as far as the vocabulary has them."""
+
+NO_FLAGS = Flags()
 
 UNIGRAM_POSITIONS = 50_000_000
 """Larger corpora are not read again for the unigram yardstick."""
@@ -48,31 +52,48 @@ class PretrainResult:
     def summary(self) -> str:
         training, lines = self.training, [self.curve] if self.curve else []
         if self.neighbours:
-            lines += ["nearest words:", *(f"  {word:<10} {', '.join(near)}" for word, near in self.neighbours.items()), ""]
+            lines += [
+                "nearest words:",
+                *(f"  {word:<10} {', '.join(near)}" for word, near in self.neighbours.items()),
+                "",
+            ]
         if self.evaluation is not None:
-            values = [f"{name} {self.evaluation[f'perplexity_{name}']:.1f}" for name in ("forward", "backward")
-                      if self.evaluation[f"perplexity_{name}"] is not None]
-            line = f"held-out perplexity of the test text: {', '.join(values)}, together {self.evaluation['perplexity']:.1f}"
+            values = [
+                f"{name} {self.evaluation[f'perplexity_{name}']:.1f}"
+                for name in ("forward", "backward")
+                if self.evaluation[f"perplexity_{name}"] is not None
+            ]
+            together = f"together {self.evaluation['perplexity']:.1f}"
+            line = f"held-out perplexity of the test text: {', '.join(values)}, {together}"
             if self.unigram_perplexity is not None:
                 line += f"; add-one unigram {self.unigram_perplexity:.1f}"
             lines.append(line)
         done = "finished" if training["finished"] else "stopped"
-        lines.append(f"{done} at step {training['steps']:,} of {training['total_steps']:,}: {training['positions']:,} positions "
-                     f"in {training['seconds']:,.0f} s")
+        lines.append(
+            f"{done} at step {training['steps']:,} of {training['total_steps']:,}: {training['positions']:,} positions "
+            f"in {training['seconds']:,.0f} s"
+        )
         if training["best_perplexity"] is not None:
-            lines.append(f"best validation perplexity {training['best_perplexity']:.2f} at step {training['best_step']:,}")
+            lines.append(
+                f"best validation perplexity {training['best_perplexity']:.2f} at step {training['best_step']:,}"
+            )
         lines.append(f"run: {self.run_dir}" + (f"   export: {self.export_dir}" if self.export_dir else ""))
         if training["stopped"]:
             lines.append("go on with the same command and --resume")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"run_dir": str(self.run_dir), **self.training, "evaluation": self.evaluation,
-                "unigram_perplexity": self.unigram_perplexity, "nearest_words": self.neighbours,
-                "export_dir": str(self.export_dir) if self.export_dir else None}
+        return {
+            "run_dir": str(self.run_dir),
+            **self.training,
+            "evaluation": self.evaluation,
+            "unigram_perplexity": self.unigram_perplexity,
+            "nearest_words": self.neighbours,
+            "export_dir": str(self.export_dir) if self.export_dir else None,
+        }
 
 
-def run(config: PretrainConfig, flags: Flags = Flags()) -> PretrainResult | DryRun:
+def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | DryRun:
     """The whole job. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
     if flags.dry_run:
         return dry_run(config)
@@ -82,15 +103,35 @@ def run(config: PretrainConfig, flags: Flags = Flags()) -> PretrainResult | DryR
         return _finished(folder)
     prepared = prepare.run(config)
     if config.softmax.kind == "sampled" and config.softmax.negatives >= prepared.vocabulary_size:
-        raise ConfigError(f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
-                          f"vocabulary, {prepared.vocabulary_size}")
+        raise ConfigError(
+            f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
+            f"vocabulary, {prepared.vocabulary_size}"
+        )
     plan = _plan(config, folder.path, prepared)
-    from elmo_ray.training.cluster import fit
-
-    training = fit(plan)
+    training = _fit(plan)
     if training["stopped"]:
         return PretrainResult(folder.path, training)
     return _finish(config, folder.path, prepared, training)
+
+
+def _fit(plan: Any) -> dict[str, Any]:
+    """Train, and show the metrics file's new lines meanwhile."""
+    from elmo_ray.training.cluster import fit
+
+    follower, done = MetricsFollower(plan.run_dir), threading.Event()
+
+    def follow() -> None:
+        while not done.wait(0.5):
+            follower.log()
+
+    thread = threading.Thread(target=follow, name="console", daemon=True)
+    thread.start()
+    try:
+        return fit(plan)
+    finally:
+        done.set()
+        thread.join()
+        follower.log()
 
 
 def _longer(config: PretrainConfig, folder: RunFolder) -> bool:
@@ -107,7 +148,8 @@ def _longer(config: PretrainConfig, folder: RunFolder) -> bool:
 
 
 def _plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult) -> Any:
-    """Everything that the workers read is copied to the run's folder: another run may prepare another corpus meanwhile."""
+    """Everything that the workers read is copied to the run's folder: another run may prepare another corpus
+    meanwhile."""
     from elmo_ray.data.index_file import write_aside
     from elmo_ray.training.loop import TrainPlan
 
@@ -120,7 +162,9 @@ def _plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult
     return TrainPlan(config, str(run_dir), str(run_dir / "train.npz"), valid, str(run_dir / "vocab.txt"))
 
 
-def _finish(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult, training: dict[str, Any]) -> PretrainResult:
+def _finish(
+    config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult, training: dict[str, Any]
+) -> PretrainResult:
     from elmo_ray import evaluate, export, report
     from elmo_ray.data.unigram import add_one_perplexity
     from elmo_ray.data.vocabulary import Vocabulary
@@ -135,21 +179,31 @@ def _finish(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResu
         logger.warning("run.export: a forward-only model has no form that bilm-tf or AllenNLP could load; not exported")
     if prepared.test is not None:
         texts = config.data.test or config.data.train
-        evaluation = evaluate.run(EvaluateConfig.from_dict({
-            "run": {"storage_path": config.run.storage_path},
-            "data": {"test": list(texts), "prepared_dir": str(prepared.prepared_dir), "block_bytes": config.data.block_bytes,
-                     "on_error": config.data.on_error},
-            "evaluate": config.evaluate.to_dict(),
-            "cluster": {"workers": config.cluster.workers, "cpus_per_worker": config.cluster.cpus_per_worker},
-            "init": {"from": str(run_dir)},
-        })).to_dict()
+        evaluation = evaluate.run(
+            EvaluateConfig.from_dict(
+                {
+                    "run": {"storage_path": config.run.storage_path},
+                    "data": {
+                        "test": list(texts),
+                        "prepared_dir": str(prepared.prepared_dir),
+                        "block_bytes": config.data.block_bytes,
+                        "on_error": config.data.on_error,
+                    },
+                    "evaluate": config.evaluate.to_dict(),
+                    "cluster": {"workers": config.cluster.workers, "cpus_per_worker": config.cluster.cpus_per_worker},
+                    "init": {"from": str(run_dir)},
+                }
+            )
+        ).to_dict()
         if prepared.train.positions <= UNIGRAM_POSITIONS:
             vocabulary = Vocabulary.read(prepared.vocabulary_path)
             unigram = add_one_perplexity(prepared.train, prepared.test, vocabulary, config.data.on_error)
     source = open_source(str(run_dir))
     neighbours = nearest_words(source.model, source.vocabulary, SHOWN_WORDS)
     drawn = report.run(ReportConfig(runs=(str(run_dir),)))
-    result = PretrainResult(run_dir, training, evaluation, unigram, export_dir, neighbours, report.terminal_curve(drawn.runs))
+    result = PretrainResult(
+        run_dir, training, evaluation, unigram, export_dir, neighbours, report.terminal_curve(drawn.runs)
+    )
     _write_result(result)
     return result
 
@@ -167,12 +221,25 @@ def _finished(folder: RunFolder) -> PretrainResult:
     except (OSError, ValueError):
         values = {}
     keys = ("steps", "total_steps", "positions", "finished", "stopped", "best_perplexity", "best_step", "seconds")
-    unknown = {"steps": folder.step, "total_steps": folder.step, "positions": 0, "finished": True, "stopped": False,
-               "best_perplexity": None, "best_step": None, "seconds": 0.0}
+    unknown = {
+        "steps": folder.step,
+        "total_steps": folder.step,
+        "positions": 0,
+        "finished": True,
+        "stopped": False,
+        "best_perplexity": None,
+        "best_step": None,
+        "seconds": 0.0,
+    }
     training = {key: values.get(key, unknown[key]) for key in keys}
     export_dir = values.get("export_dir")
-    return PretrainResult(folder.path, training, values.get("evaluation"), values.get("unigram_perplexity"),
-                          Path(export_dir) if export_dir else None)
+    return PretrainResult(
+        folder.path,
+        training,
+        values.get("evaluation"),
+        values.get("unigram_perplexity"),
+        Path(export_dir) if export_dir else None,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,8 @@ import pytest
 # Before anything imports Ray: without it a token is written to the home directory and usage is reported.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Small models on few cores: a second thread costs more than it gives, and two of them spin against each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -45,6 +45,11 @@ def word_vector(p: Parameters, model: ModelConfig, characters: Sequence[int]) ->
     return x
 
 
+def clip(x: Tensor, bound: float) -> Tensor:
+    limit = torch.tensor(bound, dtype=x.dtype)
+    return torch.minimum(torch.maximum(x, -limit), limit)
+
+
 def cell(p: Parameters, model: ModelConfig, layer: int, d: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """One step of TensorFlow's LSTMCell; the new (hidden, cell)."""
     config, place = model.lstm, f"lstm.layers.{layer}."
@@ -52,12 +57,12 @@ def cell(p: Parameters, model: ModelConfig, layer: int, d: int, x: Tensor, h: Te
     i, j, f, o = (torch.cat([x, h]) @ kernel + p[place + "bias"][d]).split(config.dim)
     c = torch.sigmoid(f + 1.0) * c + torch.sigmoid(i) * torch.tanh(j)
     if config.cell_clip is not None:
-        c = torch.minimum(torch.maximum(c, torch.tensor(-config.cell_clip)), torch.tensor(config.cell_clip))
+        c = clip(c, config.cell_clip)
     h = torch.sigmoid(o) * torch.tanh(c)
     if config.dim != config.projection_dim:
         h = h @ p[place + "projection"][d]
         if config.proj_clip is not None:
-            h = torch.minimum(torch.maximum(h, torch.tensor(-config.proj_clip)), torch.tensor(config.proj_clip))
+            h = clip(h, config.proj_clip)
     return h, c
 
 
@@ -115,20 +120,21 @@ def full_loss(x: Tensor, weight_VP: Tensor, bias_V: Tensor, target: int) -> Tens
 
 
 def sampled_loss(
-    x: Tensor, weight_VP: Tensor, bias_V: Tensor, target: int, negatives: Sequence[int], target_count: float,
-    negative_counts: Sequence[float],
+    x: Tensor, weight_VP: Tensor, bias_V: Tensor, target: int, negatives: Sequence[int], target_log_count: float,
+    negative_log_counts: Sequence[float],
 ) -> Tensor:
-    """The target against the negatives that are not the target; counts are expected counts, not their logarithms."""
-    true = weight_VP[target] @ x + bias_V[target] - torch.log(torch.tensor(target_count, dtype=torch.float64))
+    """The target against the negatives that are not the target, each less the logarithm of its expected count."""
+    true = weight_VP[target] @ x + bias_V[target] - target_log_count
     logits = [true]
-    for k, count in zip(negatives, negative_counts, strict=True):
+    for k, log_count in zip(negatives, negative_log_counts, strict=True):
         if k != target:
-            logits.append(weight_VP[k] @ x + bias_V[k] - torch.log(torch.tensor(count, dtype=torch.float64)))
+            logits.append(weight_VP[k] @ x + bias_V[k] - log_count)
     return torch.log(torch.stack([torch.exp(value) for value in logits]).sum()) - true
 
 
 def close(ours: Tensor, reference: Tensor, tolerance: float = 1e-9) -> None:
     """Equal within `tolerance` of the reference's largest value."""
+    ours, reference = ours.detach(), reference.detach()
     assert ours.shape == reference.shape
     scale = max(1e-12, float(reference.abs().max())) if reference.numel() else 1.0
     error = float((ours - reference).abs().max()) if reference.numel() else 0.0

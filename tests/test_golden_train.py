@@ -1,6 +1,7 @@
 """Two training steps of bilm-tf, repeated: losses, states, gradients, norms, variables and accumulators.
 
-Runs every NAME.npz with NAME.options.json in the folder that ELMO_GOLDEN names; the number of workers is that of the `gpu{g}` keys.
+Runs every NAME.npz with NAME.options.json in the folder that ELMO_GOLDEN names; the number of workers is that of the
+`gpu{g}` keys.
 """
 
 from __future__ import annotations
@@ -57,12 +58,15 @@ class Case:
         with np.load(path) as file:
             self.golden = {key: file[key] for key in file.files}
         model, softmax = from_options(self.options, str(path))
-        self.config = PretrainConfig.from_dict({
-            "model": model.to_dict(), "softmax": softmax.to_dict(),
-            "data": {"streams": self.options["batch_size"], "train": "unused"},
-            "train": {"unroll": self.options["unroll_steps"], "dropout": self.options["dropout"], "reset": "never"},
-            "optim": {"lr": self.options.get("learning_rate", 0.2), "clip_norm": self.options["all_clip_norm_val"]},
-        })
+        self.config = PretrainConfig.from_dict(
+            {
+                "model": model.to_dict(),
+                "softmax": softmax.to_dict(),
+                "data": {"streams": self.options["batch_size"], "train": "unused"},
+                "train": {"unroll": self.options["unroll_steps"], "dropout": self.options["dropout"], "reset": "never"},
+                "optim": {"lr": self.options.get("learning_rate", 0.2), "clip_norm": self.options["all_clip_norm_val"]},
+            }
+        )
         self.model = BiLM(model, softmax, self.options["n_tokens_vocab"])
         init = {k.removeprefix("init/"): v for k, v in self.golden.items() if k.startswith("init/")}
         assert sorted(to_variables(self.model, dict(self.model.named_parameters()))) == sorted(init), "variables differ"
@@ -82,10 +86,16 @@ class Case:
         else:
             all_inputs = np.stack([g[f"batch{step}/token_ids{w}"] for w in ways]).astype(np.int64)
             types, places = np.unique(all_inputs[:, rows], return_inverse=True)
-        result = StepInput(step, torch.from_numpy(types), ((len(types), types.shape[-1]),),
-                           torch.from_numpy(places.reshape(targets.shape)), torch.from_numpy(targets),
-                           torch.full((targets.shape[1],), targets.shape[2]), torch.zeros(targets.shape[1], dtype=torch.bool),
-                           n * world)
+        result = StepInput(
+            step,
+            torch.from_numpy(types),
+            ((len(types), types.shape[-1]),),
+            torch.from_numpy(places.reshape(targets.shape)),
+            torch.from_numpy(targets),
+            torch.full((targets.shape[1],), targets.shape[2]),
+            torch.zeros(targets.shape[1], dtype=torch.bool),
+            n * world,
+        )
         if self.config.softmax.kind == "sampled":
             place = f"step{step}/gpu{rank}/dir{{}}/"
             sampled = [[g[f"step{step}/gpu{r}/dir{i}/sampled_ids"] for i in range(d)] for r in range(world)]
@@ -105,7 +115,8 @@ class Case:
             result.target_log_count = torch.from_numpy(np.log(counts))
             result.negative_rows = torch.from_numpy(np.searchsorted(vocabulary_rows, np.stack(sampled[rank])))
             result.negative_log_count = torch.from_numpy(
-                np.log(np.stack([g[place.format(i) + "sampled_expected_count"] for i in range(d)])))
+                np.log(np.stack([g[place.format(i) + "sampled_expected_count"] for i in range(d)]))
+            )
         return result
 
 

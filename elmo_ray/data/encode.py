@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from elmo_ray.data.characters import encode_words
+from elmo_ray.data.lookup import MISSING, word_bounds
 from elmo_ray.data.shards import Block
-from elmo_ray.data.text import OnError, decode, split_lines
+from elmo_ray.data.text import OnError, decode, has_wide_spaces, split_lines
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import DataError
-
-_MISSING = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +44,8 @@ def encode_text(text: str, vocabulary: Vocabulary, max_characters: int = 50) -> 
     sentences = [line.split() for line in split_lines(text)]
     lengths = np.fromiter(map(len, sentences), dtype=np.int32, count=len(sentences))
     words = list(itertools.chain.from_iterable(sentences))
-    ids = np.fromiter(map(vocabulary.ids.get, words, itertools.repeat(_MISSING)), dtype=np.int32, count=len(words))
-    missing = np.flatnonzero(ids == _MISSING)
+    ids = np.fromiter(map(vocabulary.ids.get, words, itertools.repeat(MISSING)), dtype=np.int32, count=len(words))
+    missing = np.flatnonzero(ids == MISSING)
     rows: dict[str, int] = {}
     places = [rows.setdefault(words[index], len(rows)) for index in missing.tolist()]
     ids[missing] = -1 - np.asarray(places, dtype=np.int32)
@@ -66,8 +65,32 @@ def encode_block(
     `path` and `offset` say where they stand, for the DataError of bytes that are no text (see `decode`).
     """
     text, replaced = decode(data, on_error, path, offset)
+    if not replaced and b"\r" not in data and not has_wide_spaces(data):
+        return _encode_plain(data, vocabulary, max_characters)
     encoded = encode_text(text, vocabulary, max_characters)
     return EncodedBlock(encoded.ids, encoded.lengths, encoded.unknown, replaced)
+
+
+def _encode_plain(data: bytes, vocabulary: Vocabulary, max_characters: int) -> EncodedBlock:
+    """What `encode_text` gives, some three times as fast, for UTF-8 with \\n and ASCII spaces alone."""
+    table = vocabulary.table
+    padded = np.frombuffer(data + bytes(table.PADDING - len(data) % 8), dtype=np.uint8)
+    starts, ends = word_bounds(padded[: len(data)])
+    word_lengths = ends - starts
+    line_ends = np.flatnonzero(padded[: len(data)] == ord("\n"))
+    if data and not data.endswith(b"\n"):
+        line_ends = np.append(line_ends, len(data))
+    lengths = np.diff(np.searchsorted(starts, line_ends), prepend=0).astype(np.int32)
+    ids = table.find(padded, starts, word_lengths)
+    missing = np.flatnonzero(ids == MISSING)
+    rows: dict[str, int] = {}
+    places = []
+    for start, end in zip(starts[missing].tolist(), ends[missing].tolist(), strict=True):
+        word = data[start:end].decode()
+        known = vocabulary.ids.get(word) if end - start > table.LONGEST else None
+        places.append(known if known is not None else -1 - rows.setdefault(word, len(rows)))
+    ids[missing] = np.asarray(places, dtype=np.int32)
+    return EncodedBlock(ids, lengths, encode_words(list(rows), max_characters))
 
 
 def read_block(block: Block) -> bytes:

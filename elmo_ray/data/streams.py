@@ -1,7 +1,8 @@
 """Streams: the rows of the global batch, and the windows of positions that they yield.
 
-The blocks of an epoch in their order form one line of P positions; stream s owns positions [s*P//S, (s+1)*P//S) of every
-epoch. What a stream needs to go on is its cursor, two integers, so a stream can move to another worker at any window.
+The blocks of an epoch in their order form one line of P positions; stream s owns positions [s*P//S, (s+1)*P//S) of
+every epoch. What a stream needs to go on is its cursor, two integers, so a stream can move to another worker at any
+window.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ LENGTH_CLASSES = (6, 8, 10, 13, 18, 26)
 
 @dataclass
 class StreamCursors:
-    """Where some streams are, one element a stream: shares finished, positions consumed of the next share, and the audit.
+    """Where some streams are, one element a stream: shares finished, positions consumed of the next share, and the
+    audit.
 
     `audit_positions` counts all positions ever consumed, `audit_hash` is a running CRC-32 of their target ids.
     """
@@ -51,8 +53,12 @@ class StreamCursors:
         return StreamCursors(*(a.copy() for a in (self.epoch, self.offset, self.audit_positions, self.audit_hash)))
 
     def arrays(self) -> dict[str, IntArray]:
-        return {"epoch": self.epoch, "offset": self.offset, "audit_positions": self.audit_positions,
-                "audit_hash": self.audit_hash}
+        return {
+            "epoch": self.epoch,
+            "offset": self.offset,
+            "audit_positions": self.audit_positions,
+            "audit_hash": self.audit_hash,
+        }
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,12 @@ class StreamPlan:
 class Batch:
     """One window of every stream of a worker. D directions, B rows, T window, U distinct words, C characters.
 
-    types: [U, C] int16 character ids of the distinct words, shorter classes first; word-id input: [U] int64 vocabulary ids.
+    types: [U, C] int16 character ids of the distinct words, shorter classes first; word-id input: [U] int64
+    vocabulary ids.
     type_classes: (number of types, columns of characters that they need) in the order of `types`.
     inputs: [D, B, T] int64 indices into types.  targets: [D, B, T] int64 vocabulary ids, -1 = no position.
-    lengths: [B] valid positions of each row, always its first ones.  new_block: [B] a block began since the last window.
+    lengths: [B] valid positions of each row, always its first ones.  new_block: [B] a block began since the last
+    window.
     cursors: after this batch.
     """
 
@@ -181,7 +189,8 @@ class Batch:
 
 @dataclass
 class _Piece:
-    """Part of a block, as positions: columns of `tokens` are forward input, forward target, backward input, backward target."""
+    """Part of a block, as positions: columns of `tokens` are forward input, forward target, backward input, backward
+    target."""
 
     tokens: NDArray[np.int64]  # [4, n]
     unknown_base: int
@@ -190,7 +199,8 @@ class _Piece:
 
 
 def block_positions(block: EncodedBlock, vocabulary: Vocabulary, unknown_base: int = 0) -> NDArray[np.int64]:
-    """[4, n] forward inputs and targets, backward inputs and targets of a block (BILM.md: n words give n + 1 positions).
+    """[4, n] forward inputs and targets, backward inputs and targets of a block (BILM.md: n words give n + 1
+    positions).
 
     As inputs, unknown words are numbered from `unknown_base`; as targets they are `<UNK>`.
     """
@@ -220,8 +230,8 @@ def block_positions(block: EncodedBlock, vocabulary: Vocabulary, unknown_base: i
 class TypeTable:
     """Characters of the vocabulary's words, encoded once, and the grouping of a batch's words by length.
 
-    widest: the widest filter. Words of L ids need min(C, L + widest) columns: with one window of padding the maximum over
-    positions is that of all C columns (BILM.md, char CNN).
+    widest: the widest filter. Words of L ids need min(C, L + widest) columns: with one window of padding the maximum
+    over positions is that of all C columns (BILM.md, char CNN).
     """
 
     def __init__(self, vocabulary: Vocabulary, max_characters: int, widest: int):
@@ -232,7 +242,8 @@ class TypeTable:
         self.columns = [min(max_characters, b + widest) for b in bounds]
 
     def gather(self, known: IntArray, unknown: NDArray[np.int16]) -> tuple[NDArray[np.int16], tuple, IntArray]:
-        """Rows of known ids then of unknown words, sorted by class; returns types, classes and the new place of each row."""
+        """Rows of known ids then of unknown words, sorted by class; returns types, classes and the new place of each
+        row."""
         types = np.concatenate([self.table[known], unknown])
         lengths = np.concatenate([self.lengths[known], (unknown != PADDING).sum(axis=1)])
         classes = np.searchsorted(self.bounds, lengths)
@@ -244,14 +255,24 @@ class TypeTable:
 
 
 class StreamLoader:
-    """Yields the windows of `streams` (a contiguous range) from `cursors` on, reading each block when it is first needed.
+    """Yields the windows of `streams` (a contiguous range) from `cursors` on, reading each block when it is first
+    needed.
 
     characters: table for character input, or None for word-id input (unknown words are then `<UNK>`).
     directions: 2, or 1 for a forward-only model. Ends when every stream is done; never ends for an endless plan.
     """
 
-    def __init__(self, plan: StreamPlan, streams: range, cursors: StreamCursors, source: BlockSource,
-                 vocabulary: Vocabulary, unroll: int, characters: TypeTable | None, directions: int = 2):
+    def __init__(
+        self,
+        plan: StreamPlan,
+        streams: range,
+        cursors: StreamCursors,
+        source: BlockSource,
+        vocabulary: Vocabulary,
+        unroll: int,
+        characters: TypeTable | None,
+        directions: int = 2,
+    ):
         self.plan, self.streams, self.unroll, self.directions = plan, streams, unroll, directions
         self.vocabulary, self.characters = vocabulary, characters
         self.cursors = cursors.copy()
@@ -297,8 +318,10 @@ class StreamLoader:
         expected = int(self.plan.corpus.block_positions[share.block])
         if tokens.shape[1] != expected:
             path = self.plan.corpus.block(share.block).path
-            raise DataError(f"{path}: a block has {tokens.shape[1]} positions, the index says {expected}: "
-                            "the file changed since it was prepared; run prepare again")
+            raise DataError(
+                f"{path}: a block has {tokens.shape[1]} positions, the index says {expected}: "
+                "the file changed since it was prepared; run prepare again"
+            )
         self.replaced += block.replaced
         piece = _Piece(tokens[:, share.first : share.last], self._next_base, block.unknown)
         self._next_base += len(block.unknown)
@@ -327,8 +350,9 @@ class StreamLoader:
         for row, pieces in enumerate(self._pieces):
             stream = self.streams.start + row
             if pieces:
-                new_block[row] = self.plan.new_block(stream, int(self.cursors.epoch[row]),
-                                                     int(self.cursors.offset[row]), unroll)
+                new_block[row] = self.plan.new_block(
+                    stream, int(self.cursors.epoch[row]), int(self.cursors.offset[row]), unroll
+                )
             filled = 0
             while filled < unroll and pieces:
                 piece = pieces[0]
@@ -343,8 +367,9 @@ class StreamLoader:
             self._advance(row, stream, tokens[:, row, :filled])
         self._window += 1
         types, classes, inputs = self._types(tokens[0 : 2 * self.directions : 2], live)
-        return Batch(types, classes, inputs, tokens[1 : 2 * self.directions : 2].copy(), lengths, new_block,
-                     self.cursors.copy())
+        return Batch(
+            types, classes, inputs, tokens[1 : 2 * self.directions : 2].copy(), lengths, new_block, self.cursors.copy()
+        )
 
     def _advance(self, row: int, stream: int, tokens: NDArray[np.int64]) -> None:
         cursors, n, size = self.cursors, tokens.shape[1], int(self._sizes[stream])
@@ -354,7 +379,9 @@ class StreamLoader:
         cursors.epoch[row] += total // size
         cursors.offset[row] = total % size
         cursors.audit_positions[row] += n
-        targets = np.ascontiguousarray(tokens[1::2].T.astype("<i4"))  # position by position, so that windows do not matter
+        targets = np.ascontiguousarray(
+            tokens[1::2].T.astype("<i4")
+        )  # position by position, so that windows do not matter
         cursors.audit_hash[row] = zlib.crc32(targets.tobytes(), int(cursors.audit_hash[row]))
 
     def _types(self, inputs: NDArray[np.int64], live: list[_Piece]) -> tuple[NDArray, tuple, IntArray]:

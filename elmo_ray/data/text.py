@@ -6,6 +6,7 @@ bilm-tf read text files.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
@@ -17,6 +18,10 @@ REPLACEMENT = "\ufffd"
 # A longer line is no sentence, and would have to be held in memory whole.
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
+# U+0085, U+00A0, U+1680, U+2000 to U+200A, U+2028, U+2029, U+202F, U+205F, U+3000.
+_WIDE_SPACE = re.compile(
+    rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80"
+)
 
 
 def decode(data: bytes, on_error: OnError, path: str, offset: int) -> tuple[str, int]:
@@ -49,6 +54,11 @@ def split_lines(text: str) -> list[str]:
     if not lines[-1]:
         lines.pop()
     return lines
+
+
+def has_wide_spaces(data: bytes) -> bool:
+    """Whether UTF-8 has a character beyond ASCII that `str.split` takes as space."""
+    return not data.isascii() and _WIDE_SPACE.search(data) is not None
 
 
 def count_lines(data: bytes) -> int:

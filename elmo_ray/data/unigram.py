@@ -14,8 +14,8 @@ from elmo_ray.data.vocabulary import Vocabulary
 def add_one_perplexity(train: Corpus, test: Corpus, vocabulary: Vocabulary, on_error: str = "fail") -> float:
     """Perplexity of `test` when a target's probability is (its count in `train` + 1) / (positions + V).
 
-    Targets are those of the biLM's forward direction: the words, unknown ones as `<UNK>`, and `</S>` after each sentence;
-    the backward direction has the same value, with `<S>` in its place. Reads both texts in this process.
+    Targets are those of the biLM's forward direction: the words, unknown ones as `<UNK>`, and `</S>` after each
+    sentence; the backward direction has the same value, with `<S>` in its place. Reads both texts in this process.
     """
     counts = _target_counts(train, vocabulary, on_error)
     probability = (counts + 1.0) / (counts.sum() + vocabulary.size)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from elmo_ray.data import index_file
 from elmo_ray.data.characters import encode_words, sentence_marker_rows
+from elmo_ray.data.lookup import WordTable
 from elmo_ray.errors import DataError
 
 SENTENCE_BEGIN_WORD = "<S>"
@@ -93,6 +94,11 @@ class Vocabulary:
     def sha256(self) -> str:
         """Hash of the words in the order of their ids, hexadecimal."""
         return hashlib.sha256(self._content()).hexdigest()
+
+    @functools.cached_property
+    def table(self) -> WordTable:
+        """The words for look-up in bytes, made once."""
+        return WordTable(self.ids)
 
     def characters(self, max_characters: int = 50) -> npt.NDArray[np.int16]:
         """The character ids of every word, int16 [V, max_characters], made once and read-only.

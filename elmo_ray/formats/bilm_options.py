@@ -1,7 +1,7 @@
 """bilm-tf's options.json as our configuration, and back.
 
-Absent keys mean what bilm-tf makes of them (BILM.md, Files): training takes `bidirectional` as false when absent, a published
-pair of weights and options is always bidirectional.
+Absent keys mean what bilm-tf makes of them (BILM.md, Files): training takes `bidirectional` as false when absent, a
+published pair of weights and options is always bidirectional.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def read_options(path: str | Path) -> dict[str, Any]:
     return options
 
 
-def from_options(options: Mapping[str, Any], source: str = "options.json", published: bool = False) -> tuple[ModelConfig, SoftmaxConfig]:
+def from_options(
+    options: Mapping[str, Any], source: str = "options.json", published: bool = False
+) -> tuple[ModelConfig, SoftmaxConfig]:
     """Model and softmax of an options mapping.
 
     published: it belongs to an HDF5 weights file, so it is bidirectional without saying so. Raises FormatError.
@@ -55,7 +57,9 @@ def from_options(options: Mapping[str, Any], source: str = "options.json", publi
     else:
         n_characters = char_cnn.get("n_characters", N_CHARACTERS)
         if n_characters not in (N_CHARACTERS, N_CHARACTERS + 1):
-            raise FormatError(f"{source}: char_cnn.n_characters is {n_characters}; a biLM has 261 in training, 262 for use")
+            raise FormatError(
+                f"{source}: char_cnn.n_characters is {n_characters}; a biLM has 261 in training, 262 for use"
+            )
         embedding = _mapping(char_cnn, "embedding", source) or {}
         values["char_cnn"] = {
             "filters": char_cnn.get("filters"),
@@ -75,9 +79,17 @@ def from_options(options: Mapping[str, Any], source: str = "options.json", publi
     return _parse(ModelConfig, values, source), _parse(SoftmaxConfig, softmax, source)
 
 
-def to_options(model: ModelConfig, softmax: SoftmaxConfig, n_words: int, for_training: bool = False, dropout: float = 0.0,
-               unroll: int = 20, rows: int = 128) -> dict[str, Any]:
-    """The options file of a model: 262 characters for use, which bilm-tf's inference insists on, or 261 for its training."""
+def to_options(
+    model: ModelConfig,
+    softmax: SoftmaxConfig,
+    n_words: int,
+    for_training: bool = False,
+    dropout: float = 0.0,
+    unroll: int = 20,
+    rows: int = 128,
+) -> dict[str, Any]:
+    """The options file of a model: 262 characters for use, which bilm-tf's inference insists on, or 261 for its
+    training."""
     lstm: dict[str, Any] = {
         "dim": model.lstm.dim,
         "projection_dim": model.lstm.projection_dim,
@@ -135,4 +147,6 @@ def _parse(section: type[Section], values: dict[str, Any], source: str) -> Any:
             raise FormatError(f"{source}: {error}") from None
         first = errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise FormatError(f"{source}: {place or section.__name__}: {first['msg']} (given {first.get('input')!r})") from None
+        raise FormatError(
+            f"{source}: {place or section.__name__}: {first['msg']} (given {first.get('input')!r})"
+        ) from None

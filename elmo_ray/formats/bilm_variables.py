@@ -1,8 +1,8 @@
 """Our parameters as the variables of bilm-tf's TensorFlow graph, and back.
 
-Works for parameters, gradients and Adagrad slots alike, since all have the parameters' shapes. Names and shapes are those
-of BILM.md and of bilm-tf's checkpoints: forward-only models have `lm/rnn/` in place of `lm/RNN_{d}/rnn/`, one-layer models
-have `lstm_cell/` without `multi_rnn_cell/cell_0/`.
+Works for parameters, gradients and Adagrad slots alike, since all have the parameters' shapes. Names and shapes are
+those of BILM.md and of bilm-tf's checkpoints: forward-only models have `lm/rnn/` in place of `lm/RNN_{d}/rnn/`,
+one-layer models have `lstm_cell/` without `multi_rnn_cell/cell_0/`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def to_variables(model: BiLM, tensors: Mapping[str, Tensor]) -> dict[str, Array]
             continue
         for d in range(model.directions):
             cell = cell_prefix(model.config, d, layer)
-            result[cell + "kernel"] = np.concatenate([arrays[prefix + "input_kernel"][d], arrays[prefix + "hidden_kernel"][d]])
+            result[cell + "kernel"] = np.concatenate(
+                [arrays[prefix + "input_kernel"][d], arrays[prefix + "hidden_kernel"][d]]
+            )
             result[cell + "bias"] = arrays[prefix + "bias"][d]
             if prefix + "projection" in arrays:
                 result[cell + "projection/kernel"] = arrays[prefix + "projection"][d]
@@ -92,7 +94,8 @@ def variable_shapes(model: BiLM) -> dict[str, tuple[int, ...]]:
 
 
 def from_variables(model: BiLM, variables: Mapping[str, Array], source: str) -> dict[str, Tensor]:
-    """Our parameter name -> tensor. Raises FormatError, naming `source`, for a variable that is missing or of another shape."""
+    """Our parameter name -> tensor. Raises FormatError, naming `source`, for a variable that is missing or of another
+    shape."""
     shapes = variable_shapes(model)
 
     def take(variable: str) -> Array:
@@ -100,7 +103,9 @@ def from_variables(model: BiLM, variables: Mapping[str, Array], source: str) -> 
             raise FormatError(f"{source}: has no variable {variable}; the options describe another model")
         array = np.asarray(variables[variable])
         if array.shape != shapes[variable]:
-            raise FormatError(f"{source}: {variable} has shape {list(array.shape)}, the options ask for {list(shapes[variable])}")
+            raise FormatError(
+                f"{source}: {variable} has shape {list(array.shape)}, the options ask for {list(shapes[variable])}"
+            )
         return array
 
     parameters = dict(model.named_parameters())
@@ -119,5 +124,7 @@ def from_variables(model: BiLM, variables: Mapping[str, Array], source: str) -> 
         result[prefix + "hidden_kernel"] = torch.from_numpy(kernels[:, inputs:].copy())
         result[prefix + "bias"] = torch.from_numpy(np.stack([take(cell + "bias") for cell in cells]))
         if prefix + "projection" in parameters:
-            result[prefix + "projection"] = torch.from_numpy(np.stack([take(cell + "projection/kernel") for cell in cells]))
+            result[prefix + "projection"] = torch.from_numpy(
+                np.stack([take(cell + "projection/kernel") for cell in cells])
+            )
     return result

@@ -1,6 +1,7 @@
 """The biLM: word inputs, two LSTM directions, and the softmax table.
 
-Shapes: D directions (1 when forward only), B rows, T window, U distinct words, C characters, P projection, V vocabulary.
+Shapes: D directions (1 when forward only), B rows, T window, U distinct words, C characters, P projection, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ TABLES = ("softmax_weight", "softmax_bias", "word_embedding")
 class BiLM(nn.Module):
     """A bidirectional (or forward-only) language model as bilm-tf trains it.
 
-    Parameters: `char_cnn.*` or `word_embedding` [V, P]; `lstm.layers.*`; `softmax_weight` [V, P] (absent where it is tied to
-    the word embedding) and `softmax_bias` [V].  n_words: V, 0 for a model without a softmax (a published weights file).
+    Parameters: `char_cnn.*` or `word_embedding` [V, P]; `lstm.layers.*`; `softmax_weight` [V, P] (absent where it is
+    tied to the word embedding) and `softmax_bias` [V].  n_words: V, 0 for a model without a softmax (a published
+    weights file).
     """
 
     def __init__(self, model: ModelConfig, softmax: SoftmaxConfig, n_words: int):
@@ -68,9 +70,15 @@ class BiLM(nn.Module):
         """Everything but the tables."""
         return {name: p for name, p in self.named_parameters() if name not in TABLES}
 
-    def encode_types(self, types: Tensor, classes: tuple[tuple[int, int], ...] | None = None,
-                     rows_RP: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """[U, P] vectors of distinct words: [U, C] character ids, or [U] ids into the word embedding (or into `rows_RP`)."""
+    def encode_types(
+        self,
+        types: Tensor,
+        classes: tuple[tuple[int, int], ...] | None = None,
+        rows_RP: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """[U, P] vectors of distinct words: [U, C] character ids, or [U] ids into the word embedding (or into
+        `rows_RP`)."""
         if self.char_cnn is not None:
             return self.char_cnn(types, classes, dtype)
         table = self.word_embedding if rows_RP is None else rows_RP
@@ -78,9 +86,17 @@ class BiLM(nn.Module):
             raise ValueError("a model with word input needs its embedding")
         return F.embedding(types, table)
 
-    def forward(self, types: Tensor, classes: tuple[tuple[int, int], ...] | None, inputs_DBT: Tensor, state: LstmState,
-                lengths_B: Tensor | None = None, dropout: Dropout | None = None, dtype: torch.dtype | None = None,
-                rows_RP: Tensor | None = None) -> tuple[Tensor, LstmState]:
+    def forward(
+        self,
+        types: Tensor,
+        classes: tuple[tuple[int, int], ...] | None,
+        inputs_DBT: Tensor,
+        state: LstmState,
+        lengths_B: Tensor | None = None,
+        dropout: Dropout | None = None,
+        dtype: torch.dtype | None = None,
+        rows_RP: Tensor | None = None,
+    ) -> tuple[Tensor, LstmState]:
         """Top output [D, B, T, P], after dropout where given, and the new state. Arguments as in `streams.Batch`."""
         types_UP = self.encode_types(types, classes, rows_RP, dtype)
         x_DTBP = F.embedding(inputs_DBT.transpose(1, 2), types_UP)
@@ -89,8 +105,14 @@ class BiLM(nn.Module):
         return top.transpose(1, 2), state
 
     @torch.no_grad()
-    def layers(self, types_UP: Tensor, inputs_DBT: Tensor, state: LstmState, lengths_B: Tensor | None = None,
-               dtype: torch.dtype | None = None) -> tuple[list[Tensor], LstmState]:
+    def layers(
+        self,
+        types_UP: Tensor,
+        inputs_DBT: Tensor,
+        state: LstmState,
+        lengths_B: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[list[Tensor], LstmState]:
         """For use: [D, B, T, P] of the word inputs and of every LSTM layer, from word vectors that are at hand."""
         x_DTBP = F.embedding(inputs_DBT.transpose(1, 2), types_UP)
         outputs, state = self.lstm(x_DTBP, state, lengths_B, None, dtype)

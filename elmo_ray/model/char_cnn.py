@@ -1,4 +1,5 @@
-"""Word inputs: the character CNN with highways and projection, and the word-id embedding. U words, C characters, P output."""
+"""Word inputs: the character CNN with highways and projection, and the word-id embedding. U words, C characters, P
+output."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ CARRY_BIAS = -2.0
 
 
 class Highway(nn.Module):
-    """y = g * relu(x Wt + bt) + (1 - g) * x with g = sigmoid(x Wc + bc); relu whatever the CNN uses (BILM.md, Model)."""
+    """y = g * relu(x Wt + bt) + (1 - g) * x with g = sigmoid(x Wc + bc); relu whatever the CNN uses (BILM.md,
+    Model)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -49,7 +51,9 @@ class CharCnn(nn.Module):
         self.config = config
         n_filters = sum(count for _, count in config.filters)
         self.embedding = nn.Parameter(torch.empty(N_CHARACTERS, config.embedding_dim))
-        self.filters = nn.ParameterList(torch.empty(count, config.embedding_dim, width) for width, count in config.filters)
+        self.filters = nn.ParameterList(
+            torch.empty(count, config.embedding_dim, width) for width, count in config.filters
+        )
         self.filter_biases = nn.ParameterList(torch.empty(count) for _, count in config.filters)
         self.highways = nn.ModuleList(Highway(n_filters) for _ in range(config.n_highway))
         has_projection = n_filters != output_dim
@@ -78,8 +82,9 @@ class CharCnn(nn.Module):
                 self.projection_weight.normal_(0.0, math.sqrt(1.0 / fan_in), generator=generator)
                 self.projection_bias.zero_()
 
-    def forward(self, types_UC: Tensor, classes: tuple[tuple[int, int], ...] | None = None,
-                dtype: torch.dtype | None = None) -> Tensor:
+    def forward(
+        self, types_UC: Tensor, classes: tuple[tuple[int, int], ...] | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """[U, P] vectors of words.
 
         types_UC: character ids. classes: (words, columns) of consecutive groups whose words fit into fewer columns, see

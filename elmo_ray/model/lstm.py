@@ -1,7 +1,7 @@
 """The biLM's LSTM: projection, cell and projection clips, skip connections, both directions in one batched product.
 
-Shapes: D directions, T window, B rows, I input, P output of a cell (projection), H cell, L layers. Gate order i, j, f, o as
-in TensorFlow's LSTMCell; the forget bias of 1 is added at run time and never stored (BILM.md, Model).
+Shapes: D directions, T window, B rows, I input, P output of a cell (projection), H cell, L layers. Gate order i, j,
+f, o as in TensorFlow's LSTMCell; the forget bias of 1 is added at run time and never stored (BILM.md, Model).
 """
 
 from __future__ import annotations
@@ -37,9 +37,19 @@ class _Recurrence(torch.autograd.Function):
     """One layer over a window. Weight gradients are one product over all time steps instead of one a step."""
 
     @staticmethod
-    def forward(ctx: Any, x_DTBI: Tensor, hidden_DBP: Tensor, cell_DBH: Tensor, w_input: Tensor, w_hidden: Tensor,
-                bias: Tensor, w_projection: Tensor | None, cell_clip: float | None, proj_clip: float | None,
-                dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        x_DTBI: Tensor,
+        hidden_DBP: Tensor,
+        cell_DBH: Tensor,
+        w_input: Tensor,
+        w_hidden: Tensor,
+        bias: Tensor,
+        w_projection: Tensor | None,
+        cell_clip: float | None,
+        proj_clip: float | None,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
         d, t, b, _ = x_DTBI.shape
         h = cell_DBH.shape[-1]
         # The weights are converted once a window, not once a time step.
@@ -74,8 +84,9 @@ class _Recurrence(torch.autograd.Function):
                 hidden.copy_(torch.bmm((fo[..., h:] * tanh_cell).to(low), w_projection_low))
                 if proj_clip is not None:
                     hidden.clamp_(-proj_clip, proj_clip)
-        ctx.save_for_backward(x_low, hidden_DBP, cell_DBH, w_input_low, w_hidden_low, w_projection_low, gates, cells,
-                              tanh_cells, outputs)
+        ctx.save_for_backward(
+            x_low, hidden_DBP, cell_DBH, w_input_low, w_hidden_low, w_projection_low, gates, cells, tanh_cells, outputs
+        )
         ctx.clips = (cell_clip, proj_clip)
         ctx.low = low
         ctx.mark_non_differentiable(cells)
@@ -83,7 +94,9 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x_low, hidden_DBP, cell_DBH, w_input, w_hidden, w_projection, gates, cells, tanh_cells, outputs) = ctx.saved_tensors
+        (x_low, hidden_DBP, cell_DBH, w_input, w_hidden, w_projection, gates, cells, tanh_cells, outputs) = (
+            ctx.saved_tensors
+        )
         cell_clip, proj_clip = ctx.clips
         low = ctx.low
         d, t, b, h = cells.shape
@@ -130,7 +143,11 @@ class _Recurrence(torch.autograd.Function):
         flat = d_gates.view(d, t * b, 4 * h)
         flat_low = flat.to(low)
         full = d_gates.dtype
-        d_x = torch.bmm(flat_low, w_input.transpose(1, 2).contiguous()).to(full).view(d, t, b, -1) if ctx.needs_input_grad[0] else None
+        d_x = (
+            torch.bmm(flat_low, w_input.transpose(1, 2).contiguous()).to(full).view(d, t, b, -1)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         d_w_input = torch.bmm(x_low.transpose(1, 2), flat_low).to(full)
         previous = torch.cat([hidden_DBP[:, None], outputs[:, :-1]], dim=1).view(d, t * b, p).to(low)
         d_w_hidden = torch.bmm(previous.transpose(1, 2), flat_low).to(full)
@@ -143,8 +160,8 @@ class _Recurrence(torch.autograd.Function):
 
 
 class LstmLayer(nn.Module):
-    """One layer, both directions. Parameters: input_kernel [D, I, 4H], hidden_kernel [D, P, 4H], bias [D, 4H], and, unless
-    `dim == projection_dim`, projection [D, H, P]. bilm-tf's kernel is the first two below each other."""
+    """One layer, both directions. Parameters: input_kernel [D, I, 4H], hidden_kernel [D, P, 4H], bias [D, 4H], and,
+    unless `dim == projection_dim`, projection [D, H, P]. bilm-tf's kernel is the first two below each other."""
 
     def __init__(self, config: LstmConfig, directions: int, input_dim: int):
         super().__init__()
@@ -169,10 +186,22 @@ class LstmLayer(nn.Module):
                 bound = math.sqrt(6.0 / sum(self.projection.shape[1:]))
                 self.projection.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x_DTBI: Tensor, hidden_DBP: Tensor, cell_DBH: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_DTBI: Tensor, hidden_DBP: Tensor, cell_DBH: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
         """All outputs [D, T, B, P] and all cells [D, T, B, H] of a window."""
-        outputs, cells = _Recurrence.apply(x_DTBI, hidden_DBP, cell_DBH, self.input_kernel, self.hidden_kernel, self.bias,
-                                           self.projection, self.cell_clip, self.proj_clip, dtype)
+        outputs, cells = _Recurrence.apply(
+            x_DTBI,
+            hidden_DBP,
+            cell_DBH,
+            self.input_kernel,
+            self.hidden_kernel,
+            self.bias,
+            self.projection,
+            self.cell_clip,
+            self.proj_clip,
+            dtype,
+        )
         return outputs, cells
 
 
@@ -183,7 +212,9 @@ class BiLstm(nn.Module):
         super().__init__()
         self.config = config
         self.directions = directions
-        self.layers = nn.ModuleList(LstmLayer(config, directions, config.projection_dim) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            LstmLayer(config, directions, config.projection_dim) for _ in range(config.n_layers)
+        )
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         for layer in self.layers:
@@ -194,12 +225,18 @@ class BiLstm(nn.Module):
         shape = (self.config.n_layers, self.directions, rows)
         return LstmState(like.new_zeros(*shape, self.config.projection_dim), like.new_zeros(*shape, self.config.dim))
 
-    def forward(self, x_DTBP: Tensor, state: LstmState, lengths_B: Tensor | None = None, dropout: Dropout | None = None,
-                dtype: torch.dtype | None = None) -> tuple[list[Tensor], LstmState]:
+    def forward(
+        self,
+        x_DTBP: Tensor,
+        state: LstmState,
+        lengths_B: Tensor | None = None,
+        dropout: Dropout | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[list[Tensor], LstmState]:
         """Run a window.
 
-        lengths_B: valid positions of each row (its first ones); the state returned is that after the last valid one, and
-        the state given where a row has none. None: all are valid.
+        lengths_B: valid positions of each row (its first ones); the state returned is that after the last valid one,
+        and the state given where a row has none. None: all are valid.
         Returns the output of every layer, [D, T, B, P] each, skip connections added, and the new state (detached).
         """
         outputs, hiddens, cells = [], [], []

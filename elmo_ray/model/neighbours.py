@@ -12,11 +12,14 @@ from elmo_ray.model.bilm import BiLM
 
 
 @torch.no_grad()
-def nearest_words(model: BiLM, vocabulary: Vocabulary, words: Sequence[str], count: int = 6,
-                  among: int = 5000) -> dict[str, list[str]]:
-    """The `count` words of largest cosine with each of `words` that the vocabulary has, among its `among` most frequent ones.
+def nearest_words(
+    model: BiLM, vocabulary: Vocabulary, words: Sequence[str], count: int = 6, among: int = 5000
+) -> dict[str, list[str]]:
+    """The `count` words of largest cosine with each of `words` that the vocabulary has, among its `among` most
+    frequent ones.
 
-    Vectors are rows of the softmax table, which holds what a word means as a prediction; spelling plays no part in them.
+    Vectors are rows of the softmax table, which holds what a word means as a prediction; spelling plays no part in
+    them.
     """
     special = {vocabulary.bos, vocabulary.eos, vocabulary.unk}
     ids = [i for i in range(min(among + len(special), vocabulary.size)) if i not in special]

@@ -20,7 +20,8 @@ CHUNK = 4096
 
 @dataclass(frozen=True)
 class Negatives:
-    """Negatives of one direction and step. ids: [K] int64 distinct vocabulary ids; tries: draws it took to find K distinct."""
+    """Negatives of one direction and step. ids: [K] int64 distinct vocabulary ids; tries: draws it took to find K
+    distinct."""
 
     ids: NDArray[np.int64]
     tries: int
@@ -29,8 +30,8 @@ class Negatives:
 def draw_negatives(seed: int, step: int, direction: int, n_words: int, count: int) -> Negatives:
     """Log-uniform negatives without replacement, a pure function of its arguments.
 
-    As TensorFlow's log_uniform_candidate_sampler(unique=True): draw ids with p(k) = log((k+2)/(k+1)) / log(V+1) one after
-    another, keep the first `count` distinct ones; `tries` is the index of the last of them plus one. Needs
+    As TensorFlow's log_uniform_candidate_sampler(unique=True): draw ids with p(k) = log((k+2)/(k+1)) / log(V+1) one
+    after another, keep the first `count` distinct ones; `tries` is the index of the last of them plus one. Needs
     count <= n_words (checked with the configuration).
     """
     random = np.random.Generator(np.random.Philox(key=[seed, 2 * step + direction]))
@@ -53,13 +54,21 @@ def log_expected_count(ids: NDArray[np.int64], tries: int, n_words: int) -> NDAr
     return np.log(-np.expm1(tries * np.log1p(-probability))).astype(np.float32)
 
 
-def sampled_losses(x_NP: Tensor, rows_RP: Tensor, bias_R: Tensor, target_rows_N: Tensor, target_log_count_N: Tensor,
-                   negative_rows_K: Tensor, negative_log_count_K: Tensor, dtype: torch.dtype | None = None,
-                   mask_hits: bool = True) -> Tensor:
+def sampled_losses(
+    x_NP: Tensor,
+    rows_RP: Tensor,
+    bias_R: Tensor,
+    target_rows_N: Tensor,
+    target_log_count_N: Tensor,
+    negative_rows_K: Tensor,
+    negative_log_count_K: Tensor,
+    dtype: torch.dtype | None = None,
+    mask_hits: bool = True,
+) -> Tensor:
     """[N] losses in nats of each position against its target and the negatives of its direction.
 
-    rows_RP, bias_R: the touched rows of the table; the two `_rows_` arguments index them. A negative equal to a position's
-    target is masked (bilm-tf always does), and the log expected count is subtracted from every logit.
+    rows_RP, bias_R: the touched rows of the table; the two `_rows_` arguments index them. A negative equal to a
+    position's target is masked (bilm-tf always does), and the log expected count is subtracted from every logit.
     """
     # F.embedding and not rows[index]: its backward adds in a fixed order with several threads
     true_logits = (x_NP * F.embedding(target_rows_N, rows_RP)).sum(dim=1)
@@ -75,7 +84,9 @@ def sampled_losses(x_NP: Tensor, rows_RP: Tensor, bias_R: Tensor, target_rows_N:
     return torch.logaddexp(torch.logsumexp(logits, dim=1), true_logits) - true_logits
 
 
-def full_losses(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def full_losses(
+    x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """[N] losses in nats over the whole vocabulary, differentiable; targets of -1 give 0."""
     if dtype is None:
         logits = torch.addmm(bias_V, x_NP, weight_VP.t())
@@ -85,8 +96,9 @@ def full_losses(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tens
 
 
 @torch.no_grad()
-def full_losses_in_chunks(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor,
-                          dtype: torch.dtype | None = None) -> Tensor:
+def full_losses_in_chunks(
+    x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """[N] losses in nats over the whole vocabulary, for evaluation: memory is N * CHUNK; targets of -1 give 0."""
     low = x_NP.dtype if dtype is None else dtype
     x_low = x_NP.to(low)

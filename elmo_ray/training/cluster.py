@@ -25,6 +25,7 @@ from elmo_ray.data.encode import thread_source
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError, ElmoRayError, TrainingError
 from elmo_ray.training.loop import TrainPlan, Worker, train
+from elmo_ray.training.relay import LogRelay, log_to_run
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +68,21 @@ def ensure_ray() -> None:
         return
     if address is not None:
         try:
-            ray.init(logging_level="ERROR")
+            ray.init(logging_level="ERROR", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster can be joined there: {_line(error)}") from None
         return
     # Nothing is preempted here, and its watcher is a process more that logs an error of no meaning.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    ray.init(address="local", object_store_memory=min(1 << 30, memory // 5), logging_level="ERROR")
+    options = {"address": "local", "object_store_memory": min(1 << 30, memory // 5)}
+    try:
+        ray.init(**options, logging_level="ERROR", log_to_driver=False)
+    except Exception as error:
+        # Ray gives its own processes 30 s, which a busy machine may need for their imports alone.
+        logger.warning("Ray did not start (%s); trying once more", _line(error))
+        ray.shutdown()
+        ray.init(**options, logging_level="ERROR", log_to_driver=False)
 
 
 def check_resources(cluster: ClusterConfig) -> Device:
@@ -148,7 +156,7 @@ def fit(plan: TrainPlan, function: TrainFunction = train) -> dict[str, Any]:
     ensure_ray()  # before our handlers: it sets one for SIGTERM
     device = check_resources(plan.config.cluster)
     with _stop_on_signals(stop_file):
-        return _in_thread(lambda: _fit_on_ray(plan, run_dir, device, function))
+        return _in_thread(lambda: _fit_on_ray(plan, run_dir, device, function), LogRelay(run_dir).poll)
 
 
 def _local_worker(plan: TrainPlan) -> Worker:
@@ -192,7 +200,7 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
             storage_path=os.path.dirname(run_dir),
             failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=_START_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[_failure_log(cluster.max_failures)],
+            callbacks=[_failure_log(run_dir, cluster.max_failures)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -222,7 +230,7 @@ def _training_error(error: Exception, cluster: ClusterConfig) -> TrainingError:
     )
 
 
-def _failure_log(max_failures: int) -> Any:
+def _failure_log(run_dir: str, max_failures: int) -> Any:
     from ray.train import UserCallback
 
     class FailureLog(UserCallback):
@@ -231,6 +239,8 @@ def _failure_log(max_failures: int) -> Any:
         count = 0
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if self.count == 0:
+                log_to_run(run_dir, None)
             self.count += 1
             lost = "; ".join(f"worker {rank}: {_line(error)}" for rank, error in worker_exceptions.items())
             then = "restarting all" if self.count <= max_failures else "giving up"
@@ -261,8 +271,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     cluster = plan.config.cluster
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    if rank > 0:
-        logging.getLogger("elmo_ray").setLevel(logging.WARNING)
+    log_to_run(plan.run_dir, rank)
     # Ray allows one OpenMP thread for each process whatever the machine has.
     torch.set_num_threads(cluster.threads or max(1, _cores() // context.get_local_world_size()))
     source = functools.partial(
@@ -340,7 +349,7 @@ def _stop_on_signals(stop_file: Path) -> Iterator[None]:
         stop_file.unlink(missing_ok=True)
 
 
-def _in_thread(run: Callable[[], T]) -> T:
+def _in_thread(run: Callable[[], T], meanwhile: Callable[[], None]) -> T:
     """Run beside the main thread, where Ray Train would put a SIGINT handler of its own that aborts training."""
     results: list[T] = []
     problems: list[BaseException] = []
@@ -355,6 +364,8 @@ def _in_thread(run: Callable[[], T]) -> T:
     thread.start()
     while thread.is_alive():
         thread.join(0.2)  # signals are handled between two joins
+        meanwhile()
+    meanwhile()
     if problems:
         raise problems[0]
     return results[0]

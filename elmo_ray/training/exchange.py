@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from elmo_ray.errors import DataError, ElmoRayError
 
+
 @dataclass
 class Flags:
     """One rank's flags, or all ranks' combined. stop: somebody asked to stop.
 
-    parts: what became of each rank's part of a checkpoint: the number of the save when it is written, minus it when that
-    failed, 0 before. Numbered, because flags travel some steps ahead of training and may speak of an earlier save.
+    parts: what became of each rank's part of a checkpoint: the number of the save when it is written, minus it when
+    that failed, 0 before. Numbered, because flags travel some steps ahead of training and may speak of an earlier save.
     """
 
     stop: bool = False
@@ -50,11 +51,24 @@ class Exchange:
     def __init__(self, rank: int = 0, world: int = 1, group: dist.ProcessGroup | None = None):
         self.rank, self.world, self.group = rank, world, group
 
-    def gather(self, ids: NDArray[np.int64], capacity: int, positions: int, noise_hash: int, flags: Flags,
-               error: ElmoRayError | None = None) -> Gathered:
+    def gather(
+        self,
+        ids: NDArray[np.int64],
+        capacity: int,
+        positions: int,
+        noise_hash: int,
+        flags: Flags,
+        error: ElmoRayError | None = None,
+    ) -> Gathered:
         """Share one step's ids (at most `capacity`), positions and flags; `noise_hash` must be equal on all ranks."""
         message = np.full(self.HEADER + capacity, -1, np.int64)
-        message[: self.HEADER] = [positions, noise_hash, flags.stop, flags.parts[0] if flags.parts else 0, error is not None]
+        message[: self.HEADER] = [
+            positions,
+            noise_hash,
+            flags.stop,
+            flags.parts[0] if flags.parts else 0,
+            error is not None,
+        ]
         message[self.HEADER : self.HEADER + len(ids)] = ids
         everything = message[None]
         if self.world > 1:
@@ -66,7 +80,9 @@ class Exchange:
             self._raise(error)
         hashes = everything[:, 1]
         if (hashes != hashes[0]).any():
-            raise RuntimeError(f"ranks drew different negatives (hashes {hashes.tolist()}): their seeds or versions differ")
+            raise RuntimeError(
+                f"ranks drew different negatives (hashes {hashes.tolist()}): their seeds or versions differ"
+            )
         combined = Flags(bool(everything[:, 2].any()), everything[:, 3].tolist())
         return Gathered(everything[:, self.HEADER :], int(everything[:, 0].sum()), combined)
 

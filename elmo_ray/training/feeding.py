@@ -39,7 +39,9 @@ class Fed:
     waited: float = 0.0
 
 
-def reset_rows(reset: str | float, batch: Batch, streams: range, n_streams: int, seed: int, step: int) -> NDArray[np.bool_]:
+def reset_rows(
+    reset: str | float, batch: Batch, streams: range, n_streams: int, seed: int, step: int
+) -> NDArray[np.bool_]:
     """[B] rows that start this window from zero state (`train.reset`); the same for any number of workers."""
     if reset == "never":
         return np.zeros(len(streams), np.bool_)
@@ -64,8 +66,10 @@ class StepAssembler:
         sampled = config.softmax.kind == "sampled"
         drawn = []
         if sampled:
-            drawn = [draw_negatives(config.run.seed, step, d, self.n_words, config.softmax.negatives)
-                     for d in range(self.directions)]
+            drawn = [
+                draw_negatives(config.run.seed, step, d, self.n_words, config.softmax.negatives)
+                for d in range(self.directions)
+            ]
         noise_hash = zlib.crc32(b"".join(n.ids.tobytes() for n in drawn))
         inputs = batch.types.astype(np.int64) if self.words else np.zeros(0, np.int64)
         # one fixed place for input ids, behind all targets: they touch other rows than targets do
@@ -75,14 +79,23 @@ class StepAssembler:
             ids[self.capacity // 2 : self.capacity // 2 + len(inputs)] = inputs
         gathered = self.exchange.gather(ids, self.capacity, batch.positions, noise_hash, flags)
         reset = reset_rows(config.train.reset, batch, self.streams, config.data.streams, config.run.seed, step)
-        result = StepInput(step, torch.from_numpy(batch.types), batch.type_classes, torch.from_numpy(batch.inputs),
-                           torch.from_numpy(batch.targets), torch.from_numpy(batch.lengths), torch.from_numpy(reset),
-                           gathered.positions)
+        result = StepInput(
+            step,
+            torch.from_numpy(batch.types),
+            batch.type_classes,
+            torch.from_numpy(batch.inputs),
+            torch.from_numpy(batch.targets),
+            torch.from_numpy(batch.lengths),
+            torch.from_numpy(reset),
+            gathered.positions,
+        )
         if sampled:
             self._add_rows(result, batch, drawn, gathered, inputs)
         return result, gathered.flags
 
-    def _add_rows(self, result: StepInput, batch: Batch, drawn: list, gathered: Gathered, inputs: NDArray[np.int64]) -> None:
+    def _add_rows(
+        self, result: StepInput, batch: Batch, drawn: list, gathered: Gathered, inputs: NDArray[np.int64]
+    ) -> None:
         half = self.capacity // 2 if self.words else self.capacity
         touched = [gathered.ids[:, :half].ravel(), *(n.ids for n in drawn)]
         if self.words and self.config.softmax.tied:
@@ -113,8 +126,15 @@ class Feeder:
     flags: called in the thread for this rank's flags. An error of any rank comes out of the iterator on every rank.
     """
 
-    def __init__(self, loader: StreamLoader, assembler: StepAssembler, steps: range, flags: Callable[[], Flags],
-                 device: torch.device, ahead: int = 2):
+    def __init__(
+        self,
+        loader: StreamLoader,
+        assembler: StepAssembler,
+        steps: range,
+        flags: Callable[[], Flags],
+        device: torch.device,
+        ahead: int = 2,
+    ):
         self.loader, self.assembler, self.steps, self.flags, self.device = loader, assembler, steps, flags, device
         self._queue: queue.Queue[Fed | BaseException | None] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
@@ -137,7 +157,7 @@ class Feeder:
                 if flags.stop or self._closed.is_set():
                     break
             self._put(None)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the training thread must see it
+        except BaseException as error:
             self._put(error)
         finally:
             self.loader.close()

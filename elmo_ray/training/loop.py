@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from elmo_ray.config import Duration, PretrainConfig
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import BlockSource, StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import CheckpointError, ConfigError, ElmoRayError, TrainingError
-from elmo_ray.metrics import MetricsWriter, console_line, perplexity
+from elmo_ray.errors import ConfigError, ElmoRayError, TrainingError
+from elmo_ray.metrics import MetricsWriter, perplexity
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, streams_name
+from elmo_ray.training.checkpoint import newest_checkpoint, open_checkpoint
 from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
 from elmo_ray.training.optim import learning_rate
@@ -29,9 +28,8 @@ from elmo_ray.training.perplexity import LossSums, Validation, character_table
 from elmo_ray.training.progress import Progress
 from elmo_ray.training.ranks import Ranks
 from elmo_ray.training.saver import Saver, next_attempt
+from elmo_ray.training.snapshot import Snapshot, identity
 from elmo_ray.training.step import DTYPES, StepOutput, TrainStep
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,11 @@ class Worker:
 
 
 def train(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
-    """Train to the end of `train.duration`, or until asked to stop; goes on from the newest whole checkpoint of the run.
+    """Train to the end of `train.duration`, or until asked to stop; goes on from the newest whole checkpoint of the
+    run.
 
-    Returns plain values: steps, positions, finished, stopped, best_perplexity, best_step, checkpoint, seconds. Raises an
-    ElmoRayError on all ranks alike.
+    Returns plain values: steps, positions, finished, stopped, best_perplexity, best_step, checkpoint, seconds. Raises
+    an ElmoRayError on all ranks alike.
     """
     return _Run(plan, worker).run()
 
@@ -96,10 +95,10 @@ class _Run:
         self.sums = torch.zeros(self.model.directions, dtype=torch.float64, device=worker.device)
         self.not_finite = torch.zeros((), dtype=torch.int64, device=worker.device)
         self.seen_not_finite = 0
+        self.metrics = MetricsWriter(self.run_dir, self.attempt) if worker.rank == 0 else None
         self._resume()
         keep = self.config.train.keep_last if worker.prunes else None
         self.saver = Saver(self.run_dir, self.attempt, self.ranks, keep, worker.register)
-        self.metrics = MetricsWriter(self.run_dir, self.attempt) if worker.rank == 0 else None
         self.started = time.monotonic()
         self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
         self.save_wanted = self.best_wanted = False
@@ -108,14 +107,17 @@ class _Run:
         config, worker = self.config, self.worker
         self.vocabulary = Vocabulary.read(self.plan.vocabulary_path)
         if config.softmax.kind == "sampled" and config.softmax.negatives >= self.vocabulary.size:
-            raise ConfigError(f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
-                              f"vocabulary, {self.vocabulary.size}")
+            raise ConfigError(
+                f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
+                f"vocabulary, {self.vocabulary.size}"
+            )
         corpus = Corpus.load(self.plan.corpus_path)
         seed, unroll = config.run.seed, config.train.unroll
         duration = config.train.duration
         whole = duration.unit == "epochs" and duration.amount == int(duration.amount)
-        self.streams_plan = StreamPlan(corpus, config.data.streams, seed, config.data.shuffle == "blocks",
-                                       int(duration.amount) if whole else None)
+        self.streams_plan = StreamPlan(
+            corpus, config.data.streams, seed, config.data.shuffle == "blocks", int(duration.amount) if whole else None
+        )
         self.total_steps = self._steps(duration)
         self.streams = deal(config.data.streams, worker.world)[worker.rank]
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
@@ -137,25 +139,30 @@ class _Run:
         step = TrainStep(config, self.model, len(self.streams), worker.rank, worker.world, self.total_steps)
         self.validation: Validation | None = None
         if self.valid_plan is not None:
-            look_ahead = 2
-            source = lambda blocks: thread_source(blocks, self.vocabulary, config.model.char_cnn.max_characters,  # noqa: E731
-                                                  look_ahead, config.data.on_error)
-            self.validation = Validation(self.valid_plan, deal(config.evaluate.streams, worker.world)[worker.rank], source,
-                                         self.vocabulary, self.unroll, config.train.validate_positions, self.model, self.dtype)
+            # in this process and not by Ray tasks: the paused training pipeline holds their CPUs
+            source = partial(
+                thread_source,
+                vocabulary=self.vocabulary,
+                max_characters=config.model.char_cnn.max_characters,
+                look_ahead=2,
+                on_error=config.data.on_error,
+            )
+            self.validation = Validation(
+                self.valid_plan,
+                deal(config.evaluate.streams, worker.world)[worker.rank],
+                source,
+                self.vocabulary,
+                self.unroll,
+                config.train.validate_positions,
+                self.model,
+                self.dtype,
+            )
         return step
 
     # ---------------------------------------------------------------- start
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that goes on from it."""
-        config = self.config
-        return {
-            "data.streams": config.data.streams,
-            "data.train": self.streams_plan.corpus.fingerprint,
-            "data.vocab": self.vocabulary.sha256,
-            "model": config.model.to_dict(),
-            "softmax.tied": config.softmax.tied,
-        }
+        return identity(self.config, self.streams_plan.corpus.fingerprint, self.vocabulary.sha256)
 
     def _resume(self) -> None:
         error: ElmoRayError | None = None
@@ -169,47 +176,19 @@ class _Run:
         self.ranks.agree(error)
         path = self.ranks.from_first(path)
         if path is None:
-            if self.ranks.rank == 0:
-                logger.info("start: fresh, seed %d, %d steps", self.config.run.seed, self.total_steps)
+            self._event(f"start: fresh, seed {self.config.run.seed}, {self.total_steps} steps")
             return
         try:
-            self._load(open_checkpoint(path, verify=False))
+            snapshot = Snapshot.load(open_checkpoint(path, verify=False), self._identity(), self.step, self.streams)
+            self.progress, self.cursors, self.sums = snapshot.progress, snapshot.cursors, snapshot.window_losses
         except ElmoRayError as problem:
             error = problem
         self.ranks.agree(error)
-        if self.ranks.rank == 0:
-            logger.info("start: resume from step %d of %d (%s)", self.progress.step, self.total_steps, path)
+        self._event(f"start: resume from step {self.progress.step} of {self.total_steps} ({path})")
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        saved = checkpoint.manifest.get("identity", {})
-        for key, value in self._identity().items():
-            if saved.get(key) != value:
-                raise ConfigError(f"{key} is {value}, but the run's checkpoint {checkpoint.path.name} was made with "
-                                  f"{saved.get(key)}; use the same, or --fresh or another run.name")
-        self._load_tensors(checkpoint, "model.safetensors", dict(self.model.state_dict()))
-        slots = checkpoint.tensors("optimizer.safetensors")
-        try:
-            self.step.optimizer.load_state_tensors(slots)
-        except (KeyError, RuntimeError) as problem:
-            raise CheckpointError(f"{checkpoint.path}/optimizer.safetensors: does not fit optim.name="
-                                  f"{self.config.optim.name}: {problem}") from None
-        self.progress = Progress.from_dict(checkpoint.json("progress.json"), str(checkpoint.path))
-        rows = checkpoint.stream_tensors(self.streams.start, self.streams.stop)
-        state = self.step.state
-        # files have streams first, so that any worker can take any of them
-        self.step.state = type(state)(rows["hidden"].permute(1, 2, 0, 3).to(state.hidden).contiguous(),
-                                      rows["cell"].permute(1, 2, 0, 3).to(state.cell).contiguous())
-        self.cursors = StreamCursors(*(rows[k].numpy().astype(np.int64) for k in StreamCursors.start(0).arrays()))
-        self.sums = rows["window_losses"].sum(dim=0).to(self.sums)
-
-    @staticmethod
-    def _load_tensors(checkpoint: Checkpoint, name: str, into: dict[str, Tensor]) -> None:
-        saved = checkpoint.tensors(name)
-        for key, target in into.items():
-            if key not in saved or saved[key].shape != target.shape:
-                raise CheckpointError(f"{checkpoint.path}/{name}: {key} is missing or of another shape")
-            with torch.no_grad():
-                target.copy_(saved[key])
+    def _event(self, message: str) -> None:
+        if self.metrics is not None:
+            self.metrics.write({"kind": "event", "step": self.progress.step, "message": message})
 
     # ---------------------------------------------------------------- loop
 
@@ -217,8 +196,16 @@ class _Run:
         config, progress = self.config, self.progress
         if progress.step >= self.total_steps:
             return self._result(stopped=False)
-        loader = StreamLoader(self.streams_plan, self.streams, self.cursors, self.worker.source, self.vocabulary, self.unroll,
-                              character_table(self.model, self.vocabulary), self.model.directions)
+        loader = StreamLoader(
+            self.streams_plan,
+            self.streams,
+            self.cursors,
+            self.worker.source,
+            self.vocabulary,
+            self.unroll,
+            character_table(self.model, self.vocabulary),
+            self.model.directions,
+        )
         exchange = Exchange(self.ranks.rank, self.ranks.world, self.ranks.exchange)
         assembler = StepAssembler(config, self.vocabulary.size, self.streams, exchange)
         feeder = Feeder(loader, assembler, range(progress.step, self.total_steps), self._flags, self.worker.device)
@@ -281,15 +268,20 @@ class _Run:
         self.seen_not_finite = count
         losses = self.ranks.all(output.loss_sums.tolist())
         workers = [rank for rank, sums in enumerate(losses) if not all(np.isfinite(sums))]
-        where = f"worker {', '.join(map(str, workers))}" if workers else "all workers (the loss is finite, the gradient is not)"
+        where = (
+            f"worker {', '.join(map(str, workers))}"
+            if workers
+            else "all workers (the loss is finite, the gradient is not)"
+        )
         last = self.saver.last_step
-        message = (f"step {self.progress.step}: not finite at {where}: gradient norm {float(output.norm)}, loss sums {losses}; "
-                   f"no update was made; last good checkpoint: {'none' if last is None else f'step {last}'}")
+        message = (
+            f"step {self.progress.step}: not finite at {where}: gradient norm {float(output.norm)}, loss sums "
+            f"{losses}; no update was made; last good checkpoint: {'none' if last is None else f'step {last}'}"
+        )
         config = self.config.train
         if config.on_nonfinite == "stop":
             raise TrainingError(message + "; lower optim.lr, or set train.on_nonfinite=skip")
-        if self.ranks.rank == 0:
-            logger.warning("%s (skip %d of %d)", message, self.progress.skipped, config.max_skips)
+        self._event(f"{message} (skip {self.progress.skipped} of {config.max_skips})")
         if self.progress.skipped >= config.max_skips:
             raise TrainingError(f"{message}; train.max_skips={config.max_skips} reached")
 
@@ -303,13 +295,23 @@ class _Run:
         losses = sums.tolist()
         mean = sum(losses) / len(losses)
         record = {
-            "kind": "train", "step": progress.step, "epoch": self._epoch(), "positions": progress.positions, "loss": mean,
-            "loss_forward": losses[0], "loss_backward": losses[1] if len(losses) > 1 else None,
-            "perplexity_forward": perplexity(losses[0]), "perplexity_backward": perplexity(losses[1]) if len(losses) > 1 else None,
-            "perplexity": perplexity(mean), "grad_norm": float(self.last.norm),
+            "kind": "train",
+            "step": progress.step,
+            "epoch": self._epoch(),
+            "positions": progress.positions,
+            "loss": mean,
+            "loss_forward": losses[0],
+            "loss_backward": losses[1] if len(losses) > 1 else None,
+            "perplexity_forward": perplexity(losses[0]),
+            "perplexity_backward": perplexity(losses[1]) if len(losses) > 1 else None,
+            "perplexity": perplexity(mean),
+            "grad_norm": float(self.last.norm),
             "lr": learning_rate(self.config.optim, self.config.optim.lr, progress.step - 1, self.total_steps),
-            "positions_per_second": progress.window_positions / seconds, "data_wait": self.window_waited / seconds,
-            "skipped": progress.skipped, "replaced": progress.replaced, "time": time.time(),
+            "positions_per_second": progress.window_positions / seconds,
+            "data_wait": self.window_waited / seconds,
+            "skipped": progress.skipped,
+            "replaced": progress.replaced,
+            "time": time.time(),
         }
         self._write(record)
         progress.window_positions = progress.window_steps = 0
@@ -318,8 +320,7 @@ class _Run:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
-            self.metrics.write(record)
-            logger.info("%s", console_line(record, self.total_steps))
+            self.metrics.write({**record, "total_steps": self.total_steps})
 
     def _epoch(self) -> float:
         return self.progress.positions / self.streams_plan.positions
@@ -341,8 +342,16 @@ class _Run:
         values = total.perplexities()
         progress = self.progress
         mean = sum(total.mean) / len(total.mean)
-        record = {"kind": "valid", "step": progress.step, "epoch": self._epoch(), "positions": total.positions, "loss": mean,
-                  **values, "seconds": pause, "time": time.time()}
+        record = {
+            "kind": "valid",
+            "step": progress.step,
+            "epoch": self._epoch(),
+            "positions": total.positions,
+            "loss": mean,
+            **values,
+            "seconds": pause,
+            "time": time.time(),
+        }
         self._write(record)
         progress.last_valid = {"step": progress.step, **values}
         now = values["perplexity"]
@@ -355,40 +364,43 @@ class _Run:
     def _save(self) -> None:
         progress, config = self.progress, self.config
         progress.finished = progress.step >= self.total_steps
-        state = self.step.state
-        # only sums of a whole window travel: each worker keeps its own in its first stream's row
-        window = torch.zeros(len(self.streams), len(self.sums), dtype=torch.float64)
-        window[0] = self.sums.cpu()
-        streams = {"hidden": state.hidden.permute(2, 0, 1, 3).contiguous(), "cell": state.cell.permute(2, 0, 1, 3).contiguous(),
-                   "window_losses": window, **{k: torch.from_numpy(v) for k, v in self.cursors.arrays().items()}}
-        tensors = {streams_name(self.streams.start, self.streams.stop): streams}
+        seconds = progress.seconds + time.monotonic() - self.started
+        snapshot = Snapshot(replace(progress, seconds=seconds), self.cursors, self.sums)
+        tensors = snapshot.stream_tensors(self.step, self.streams)
         texts: dict[str, str] = {}
         if self.ranks.rank == 0:
-            import json
-
-            tensors["model.safetensors"] = dict(self.model.state_dict())
-            tensors["optimizer.safetensors"] = self.step.optimizer.state_tensors()
-            saved = {**progress.to_dict(), "seconds": progress.seconds + time.monotonic() - self.started}
-            texts = {"config.yaml": config.to_yaml(), "progress.json": json.dumps(saved),
-                     "vocab.txt": Path(self.plan.vocabulary_path).read_text(encoding="utf-8")}
-        fields = {"streams": config.data.streams, "identity": self._identity(), "device": self.worker.device.type,
-                  "precision": config.train.precision, "threads": torch.get_num_threads(), "torch": torch.__version__}
+            tensors |= snapshot.model_tensors(self.step)
+            texts = snapshot.texts(config, self.plan.vocabulary_path)
+        fields = {
+            "streams": config.data.streams,
+            "identity": self._identity(),
+            "device": self.worker.device.type,
+            "precision": config.train.precision,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
         self.saver.start(progress.step, tensors, texts, fields, self.best_wanted)
         self.save_wanted = self.best_wanted = False
 
     def _close(self, stopped: bool) -> None:
         self.progress.seconds += time.monotonic() - self.started
+        if stopped:
+            self._event(f"stopped at step {self.progress.step} as asked; the state is saved, go on with --resume")
         if self.metrics is not None:
             self.metrics.close()
-        if self.ranks.rank == 0 and stopped:
-            logger.info("stopped at step %d as asked; the state is saved, go on with --resume", self.progress.step)
 
     def _result(self, stopped: bool) -> dict[str, Any]:
         progress = self.progress
         last = self.saver.last
         return {
-            "steps": progress.step, "total_steps": self.total_steps, "positions": progress.positions,
-            "finished": progress.step >= self.total_steps, "stopped": stopped, "best_perplexity": progress.best_perplexity,
-            "best_step": progress.best_step, "last_valid": progress.last_valid, "seconds": progress.seconds,
+            "steps": progress.step,
+            "total_steps": self.total_steps,
+            "positions": progress.positions,
+            "finished": progress.step >= self.total_steps,
+            "stopped": stopped,
+            "best_perplexity": progress.best_perplexity,
+            "best_step": progress.best_step,
+            "last_valid": progress.last_valid,
+            "seconds": progress.seconds,
             "checkpoint": None if last is None else str(last.path),
         }

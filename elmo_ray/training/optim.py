@@ -18,7 +18,8 @@ TABLE_LR = 0.2
 
 
 def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int) -> float:
-    """Rate of 0-based `step`: linear warm-up to `base`, then constant, or linear or cosine decay to base * final_ratio."""
+    """Rate of 0-based `step`: linear warm-up to `base`, then constant, or linear or cosine decay to base *
+    final_ratio."""
     schedule = config.schedule
     if step < schedule.warmup_steps:
         return base * (step + 1) / schedule.warmup_steps
@@ -30,7 +31,8 @@ def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int)
 
 
 def table_rate(config: OptimConfig) -> float:
-    """Base rate of the tables, which keep Adagrad: `optim.table_lr`, or `optim.lr`, which with AdamW is not Adagrad's: 0.2."""
+    """Base rate of the tables, which keep Adagrad: `optim.table_lr`, or `optim.lr`, which with AdamW is not
+    Adagrad's: 0.2."""
     if config.table_lr is not None:
         return config.table_lr
     return config.lr if config.name == "adagrad" else TABLE_LR
@@ -57,26 +59,37 @@ class Optimizer:
         if self.dense:
             parameters = list(self.dense.values())
             if config.name == "adagrad":
-                # fused: one pass over each tensor instead of five; torch has it for the CPU only
-                fused = parameters[0].device.type == "cpu"
-                self.inner = torch.optim.Adagrad(parameters, lr=config.lr, eps=0.0, fused=fused,
-                                                 initial_accumulator_value=config.initial_accumulator)
+                # fused: one pass over each tensor instead of five; torch has it for the CPU only, and divides by a
+                # float32
+                fused = parameters[0].device.type == "cpu" and parameters[0].dtype == torch.float32
+                self.inner = torch.optim.Adagrad(
+                    parameters, lr=config.lr, eps=0.0, fused=fused, initial_accumulator_value=config.initial_accumulator
+                )
             else:
                 self.inner = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
-    def apply(self, dense_gradients: Mapping[str, Tensor], rows: Mapping[str, Tensor], row_gradients: Mapping[str, Tensor],
-              step: int, total_steps: int) -> tuple[Tensor, Tensor]:
+    def apply(
+        self,
+        dense_gradients: Mapping[str, Tensor],
+        rows: Mapping[str, Tensor],
+        row_gradients: Mapping[str, Tensor],
+        step: int,
+        total_steps: int,
+    ) -> tuple[Tensor, Tensor]:
         """Clip by the global norm and update.
 
         rows: table name -> [R] touched rows, or absent where row_gradients holds the whole table's gradient.
-        Returns the 0-d norm before the clip and the 0-d bool whether it was finite; nothing is updated where it was not.
+        Returns the 0-d norm before the clip and the 0-d bool whether it was finite; nothing is updated where it was
+        not.
         """
         norm = global_norm([*dense_gradients.values(), *row_gradients.values()])
         finite = torch.isfinite(norm)
         divisor = norm.clamp_min(self.config.clip_norm) / self.config.clip_norm
-        divisor = torch.where(finite, divisor, 1.0).to(torch.float32)
+        divisor = torch.where(finite, divisor, 1.0)
         if self.inner is not None and dense_gradients:
-            self._update_dense(dense_gradients, divisor, finite, learning_rate(self.config, self.config.lr, step, total_steps))
+            self._update_dense(
+                dense_gradients, divisor, finite, learning_rate(self.config, self.config.lr, step, total_steps)
+            )
         rate = learning_rate(self.config, table_rate(self.config), step, total_steps)
         with torch.no_grad():
             for name, gradient in row_gradients.items():
@@ -92,7 +105,7 @@ class Optimizer:
             # where there is no fused kernel to skip the update, gradients of zero do (Adagrad's rows do not move)
             parameter.grad = g if fused else torch.where(finite, g / divisor, 0.0)
         if fused:
-            self.inner.grad_scale = divisor  # type: ignore[attr-defined]
+            self.inner.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
             self.inner.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         for group in self.inner.param_groups:
             group["lr"] = rate
@@ -110,7 +123,8 @@ class Optimizer:
         table.index_copy_(0, rows, table.index_select(0, rows).addcdiv_(gradient, slot.sqrt_(), value=-rate))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Slots by `<slot>.<parameter>`: `accumulator.*` for Adagrad, `exp_avg.*`, `exp_avg_sq.*`, `step.*` for AdamW."""
+        """Slots by `<slot>.<parameter>`: `accumulator.*` for Adagrad, `exp_avg.*`, `exp_avg_sq.*`, `step.*` for
+        AdamW."""
         state = {f"accumulator.{name}": slot for name, slot in self.accumulators.items()}
         for name, parameter in self.dense.items():
             for slot, key in self._slots().items():
@@ -130,7 +144,8 @@ class Optimizer:
                 if key in target:
                     target[key].copy_(value)
                 else:
-                    target[key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    # `step` too: the fused kernels take it on the parameter's device
+                    target[key] = value.to(parameter.device, copy=True)
 
     def _slots(self) -> dict[str, str]:
         if self.config.name == "adagrad":

@@ -1,12 +1,12 @@
 """Held-out losses of a model over streams of text, with the full softmax and carried states from zero.
 
-Shared by validation inside training and by `evaluate`. The result depends on model, text and number of streams only: a row
-of the batch never sees another, so neither rows nor workers matter beyond rounding.
+Shared by validation inside training and by `evaluate`. The result depends on model, text and number of streams only:
+a row of the batch never sees another, so neither rows nor workers matter beyond rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.metrics import perplexity
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.softmax import full_losses_in_chunks
+from elmo_ray.model.word_cache import WordCache
 
 
 @dataclass
@@ -33,8 +34,8 @@ class LossSums:
         return [n / max(1, self.positions) for n in self.nats]
 
     def perplexities(self) -> dict[str, float | None]:
-        """`perplexity_forward`, `perplexity_backward` (None when forward only), `perplexity` = exp of the mean loss, and
-        `perplexity_mean`, the mean of both (the published 39.7 is one)."""
+        """`perplexity_forward`, `perplexity_backward` (None when forward only), `perplexity` = exp of the mean loss,
+        and `perplexity_mean`, the mean of both (the published 39.7 is one)."""
         each = [perplexity(m) for m in self.mean]
         return {
             "perplexity_forward": each[0],
@@ -51,32 +52,30 @@ def character_table(model: BiLM, vocabulary: Vocabulary) -> TypeTable | None:
     return TypeTable(vocabulary, model.config.char_cnn.max_characters, model.char_cnn.widest)
 
 
-def stream_losses(model: BiLM, batches: Iterator[Batch], dtype: torch.dtype | None = None,
-                  encode: Callable[[Batch], Tensor] | None = None) -> Iterator[tuple[Batch, Tensor]]:
-    """Yields each batch with its [D, B, T] losses in nats (float32 or float64, 0 where there is no position).
+def stream_losses(
+    model: BiLM, batches: Iterator[Batch], words: WordCache, dtype: torch.dtype | None = None
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yields each batch with its [D, B, T] losses in nats (in the model's own type, 0 where there is no position).
 
-    State is carried from batch to batch, from zero. encode: gives the [U, P] vectors of a batch's types where they are at
-    hand; by default the model computes them. The model's training flag, parameters and noise are not touched.
+    State is carried from batch to batch, from zero. words: of this model as it is now. The model's training flag,
+    parameters and noise are not touched. Sums over positions belong into float64.
     """
-    reference = next(model.parameters())
     state = None
+    bias = model.softmax_bias
+    if bias is None:
+        raise ValueError("this model has no softmax")
     for batch in batches:
-        with torch.no_grad():
-            inputs = torch.from_numpy(batch.inputs).to(reference.device)
-            targets = torch.from_numpy(batch.targets).to(reference.device)
-            lengths = torch.from_numpy(batch.lengths).to(reference.device)
-            if encode is None:
-                types = torch.from_numpy(batch.types).to(reference.device)
-                types_UP = model.encode_types(types, batch.type_classes, dtype=dtype)
-            else:
-                types_UP = encode(batch)
+        with torch.no_grad():  # a generator's decorator does not hold between its yields
+            types_UP = words.vectors(batch.types, batch.type_classes)
+            device = types_UP.device
+            inputs, targets, lengths = (
+                torch.from_numpy(a).to(device) for a in (batch.inputs, batch.targets, batch.lengths)
+            )
             if state is None:
                 state = model.lstm.zero_state(inputs.shape[1], like=types_UP)
             outputs, state = model.layers(types_UP, inputs, state, lengths, dtype)
             valid = targets >= 0
-            losses = torch.zeros(targets.shape, dtype=types_UP.dtype, device=types_UP.device)
-            bias = model.softmax_bias
-            assert bias is not None
+            losses = types_UP.new_zeros(targets.shape)
             losses[valid] = full_losses_in_chunks(outputs[-1][valid], model.output_weight, bias, targets[valid], dtype)
         yield batch, losses
 
@@ -87,8 +86,17 @@ class Validation:
     positions: at most so many are read, the first of each stream. streams: those of this worker.
     """
 
-    def __init__(self, plan: StreamPlan, streams: range, source: BlockSource, vocabulary: Vocabulary, unroll: int,
-                 positions: int, model: BiLM, dtype: torch.dtype | None):
+    def __init__(
+        self,
+        plan: StreamPlan,
+        streams: range,
+        source: BlockSource,
+        vocabulary: Vocabulary,
+        unroll: int,
+        positions: int,
+        model: BiLM,
+        dtype: torch.dtype | None,
+    ):
         self.plan, self.streams, self.source, self.vocabulary = plan, streams, source, vocabulary
         self.unroll, self.dtype, self.model = unroll, dtype, model
         self.characters = character_table(model, vocabulary)
@@ -100,11 +108,19 @@ class Validation:
         totals = np.zeros(self.model.directions)
         positions = 0
         if len(self.streams):
-            loader = StreamLoader(self.plan, self.streams, StreamCursors.start(len(self.streams)), self.source,
-                                  self.vocabulary, self.unroll, self.characters, self.model.directions)
+            loader = StreamLoader(
+                self.plan,
+                self.streams,
+                StreamCursors.start(len(self.streams)),
+                self.source,
+                self.vocabulary,
+                self.unroll,
+                self.characters,
+                self.model.directions,
+            )
             try:
                 batches = (loader.next_batch() for _ in range(self.windows))
-                for batch, losses in stream_losses(self.model, batches, self.dtype):
+                for batch, losses in stream_losses(self.model, batches, WordCache(self.model, self.dtype), self.dtype):
                     totals += losses.sum(dim=(1, 2), dtype=torch.float64).cpu().numpy()
                     positions += batch.positions
             finally:

@@ -36,6 +36,7 @@ class Progress:
         """Raises CheckpointError, naming `source`, where a value is missing or unknown."""
         names = {f.name for f in fields(cls)}
         if set(values) != names:
-            raise CheckpointError(f"{source}: progress.json has other keys than this version writes: "
-                                  f"{sorted(set(values) ^ names)}")
+            raise CheckpointError(
+                f"{source}: progress.json has other keys than this version writes: {sorted(set(values) ^ names)}"
+            )
         return cls(**values)

@@ -20,7 +20,8 @@ class Ranks:
         self.control: dist.ProcessGroup | None = None
         self.exchange: dist.ProcessGroup | None = None
         if world > 1:
-            # gloo for both, since they carry host memory; the loader thread must not share a group with the training thread
+            # gloo for both, since they carry host memory; the loader thread must not share a group with the training
+            # thread
             self.control = dist.new_group(backend="gloo")
             self.exchange = dist.new_group(backend="gloo")
 

@@ -41,12 +41,18 @@ class _Save:
 class Saver:
     """One save at a time; every method is called by all ranks at the same step.
 
-    register: called on all ranks with (step, path, metrics) of a committed checkpoint. keep: checkpoints to keep, None where
-    somebody else (Ray) deletes them.
+    register: called on all ranks with (step, path, metrics) of a committed checkpoint. keep: checkpoints to keep,
+    None where somebody else (Ray) deletes them.
     """
 
-    def __init__(self, run_dir: Path, attempt: int, ranks: Ranks, keep: int | None,
-                 register: Callable[[int, str, dict[str, Any]], None]):
+    def __init__(
+        self,
+        run_dir: Path,
+        attempt: int,
+        ranks: Ranks,
+        keep: int | None,
+        register: Callable[[int, str, dict[str, Any]], None],
+    ):
         self.folder = run_dir / "checkpoints"
         self.best_folder = run_dir / "best"
         self.attempt, self.ranks, self.keep, self.register = attempt, ranks, keep, register
@@ -69,8 +75,14 @@ class Saver:
             return 0
         return save.number if state == "written" else -save.number
 
-    def start(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str],
-              fields: Mapping[str, Any], best: bool) -> None:
+    def start(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        texts: Mapping[str, str],
+        fields: Mapping[str, Any],
+        best: bool,
+    ) -> None:
         """Copy to host memory and write in the background. Not while `busy`."""
         self._join_best()
         self._number += 1
@@ -108,11 +120,19 @@ class Saver:
             self._failures += 1
             if self.ranks.rank == 0:
                 discard(save.directory)
-                logger.warning("step %d: the checkpoint could not be written (%s); training goes on, older checkpoints are "
-                               "untouched (failure %d of %d)", save.step, problems[0], self._failures, FAILURES_IN_A_ROW)
+                logger.warning(
+                    "step %d: the checkpoint could not be written (%s); training goes on, older checkpoints are "
+                    "untouched (failure %d of %d)",
+                    save.step,
+                    problems[0],
+                    self._failures,
+                    FAILURES_IN_A_ROW,
+                )
             if self._failures >= FAILURES_IN_A_ROW:
-                raise TrainingError(f"step {save.step}: {self._failures} checkpoints in a row could not be written: "
-                                    f"{problems[0]}; the last good one is {self.last_step or 'none'}")
+                raise TrainingError(
+                    f"step {save.step}: {self._failures} checkpoints in a row could not be written: "
+                    f"{problems[0]}; the last good one is {self.last_step or 'none'}"
+                )
             return
         self._failures = 0
         self.last_step = save.step
@@ -120,7 +140,9 @@ class Saver:
         self.register(save.step, str(save.directory), metrics)
         if self.ranks.rank == 0:
             if save.best:
-                self._best_thread = threading.Thread(target=self._copy_best, args=(self.last,), name="copy-best", daemon=True)
+                self._best_thread = threading.Thread(
+                    target=self._copy_best, args=(self.last,), name="copy-best", daemon=True
+                )
                 self._best_thread.start()
             if self.keep is not None:
                 prune(self.folder, self.keep, protect=[save.directory])
@@ -129,8 +151,12 @@ class Saver:
         try:
             copy_best(checkpoint, self.best_folder)
         except (CheckpointError, OSError) as error:
-            logger.warning("step %d is the best so far, but could not be copied to %s: %s", checkpoint.step,
-                           self.best_folder, error)
+            logger.warning(
+                "step %d is the best so far, but could not be copied to %s: %s",
+                checkpoint.step,
+                self.best_folder,
+                error,
+            )
 
     def _join_best(self) -> None:
         if self._best_thread is not None:

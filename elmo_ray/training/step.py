@@ -5,7 +5,8 @@ Shapes: D directions, B rows, T window, U distinct words, C characters, K negati
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import copy
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,8 @@ class StepInput:
     [D, B, T], targets [D, B, T], lengths [B] as in `streams.Batch`; reset [B] rows that start from zero state;
     positions: of all ranks in one direction, the divisor of the loss.
     With a sampled softmax: rows [R] of the softmax table (all ranks have the same), target_rows [D, B, T] and
-    negative_rows [D, K] index into them, with the log expected counts of both; input_rows: rows of an untied word embedding.
+    negative_rows [D, K] index into them, with the log expected counts of both; input_rows: rows of an untied word
+    embedding.
     """
 
     step: int
@@ -51,9 +53,12 @@ class StepInput:
 
     def to(self, device: torch.device) -> StepInput:
         """A copy on `device`; from pinned memory the transfer does not wait."""
-        moved = {f.name: v.to(device, non_blocking=True) for f in fields(self)
-                 if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
+        result = copy.copy(self)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                setattr(result, field.name, value.to(device, non_blocking=True))
+        return result
 
 
 @dataclass
@@ -80,8 +85,9 @@ class TrainStep:
     world > 1 needs torch.distributed to be initialised; ranks stay equal by construction (DESIGN.md 5).
     """
 
-    def __init__(self, config: PretrainConfig, model: BiLM, rows: int, rank: int = 0, world: int = 1,
-                 total_steps: int = 1):
+    def __init__(
+        self, config: PretrainConfig, model: BiLM, rows: int, rank: int = 0, world: int = 1, total_steps: int = 1
+    ):
         self.config, self.model, self.rank, self.world, self.total_steps = config, model, rank, world, total_steps
         self.device = next(model.parameters()).device
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
@@ -100,7 +106,8 @@ class TrainStep:
                 dist.broadcast(tensor.detach(), src=0)  # DDP, which broadcasts the others, does not know the tables
 
     def gradients(self, batch: StepInput) -> tuple[Gradients, Tensor, LstmState]:
-        """Forward and backward: gradients averaged over all positions of all ranks, [D] loss sums of this rank, new state."""
+        """Forward and backward: gradients averaged over all positions of all ranks, [D] loss sums of this rank, new
+        state."""
         config, model = self.config, self.model
         leaves: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
@@ -113,8 +120,16 @@ class TrainStep:
         dropout = None
         if config.train.dropout > 0.0:
             dropout = Dropout(config.train.dropout, config.run.seed, batch.step, self.rank, self.device)
-        x_DBTP, state = self.forward(batch.types, batch.type_classes, batch.inputs, self.state.zero_rows(batch.reset),
-                                     batch.lengths, dropout, self.dtype, leaves.get("word_embedding"))
+        x_DBTP, state = self.forward(
+            batch.types,
+            batch.type_classes,
+            batch.inputs,
+            self.state.zero_rows(batch.reset),
+            batch.lengths,
+            dropout,
+            self.dtype,
+            leaves.get("word_embedding"),
+        )
         sums = torch.stack([self._losses(batch, x_DBTP[d], d, leaves).sum() for d in range(model.directions)])
         scale = config.train.unroll * self.world / (model.directions * max(1, batch.positions))
         (sums.sum() * scale).backward()
@@ -140,15 +155,24 @@ class TrainStep:
         assert batch.target_rows is not None and batch.target_log_count is not None
         assert batch.negative_rows is not None and batch.negative_log_count is not None
         weight = leaves["word_embedding" if self.model.tied else "softmax_weight"]
-        losses = sampled_losses(x_NP, weight, leaves["softmax_bias"], batch.target_rows[direction].flatten(),
-                                batch.target_log_count[direction].flatten(), batch.negative_rows[direction],
-                                batch.negative_log_count[direction], self.dtype)
+        losses = sampled_losses(
+            x_NP,
+            weight,
+            leaves["softmax_bias"],
+            batch.target_rows[direction].flatten(),
+            batch.target_log_count[direction].flatten(),
+            batch.negative_rows[direction],
+            batch.negative_log_count[direction],
+            self.dtype,
+        )
         return torch.where(targets_N >= 0, losses, 0.0)
 
     def run(self, batch: StepInput) -> StepOutput:
         """A whole step. Where the gradient is not finite neither the parameters nor the state change."""
         gradients, sums, state = self.gradients(batch)
-        norm, finite = self.optimizer.apply(gradients.dense, gradients.rows, gradients.tables, batch.step, self.total_steps)
+        norm, finite = self.optimizer.apply(
+            gradients.dense, gradients.rows, gradients.tables, batch.step, self.total_steps
+        )
         self.state = LstmState(*(torch.where(finite, new, old) for new, old in zip(state, self.state, strict=True)))
         return StepOutput(sums, norm, finite)
 

@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elmo_ray.data.characters import PADDING, WORD_BEGIN, WORD_END, encode_words, sentence_marker_rows
@@ -12,6 +12,7 @@ def spell(word: str, max_characters: int) -> list[int]:
     return row + [PADDING] * (max_characters - len(row))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=70), max_size=40), st.integers(3, 60))
 def test_rows_are_spelt_word_by_word(words: list[str], max_characters: int) -> None:
     rows = encode_words(words, max_characters)

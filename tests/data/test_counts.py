@@ -2,7 +2,7 @@ import collections
 import random
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elmo_ray.data.counts import WordCounter
@@ -10,6 +10,7 @@ from elmo_ray.data.counts import WordCounter
 WORDS = st.lists(st.lists(st.sampled_from([f"word{n}" for n in range(40)]), max_size=30), max_size=20)
 
 
+@settings(deadline=None)
 @given(WORDS, st.integers(2, 30))
 def test_bounds_hold_whatever_is_dropped(pieces: list[list[str]], cap: int) -> None:
     counter = WordCounter(cap)
@@ -24,6 +25,7 @@ def test_bounds_hold_whatever_is_dropped(pieces: list[list[str]], cap: int) -> N
         assert counter.counts == exact and counter.max_missing == 0
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS)
 def test_merged_counts_are_those_of_all_words(one: list[list[str]], two: list[list[str]]) -> None:
     counters = [WordCounter(1000), WordCounter(1000)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elmo_ray.data.characters import encode_words
@@ -64,6 +64,7 @@ def slow_sentences(text: str) -> list[list[str]]:
     return [line.split() for line in (lines if lines[-1] else lines[:-1])]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([*"a.é\r\n \t\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u2028\u3000\u200b", "the", "cat", "\r\n"]))
 )

@@ -24,7 +24,7 @@ def write(folder: Path, content: str | bytes, name: str = "text.txt") -> str:
     return str(path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(PIECES, max_size=80), block_bytes=st.integers(1, 90), segment_bytes=st.integers(1, 200))
 def test_blocks_tile_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[str], block_bytes: int, segment_bytes: int
@@ -63,7 +63,7 @@ def test_blocks_tile_the_file(
     assert shard.sha256 == hashlib.sha256(content).hexdigest()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(PIECES, max_size=30))
 def test_line_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[str]) -> None:
     monkeypatch.setattr(text, "_READ_BYTES", 2)
@@ -137,6 +137,7 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert Corpus.from_shards(changed).fingerprint != corpus.fingerprint
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=60), st.floats(0.001, 0.49), st.integers(0, 2**64 - 1))
 def test_holdout(positions: list[int], holdout: float, seed: int) -> None:
     ends = np.cumsum(np.array(positions) * 3)

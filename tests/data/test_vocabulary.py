@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elmo_ray.data.characters import encode_words
@@ -47,6 +47,7 @@ def test_characters_has_marker_rows_for_the_ids_in_use() -> None:
         table[0, 0] = 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=6).map(str.strip)))
 def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> None:
     path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"

@@ -1,0 +1,94 @@
+"""Sentences by themselves: batches of sentences of like length, each a row that begins at zero state.
+
+The other way to read a text than `streams`, which carries state from sentence to sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmo_ray.data.encode import EncodedBlock
+from elmo_ray.data.streams import Batch, IntArray, StreamCursors, TypeTable, block_positions
+from elmo_ray.data.vocabulary import Vocabulary
+
+GATHERED_POSITIONS = 1 << 17
+"""Positions that are gathered before their sentences are sorted by length."""
+
+
+@dataclass(frozen=True)
+class SentenceGroup:
+    """Sentences of like length, the rows of a batch.
+
+    labels: [B] what the caller calls them. lengths: [B] positions. tokens: [4, n] of all gathered text, as in
+    `streams.block_positions`; starts: [B] where each sentence begins there; unknown: characters of unknown words.
+    """
+
+    labels: IntArray
+    lengths: IntArray
+    tokens: NDArray[np.int64]
+    starts: IntArray
+    unknown: NDArray[np.int16]
+
+    def windows(self, unroll: int, vocabulary: Vocabulary, characters: TypeTable | None, directions: int) -> Iterator[Batch]:
+        """The rows' positions, `unroll` at a time; a row that has ended has length 0 and targets of -1."""
+        for first in range(0, int(self.lengths.max()), unroll):
+            width = min(unroll, int(self.lengths.max()) - first)
+            lengths = np.clip(self.lengths - first, 0, width)
+            valid_BT = np.arange(width) < lengths[:, None]
+            at_BT = np.where(valid_BT, self.starts[:, None] + first + np.arange(width), 0)
+            tokens = self.tokens[:, at_BT]
+            tokens[0::2, ~valid_BT] = vocabulary.bos
+            tokens[1::2, ~valid_BT] = -1
+            types, classes, inputs = self._types(tokens[0 : 2 * directions : 2], vocabulary, characters)
+            yield Batch(types, classes, inputs, tokens[1 : 2 * directions : 2].copy(), lengths,
+                        np.full(len(lengths), first == 0), StreamCursors.start(0))
+
+    def _types(self, inputs: IntArray, vocabulary: Vocabulary,
+               characters: TypeTable | None) -> tuple[NDArray, tuple[tuple[int, int], ...], IntArray]:
+        if characters is None:
+            known = np.where(inputs >= vocabulary.size, vocabulary.unk, inputs)
+            words, places = np.unique(known, return_inverse=True)
+            return words, ((len(words), 1),), places.reshape(inputs.shape)
+        words, places = np.unique(inputs, return_inverse=True)
+        n_known = int(np.searchsorted(words, vocabulary.size))
+        unknown = self.unknown[words[n_known:] - vocabulary.size]
+        types, classes, place = characters.gather(words[:n_known], unknown)
+        return types, classes, place[places.reshape(inputs.shape)]
+
+
+def sentence_groups(blocks: Iterable[tuple[EncodedBlock, IntArray]], vocabulary: Vocabulary, rows: int,
+                    gathered: int = GATHERED_POSITIONS) -> Iterator[SentenceGroup]:
+    """All sentences of the blocks once, in groups of at most `rows`; memory holds `gathered` positions and a block.
+
+    With each block comes an array of labels, one for each of its sentences.
+    """
+    waiting: list[tuple[EncodedBlock, IntArray]] = []
+    positions = 0
+    for block, labels in blocks:
+        waiting.append((block, labels))
+        positions += block.positions
+        if positions >= gathered:
+            yield from _grouped(waiting, vocabulary, rows)
+            waiting, positions = [], 0
+    if waiting:
+        yield from _grouped(waiting, vocabulary, rows)
+
+
+def _grouped(blocks: list[tuple[EncodedBlock, IntArray]], vocabulary: Vocabulary, rows: int) -> Iterator[SentenceGroup]:
+    pieces, base = [], vocabulary.size
+    for block, _ in blocks:
+        pieces.append(block_positions(block, vocabulary, base))
+        base += len(block.unknown)
+    tokens = np.concatenate(pieces, axis=1)
+    unknown = np.concatenate([block.unknown for block, _ in blocks])
+    labels = np.concatenate([of_block for _, of_block in blocks])
+    lengths = np.concatenate([block.lengths for block, _ in blocks]).astype(np.int64) + 1
+    starts = np.cumsum(lengths) - lengths
+    order = np.argsort(lengths, kind="stable")
+    for first in range(0, len(order), rows):
+        group = order[first : first + rows]
+        yield SentenceGroup(labels[group], lengths[group], tokens, starts[group], unknown)

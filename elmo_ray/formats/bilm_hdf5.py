@@ -1,0 +1,177 @@
+"""bilm-tf's HDF5 weights (BILM.md, Files): written from a model, and read for one, ours or a stranger's.
+
+Names are those that bilm-tf, AllenNLP and simple_elmo look for, one-layer models included; the softmax is never in the
+file. Reading compares every dataset's kind and shape with the options before it takes memory for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from elmo_ray.config import ModelConfig, SoftmaxConfig
+from elmo_ray.errors import FormatError
+from elmo_ray.formats.bilm_variables import from_variables, to_variables, variable_shapes
+from elmo_ray.model.bilm import BiLM
+
+ALLENNLP_CHARACTERS = 50
+"""Ids of a word in AllenNLP, a constant of its batch_to_ids."""
+
+BILM_TF_LAYERS = 8
+"""Most layers that bilm-tf has names for."""
+
+_CELL = re.compile(r"lm/RNN_(\d)/rnn/(?:multi_rnn_cell/cell_(\d+)/)?lstm_cell/(.+)")
+_CELL_PARTS = {"kernel": "W_0", "bias": "B", "projection/kernel": "W_P_0"}
+_EMBEDDING = "embedding"
+_DAMAGES = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError)
+
+
+def obstacles(model: ModelConfig) -> dict[str, list[str]]:
+    """Why bilm-tf and AllenNLP cannot load a model: reasons by the program's name, none where it can."""
+    cnn, lstm = model.char_cnn, model.lstm
+    n_filters = sum(count for _, count in cnn.filters)
+    bilm_tf, allennlp = [], []
+    if not model.bidirectional:
+        both = "it reads two directions, and the model is forward only (model.bidirectional=false)"
+        bilm_tf.append(both)
+        allennlp.append(both)
+    if lstm.n_layers > BILM_TF_LAYERS:
+        bilm_tf.append(f"it knows {BILM_TF_LAYERS} layers at most, model.lstm.n_layers={lstm.n_layers}")
+    if model.input == "words":
+        allennlp.append("it reads characters only (model.input=words)")
+    else:
+        if n_filters < lstm.projection_dim:
+            bilm_tf.append(f"its char CNN cannot grow from {n_filters} filters to projection_dim={lstm.projection_dim}")
+        if n_filters == lstm.projection_dim:
+            allennlp.append(f"it wants CNN_proj, which a char CNN of {n_filters} filters = projection_dim does not have")
+        if cnn.max_characters != ALLENNLP_CHARACTERS:
+            allennlp.append(f"its words have {ALLENNLP_CHARACTERS} characters, model.char_cnn.max_characters={cnn.max_characters}")
+    if not lstm.use_skip_connections:
+        allennlp.append("it wants skip connections (model.lstm.use_skip_connections=false)")
+    if lstm.dim == lstm.projection_dim:
+        allennlp.append(f"it wants W_P_0, which an LSTM with dim = projection_dim = {lstm.dim} does not have")
+    return {"bilm-tf": bilm_tf, "AllenNLP": allennlp}
+
+
+def write_weights(path: str | os.PathLike[str], model: BiLM) -> None:
+    """Write everything but the softmax, float32, no attributes; the caller writes aside and renames.
+
+    Raises FormatError for a forward-only model, which no other program loads, and for a disk that takes no more.
+    """
+    if model.directions != 2:
+        raise FormatError(f"{path}: a forward-only model has no place in bilm-tf's HDF5 form")
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax_")}
+    try:
+        with h5py.File(path, "w") as file:
+            for variable, array in to_variables(model, parameters).items():
+                file.create_dataset(_dataset(variable), data=np.ascontiguousarray(array, dtype=np.float32), track_times=False)
+    except _DAMAGES as error:
+        raise FormatError(f"{path}: cannot be written: {_line(error)}") from None
+
+
+def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
+    """The model that a weights file and its options make: without a softmax, so for use and not for training.
+
+    Raises FormatError naming the dataset that is missing, of another kind, or of another shape than the options ask for.
+    """
+    if not Path(path).is_file():
+        raise FormatError(f"{path}: no such file")
+    try:
+        with h5py.File(path, "r") as file:
+            n_words = 0
+            if model.input == "words":
+                n_words = _word_count(str(path), file, model.lstm.projection_dim)
+            with torch.device("meta"):
+                bilm = BiLM(model, SoftmaxConfig(), n_words)
+            bilm.softmax_weight = bilm.softmax_bias = None
+            arrays = _Datasets(str(path), file, variable_shapes(bilm))
+            tensors = from_variables(bilm, arrays, str(path))
+    except FormatError:
+        raise
+    except _DAMAGES as error:
+        raise FormatError(f"{path}: cannot be read as bilm-tf weights: {_line(error)}") from None
+    bilm.load_state_dict(tensors, assign=True)
+    return bilm.requires_grad_(False)
+
+
+def same_weights(model: BiLM, other: BiLM) -> list[str]:
+    """Names of parameters, the softmax aside, that are not bit-equal in float32."""
+    ours, theirs = _float32(model), _float32(other)
+    return sorted(
+        name for name in ours.keys() | theirs.keys()
+        if name not in ours or name not in theirs or not torch.equal(ours[name].view(torch.int32), theirs[name].view(torch.int32))
+    )
+
+
+class _Datasets(Mapping[str, np.ndarray]):
+    """A file's arrays by TensorFlow names, each read when it is asked for and all checked before the first."""
+
+    def __init__(self, path: str, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]):
+        self.file, self.shapes = file, shapes
+        for variable, shape in shapes.items():
+            _check(path, file, _dataset(variable), shape)
+
+    def __getitem__(self, variable: str) -> np.ndarray:
+        return np.asarray(self.file[_dataset(variable)][...], dtype=np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _dataset(variable: str) -> str:
+    """`lm/RNN_0/rnn/lstm_cell/kernel` -> `RNN_0/RNN/MultiRNNCell/Cell0/LSTMCell/W_0`; others lose their `lm/`."""
+    match = _CELL.fullmatch(variable)
+    if match is None:
+        return variable.removeprefix("lm/")
+    direction, layer, part = match.groups()
+    return f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer or 0}/LSTMCell/{_CELL_PARTS[part]}"
+
+
+def _check(path: str, file: h5py.File, name: str, shape: tuple[int, ...]) -> None:
+    dataset = _local(path, file, name)
+    if tuple(dataset.shape or ()) != shape:
+        raise FormatError(f"{path}: {name} has shape {list(dataset.shape or ())}, the options ask for {list(shape)}")
+    if dataset.dtype.kind != "f":
+        raise FormatError(f"{path}: {name} has numbers of type {dataset.dtype}, not floats")
+
+
+def _local(path: str, file: h5py.File, name: str) -> h5py.Dataset:
+    """A dataset that lies in this file: links and external storage could lead a stranger's file to others of ours."""
+    place = ""
+    for part in name.split("/"):
+        place += f"/{part}"
+        link = file.get(place, getlink=True)
+        if link is None:
+            raise FormatError(f"{path}: has no {name}; the options describe another model")
+        if not isinstance(link, h5py.HardLink):
+            raise FormatError(f"{path}: {place[1:]} is a link; copy the data into the file")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise FormatError(f"{path}: {name} is no array of numbers in this file")
+    return dataset
+
+
+def _word_count(path: str, file: h5py.File, width: int) -> int:
+    dataset = _local(path, file, _EMBEDDING)
+    n_words = dataset.shape[0] if dataset.ndim == 2 else 0
+    _check(path, file, _EMBEDDING, (n_words, width))
+    return int(n_words)
+
+
+def _float32(model: BiLM) -> dict[str, Tensor]:
+    parameters = model.named_parameters()
+    return {name: p.detach().cpu().float().contiguous() for name, p in parameters if not name.startswith("softmax_")}
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,160 @@
+"""A SOURCE: what `evaluate`, `export` and others start from, found and opened by what it is.
+
+A run's folder (its best checkpoint, or the one that `checkpoint` names), a checkpoint, or a published weights.hdf5 with
+the options.json beside it. Everything is checked before it is used: hashes of a checkpoint, shapes against the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from elmo_ray.config import ModelConfig, PretrainConfig, SoftmaxConfig
+from elmo_ray.config_yaml import parse_yaml
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
+from elmo_ray.formats.bilm_hdf5 import read_weights
+from elmo_ray.formats.bilm_options import from_options, read_options
+from elmo_ray.model.bilm import BiLM
+from elmo_ray.training.checkpoint_reader import Checkpoint, listed_checkpoints, newest_checkpoint, open_checkpoint, previous_copy
+from elmo_ray.training.manifest import MANIFEST
+
+logger = logging.getLogger(__name__)
+
+BEST, LAST = "best", "last"
+WEIGHTS, OPTIONS, VOCABULARY = "weights.hdf5", "options.json", "vocab.txt"
+_MODEL = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is ready for use, on the CPU, without gradients.
+
+    path: absolute; the checkpoint's folder or the weights file. step: of a checkpoint. fingerprint: hash of a checkpoint's
+    weights. softmax: how the model was trained.
+    """
+
+    path: Path
+    model: BiLM
+    softmax: SoftmaxConfig
+    words: Vocabulary | None
+    step: int | None = None
+    fingerprint: str | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def has_softmax(self) -> bool:
+        """Whether the model can tell what a word's probability is; a weights.hdf5 holds no softmax."""
+        return self.model.softmax_bias is not None
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Raises ConfigError for weights that came without one."""
+        if self.words is None:
+            raise ConfigError(f"{self.path}: has no {VOCABULARY} beside it; name its vocabulary with init.vocab=FILE")
+        return self.words
+
+    def describe(self) -> str:
+        """One line: what was opened."""
+        step = "" if self.step is None else f", step {self.step:,}"
+        size = "" if self.words is None else f", {self.words.size:,} words"
+        count = sum(p.numel() for p in self.model.parameters())
+        return f"{self.path}{step}: {count:,} parameters{size}"
+
+
+def open_source(source: str | os.PathLike[str] | None, checkpoint: str = BEST, options: str | None = None,
+                vocab: str | None = None, verify: bool = True) -> Source:
+    """Open what `source` (init.from) names; `options` and `vocab` (init.options, init.vocab) belong to a weights.hdf5.
+
+    checkpoint: of a run: best, last, or the name of a folder in its checkpoints/. verify: read all of a checkpoint and
+    compare hashes. Raises ConfigError where nothing can be opened, CheckpointError and FormatError for damaged files.
+    """
+    if source is None:
+        raise ConfigError("init.from is empty: name a run, a checkpoint or a weights.hdf5")
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    if not path.exists() and not previous_copy(path).exists():
+        raise ConfigError(f"{source}: no such file or folder; SOURCE is a run, a checkpoint or a weights.hdf5")
+    weights = path if path.is_file() else path / WEIGHTS
+    is_checkpoint = (path / MANIFEST).exists() or (not path.exists() and previous_copy(path).exists())
+    is_run = (path / "checkpoints").is_dir() or (path / BEST).is_dir()
+    if not is_run and checkpoint != BEST:
+        raise ConfigError(f"checkpoint={checkpoint} chooses among a run's, but {source} is no run; leave it out")
+    if is_checkpoint or is_run:
+        for key, value in (("init.options", options), ("init.vocab", vocab)):
+            if value is not None:
+                raise ConfigError(f"{key}={value}: {source} has its own; leave it out")
+        return _from_checkpoint(open_checkpoint(path, verify) if is_checkpoint else _of_run(path, checkpoint, verify))
+    if path.is_dir() and not weights.exists():
+        if (path / "checkpoint").is_file() or any(path.glob("*.ckpt-*.index")):
+            raise ConfigError(f"{source}: TensorFlow save folders of bilm-tf are not read by this version; "
+                              "give the weights.hdf5 that bilm-tf's dump_weights makes of it")
+        raise ConfigError(f"{source}: neither a run (checkpoints/), nor a checkpoint ({MANIFEST}), nor a folder with {WEIGHTS}")
+    return _from_weights(weights, options, vocab)
+
+
+def _of_run(run: Path, name: str, verify: bool) -> Checkpoint:
+    folder = run / "checkpoints"
+    if name == BEST:
+        best = run / BEST
+        if best.exists() or previous_copy(best).exists():
+            return open_checkpoint(best, verify)
+        logger.info("%s: has no %s/, as it has not validated; taking its newest checkpoint", run, BEST)
+    if name in (BEST, LAST):
+        newest = newest_checkpoint(folder, verify)
+        if newest is None:
+            raise CheckpointError(f"{folder}: has no finished checkpoint yet")
+        return newest
+    if name not in (path.name for path in listed_checkpoints(folder)):
+        names = ", ".join(path.name for path in listed_checkpoints(folder)[-5:]) or "none"
+        raise ConfigError(f"checkpoint={name}: must be best, last or a folder in {folder} (newest: {names})")
+    return open_checkpoint(folder / name, verify)
+
+
+def _from_checkpoint(checkpoint: Checkpoint) -> Source:
+    place = f"{checkpoint.path}/config.yaml"
+    try:
+        values = parse_yaml(checkpoint.text("config.yaml"), place)
+        config = PretrainConfig.from_dict(values if isinstance(values, dict) else {})
+    except ConfigError as error:
+        raise CheckpointError(f"{place}: {' '.join(str(error).split())}") from None
+    try:
+        vocabulary = Vocabulary.read(checkpoint.path / VOCABULARY)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    with torch.device("meta"):
+        model = BiLM(config.model, config.softmax, vocabulary.size)
+    tensors = checkpoint.tensors(_MODEL)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for name in sorted(expected.keys() | tensors.keys()):
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape != expected.get(name):
+            raise CheckpointError(f"{checkpoint.path}/{_MODEL}: {name} has shape {shape}, "
+                                  f"config.yaml and vocab.txt ask for {expected.get(name)}")
+    kinds = {tensor.dtype for tensor in tensors.values()}
+    if len(kinds) != 1 or not all(kind.is_floating_point for kind in kinds):
+        raise CheckpointError(f"{checkpoint.path}/{_MODEL}: has numbers of type {', '.join(sorted(map(str, kinds)))}")
+    model.load_state_dict(tensors, assign=True)
+    fingerprint = str(checkpoint.manifest["files"][_MODEL]["sha256"])
+    return Source(checkpoint.path, model.requires_grad_(False), config.softmax, vocabulary, checkpoint.step, fingerprint)
+
+
+def _from_weights(weights: Path, options: str | None, vocab: str | None) -> Source:
+    options_path = Path(options) if options is not None else weights.parent / OPTIONS
+    if not options_path.is_file():
+        cure = "correct init.options" if options is not None else "name it with init.options=FILE"
+        raise ConfigError(f"{options_path}: no such file; weights need the options they were made with: {cure}")
+    model_config, softmax = from_options(read_options(options_path), str(options_path), published=True)
+    vocab_path = Path(vocab) if vocab is not None else weights.parent / VOCABULARY
+    vocabulary = Vocabulary.read(vocab_path) if vocab is not None or vocab_path.is_file() else None
+    model = read_weights(weights, model_config)
+    rows = None if model.word_embedding is None else len(model.word_embedding)
+    if vocabulary is not None and rows not in (None, vocabulary.size):
+        raise FormatError(f"{weights}: embedding has {rows} words, {vocab_path} has {vocabulary.size}")
+    return Source(weights, model, softmax, vocabulary)
