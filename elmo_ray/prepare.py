@@ -282,19 +282,22 @@ def _bytes_of(todo: Sequence[Task]) -> int:
 
 
 def _run_on_ray(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
+    from elmo_ray.training.cluster import ensure_ray
+
+    # First, because Ray Data takes its logging level from the environment when it is imported.
+    ensure_ray()
     import ray
     import ray.data
 
-    _ensure_ray()
     free = ray.available_resources().get("CPU", 0.0)
     cpus = 1.0 if free >= 1 else 0.25
-    pool = ray.data.TaskPoolStrategy(size=max(1, int(free)))
     ray.data.DataContext.get_current().enable_progress_bars = False
     for first in range(0, len(todo), _DATASET_TASKS):
         items = [
             {"number": number, "task": json.dumps(task)}
             for number, task in enumerate(todo[first : first + _DATASET_TASKS], start=first)
         ]
+        pool = ray.data.TaskPoolStrategy(size=max(1, min(int(free), len(items))))
         results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             perform_rows, batch_size=1, batch_format="pyarrow", num_cpus=cpus, compute=pool
         )
@@ -302,16 +305,6 @@ def _run_on_ray(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
             if row["error"]:
                 raise DataError(row["error"])
             yield row["number"], row["result"]
-
-
-def _ensure_ray() -> None:
-    import ray
-
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-        ray.init(logging_level="ERROR", log_to_driver=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -96,9 +96,10 @@ def test_compressed_shards(folder: Path) -> None:
     plain = prepare.run(configure(folder))
     packed = folder / "packed"
     packed.mkdir()
-    for number, pack in enumerate((gzip.compress, zstandard.compress, bytes)):
-        suffix = ("txt.gz", "txt.zst", "txt")[number]
-        (packed / f"{number}.{suffix}").write_bytes(pack((folder / f"{number}.txt").read_bytes()))
+    texts = [(folder / f"{number}.txt").read_bytes() for number in range(3)]
+    (packed / "0.txt.gz").write_bytes(gzip.compress(texts[0]))
+    (packed / "1.txt.zst").write_bytes(zstandard.compress(texts[1]))
+    (packed / "2.txt").write_bytes(texts[2])
     result = prepare.run(configure(packed, data__train=str(packed / "[0-9]*")))
     assert result.train.fingerprint == plain.train.fingerprint
     assert result.vocabulary_sha256 == plain.vocabulary_sha256

@@ -65,24 +65,25 @@ class RaySource(Iterator[EncodedBlock]):
         self._thread.start()
 
     def __next__(self) -> EncodedBlock:
-        while True:
-            for block in self._rows:
-                return block
-            if self._stop.is_set():
-                raise StopIteration
-            item = self._tables.get()
-            if item is None:
-                self._stop.set()
-            elif isinstance(item, BaseException):
-                self._stop.set()
-                raise item
-            else:
+        try:
+            while not self._stop.is_set():
+                for block in self._rows:
+                    return block
+                item = self._tables.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    break
                 self._rows = _decode(item, self._max_characters)
+        except BaseException:
+            self._stop.set()
+            raise
+        self._stop.set()
+        raise StopIteration
 
     def close(self) -> None:
         """Stop, and wait for the thread; the iterator is then at its end."""
         self._stop.set()
-        self._rows = iter(())
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=30)
 
@@ -156,6 +157,8 @@ def _segments(blocks: Iterable[Block], segment_bytes: int, group_bytes: int) -> 
 
 def _run_segment(segment: list[list[Block]], task: EncodeTask, data_cpus: float) -> Generator[pa.Table, None, None]:
     """The tables of a segment's groups in order. Ray stops the tasks when this generator is closed."""
+    if not ray.is_initialized():
+        raise RuntimeError("Ray is not running")  # Ray Data would start a cluster of its own
     items = [{"blocks": json.dumps([[b.path, b.start, b.end, b.positions] for b in group])} for group in segment]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     context = dataset.context

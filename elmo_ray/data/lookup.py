@@ -1,7 +1,7 @@
 """Words of a block of UTF-8 to vocabulary ids with array operations, without making a Python string of every word.
 
-A word of up to 24 bytes is three 64-bit numbers, zero-padded; a table of open addressing over them gives the id. This is
-exact: numbers and length are compared, not hashes. Longer words are left to the caller.
+A word of up to 24 bytes is three 64-bit numbers, zero-padded; a table of open addressing over them gives the id. This
+is exact: numbers and length are compared, not hashes. Longer words are left to the caller.
 """
 
 from collections.abc import Mapping

@@ -304,6 +304,8 @@ class StreamLoader:
             if self._pending is None:
                 block = next(self._blocks, None)
                 if block is None:
+                    if self._owed():  # or windows would be empty without a word, for ever
+                        raise RuntimeError("the source of encoded blocks ended before the last block")
                     return
                 self._pending = self._asked.popleft()
                 self._block = block
@@ -312,6 +314,15 @@ class StreamLoader:
                 return
             self._add(share, self._block)
             self._pending = None
+
+    def _owed(self) -> bool:
+        """Whether a stream has positions to come that are not at hand."""
+        sizes = self._sizes[self.streams.start : self.streams.stop]
+        if self.plan.epochs is None:
+            return bool(sizes.any())
+        left = np.maximum((self.plan.epochs - self.cursors.epoch) * sizes - self.cursors.offset, 0)
+        at_hand = [sum(piece.tokens.shape[1] - piece.taken for piece in pieces) for pieces in self._pieces]
+        return bool((left != at_hand).any())
 
     def _add(self, share: BlockShare, block: EncodedBlock) -> None:
         tokens = block_positions(block, self.vocabulary, self._next_base)

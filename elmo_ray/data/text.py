@@ -19,9 +19,7 @@ REPLACEMENT = "\ufffd"
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 # U+0085, U+00A0, U+1680, U+2000 to U+200A, U+2028, U+2029, U+202F, U+205F, U+3000.
-_WIDE_SPACE = re.compile(
-    rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80"
-)
+_WIDE_SPACE = re.compile(rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80")
 
 
 def decode(data: bytes, on_error: OnError, path: str, offset: int) -> tuple[str, int]:

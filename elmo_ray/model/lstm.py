@@ -68,7 +68,10 @@ class _Recurrence(torch.autograd.Function):
         hidden, cell = hidden_DBP, cell_DBH
         for step in range(t):
             gate = gates[:, step]
-            gate += torch.bmm(hidden.to(low), w_hidden_low)
+            if low == gate.dtype:
+                gate.baddbmm_(hidden, w_hidden_low)
+            else:
+                gate += torch.bmm(hidden.to(low), w_hidden_low)
             i = gate[..., :h].sigmoid_()
             j = gate[..., h : 2 * h].tanh_()
             fo = gate[..., 2 * h :].sigmoid_()
@@ -109,7 +112,9 @@ class _Recurrence(torch.autograd.Function):
         w_projection_t = None if w_projection is None else w_projection.transpose(1, 2).contiguous()
         d_hidden: Tensor | None = None
         d_cell: Tensor | None = None
-        sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+        aten = torch.ops.aten
+        sigmoid_backward, tanh_backward = aten.sigmoid_backward, aten.tanh_backward
+        hardtanh_backward = aten.hardtanh_backward  # of a clip: the gradient, or 0 where the result is a bound
         for step in range(t - 1, -1, -1):
             gate = gates[:, step]
             i, j, f, o = gate[..., :h], gate[..., h : 2 * h], gate[..., 2 * h : 3 * h], gate[..., 3 * h :]
@@ -122,7 +127,7 @@ class _Recurrence(torch.autograd.Function):
                 d_m = d_out
             else:
                 if proj_clip is not None:
-                    d_out.mul_(outputs[:, step].abs() < proj_clip)
+                    hardtanh_backward.grad_input(d_out, outputs[:, step], -proj_clip, proj_clip, grad_input=d_out)
                 d_m = torch.bmm(d_out.to(low), w_projection_t).to(cells.dtype)
             tanh_cell = tanh_cells[:, step]
             grad = d_gates[:, step]
@@ -131,7 +136,7 @@ class _Recurrence(torch.autograd.Function):
             if d_cell is not None:
                 d_c += d_cell
             if cell_clip is not None:
-                d_c.mul_(cells[:, step].abs() < cell_clip)
+                d_c = hardtanh_backward(d_c, cells[:, step], -cell_clip, cell_clip)
             sigmoid_backward.grad_input(d_c * j, i, grad_input=grad[..., :h])
             tanh_backward.grad_input(d_c * i, j, grad_input=grad[..., h : 2 * h])
             before = cells[:, step - 1] if step else cell_DBH

@@ -12,11 +12,10 @@ _MOST_BYTES = 1 << 30
 
 
 class WordCache:
-    """What a fixed model makes of words, by their characters: of the vocabulary those that the text has, and unknown
-    ones.
+    """What a fixed model makes of words, by their characters: of the vocabulary those that the text has, and unknown ones.
 
-    Only new words go through the char CNN. Where there is no more room, all are forgotten and it begins anew. With
-    word-id input there is nothing to keep. `most_bytes` bounds the vectors.
+    Only new words go through the char CNN. Where there is no more room, all are forgotten and it begins anew. With word-id
+    input there is nothing to keep. `most_bytes` bounds the vectors, but for the words of one batch.
     """
 
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None, most_bytes: int = _MOST_BYTES):
@@ -26,38 +25,40 @@ class WordCache:
         self.device = reference.device
         self._most_rows = max(1, most_bytes // (width * reference.element_size()))
         self._rows: dict[bytes, int] = {}
-        self._table = reference.new_empty(0, width)
+        self._table = reference.detach().new_empty(0, width)
 
     @torch.no_grad()
     def vectors(self, types: np.ndarray, classes: tuple[tuple[int, int], ...]) -> Tensor:
-        """[U, P] vectors of words: [U, C] character ids, shorter classes first as in `streams.Batch`, or [U] ids."""
+        """[U, P] vectors of words: [U, C] character ids, shorter classes first as in `streams.Batch`, or [U] ids.
+
+        A word may be there more than once.
+        """
         if self.model.char_cnn is None:
             return self.model.encode_types(torch.from_numpy(types).to(self.device))
         types_UC = np.ascontiguousarray(types)
         keys: list[bytes] = types_UC.view(np.dtype((np.void, types_UC.shape[1] * types_UC.itemsize))).ravel().tolist()
-        new = [i for i, key in enumerate(keys) if key not in self._rows]
-        if len(self._rows) + len(new) > self._most_rows:
+        if len(self._rows) + len(keys) > self._most_rows:
             self._rows.clear()
-            new = list(range(len(keys)))
+        first, new = len(self._rows), []
+        for number, key in enumerate(keys):
+            if key not in self._rows:
+                self._rows[key] = first + len(new)
+                new.append(number)
         if new:
-            self._add(types_UC, classes, keys, new)
-        places = torch.tensor([self._rows[key] for key in keys], device=self.device)
-        return self._table[places]
+            self._reserve(first, first + len(new))
+            self._table[first : first + len(new)] = self._encode(types_UC, classes, new)
+        return self._table[torch.tensor([self._rows[key] for key in keys], device=self.device)]
 
-    def _add(
-        self, types_UC: np.ndarray, classes: tuple[tuple[int, int], ...], keys: list[bytes], new: list[int]
-    ) -> None:
-        # types come class by class, so those that are new do, too
+    def _encode(self, types_UC: np.ndarray, classes: tuple[tuple[int, int], ...], chosen: list[int]) -> Tensor:
+        # types come class by class, so those that are chosen do, too
         ends = np.cumsum([count for count, _ in classes])
-        counts = np.bincount(np.searchsorted(ends, new, side="right"), minlength=len(classes))
+        counts = np.bincount(np.searchsorted(ends, chosen, side="right"), minlength=len(classes))
         kept = tuple((int(n), columns) for n, (_, columns) in zip(counts, classes, strict=True) if n)
-        vectors = self.model.encode_types(torch.from_numpy(types_UC[new]).to(self.device), kept, dtype=self.dtype)
-        first = len(self._rows)
-        if first + len(new) > len(self._table):
-            # new keys of one batch may outnumber what is allowed: then the table is as long as they need
-            rows = max(min(self._most_rows, 2 * len(self._table)), first + len(new))
-            table = self._table.new_empty(rows, self._table.shape[1])
-            table[:first] = self._table[:first]
-            self._table = table
-        self._table[first : first + len(new)] = vectors
-        self._rows.update(zip((keys[i] for i in new), range(first, first + len(new)), strict=True))
+        return self.model.encode_types(torch.from_numpy(types_UC[chosen]).to(self.device), kept, dtype=self.dtype)
+
+    def _reserve(self, used: int, wanted: int) -> None:
+        if wanted <= len(self._table):
+            return
+        table = self._table.new_empty(max(min(self._most_rows, 2 * len(self._table)), wanted), self._table.shape[1])
+        table[:used] = self._table[:used]
+        self._table = table

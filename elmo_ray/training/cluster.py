@@ -250,9 +250,10 @@ def _failure_log(run_dir: str, max_failures: int) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    """An exception in one line."""
+    """An exception in one line of bounded length."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+    text = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+    return text if len(text) <= 240 else text[:240] + "..."
 
 
 # ---------------------------------------------------------------- in a worker

@@ -17,7 +17,7 @@ _FOLDER = "logs"
 
 
 def log_to_run(run_dir: str, rank: int | None) -> None:
-    """Let this process's `elmo_ray` loggers write to the run: everything of rank 0, warnings of others (None: no rank)."""
+    """Let the `elmo_ray` loggers of this process write to the run: all of rank 0 (or no rank), warnings of others."""
     folder = Path(run_dir, _FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / ("controller.log" if rank is None else f"worker-{rank:05d}.log"))

@@ -67,7 +67,7 @@ def test_what_is_missing_is_gathered_again(corpus: SampleCorpus, tmp_path: Path)
 
 
 def test_prose_of_a_docstring() -> None:
-    text = '''Return the `number` of items, e.g. the **length** of a list.
+    text = """Return the `number` of items, e.g. the **length** of a list.
 
     This doesn't include the header (see :func:`count_all`). The second
     sentence is on two well-
@@ -86,7 +86,7 @@ def test_prose_of_a_docstring() -> None:
     +------+-----------------------------+
     | cell | a table is not a sentence . |
     +------+-----------------------------+
-    '''
+    """
     assert list(sentences(text)) == [
         "Return the number of items , e.g. the length of a list .",
         "This does n't include the header ( see count_all ) .",
@@ -96,7 +96,7 @@ def test_prose_of_a_docstring() -> None:
 
 
 def test_tokens() -> None:
-    assert tokenise('He said: "It\'s 3.14, isn\'t it?"') == [
+    assert tokenise("He said: \"It's 3.14, isn't it?\"") == [
         *["He", "said", ":", '"', "It", "'s", "3.14", ",", "is", "n't", "it", "?", '"']
     ]
     assert tokenise("os.path.join(a, b)...") == ["os.path.join", "(", "a", ",", "b", ")", "..."]

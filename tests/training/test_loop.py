@@ -1,0 +1,371 @@
+"""The training loop without Ray, one worker: it learns, goes on bit for bit after a stop, and keeps what it should."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import (
+    WORDS_TIED,
+    WORDS_UNTIED,
+    Stopper,
+    checkpoints,
+    everything,
+    newest,
+    plan_of,
+    progress_of,
+    records,
+    tiny_config,
+    worker_of,
+    write_corpus,
+)
+
+from elmo_ray.data.shards import Corpus
+from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
+from elmo_ray.metrics import read_metrics
+from elmo_ray.model.bilm import BiLM
+from elmo_ray.model.lstm import LstmState
+from elmo_ray.model.softmax import full_losses
+from elmo_ray.training.checkpoint import Checkpoint, commit, open_checkpoint, write_part
+from elmo_ray.training.loop import TrainPlan, train
+from elmo_ray.training.perplexity import character_table
+
+Paths = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Paths:
+    return write_corpus(tmp_path_factory.mktemp("text"), [120, 0, 90])
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("held-out"), [40], seed=77)[0]
+
+
+def with_valid(**changes: Any) -> dict[str, Any]:
+    return {"data__valid": "held-out.txt", "train__validate_every": "6 steps", **changes}
+
+
+def same(a: Checkpoint, b: Checkpoint) -> None:
+    ours, theirs = everything(a), everything(b)
+    assert sorted(ours) == sorted(theirs)
+    different = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert not different
+    assert progress_of(a) == progress_of(b)
+
+
+def rewritten(checkpoint: Checkpoint, run: Path, **tensors: torch.Tensor) -> None:
+    """The same checkpoint in another run, with other parameters."""
+    files = {name: checkpoint.tensors(name) for name in checkpoint.files if name.endswith(".safetensors")}
+    files["model.safetensors"].update(tensors)
+    texts = {name: checkpoint.text(name) for name in checkpoint.files if not name.endswith(".safetensors")}
+    folder = run / "checkpoints" / checkpoint.path.name
+    write_part(folder, 0, files, texts)
+    fields = {k: v for k, v in checkpoint.manifest.items() if k in ("step", "streams", "identity", "device")}
+    commit(folder, 1, fields)
+
+
+def test_it_learns(corpus: Paths, valid: Path, tmp_path: Path) -> None:
+    config = tiny_config(**with_valid(train__duration="6 epochs", data__streams=8, train__validate_every="1 epochs"))
+    plan = plan_of(tmp_path / "run", config, corpus, valid)
+    result = train(plan, worker_of(plan))
+    assert result["finished"] and not result["stopped"]
+    assert result["positions"] == 6 * Corpus.load(corpus[0]).positions
+    found = records(tmp_path / "run")
+    training = [r for r in found if r["kind"] == "train"]
+    assert training[-1]["loss"] < training[0]["loss"] - 0.5
+    assert training[-1]["epoch"] == 6.0 and training[-1]["step"] == result["steps"] == result["total_steps"]
+    for record in training:
+        assert record["loss"] == pytest.approx((record["loss_forward"] + record["loss_backward"]) / 2)
+        assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+        assert record["lr"] == 0.2 and record["grad_norm"] > 0
+    held_out = [r for r in found if r["kind"] == "valid"]
+    assert len(held_out) == 6
+    size = Vocabulary.read(corpus[1]).size
+    assert held_out[-1]["perplexity"] < size / 2 < size
+    assert held_out[-1]["positions"] == Corpus.load(valid).positions
+    assert result["best_perplexity"] == min(r["perplexity"] for r in held_out)
+    everything_read = newest(tmp_path / "run").stream_tensors(0, 8)
+    assert everything_read["audit_positions"].sum() == result["positions"]
+    assert (everything_read["epoch"] == 6).all() and not everything_read["offset"].any()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "characters, adagrad": with_valid(train__dropout=0.2),
+    "characters, adamw, cosine": {
+        "optim__name": "adamw", "optim__lr": 0.003, "optim__weight_decay": 0.01, "train__dropout": 0.2,
+        "optim__schedule": {"kind": "cosine", "warmup_steps": 5, "final_ratio": 0.1}, "train__reset": "block",
+    },
+    "characters, forward only, full, linear": {
+        "model__bidirectional": False, "softmax__kind": "full", "softmax__negatives": None, "train__dropout": 0.1,
+        "optim__schedule": {"kind": "linear"}, "train__reset": "never",
+    },
+    "words, bf16": {**WORDS_UNTIED, "train__precision": "bf16", "train__dropout": 0.1},
+    "words, tied, adamw": {**WORDS_TIED, "optim__name": "adamw", "optim__lr": 0.01, "train__dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_a_stopped_run_goes_on_bit_for_bit(corpus: Paths, valid: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = tiny_config(**{"train__checkpoint_every": "10 steps", "train__keep_last": 9, **changes})
+    use_valid = valid if config.data.valid else None
+    plan = plan_of(tmp_path / "whole", config, corpus, use_valid)
+    torch.manual_seed(1)
+    result = train(plan, worker_of(plan))
+    assert result["steps"] == 24 and result["finished"]
+    whole = newest(tmp_path / "whole")
+    assert whole.step == 24
+
+    # asked to stop, twice, where it happens to be: in the middle of a window of metrics
+    plan = plan_of(tmp_path / "stopped", config, corpus, use_valid)
+    for looks, most in ((4, 9), (6, 20)):
+        torch.manual_seed(looks)
+        result = train(plan, worker_of(plan, stop=Stopper(looks)))
+        assert result["stopped"] and not result["finished"] and result["steps"] <= most
+        assert newest(tmp_path / "stopped").step == result["steps"], "a stop saves"
+    torch.manual_seed(99)
+    assert train(plan, worker_of(plan))["finished"]
+    same(newest(tmp_path / "stopped"), whole)
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+
+    # killed after its checkpoint of step 10
+    for path in checkpoints(tmp_path / "whole"):
+        if open_checkpoint(path).step < 20:
+            shutil.copytree(path, tmp_path / "killed" / "checkpoints" / path.name)
+    assert 10 <= newest(tmp_path / "killed").step < 20
+    plan = plan_of(tmp_path / "killed", config, corpus, use_valid)
+    assert train(plan, worker_of(plan))["finished"]
+    same(newest(tmp_path / "killed"), whole)
+
+
+def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(corpus: Paths, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", tiny_config(train__duration="8 steps"), corpus)
+    first = train(plan, worker_of(plan))
+    again = train(plan, worker_of(plan))
+    assert again["finished"] and again["steps"] == 8
+    assert again["checkpoint"] == first["checkpoint"], "callers export it"
+    longer = plan_of(tmp_path / "run", tiny_config(train__duration="14 steps"), corpus)
+    assert train(longer, worker_of(longer))["steps"] == 14
+    whole = plan_of(tmp_path / "whole", tiny_config(train__duration="14 steps"), corpus)
+    train(whole, worker_of(whole))
+    ours, theirs = everything(newest(tmp_path / "run")), everything(newest(tmp_path / "whole"))
+    assert all(torch.equal(t, theirs[k]) for k, t in ours.items() if k != "streams/window_losses")
+
+
+def test_checkpoints_kept_and_registered(corpus: Paths, tmp_path: Path) -> None:
+    registered: list[tuple[int, str]] = []
+    config = tiny_config(train__checkpoint_every="3 steps", train__keep_last=2, train__duration="30 steps")
+    plan = plan_of(tmp_path / "run", config, corpus)
+    result = train(plan, worker_of(plan, register=lambda step, path, metrics: registered.append((step, path))))
+    steps = [step for step, _ in registered]
+    assert steps == sorted(set(steps)) and steps[-1] == 30 and len(steps) >= 4
+    kept = checkpoints(tmp_path / "run")
+    assert [str(path) for path in kept] == [path for _, path in registered[-2:]]
+    assert result["checkpoint"] == str(kept[-1])
+    assert not list((tmp_path / "run" / "checkpoints").glob("**/*.tmp*"))
+    checkpoint = newest(tmp_path / "run")
+    assert checkpoint.manifest["streams"] == 4 and checkpoint.manifest["world"] == 1
+    assert checkpoint.text("config.yaml") == config.to_yaml()
+    assert checkpoint.text("vocab.txt") == corpus[1].read_text(encoding="utf-8")
+    unpruned = plan_of(tmp_path / "ray", config, corpus)
+    worker = worker_of(unpruned)
+    worker.prunes = False
+    train(unpruned, worker)
+    assert len(checkpoints(tmp_path / "ray")) >= 4, "somebody else deletes them"
+
+
+def held_out_loss(checkpoint: Checkpoint, plan: TrainPlan, valid: Path) -> float:
+    """Mean loss of a checkpoint's model on the held-out text, computed anew: one window for each whole stream."""
+    config = plan.config
+    words = Vocabulary.read(plan.vocabulary_path)
+    model = BiLM(config.model, config.softmax, words.size)
+    model.load_state_dict(checkpoint.tensors("model.safetensors"))
+    text = StreamPlan(Corpus.load(valid), config.evaluate.streams, shuffle=False, epochs=1)
+    n = config.evaluate.streams
+    source = worker_of(plan).source
+    loader = StreamLoader(text, range(n), StreamCursors.start(n), source, words, 10_000, character_table(model, words))
+    batch = loader.next_batch()
+    loader.close()
+    assert batch.positions == text.positions
+    with torch.no_grad():
+        top, _ = model(torch.from_numpy(batch.types), None, torch.from_numpy(batch.inputs),
+                       model.lstm.zero_state(n, torch.zeros(1)), torch.from_numpy(batch.lengths))
+        assert model.softmax_bias is not None
+        losses = full_losses(top.flatten(0, 2), model.output_weight, model.softmax_bias,
+                             torch.from_numpy(batch.targets).flatten())
+    return float(losses.double().sum()) / batch.positions / 2
+
+
+def test_best_holds_the_weights_that_were_best(corpus: Paths, valid: Path, tmp_path: Path) -> None:
+    # learning falls and rises again: the rate is far too high for what comes after the warm-up
+    config = tiny_config(**with_valid(
+        train__duration="40 steps", train__validate_every="2 steps", optim__lr=3.0, train__dropout=0.0,
+        optim__schedule={"warmup_steps": 40}, train__checkpoint_every="3 steps", train__keep_last=1,
+    ))
+    plan = plan_of(tmp_path / "run", config, corpus, valid)
+    result = train(plan, worker_of(plan))
+    held_out = {r["step"]: r["perplexity"] for r in records(tmp_path / "run") if r["kind"] == "valid"}
+    assert len(held_out) == 20
+    assert result["best_step"] == min(held_out, key=lambda step: held_out[step])
+    assert result["best_perplexity"] == held_out[result["best_step"]]
+    best = open_checkpoint(tmp_path / "run" / "best")
+    assert math.exp(held_out_loss(best, plan, valid)) == pytest.approx(result["best_perplexity"], rel=1e-5)
+    assert best.step == result["best_step"]
+    assert progress_of(best)["best_step"] == result["best_step"]
+
+
+def test_validation_disturbs_nothing(corpus: Paths, valid: Path, tmp_path: Path) -> None:
+    plans = [plan_of(tmp_path / "with", tiny_config(**with_valid(train__dropout=0.2)), corpus, valid),
+             plan_of(tmp_path / "without", tiny_config(train__dropout=0.2), corpus)]
+    for plan in plans:
+        train(plan, worker_of(plan))
+    ours, theirs = (everything(newest(Path(plan.run_dir))) for plan in plans)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_validation_reads_no_more_than_asked(corpus: Paths, valid: Path, tmp_path: Path) -> None:
+    config = tiny_config(**with_valid(train__validate_positions=100, train__duration="6 steps"))
+    plan = plan_of(tmp_path / "run", config, corpus, valid)
+    train(plan, worker_of(plan))
+    record = [r for r in records(tmp_path / "run") if r["kind"] == "valid"][0]
+    assert 100 <= record["positions"] < 100 + 3 * 6
+
+
+def test_not_finite_stops(corpus: Paths, tmp_path: Path) -> None:
+    config = tiny_config(optim__lr=1e30, train__checkpoint_every="1 steps")
+    plan = plan_of(tmp_path / "run", config, corpus)
+    with pytest.raises(TrainingError, match="not finite") as caught:
+        train(plan, worker_of(plan))
+    assert "\n" not in str(caught.value) and "optim.lr" in str(caught.value)
+    assert [r for r in records(tmp_path / "run") if r["kind"] == "train"] == []
+
+
+def damaged(corpus: Paths, tmp_path: Path, name: str, value: float) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
+    """A checkpoint of step 6 whose model has bad values."""
+    plan = plan_of(tmp_path / "good", tiny_config(train__duration="6 steps"), corpus)
+    train(plan, worker_of(plan))
+    good = newest(tmp_path / "good")
+    bad = good.tensors("model.safetensors")[name].clone()
+    bad.view(-1)[:] = value
+    return good, {name: bad}
+
+
+def test_skipped_steps_change_nothing_until_there_are_too_many(corpus: Paths, tmp_path: Path) -> None:
+    good, bad = damaged(corpus, tmp_path, "softmax_weight", torch.nan)
+    rewritten(good, tmp_path / "run", **bad)
+    before = everything(newest(tmp_path / "run"))
+    config = tiny_config(train__duration="10 steps", train__on_nonfinite="skip", train__max_skips=20)
+    plan = plan_of(tmp_path / "run", config, corpus)
+    result = train(plan, worker_of(plan))
+    assert result["finished"]
+    after = newest(tmp_path / "run")
+    assert after.step == 10 and progress_of(after)["skipped"] == 4
+    for name, tensor in everything(after).items():
+        if name.startswith("streams/") and name not in ("streams/hidden", "streams/cell"):
+            continue
+        assert torch.equal(tensor.nan_to_num(5.0), before[name].nan_to_num(5.0)), name
+    last = records(tmp_path / "run")[-1]
+    assert last["skipped"] == 4
+
+    rewritten(good, tmp_path / "many", **bad)
+    config = tiny_config(train__duration="30 steps", train__on_nonfinite="skip", train__max_skips=3)
+    plan = plan_of(tmp_path / "many", config, corpus)
+    with pytest.raises(TrainingError, match="max_skips=3"):
+        train(plan, worker_of(plan))
+
+
+def test_a_held_out_perplexity_beyond_numbers_does_not_spoil_checkpoints(
+    corpus: Paths, valid: Path, tmp_path: Path
+) -> None:
+    good, bad = damaged(corpus, tmp_path, "softmax_bias", 0.0)
+    bad["softmax_bias"][-1] = 3e4
+    rewritten(good, tmp_path / "run", **bad)
+    config = tiny_config(**with_valid(train__duration="9 steps", train__validate_every="1 steps"))
+    plan = plan_of(tmp_path / "run", config, corpus, valid)
+    assert train(plan, worker_of(plan))["finished"]
+    assert all(r["perplexity"] is None for r in records(tmp_path / "run") if r["kind"] == "valid")
+    longer = plan_of(tmp_path / "run", tiny_config(**with_valid(train__duration="12 steps")), corpus, valid)
+    assert train(longer, worker_of(longer))["steps"] == 12
+    progress = progress_of(newest(tmp_path / "run"))
+    json.dumps(progress, allow_nan=False)
+
+
+def test_a_file_that_changed_ends_training_with_its_name(tmp_path: Path) -> None:
+    paths = write_corpus(tmp_path / "text", [60, 60])
+    plan = plan_of(tmp_path / "run", tiny_config(data__shuffle="off", data__streams=2), paths)
+    shard = tmp_path / "text" / "shard-1.txt"
+    shard.write_text(shard.read_text(encoding="utf-8").replace(" the ", "\nthe ", 9), encoding="utf-8")
+    with pytest.raises(DataError, match="shard-1.txt"):
+        train(plan, worker_of(plan))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"data__streams": 5}, "data.streams"), ({"model__lstm": {"dim": 16, "projection_dim": 8, "n_layers": 1}}, "model"),
+     ({**WORDS_UNTIED}, "model")],
+)
+def test_another_model_or_other_streams_do_not_resume(
+    corpus: Paths, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    plan = plan_of(tmp_path / "run", tiny_config(train__duration="2 steps"), corpus)
+    train(plan, worker_of(plan))
+    other = plan_of(tmp_path / "run", tiny_config(train__duration="4 steps", **changes), corpus)
+    with pytest.raises(ConfigError, match=named):
+        train(other, worker_of(other))
+
+
+def test_another_text_or_optimizer_does_not_resume(corpus: Paths, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", tiny_config(train__duration="2 steps"), corpus)
+    train(plan, worker_of(plan))
+    text = write_corpus(tmp_path / "other", [100, 90], seed=5)
+    other = plan_of(tmp_path / "run", tiny_config(train__duration="4 steps"), text)
+    with pytest.raises(ConfigError, match="data.train"):
+        train(other, worker_of(other))
+    adamw = plan_of(tmp_path / "run", tiny_config(train__duration="4 steps", optim__name="adamw"), corpus)
+    with pytest.raises(CheckpointError, match="optim.name=adamw"):
+        train(adamw, worker_of(adamw))
+
+
+def test_more_negatives_than_words(corpus: Paths, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", tiny_config(softmax__negatives=5000), corpus)
+    with pytest.raises(ConfigError, match="softmax.negatives=5000"):
+        train(plan, worker_of(plan))
+
+
+def test_metrics_of_attempts(corpus: Paths, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", tiny_config(), corpus)
+    train(plan, worker_of(plan, stop=Stopper(5)))
+    train(plan, worker_of(plan))
+    assert sorted(p.name for p in (tmp_path / "run" / "metrics").iterdir()) == ["attempt-001.jsonl", "attempt-002.jsonl"]
+    found = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
+    assert [r["step"] for r in found] == [4, 8, 12, 16, 20, 24]
+    assert all(r["positions_per_second"] > 0 and 0 <= r["data_wait"] for r in found)
+    assert [r["positions"] for r in found] == [24 * r["step"] for r in found]
+
+
+def test_a_plan_travels_as_plain_values(corpus: Paths, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, tiny_config(), corpus)
+    assert TrainPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_states_are_carried_and_reset(corpus: Paths, tmp_path: Path) -> None:
+    ends = {}
+    for reset in ("never", 1.0):
+        config = tiny_config(train__reset=reset, train__dropout=0.0, train__duration="1 steps", train__unroll=5)
+        first = plan_of(tmp_path / f"{reset}", config, corpus)
+        train(first, worker_of(first))
+        config = tiny_config(train__reset=reset, train__dropout=0.0, train__duration="2 steps", train__unroll=5)
+        second = plan_of(tmp_path / f"{reset}", config, corpus)
+        train(second, worker_of(second))
+        ends[reset] = newest(tmp_path / f"{reset}").stream_tensors(0, 4)
+    assert torch.equal(ends["never"]["audit_hash"], ends[1.0]["audit_hash"])
+    assert not torch.equal(ends["never"]["cell"], ends[1.0]["cell"])
+    assert LstmState(ends["never"]["hidden"], ends["never"]["cell"]).cell.shape == (4, 2, 2, 16)
