@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-CHUNK = 4096
-"""Vocabulary rows per product in evaluation; a [positions, V] tensor never exists."""
+CHUNK, TILE = 2048, 256
+"""Vocabulary rows and positions per product in evaluation: the logits stay in a CPU core's cache, and a [positions, V]
+tensor never exists."""
+
+_GPU_TILE = 8192
 
 
 @dataclass(frozen=True)
@@ -96,17 +99,49 @@ def full_losses(
 
 
 @torch.no_grad()
-def full_losses_in_chunks(
-    x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor, dtype: torch.dtype | None = None
-) -> Tensor:
-    """[N] losses in nats over the whole vocabulary, for evaluation: memory is N * CHUNK; targets of -1 give 0."""
+def full_losses_in_chunks(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor,
+                          dtype: torch.dtype | None = None) -> Tensor:
+    """[N] losses in nats over the whole vocabulary, for evaluation: memory is TILE * CHUNK; targets of -1 give 0."""
+    safe_N = targets_N.clamp_min(0)
+    true_N = (x_NP * weight_VP[safe_N]).sum(dim=1) + bias_V[safe_N]
+    # Losses are log(sum(exp(logit - true logit))): with the difference as part of the product there is no pass for the
+    # largest logit. Positions whose loss is beyond exp's range are done again with one.
+    losses_N = _log_sums(x_NP, weight_VP, bias_V, true_N, dtype)
+    beyond_N = ~torch.isfinite(losses_N)
+    if bool(beyond_N.any()):
+        losses_N[beyond_N] = _safe_log_sums(x_NP[beyond_N], weight_VP, bias_V, dtype) - true_N[beyond_N]
+    return torch.where(targets_N >= 0, losses_N, 0.0)
+
+
+def _log_sums(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, shift_N: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """[N] log of the sum of exp(logit - shift) over the vocabulary; infinite where that is beyond the numbers' range."""
+    tile = TILE if x_NP.device.type == "cpu" else _GPU_TILE
+    if dtype is None:
+        x_NP = torch.cat([x_NP, torch.ones_like(shift_N)[:, None], -shift_N[:, None]], dim=1)
+    sums_N = torch.zeros_like(shift_N, dtype=torch.float64)
+    for start in range(0, len(weight_VP), CHUNK):
+        weight_CP, bias_C = weight_VP[start : start + CHUNK], bias_V[start : start + CHUNK]
+        if dtype is None:
+            weight_CP = torch.cat([weight_CP, bias_C[:, None], torch.ones_like(bias_C)[:, None]], dim=1)
+        else:
+            weight_CP = weight_CP.to(dtype)
+        for first in range(0, len(x_NP), tile):
+            part = slice(first, first + tile)
+            if dtype is None:
+                logits = torch.mm(x_NP[part], weight_CP.t())
+            else:
+                logits = torch.mm(x_NP[part].to(dtype), weight_CP.t()).to(x_NP.dtype) + bias_C - shift_N[part, None]
+            sums_N[part] += logits.exp_().sum(dim=1)
+    return sums_N.log_().to(shift_N.dtype)
+
+
+def _safe_log_sums(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """[N] log of the sum of exp(logit) over the vocabulary, whatever the logits are."""
     low = x_NP.dtype if dtype is None else dtype
     x_low = x_NP.to(low)
-    total = torch.full_like(x_NP[:, 0], -math.inf)
+    total_N = torch.full_like(x_NP[:, 0], -math.inf)
     for start in range(0, len(weight_VP), CHUNK):
         stop = start + CHUNK
         logits = torch.mm(x_low, weight_VP[start:stop].to(low).t()).to(x_NP.dtype) + bias_V[start:stop]
-        total = torch.logaddexp(total, torch.logsumexp(logits, dim=1))
-    safe = targets_N.clamp_min(0)
-    true = (x_NP * weight_VP[safe]).sum(dim=1) + bias_V[safe]
-    return torch.where(targets_N >= 0, total - true, 0.0)
+        total_N = torch.logaddexp(total_N, torch.logsumexp(logits, dim=1))
+    return total_N

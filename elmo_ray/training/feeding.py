@@ -152,7 +152,8 @@ class Feeder:
                     raise
                 result, flags = self.assembler(batch, step, self.flags())
                 if self.device.type == "cuda":
-                    result = _pinned(result).to(self.device)
+                    with torch.cuda.device(self.device):  # a new thread begins with device 0
+                        result = _pinned(result).to(self.device)
                 self._put(Fed(result, batch.cursors, flags, self.loader.replaced))
                 if flags.stop or self._closed.is_set():
                     break

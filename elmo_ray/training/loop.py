@@ -96,9 +96,9 @@ class _Run:
         self.not_finite = torch.zeros((), dtype=torch.int64, device=worker.device)
         self.seen_not_finite = 0
         self.metrics = MetricsWriter(self.run_dir, self.attempt) if worker.rank == 0 else None
-        self._resume()
         keep = self.config.train.keep_last if worker.prunes else None
         self.saver = Saver(self.run_dir, self.attempt, self.ranks, keep, worker.register)
+        self._resume()
         self.started = time.monotonic()
         self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
         self.save_wanted = self.best_wanted = False
@@ -179,7 +179,9 @@ class _Run:
             self._event(f"start: fresh, seed {self.config.run.seed}, {self.total_steps} steps")
             return
         try:
-            snapshot = Snapshot.load(open_checkpoint(path, verify=False), self._identity(), self.step, self.streams)
+            checkpoint = open_checkpoint(path, verify=False)
+            snapshot = Snapshot.load(checkpoint, self._identity(), self.step, self.streams)
+            self.saver.last, self.saver.last_step = checkpoint, checkpoint.step
             self.progress, self.cursors, self.sums = snapshot.progress, snapshot.cursors, snapshot.window_losses
         except ElmoRayError as problem:
             error = problem
@@ -230,12 +232,16 @@ class _Run:
             if step % checkpoint_every == 0 or step == self.total_steps:
                 self.save_wanted = True
             stopped = fed.flags.stop and step < self.total_steps
+            if self.best_wanted and self.saver.busy:
+                self.saver.finish()  # later weights are not the ones that were best
             if self.save_wanted and not self.saver.busy and not stopped:
                 self._save()
         self.saver.finish()
         if self.saver.last_step != progress.step:
             self._save()
             self.saver.finish()
+            if self.saver.last_step != progress.step:
+                raise TrainingError(f"step {progress.step}: the last checkpoint could not be written; see the log")
         self._close(stopped)
         return self._result(stopped)
 
@@ -257,7 +263,8 @@ class _Run:
         self.window_waited += fed.waited
         self.last = output
         # reading a number waits for the device: on a GPU that is left to the log steps
-        if self.worker.device.type == "cpu" or progress.step % self.config.train.log_every == 0:
+        log_step = progress.step % self.config.train.log_every == 0 or progress.step == self.total_steps
+        if self.worker.device.type == "cpu" or log_step:
             self._check_finite(output)
 
     def _check_finite(self, output: StepOutput) -> None:
@@ -273,16 +280,19 @@ class _Run:
             if workers
             else "all workers (the loss is finite, the gradient is not)"
         )
+        config = self.config.train
+        fatal = config.on_nonfinite == "stop" or self.progress.skipped >= config.max_skips
+        if fatal:
+            self.saver.finish()
         last = self.saver.last_step
         message = (
             f"step {self.progress.step}: not finite at {where}: gradient norm {float(output.norm)}, loss sums "
             f"{losses}; no update was made; last good checkpoint: {'none' if last is None else f'step {last}'}"
         )
-        config = self.config.train
         if config.on_nonfinite == "stop":
             raise TrainingError(message + "; lower optim.lr, or set train.on_nonfinite=skip")
         self._event(f"{message} (skip {self.progress.skipped} of {config.max_skips})")
-        if self.progress.skipped >= config.max_skips:
+        if fatal:
             raise TrainingError(f"{message}; train.max_skips={config.max_skips} reached")
 
     # ---------------------------------------------------------------- records
@@ -353,8 +363,10 @@ class _Run:
             "time": time.time(),
         }
         self._write(record)
-        progress.last_valid = {"step": progress.step, **values}
-        now = values["perplexity"]
+        # infinity has no place in JSON, and is nobody's best
+        finite = {name: v if v is not None and np.isfinite(v) else None for name, v in values.items()}
+        progress.last_valid = {"step": progress.step, **finite}
+        now = finite["perplexity"]
         if now is not None and (progress.best_perplexity is None or now < progress.best_perplexity):
             progress.best_perplexity, progress.best_step = now, progress.step
             self.save_wanted = self.best_wanted = True
@@ -370,7 +382,7 @@ class _Run:
         texts: dict[str, str] = {}
         if self.ranks.rank == 0:
             tensors |= snapshot.model_tensors(self.step)
-            texts = snapshot.texts(config, self.plan.vocabulary_path)
+            texts = snapshot.texts(config, self.vocabulary)
         fields = {
             "streams": config.data.streams,
             "identity": self._identity(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import StreamCursors
+from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import CheckpointError, ConfigError
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.training.checkpoint import Checkpoint, streams_name
@@ -59,11 +59,11 @@ class Snapshot:
         """File name -> tensors that all workers share: rank 0's to write."""
         return {MODEL_FILE: dict(step.model.state_dict()), OPTIMIZER_FILE: step.optimizer.state_tensors()}
 
-    def texts(self, config: PretrainConfig, vocabulary_path: str) -> dict[str, str]:
+    def texts(self, config: PretrainConfig, vocabulary: Vocabulary) -> dict[str, str]:
         """File name -> text: rank 0's to write."""
         return {
             "config.yaml": config.to_yaml(),
-            "vocab.txt": Path(vocabulary_path).read_text(encoding="utf-8"),
+            "vocab.txt": "".join(f"{word}\n" for word in vocabulary.words),
             PROGRESS_FILE: json.dumps(self.progress.to_dict()),
         }
 

@@ -245,7 +245,9 @@ def test_not_finite_stops(corpus: Paths, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="not finite") as caught:
         train(plan, worker_of(plan))
     assert "\n" not in str(caught.value) and "optim.lr" in str(caught.value)
-    assert [r for r in records(tmp_path / "run") if r["kind"] == "train"] == []
+    good = newest(tmp_path / "run")
+    assert f"last good checkpoint: step {good.step}" in str(caught.value)
+    assert all(bool(t.isfinite().all()) for t in everything(good).values())
 
 
 def damaged(corpus: Paths, tmp_path: Path, name: str, value: float) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
@@ -296,6 +298,40 @@ def test_a_held_out_perplexity_beyond_numbers_does_not_spoil_checkpoints(
     assert train(longer, worker_of(longer))["steps"] == 12
     progress = progress_of(newest(tmp_path / "run"))
     json.dumps(progress, allow_nan=False)
+
+
+class Blockade:
+    """Puts a file where the folder of checkpoints should be, from one look on and up to another."""
+
+    def __init__(self, run: Path, first: int, last: int):
+        self.path, self.first, self.last, self.looks = run / "checkpoints", first, last, 0
+
+    def __call__(self) -> bool:
+        self.looks += 1
+        if self.looks == self.first:
+            self.path.write_text("in the way")
+        if self.looks == self.last:
+            self.path.unlink()
+        return False
+
+
+def test_training_goes_on_while_checkpoints_fail(
+    corpus: Paths, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_of(tmp_path / "run", tiny_config(train__checkpoint_every="8 steps"), corpus)
+    result = train(plan, worker_of(plan, stop=Blockade(tmp_path / "run", 1, 20)))
+    assert result["finished"] and newest(tmp_path / "run").step == 24
+    warnings = [r.getMessage() for r in caplog.records if "could not be written" in r.getMessage()]
+    assert warnings and "step 8" in warnings[0]
+    undisturbed = plan_of(tmp_path / "other", tiny_config(train__checkpoint_every="8 steps"), corpus)
+    train(undisturbed, worker_of(undisturbed))
+    same(newest(tmp_path / "run"), newest(tmp_path / "other"))
+
+
+def test_a_run_whose_last_checkpoint_fails_has_failed(corpus: Paths, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", tiny_config(), corpus)
+    with pytest.raises(TrainingError, match="step 24.*checkpoint"):
+        train(plan, worker_of(plan, stop=Blockade(tmp_path / "run", 1, 999)))
 
 
 def test_a_file_that_changed_ends_training_with_its_name(tmp_path: Path) -> None:
