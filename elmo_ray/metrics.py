@@ -70,7 +70,8 @@ class MetricsWriter:
 
 
 class MetricsFollower:
-    """Shows in a driver's terminal what rank 0 writes, wherever it runs: reads the lines that are new since the last `poll`.
+    """Shows in a driver's terminal what rank 0 writes, wherever it runs: reads the lines that are new since the last
+    `poll`.
 
     Made before training starts, it begins where the files end.
     """

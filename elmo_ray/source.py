@@ -20,7 +20,13 @@ from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
 from elmo_ray.formats.bilm_hdf5 import read_weights
 from elmo_ray.formats.bilm_options import from_options, read_options
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.checkpoint_reader import Checkpoint, listed_checkpoints, newest_checkpoint, open_checkpoint, previous_copy
+from elmo_ray.training.checkpoint_reader import (
+    Checkpoint,
+    listed_checkpoints,
+    newest_checkpoint,
+    open_checkpoint,
+    previous_copy,
+)
 from elmo_ray.training.manifest import MANIFEST
 
 logger = logging.getLogger(__name__)
@@ -34,8 +40,8 @@ _MODEL = "model.safetensors"
 class Source:
     """A model that is ready for use, on the CPU, without gradients.
 
-    path: absolute; the checkpoint's folder or the weights file. step: of a checkpoint. fingerprint: hash of a checkpoint's
-    weights. softmax: how the model was trained.
+    path: absolute; the checkpoint's folder or the weights file. A checkpoint has also its step, the fingerprint (hash) of
+    its weights, and the settings that it was trained with.
     """
 
     path: Path
@@ -44,6 +50,7 @@ class Source:
     words: Vocabulary | None
     step: int | None = None
     fingerprint: str | None = None
+    training: PretrainConfig | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -142,7 +149,8 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
         raise CheckpointError(f"{checkpoint.path}/{_MODEL}: has numbers of type {', '.join(sorted(map(str, kinds)))}")
     model.load_state_dict(tensors, assign=True)
     fingerprint = str(checkpoint.manifest["files"][_MODEL]["sha256"])
-    return Source(checkpoint.path, model.requires_grad_(False), config.softmax, vocabulary, checkpoint.step, fingerprint)
+    model.requires_grad_(False)
+    return Source(checkpoint.path, model, config.softmax, vocabulary, checkpoint.step, fingerprint, config)
 
 
 def _from_weights(weights: Path, options: str | None, vocab: str | None) -> Source:

@@ -1,4 +1,5 @@
-"""The biLM's mathematics once more, written from BILM.md alone: loops over words, rows and positions, gradients by autograd.
+"""The biLM's mathematics once more, written from BILM.md alone: loops over words, rows and positions, gradients by
+autograd.
 
 Nothing is shared with elmo_ray but the names and layouts of parameters. Slow on purpose; for tiny models in float64.
 """

@@ -1,4 +1,5 @@
-"""The sampled softmax of TensorFlow: losses and gradients for given samples, and what its log-uniform sampler yields."""
+"""The sampled softmax of TensorFlow: losses and gradients for given samples, and what its log-uniform sampler
+yields."""
 
 from __future__ import annotations
 

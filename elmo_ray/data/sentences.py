@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmo_ray.data.encode import EncodedBlock
-from elmo_ray.data.streams import Batch, IntArray, StreamCursors, TypeTable, block_positions
+from elmo_ray.data.streams import Batch, IntArray, StreamCursors, block_positions
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.data.word_types import TypeTable
 
 GATHERED_POSITIONS = 1 << 17
 """Positions that are gathered before their sentences are sorted by length."""

@@ -18,18 +18,15 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from elmo_ray.data.characters import PADDING
 from elmo_ray.data.encode import EncodedBlock
 from elmo_ray.data.shards import Block, Corpus
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import DataError
 
 IntArray = NDArray[np.int64]
 BlockSource = Callable[[Iterator[Block]], Iterator[EncodedBlock]]
 """Encodes blocks in the order in which they are asked for; the request iterator may be endless."""
-
-LENGTH_CLASSES = (6, 8, 10, 13, 18, 26)
-"""Upper bounds, in character ids (bytes + 2), of the groups in which a batch's words go through the char CNN."""
 
 
 @dataclass
@@ -225,33 +222,6 @@ def block_positions(block: EncodedBlock, vocabulary: Vocabulary, unknown_base: i
     tokens[3, backward] = as_target
     tokens[3, starts + lengths] = vocabulary.bos
     return tokens
-
-
-class TypeTable:
-    """Characters of the vocabulary's words, encoded once, and the grouping of a batch's words by length.
-
-    widest: the widest filter. Words of L ids need min(C, L + widest) columns: with one window of padding the maximum
-    over positions is that of all C columns (BILM.md, char CNN).
-    """
-
-    def __init__(self, vocabulary: Vocabulary, max_characters: int, widest: int):
-        self.table = vocabulary.characters(max_characters)
-        self.lengths = (self.table != PADDING).sum(axis=1).astype(np.int64)
-        bounds = [b for b in LENGTH_CLASSES if b + widest < max_characters] + [max_characters]
-        self.bounds = np.array(bounds, np.int64)
-        self.columns = [min(max_characters, b + widest) for b in bounds]
-
-    def gather(self, known: IntArray, unknown: NDArray[np.int16]) -> tuple[NDArray[np.int16], tuple, IntArray]:
-        """Rows of known ids then of unknown words, sorted by class; returns types, classes and the new place of each
-        row."""
-        types = np.concatenate([self.table[known], unknown])
-        lengths = np.concatenate([self.lengths[known], (unknown != PADDING).sum(axis=1)])
-        classes = np.searchsorted(self.bounds, lengths)
-        order = np.argsort(classes, kind="stable")
-        counts = np.bincount(classes, minlength=len(self.bounds))
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        return types[order], tuple((int(n), c) for n, c in zip(counts, self.columns, strict=True) if n), place
 
 
 class StreamLoader:

@@ -87,6 +87,7 @@ def to_options(
     dropout: float = 0.0,
     unroll: int = 20,
     rows: int = 128,
+    clip_norm: float = 10.0,
 ) -> dict[str, Any]:
     """The options file of a model: 262 characters for use, which bilm-tf's inference insists on, or 261 for its
     training."""
@@ -95,12 +96,10 @@ def to_options(
         "projection_dim": model.lstm.projection_dim,
         "n_layers": model.lstm.n_layers,
         "use_skip_connections": model.lstm.use_skip_connections,
+        # null is no clip to bilm-tf and to AllenNLP; the latter refuses a file where they are absent
+        "cell_clip": model.lstm.cell_clip,
+        "proj_clip": model.lstm.proj_clip,
     }
-    # bilm-tf and AllenNLP read both clips; an absent one is none to the former, and the latter refuses the file
-    if model.lstm.cell_clip is not None:
-        lstm["cell_clip"] = model.lstm.cell_clip
-    if model.lstm.proj_clip is not None:
-        lstm["proj_clip"] = model.lstm.proj_clip
     options: dict[str, Any] = {
         "bidirectional": model.bidirectional,
         "lstm": lstm,
@@ -108,7 +107,7 @@ def to_options(
         "n_tokens_vocab": n_words,
         "unroll_steps": unroll,
         "batch_size": rows,
-        "all_clip_norm_val": 10.0,
+        "all_clip_norm_val": clip_norm,
         "sample_softmax": softmax.kind == "sampled",
         "n_negative_samples_batch": softmax.negatives,
     }

@@ -88,7 +88,8 @@ class CharCnn(nn.Module):
         """[U, P] vectors of words.
 
         types_UC: character ids. classes: (words, columns) of consecutive groups whose words fit into fewer columns, see
-        `streams.TypeTable`; None takes all columns for all words. dtype: of the products; results are in the weights'.
+        `word_types.TypeTable`; None takes all columns for all words. dtype: of the products; results are in the
+        weights'.
         """
         if classes is None:
             classes = ((types_UC.shape[0], types_UC.shape[1]),)

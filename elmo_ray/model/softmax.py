@@ -114,7 +114,8 @@ def full_losses_in_chunks(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targe
 
 
 def _log_sums(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, shift_N: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """[N] log of the sum of exp(logit - shift) over the vocabulary; infinite where that is beyond the numbers' range."""
+    """[N] log of the sum of exp(logit - shift) over the vocabulary; infinite where that is beyond the numbers'
+    range."""
     tile = TILE if x_NP.device.type == "cpu" else _GPU_TILE
     if dtype is None:
         x_NP = torch.cat([x_NP, torch.ones_like(shift_N)[:, None], -shift_N[:, None]], dim=1)

@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -58,7 +59,7 @@ def ensure_ray() -> None:
     """
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS") or None
     if address is None and "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         # With the mode unset Ray asks for a token on a cluster of its own, and would write one to the home directory.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -67,6 +68,7 @@ def ensure_ray() -> None:
     if ray.is_initialized():
         return
     if address is not None:
+        _check_address(address)
         try:
             ray.init(logging_level="ERROR", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -83,6 +85,17 @@ def ensure_ray() -> None:
         logger.warning("Ray did not start (%s); trying once more", _line(error))
         ray.shutdown()
         ray.init(**options, logging_level="ERROR", log_to_driver=False)
+
+
+def _check_address(address: str) -> None:
+    """Raise ConfigError if nothing listens at host:port, for which `ray.init` would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster can be joined there: {error}") from None
 
 
 def check_resources(cluster: ClusterConfig) -> Device:

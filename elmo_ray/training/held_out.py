@@ -7,6 +7,7 @@ the order of sums in float64, no more.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -15,21 +16,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from elmo_ray.config import EvalConfig
 from elmo_ray.data.encode import EncodedBlock, thread_source
 from elmo_ray.data.position_counts import PositionCounter, PositionCounts
 from elmo_ray.data.sentences import sentence_groups
 from elmo_ray.data.shards import Block, Corpus
-from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan
+from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.text import OnError
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import CheckpointError
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.word_cache import WordCache
+from elmo_ray.source import open_source
 from elmo_ray.training.perplexity import character_table, stream_losses
 
 POSITIONS_PER_BATCH = 2048
 """About how many positions of a direction are computed at a time: enough for efficient products, and little memory."""
 
-LOOK_AHEAD = 4
+_LOOK_AHEAD = 4
 _LONGEST_WINDOW = 256
 
 
@@ -67,6 +71,46 @@ class Tally:
             self.positions[known, shard] += int(chosen.sum())
             self.unknown[known, shard] += int(counts.unknown[chosen].sum())
             self.characters[known, shard] += int(counts.characters[chosen].sum())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be measured, for any process that sees the files. checkpoint: a folder; fingerprint: of its weights."""
+
+    checkpoint: str
+    fingerprint: str | None
+    corpus: Corpus
+    settings: EvalConfig
+    on_error: OnError
+
+    def parts(self, workers: int) -> list[range]:
+        """Streams, or blocks with evaluate.reset=sentence, for at most `workers` processes; equal shares of the text."""
+        if self.settings.reset == "never":
+            return deal(self.settings.streams, min(workers, self.settings.streams))
+        ends = np.cumsum(self.corpus.block_positions)
+        cuts = np.searchsorted(ends, self.corpus.positions * np.arange(1, workers) / workers, side="left")
+        edges = [0, *cuts.tolist(), len(self.corpus)]
+        return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+
+    def measure(self, part: range, model: BiLM, vocabulary: Vocabulary) -> Tally:
+        """Of one of the parts; the model is on its device."""
+        scorer = Scorer(model, vocabulary, self.corpus, self.on_error)
+        if self.settings.reset == "sentence":
+            return scorer.sentences(part, self.settings.rows)
+        return scorer.streams(part, self.settings.streams, self.settings.rows)
+
+
+def measure_part(job: Job, part: range, device: str, threads: int | None, share: int) -> Tally:
+    """What a worker process does, one of `share` on its machine unless the number of its threads is given.
+
+    Raises CheckpointError where the checkpoint is no longer what it was for the driver.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // share))
+    source = open_source(job.checkpoint, verify=False)
+    if source.fingerprint != job.fingerprint:
+        raise CheckpointError(f"{job.checkpoint}: was replaced by another checkpoint while it was evaluated; try again")
+    return job.measure(part, source.model.to(device), source.vocabulary)
 
 
 class Scorer:
@@ -115,7 +159,7 @@ class Scorer:
 
     def _encode(self, blocks: Iterator[Block]) -> Generator[EncodedBlock, None, None]:
         most = self.model.config.char_cnn.max_characters
-        return thread_source(blocks, self.vocabulary, most, LOOK_AHEAD, self.on_error)
+        return thread_source(blocks, self.vocabulary, most, _LOOK_AHEAD, self.on_error)
 
     def _stream_group(self, plan: StreamPlan, streams: range) -> Tally:
         tally = self._zero()

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elmo_ray.data.streams import Batch, BlockSource, StreamCursors, StreamLoader, StreamPlan, TypeTable
+from elmo_ray.data.streams import Batch, BlockSource, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.data.word_types import TypeTable
 from elmo_ray.metrics import perplexity
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.softmax import full_losses_in_chunks

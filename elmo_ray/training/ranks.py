@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from elmo_ray.errors import ElmoRayError, TrainingError
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""After which a rank that waits for another gives up; torch's default is half an hour."""
 
 
 class Ranks:
@@ -22,8 +26,8 @@ class Ranks:
         if world > 1:
             # gloo for both, since they carry host memory; the loader thread must not share a group with the training
             # thread
-            self.control = dist.new_group(backend="gloo")
-            self.exchange = dist.new_group(backend="gloo")
+            self.control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            self.exchange = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def from_first(self, value: T | None) -> T:
         """Rank 0's value, on every rank."""

@@ -19,17 +19,9 @@ from tiny_runs import sentences, write_corpus
 from elmo_ray.data.characters import N_CHARACTERS, PADDING
 from elmo_ray.data.encode import EncodedBlock, thread_source
 from elmo_ray.data.shards import Block, Corpus, index_shard
-from elmo_ray.data.streams import (
-    Batch,
-    BlockSource,
-    StreamCursors,
-    StreamLoader,
-    StreamPlan,
-    TypeTable,
-    deal,
-    read_all,
-)
+from elmo_ray.data.streams import Batch, BlockSource, StreamCursors, StreamLoader, StreamPlan, deal, read_all
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
+from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import DataError
 
 C = 12

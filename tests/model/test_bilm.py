@@ -11,8 +11,8 @@ import torch
 from naive_bilm import close, stacked, state_of
 
 from elmo_ray.config import ModelConfig, PretrainConfig, SoftmaxConfig
-from elmo_ray.data.streams import TypeTable
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
+from elmo_ray.data.word_types import TypeTable
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState

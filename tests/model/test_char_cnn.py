@@ -10,8 +10,8 @@ from naive_bilm import close
 
 from elmo_ray.config import CharCnnConfig, LstmConfig, ModelConfig
 from elmo_ray.data.characters import N_CHARACTERS
-from elmo_ray.data.streams import LENGTH_CLASSES, TypeTable
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
+from elmo_ray.data.word_types import LENGTH_CLASSES, TypeTable
 from elmo_ray.model.char_cnn import CharCnn
 
 

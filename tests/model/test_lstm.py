@@ -74,10 +74,17 @@ def test_values_states_and_gradients(config: LstmConfig, directions: int) -> Non
     close(new.hidden, hidden)
     close(new.cell, cells)
     assert not new.hidden.requires_grad and not new.cell.requires_grad
-    assert torch.equal(new.hidden[:, :, 2], state.hidden[:, :, 2]) and torch.equal(new.cell[:, :, 2], state.cell[:, :, 2])
-    if config.cell_clip is not None:
-        clipped = (cells.abs() == config.cell_clip).float().mean()
-        assert 0.05 < clipped < 0.95, "the cell clip must act on some values"
+    assert torch.equal(new.hidden[:, :, 2], state.hidden[:, :, 2]) and torch.equal(new.cell[:, :, 2], state.cell[:, :,
+    2]) if
+    config.cell_clip
+    is not
+    None:
+        clipped
+        = (cells.abs() == config.cell_clip).float().mean() assert 0.05 < clipped
+        < 0.95, "the cell
+        clip must act
+        on some
+        values"
     if config.proj_clip is not None and config.dim != config.projection_dim:
         assert 0.05 < (hidden.abs() == config.proj_clip).float().mean() < 0.95
     if config.dim == config.projection_dim:

@@ -11,7 +11,13 @@ import torch
 from naive_bilm import close
 
 from elmo_ray.model import softmax
-from elmo_ray.model.softmax import draw_negatives, full_losses, full_losses_in_chunks, log_expected_count, sampled_losses
+from elmo_ray.model.softmax import (
+    draw_negatives,
+    full_losses,
+    full_losses_in_chunks,
+    log_expected_count,
+    sampled_losses,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

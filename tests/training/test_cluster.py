@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -85,6 +87,17 @@ def test_resources_of_the_cluster(caplog: pytest.LogCaptureFixture) -> None:
         assert check(workers=2) == "cpu"
     remove_placement_group(others)
     assert "only 0.5 CPUs are free" in caplog.text
+
+
+def test_an_address_where_nobody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        cluster._check_address(address)
+    with pytest.raises(ConfigError, match=f"RAY_ADDRESS={address}: no Ray cluster"):
+        cluster._check_address(address)
+    for other in ("auto", "local", "ray://somewhere:10001", "127.0.0.1:99999999"):
+        with contextlib.nullcontext() if "9999" not in other else pytest.raises(ConfigError):
+            cluster._check_address(other)
 
 
 # ---------------------------------------------------------------- in this process

@@ -15,8 +15,9 @@ from tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config, write_corpus
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.encode import EncodedBlock, thread_source
 from elmo_ray.data.shards import Block, Corpus
-from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, TypeTable, deal
+from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import DataError
 from elmo_ray.model.softmax import draw_negatives, log_expected_count
 from elmo_ray.training.exchange import Exchange, Flags

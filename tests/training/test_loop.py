@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from elmo_ray.training.perplexity import character_table
 
 Paths = tuple[Path, Path]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Paths:
@@ -48,6 +51,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Paths:
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("held-out"), [40], seed=77)[0]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny products are not worth a second thread, and on a busy machine they would wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def with_valid(**changes: Any) -> dict[str, Any]:
@@ -74,28 +86,28 @@ def rewritten(checkpoint: Checkpoint, run: Path, **tensors: torch.Tensor) -> Non
 
 
 def test_it_learns(corpus: Paths, valid: Path, tmp_path: Path) -> None:
-    config = tiny_config(**with_valid(train__duration="6 epochs", data__streams=8, train__validate_every="1 epochs"))
+    config = tiny_config(**with_valid(train__duration="4 epochs", data__streams=8, train__validate_every="1 epochs"))
     plan = plan_of(tmp_path / "run", config, corpus, valid)
     result = train(plan, worker_of(plan))
     assert result["finished"] and not result["stopped"]
-    assert result["positions"] == 6 * Corpus.load(corpus[0]).positions
+    assert result["positions"] == 4 * Corpus.load(corpus[0]).positions
     found = records(tmp_path / "run")
     training = [r for r in found if r["kind"] == "train"]
     assert training[-1]["loss"] < training[0]["loss"] - 0.5
-    assert training[-1]["epoch"] == 6.0 and training[-1]["step"] == result["steps"] == result["total_steps"]
+    assert training[-1]["epoch"] == 4.0 and training[-1]["step"] == result["steps"] == result["total_steps"]
     for record in training:
         assert record["loss"] == pytest.approx((record["loss_forward"] + record["loss_backward"]) / 2)
         assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
         assert record["lr"] == 0.2 and record["grad_norm"] > 0
     held_out = [r for r in found if r["kind"] == "valid"]
-    assert len(held_out) == 6
+    assert len(held_out) == 4
     size = Vocabulary.read(corpus[1]).size
     assert held_out[-1]["perplexity"] < size / 2 < size
     assert held_out[-1]["positions"] == Corpus.load(valid).positions
     assert result["best_perplexity"] == min(r["perplexity"] for r in held_out)
     everything_read = newest(tmp_path / "run").stream_tensors(0, 8)
     assert everything_read["audit_positions"].sum() == result["positions"]
-    assert (everything_read["epoch"] == 6).all() and not everything_read["offset"].any()
+    assert (everything_read["epoch"] == 4).all() and not everything_read["offset"].any()
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -118,6 +130,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(corpus: Paths, valid: Path, tmp_path:
     config = tiny_config(**{"train__checkpoint_every": "10 steps", "train__keep_last": 9, **changes})
     use_valid = valid if config.data.valid else None
     plan = plan_of(tmp_path / "whole", config, corpus, use_valid)
+    torch.set_num_threads(2)
     torch.manual_seed(1)
     result = train(plan, worker_of(plan))
     assert result["steps"] == 24 and result["finished"]

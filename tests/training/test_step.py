@@ -12,8 +12,9 @@ from naive_bilm import close, stacked
 from tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config
 
 from elmo_ray.config import PretrainConfig
-from elmo_ray.data.streams import Batch, StreamCursors, TypeTable
+from elmo_ray.data.streams import Batch, StreamCursors
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
+from elmo_ray.data.word_types import TypeTable
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.softmax import draw_negatives, log_expected_count

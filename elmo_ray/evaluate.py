@@ -1,0 +1,236 @@
+"""`evaluate`: perplexity and bits per character of a model on held-out text, with the full softmax.
+
+    python -m elmo_ray.evaluate SOURCE data.test=GLOB [key.path=value ...] [--dry-run] [--json FILE]
+
+The text is read as evaluate.streams contiguous parts, each from zero states that are carried to its end, or
+(evaluate.reset=sentence) every sentence alone. The result depends on model, text and that choice only: with
+cluster.workers > 0 the parts are dealt to Ray tasks, with 0 all is done here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from elmo_ray import prepare
+from elmo_ray.command_line import Flags, run_verb
+from elmo_ray.config import ComputeConfig, EvaluateConfig
+from elmo_ray.data.shards import Corpus
+from elmo_ray.errors import ConfigError, DataError, ElmoRayError, FormatError
+from elmo_ray.source import Source, open_source
+from elmo_ray.training.held_out import Job, Tally, measure_part
+from elmo_ray.training.perplexity import LossSums
+
+logger = logging.getLogger(__name__)
+
+NOTE = ("<UNK> is scored as one class: a model pays for an unknown word once, not for its spelling, so measures are lower "
+        "the more unknown words there are, and only those of one vocabulary compare")
+
+_PROGRESS_SECONDS = 20.0
+_COLUMNS = (
+    ("forward", "perplexity_forward", ",.2f"), ("backward", "perplexity_backward", ",.2f"), ("both", "perplexity", ",.2f"),
+    ("mean of two", "perplexity_mean", ",.2f"), ("nats/word", "nats_per_word", ".4f"),
+    ("bits/char", "bits_per_character", ".4f"), ("forward", "bits_per_character_forward", ".4f"),
+    ("backward", "bits_per_character_backward", ".4f"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """values: those of the whole text by their names in `--json`, with `shards` and `without_unknown`."""
+
+    title: str
+    values: dict[str, Any]
+
+    def summary(self) -> str:
+        """A table: a line for each shard, for all, and for all but the sentences with unknown words."""
+        values = self.values
+        rows = [(os.path.basename(shard["path"]), shard) for shard in values["shards"]]
+        if len(rows) == 1:
+            rows = []
+        rows += [("all", values), ("without unknown", values["without_unknown"])]
+        lines = [["text", "positions", "unknown", *(head for head, _, _ in _COLUMNS)]]
+        for name, row in rows:
+            unknown = "-" if row["oov_rate"] is None else f"{row['oov_rate']:.2%}"
+            numbers = ["-" if row[key] is None else format(row[key], form) for _, key, form in _COLUMNS]
+            lines.append([name, f"{row['positions']:,}", unknown, *numbers])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        table = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+                 for line in lines]
+        how = "each sentence alone" if values["reset"] == "sentence" else f"{values['streams']} streams"
+        return "\n".join([
+            self.title,
+            f"perplexity (both: exp of the mean loss) with the full softmax, {how}; nats and characters count sentence ends",
+            *table,
+            "without unknown: only sentences without an unknown word",
+            f"note: {NOTE}",
+        ])
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.values
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """What `evaluate` would do."""
+
+    title: str
+    config: EvaluateConfig
+    corpus: Corpus
+
+    def summary(self) -> str:
+        files = len(self.corpus.shards)
+        text = f"text: {files:,} files, {self.corpus.sentences:,} sentences, {self.corpus.positions:,} positions"
+        return "\n".join([self.config.to_yaml().rstrip(), "", self.title, text])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"config": self.config.to_dict(), "source": self.title, "positions": self.corpus.positions}
+
+
+def run(config: EvaluateConfig, flags: Flags = Flags()) -> EvaluateResult | EvaluatePlan:
+    """Measures a SOURCE on data.test. Writes only under data.prepared_dir. Raises an ElmoRayError for users' mistakes."""
+    source = open_source(config.init.source, config.checkpoint, config.init.options, config.init.vocab)
+    if not source.has_softmax:
+        raise FormatError(f"{source.path}: holds no softmax, so it gives no word a probability; evaluate the run or the "
+                          "checkpoint that it was exported from")
+    directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
+    corpus = prepare.index_texts(config.data.test, "data.test", directory, config.data.block_bytes, config.data.on_error)
+    if not corpus.positions:
+        raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
+    if flags.dry_run:
+        return EvaluatePlan(source.describe(), config, corpus)
+    job = Job(str(source.path), source.fingerprint, corpus, config.evaluate, config.data.on_error)
+    start = time.monotonic()
+    tally = _measure_here(job, source, config.cluster) if config.cluster.workers == 0 else _measure_on_ray(job, config.cluster)
+    seconds = time.monotonic() - start
+    logger.info("%s positions in %.1f s, %s/s", f"{corpus.positions:,}", seconds, f"{corpus.positions / seconds:,.0f}")
+    values = all_measures(tally, corpus)
+    if values["perplexity"] is None:
+        logger.warning("%s: the loss is not finite", source.path)
+    about = {
+        "source": str(source.path), "step": source.step, "vocabulary": source.vocabulary.size,
+        "streams": config.evaluate.streams if config.evaluate.reset == "never" else None, "reset": config.evaluate.reset,
+        "seconds": seconds, "note": NOTE,
+    }  # fmt: skip
+    return EvaluateResult(source.describe(), {**values, **about})
+
+
+def all_measures(tally: Tally, corpus: Corpus) -> dict[str, Any]:
+    """Measures of all the text, with `without_unknown`, and `shards` in the order of the corpus."""
+    tokens = np.bincount(corpus.block_shard, corpus.block_tokens, len(corpus.shards)).astype(np.int64)
+    characters = np.bincount(corpus.block_shard, corpus.block_characters, len(corpus.shards)).astype(np.int64)
+    everything = slice(None)
+    shards = [{"path": shard.source, **_text_measures(tally, tokens, characters, slice(i, i + 1))}
+              for i, shard in enumerate(corpus.shards)]
+    return {**_text_measures(tally, tokens, characters, everything), "shards": shards}
+
+
+def _text_measures(tally: Tally, tokens: np.ndarray, characters: np.ndarray, shards: slice) -> dict[str, Any]:
+    nats = tally.nats[:, :, shards].sum(axis=2)
+    positions = tally.positions[:, shards].sum(axis=1)
+    unknown = int(tally.unknown[:, shards].sum())
+    words, all_characters = int(tokens[shards].sum()), int(characters[shards].sum())
+    known_characters = int(tally.characters[1, shards].sum())
+    counts = {"words": words, "unknown_words": unknown, "oov_rate": unknown / words if words else None}
+    known = measures(nats[1], int(positions[1]), known_characters)
+    return {
+        **measures(nats.sum(axis=0), int(positions.sum()), all_characters),
+        **counts,
+        "without_unknown": {**known, "oov_rate": 0.0 if positions[1] else None},
+    }
+
+
+def measures(nats: np.ndarray, positions: int, characters: int) -> dict[str, Any]:
+    """Of some text: nats [D] are summed over its positions, characters are the code points of its words.
+
+    A word's separator counts as a character, one for each position. Values are None where there is no position, for the
+    backward direction of a forward-only model, and where they are not finite.
+    """
+    sums = LossSums([float(n) for n in nats], positions)
+    values: dict[str, float | None] = dict(sums.perplexities())
+    bits = [float(n) / math.log(2) / max(1, characters + positions) for n in nats]
+    for name, each in (("nats_per_word", sums.mean), ("bits_per_character", bits)):
+        values[name] = sum(each) / len(each)
+        values[f"{name}_forward"] = each[0]
+        values[f"{name}_backward"] = each[1] if len(each) > 1 else None
+    finite = {name: value if positions and value is not None and math.isfinite(value) else None
+              for name, value in values.items()}
+    return {**finite, "positions": positions, "characters": characters}
+
+
+def _measure_here(job: Job, source: Source, cluster: ComputeConfig) -> Tally:
+    if cluster.device == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("cluster.device=gpu: torch sees no GPU on this machine; set cluster.device=cpu")
+    device = "cuda" if cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
+    before = torch.get_num_threads()
+    torch.set_num_threads(cluster.threads or before)
+    try:
+        (part,) = job.parts(1)
+        return job.measure(part, source.model.to(device), source.vocabulary)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure_on_ray(job: Job, cluster: ComputeConfig) -> Tally:
+    import ray
+
+    from elmo_ray.training.cluster import ensure_ray
+
+    parts = job.parts(cluster.workers)
+    if len(parts) < cluster.workers:
+        logger.info("the text has %d parts, so %d workers are used", len(parts), len(parts))
+    ensure_ray()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if cluster.cpus_per_worker > max(node.get("CPU", 0.0) for node in nodes):
+        raise ConfigError(f"cluster.cpus_per_worker={cluster.cpus_per_worker}: no node of the Ray cluster has so many CPUs")
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    if cluster.device == "gpu" and not gpus:
+        raise ConfigError("cluster.device=gpu: the Ray cluster has no GPU; set cluster.device=cpu")
+    on_gpu = cluster.device == "gpu" or (cluster.device == "auto" and gpus >= len(parts))
+    device, share = "cuda" if on_gpu else "cpu", -(-len(parts) // len(nodes))
+    task = ray.remote(measure_part).options(
+        num_cpus=cluster.cpus_per_worker, num_gpus=1 if on_gpu else 0, max_retries=cluster.max_failures
+    )
+    shared = ray.put(job)
+    waiting = [task.remote(shared, part, device, cluster.threads, share) for part in parts]
+    order = {reference: number for number, reference in enumerate(waiting)}
+    tallies: dict[int, Tally] = {}
+    try:
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=_PROGRESS_SECONDS)
+            for reference in ready:
+                tallies[order[reference]] = ray.get(reference)
+            if not ready:
+                logger.info("%d of %d parts are done", len(tallies), len(parts))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ElmoRayError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise ElmoRayError(f"evaluation lost a worker more than cluster.max_failures={cluster.max_failures} times: "
+                           f"{' '.join(str(error).split())[:300]}") from None
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)
+    total = tallies[0]
+    for number in range(1, len(parts)):
+        total += tallies[number]
+    return total
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return run_verb("evaluate", EvaluateConfig, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

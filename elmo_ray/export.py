@@ -1,0 +1,200 @@
+"""`export`: a model in bilm-tf's form, weights.hdf5 with options.json and vocab.txt, read back and compared.
+
+    python -m elmo_ray.export SOURCE OUT [key.path=value ...] [--json FILE]
+
+In a Ray job, or where RAY_ADDRESS names a cluster, a Ray task does it; else this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elmo_ray.command_line import Flags, run_verb
+from elmo_ray.config import ExportConfig
+from elmo_ray.data import index_file
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import ConfigError, DataError, ElmoRayError, FormatError
+from elmo_ray.formats.bilm_hdf5 import obstacles, same_weights, write_weights
+from elmo_ray.formats.bilm_options import to_options
+from elmo_ray.model.bilm import BiLM
+from elmo_ray.model.embedding import embed_sentences
+from elmo_ray.source import BEST, OPTIONS, VOCABULARY, WEIGHTS, Source, open_source
+
+logger = logging.getLogger(__name__)
+
+SENTENCES = (
+    "the quick brown fox jumps over the lazy dog .",
+    "Nobody expected antidisestablishmentarianism , naïveté or 東京 in one sentence ; it came nevertheless !",
+    "",
+    "yes",
+    "a line of <S> markers </S> and of <UNK> words , 3.14 times",
+)
+"""Embedded by the model and by the exported file, state carried from one to the next; own writing."""
+
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """obstacles: why bilm-tf and AllenNLP cannot load the files, by their names; no reasons where they can."""
+
+    source: str
+    out_dir: Path
+    bytes: dict[str, int]
+    difference: float
+    obstacles: dict[str, list[str]]
+
+    @property
+    def loads_in(self) -> list[str]:
+        return [program for program, reasons in self.obstacles.items() if not reasons]
+
+    def summary(self) -> str:
+        files = ", ".join(f"{name} {size:,} bytes" for name, size in self.bytes.items())
+        lines = [f"source: {self.source}", f"{self.out_dir}: {files}",
+                 "read back: weights equal bit for bit, same options and vocabulary, "
+                 f"embeddings of {len(SENTENCES)} sentences differ by {self.difference:.1g} at most"]
+        lines += [f"{program}: can load it" if not reasons else f"{program}: cannot load it: {'; '.join(reasons)}"
+                  for program, reasons in self.obstacles.items()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"source": self.source, "out": str(self.out_dir), "bytes": self.bytes,
+                "largest_difference": self.difference, "loads_in": self.loads_in, "obstacles": self.obstacles}
+
+
+def run(config: ExportConfig, flags: Flags = Flags()) -> ExportResult:
+    """Exports the SOURCE to OUT. Raises an ElmoRayError where it cannot be opened, written, or loaded by any program."""
+    if config.out is None:
+        raise ConfigError("out is empty: name the folder to write")
+    if config.cluster.workers > 1:
+        raise ConfigError(f"cluster.workers={config.cluster.workers}: export is one task; set 1, or 0 for this process")
+    init = config.init
+    # by its own name: this module may be __main__, which a task's process is not
+    from elmo_ray import export
+
+    arguments = (_absolute(init.source), _absolute(config.out), config.checkpoint, _absolute(init.options), _absolute(init.vocab))
+    if config.cluster.workers == 0 or not _in_cluster():
+        return export.export_model(*arguments)
+    import ray
+
+    from elmo_ray.training.cluster import ensure_ray
+
+    ensure_ray()
+    task = ray.remote(export.export_model).options(
+        num_cpus=config.cluster.cpus_per_worker, max_retries=config.cluster.max_failures
+    )
+    try:
+        return ray.get(task.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ElmoRayError):
+            raise error.cause from None
+        raise
+
+
+def export_model(source: str | os.PathLike[str] | None, out_dir: str | os.PathLike[str] | None, checkpoint: str = BEST,
+                 options: str | None = None, vocab: str | None = None) -> ExportResult:
+    """Write weights.hdf5, options.json and vocab.txt into `out_dir`, in this process; arguments as `open_source`.
+
+    The files are written aside and read back before they take their names: weights are compared bit for bit, and a few
+    sentences are embedded with both models. Raises FormatError for a model that neither bilm-tf nor AllenNLP can load.
+    """
+    if out_dir is None:
+        raise ConfigError("out is empty: name the folder to write")
+    opened = open_source(source, checkpoint, options, vocab)
+    reasons = obstacles(opened.config)
+    if all(reasons.values()):
+        why = "; ".join(f"{program}: {', '.join(each)}" for program, each in reasons.items())
+        raise FormatError(f"{opened.path}: not exported, as neither program could load it ({why})")
+    target = Path(os.path.abspath(os.path.expanduser(out_dir)))
+    with _folder_aside(target) as aside:
+        _write(opened, aside)
+        difference = _compare(opened, aside)
+        sizes = {name: (aside / name).stat().st_size for name in (WEIGHTS, OPTIONS, VOCABULARY)}
+        # weights.hdf5 is the last to come and the first to go, so that it never stands beside another model's options
+        (target / WEIGHTS).unlink(missing_ok=True)
+        for name in (VOCABULARY, OPTIONS, WEIGHTS):
+            os.replace(aside / name, target / name)
+    result = ExportResult(opened.describe(), target, sizes, difference, reasons)
+    logger.info("exported to %s, for %s", target, " and ".join(result.loads_in))
+    return result
+
+
+@contextlib.contextmanager
+def _folder_aside(target: Path) -> Iterator[Path]:
+    """An empty folder inside `target`, gone at the end; DataError where the disk does not take what is written."""
+    aside = target / f".export-{os.getpid()}"
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        yield aside
+    except OSError as error:
+        raise DataError(f"out={target}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            for path in aside.iterdir():
+                path.unlink()
+            aside.rmdir()
+
+
+def _write(source: Source, folder: Path) -> None:
+    training = source.training
+    known = {} if training is None else {
+        "dropout": training.train.dropout, "unroll": training.train.unroll, "rows": training.data.streams,
+        "clip_norm": training.optim.clip_norm,
+    }  # fmt: skip
+    options = to_options(source.config, source.softmax, source.vocabulary.size, **known)  # type: ignore[arg-type]
+    write_weights(folder / WEIGHTS, source.model)
+    index_file.write_aside(folder / OPTIONS, (json.dumps(options, indent=1) + "\n").encode())
+    source.vocabulary.write(folder / VOCABULARY)
+
+
+def _compare(source: Source, folder: Path) -> float:
+    """Read everything back; the largest difference of the check sentences' embeddings. Raises FormatError."""
+    back = open_source(folder / WEIGHTS)
+    different = same_weights(source.model, back.model)
+    if different:
+        raise FormatError(f"{folder}: read back, {', '.join(different)} differ from the model; not exported")
+    if back.config != source.config:
+        raise FormatError(f"{folder}: read back, {OPTIONS} describes another model; not exported")
+    if back.vocabulary.sha256 != source.vocabulary.sha256:
+        raise FormatError(f"{folder}: read back, {VOCABULARY} has other words; not exported")
+    ours, theirs = (_embed(model, source.vocabulary) for model in (source.model, back.model))
+    difference = float(np.abs(ours - theirs).max())
+    if not difference <= _TOLERANCE:
+        raise FormatError(f"{folder}: read back, embeddings differ by {difference:.3g}; not exported")
+    return difference
+
+
+def _embed(model: BiLM, vocabulary: Vocabulary) -> np.ndarray:
+    sentences = [sentence.split() for sentence in SENTENCES]
+    return np.concatenate(list(embed_sentences(model, sentences, vocabulary, carry=True)), axis=1)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(os.path.expanduser(path))
+
+
+def _in_cluster() -> bool:
+    """In a Ray job or with RAY_ADDRESS: another machine may do it. A cluster of our own is not started for this."""
+    if os.environ.get("RAY_ADDRESS"):
+        return True
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return run_verb("export", ExportConfig, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
