@@ -32,16 +32,22 @@ from elmo_ray.training.perplexity import LossSums
 
 logger = logging.getLogger(__name__)
 
-NOTE = ("<UNK> is scored as one class: a model pays for an unknown word once, not for its spelling, so measures are lower "
-        "the more unknown words there are, and only those of one vocabulary compare")
+NOTE = (
+    "<UNK> is scored as one class: a model pays for an unknown word once, not for its spelling, so measures are lower "
+    "the more unknown words there are, and only those of one vocabulary compare"
+)
 
 _PROGRESS_SECONDS = 20.0
 _COLUMNS = (
-    ("forward", "perplexity_forward", ",.2f"), ("backward", "perplexity_backward", ",.2f"), ("both", "perplexity", ",.2f"),
-    ("mean of two", "perplexity_mean", ",.2f"), ("nats/word", "nats_per_word", ".4f"),
-    ("bits/char", "bits_per_character", ".4f"), ("forward", "bits_per_character_forward", ".4f"),
+    ("forward", "perplexity_forward", ",.2f"),
+    ("backward", "perplexity_backward", ",.2f"),
+    ("both", "perplexity", ",.2f"),
+    ("mean of two", "perplexity_mean", ",.2f"),
+    ("nats/word", "nats_per_word", ".4f"),
+    ("bits/char", "bits_per_character", ".4f"),
+    ("forward", "bits_per_character_forward", ".4f"),
     ("backward", "bits_per_character_backward", ".4f"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,22 @@ class EvaluateResult:
             numbers = ["-" if row[key] is None else format(row[key], form) for _, key, form in _COLUMNS]
             lines.append([name, f"{row['positions']:,}", unknown, *numbers])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        table = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-                 for line in lines]
+        table = [
+            "  ".join(
+                [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+            )
+            for line in lines
+        ]
         how = "each sentence alone" if values["reset"] == "sentence" else f"{values['streams']} streams"
-        return "\n".join([
-            self.title,
-            f"perplexity (both: exp of the mean loss) with the full softmax, {how}; nats and characters count sentence ends",
-            *table,
-            "without unknown: only sentences without an unknown word",
-            f"note: {NOTE}",
-        ])
+        return "\n".join(
+            [
+                self.title,
+                f"perplexity (both: exp of the mean loss) with the full softmax, {how}; sentence ends count as words",
+                *table,
+                "without unknown: only sentences without an unknown word",
+                f"note: {NOTE}",
+            ]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return self.values
@@ -96,31 +108,39 @@ class EvaluatePlan:
         return {"config": self.config.to_dict(), "source": self.title, "positions": self.corpus.positions}
 
 
-def run(config: EvaluateConfig, flags: Flags = Flags()) -> EvaluateResult | EvaluatePlan:
-    """Measures a SOURCE on data.test. Writes only under data.prepared_dir. Raises an ElmoRayError for users' mistakes."""
+def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | EvaluatePlan:
+    """Measures a SOURCE on data.test; writes only under data.prepared_dir. Raises ElmoRayErrors for users' mistakes."""
     source = open_source(config.init.source, config.checkpoint, config.init.options, config.init.vocab)
     if not source.has_softmax:
-        raise FormatError(f"{source.path}: holds no softmax, so it gives no word a probability; evaluate the run or the "
-                          "checkpoint that it was exported from")
+        raise FormatError(
+            f"{source.path}: holds no softmax, so it gives no word a probability; evaluate the run or the checkpoint "
+            "that it was exported from"
+        )
     directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
-    corpus = prepare.index_texts(config.data.test, "data.test", directory, config.data.block_bytes, config.data.on_error)
+    data, cluster = config.data, config.cluster
+    corpus = prepare.index_texts(data.test, "data.test", directory, data.block_bytes, data.on_error)
     if not corpus.positions:
         raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
-    if flags.dry_run:
+    if flags is not None and flags.dry_run:
         return EvaluatePlan(source.describe(), config, corpus)
     job = Job(str(source.path), source.fingerprint, corpus, config.evaluate, config.data.on_error)
     start = time.monotonic()
-    tally = _measure_here(job, source, config.cluster) if config.cluster.workers == 0 else _measure_on_ray(job, config.cluster)
+    tally = _measure_here(job, source, cluster) if cluster.workers == 0 else _measure_on_ray(job, cluster)
     seconds = time.monotonic() - start
     logger.info("%s positions in %.1f s, %s/s", f"{corpus.positions:,}", seconds, f"{corpus.positions / seconds:,.0f}")
     values = all_measures(tally, corpus)
     if values["perplexity"] is None:
         logger.warning("%s: the loss is not finite", source.path)
+    how = config.evaluate
     about = {
-        "source": str(source.path), "step": source.step, "vocabulary": source.vocabulary.size,
-        "streams": config.evaluate.streams if config.evaluate.reset == "never" else None, "reset": config.evaluate.reset,
-        "seconds": seconds, "note": NOTE,
-    }  # fmt: skip
+        "source": str(source.path),
+        "step": source.step,
+        "vocabulary": source.vocabulary.size,
+        "streams": how.streams if how.reset == "never" else None,
+        "reset": how.reset,
+        "seconds": seconds,
+        "note": NOTE,
+    }
     return EvaluateResult(source.describe(), {**values, **about})
 
 
@@ -129,8 +149,10 @@ def all_measures(tally: Tally, corpus: Corpus) -> dict[str, Any]:
     tokens = np.bincount(corpus.block_shard, corpus.block_tokens, len(corpus.shards)).astype(np.int64)
     characters = np.bincount(corpus.block_shard, corpus.block_characters, len(corpus.shards)).astype(np.int64)
     everything = slice(None)
-    shards = [{"path": shard.source, **_text_measures(tally, tokens, characters, slice(i, i + 1))}
-              for i, shard in enumerate(corpus.shards)]
+    shards = [
+        {"path": shard.source, **_text_measures(tally, tokens, characters, slice(i, i + 1))}
+        for i, shard in enumerate(corpus.shards)
+    ]
     return {**_text_measures(tally, tokens, characters, everything), "shards": shards}
 
 
@@ -162,8 +184,10 @@ def measures(nats: np.ndarray, positions: int, characters: int) -> dict[str, Any
         values[name] = sum(each) / len(each)
         values[f"{name}_forward"] = each[0]
         values[f"{name}_backward"] = each[1] if len(each) > 1 else None
-    finite = {name: value if positions and value is not None and math.isfinite(value) else None
-              for name, value in values.items()}
+    finite = {
+        name: value if positions and value is not None and math.isfinite(value) else None
+        for name, value in values.items()
+    }
     return {**finite, "positions": positions, "characters": characters}
 
 
@@ -191,7 +215,7 @@ def _measure_on_ray(job: Job, cluster: ComputeConfig) -> Tally:
     ensure_ray()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if cluster.cpus_per_worker > max(node.get("CPU", 0.0) for node in nodes):
-        raise ConfigError(f"cluster.cpus_per_worker={cluster.cpus_per_worker}: no node of the Ray cluster has so many CPUs")
+        raise ConfigError(f"cluster.cpus_per_worker={cluster.cpus_per_worker}: no node of the cluster has so many CPUs")
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if cluster.device == "gpu" and not gpus:
         raise ConfigError("cluster.device=gpu: the Ray cluster has no GPU; set cluster.device=cpu")
@@ -216,8 +240,10 @@ def _measure_on_ray(job: Job, cluster: ComputeConfig) -> Tally:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise ElmoRayError(f"evaluation lost a worker more than cluster.max_failures={cluster.max_failures} times: "
-                           f"{' '.join(str(error).split())[:300]}") from None
+        raise ElmoRayError(
+            f"evaluation lost a worker more than cluster.max_failures={cluster.max_failures} times: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
     finally:
         for reference in waiting:
             ray.cancel(reference)

@@ -60,20 +60,31 @@ class ExportResult:
 
     def summary(self) -> str:
         files = ", ".join(f"{name} {size:,} bytes" for name, size in self.bytes.items())
-        lines = [f"source: {self.source}", f"{self.out_dir}: {files}",
-                 "read back: weights equal bit for bit, same options and vocabulary, "
-                 f"embeddings of {len(SENTENCES)} sentences differ by {self.difference:.1g} at most"]
-        lines += [f"{program}: can load it" if not reasons else f"{program}: cannot load it: {'; '.join(reasons)}"
-                  for program, reasons in self.obstacles.items()]
+        lines = [
+            f"source: {self.source}",
+            f"{self.out_dir}: {files}",
+            "read back: weights equal bit for bit, same options and vocabulary, "
+            f"embeddings of {len(SENTENCES)} sentences differ by {self.difference:.1g} at most",
+        ]
+        lines += [
+            f"{program}: can load it" if not reasons else f"{program}: cannot load it: {'; '.join(reasons)}"
+            for program, reasons in self.obstacles.items()
+        ]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"source": self.source, "out": str(self.out_dir), "bytes": self.bytes,
-                "largest_difference": self.difference, "loads_in": self.loads_in, "obstacles": self.obstacles}
+        return {
+            "source": self.source,
+            "out": str(self.out_dir),
+            "bytes": self.bytes,
+            "largest_difference": self.difference,
+            "loads_in": self.loads_in,
+            "obstacles": self.obstacles,
+        }
 
 
-def run(config: ExportConfig, flags: Flags = Flags()) -> ExportResult:
-    """Exports the SOURCE to OUT. Raises an ElmoRayError where it cannot be opened, written, or loaded by any program."""
+def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult:
+    """Exports the SOURCE to OUT. Raises ElmoRayErrors where it cannot be opened, written, or loaded by any program."""
     if config.out is None:
         raise ConfigError("out is empty: name the folder to write")
     if config.cluster.workers > 1:
@@ -82,7 +93,8 @@ def run(config: ExportConfig, flags: Flags = Flags()) -> ExportResult:
     # by its own name: this module may be __main__, which a task's process is not
     from elmo_ray import export
 
-    arguments = (_absolute(init.source), _absolute(config.out), config.checkpoint, _absolute(init.options), _absolute(init.vocab))
+    places = [_absolute(path) for path in (init.source, config.out, init.options, init.vocab)]
+    arguments = (places[0], places[1], config.checkpoint, places[2], places[3])
     if config.cluster.workers == 0 or not _in_cluster():
         return export.export_model(*arguments)
     import ray
@@ -101,8 +113,13 @@ def run(config: ExportConfig, flags: Flags = Flags()) -> ExportResult:
         raise
 
 
-def export_model(source: str | os.PathLike[str] | None, out_dir: str | os.PathLike[str] | None, checkpoint: str = BEST,
-                 options: str | None = None, vocab: str | None = None) -> ExportResult:
+def export_model(
+    source: str | os.PathLike[str] | None,
+    out_dir: str | os.PathLike[str] | None,
+    checkpoint: str = BEST,
+    options: str | None = None,
+    vocab: str | None = None,
+) -> ExportResult:
     """Write weights.hdf5, options.json and vocab.txt into `out_dir`, in this process; arguments as `open_source`.
 
     The files are written aside and read back before they take their names: weights are compared bit for bit, and a few
@@ -147,11 +164,14 @@ def _folder_aside(target: Path) -> Iterator[Path]:
 
 def _write(source: Source, folder: Path) -> None:
     training = source.training
-    known = {} if training is None else {
-        "dropout": training.train.dropout, "unroll": training.train.unroll, "rows": training.data.streams,
-        "clip_norm": training.optim.clip_norm,
-    }  # fmt: skip
-    options = to_options(source.config, source.softmax, source.vocabulary.size, **known)  # type: ignore[arg-type]
+    options = to_options(source.config, source.softmax, source.vocabulary.size)
+    if training is not None:
+        options |= {
+            "dropout": training.train.dropout,
+            "unroll_steps": training.train.unroll,
+            "batch_size": training.data.streams,
+            "all_clip_norm_val": training.optim.clip_norm,
+        }
     write_weights(folder / WEIGHTS, source.model)
     index_file.write_aside(folder / OPTIONS, (json.dumps(options, indent=1) + "\n").encode())
     source.vocabulary.write(folder / VOCABULARY)

@@ -22,7 +22,7 @@ from elmo_ray import prepare
 from elmo_ray.command_line import Flags, run_verb
 from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
 from elmo_ray.dry_run import DryRun, dry_run
-from elmo_ray.errors import ConfigError
+from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.metrics import MetricsFollower
 from elmo_ray.run_folder import RunFolder, open_run
 
@@ -172,11 +172,11 @@ def _finish(
     from elmo_ray.source import open_source
 
     evaluation, unigram, export_dir = None, None, None
-    if config.run.export and config.model.bidirectional:
-        export_dir = run_dir / "export"
-        export.export_model(str(run_dir), export_dir)
-    elif config.run.export:
-        logger.warning("run.export: a forward-only model has no form that bilm-tf or AllenNLP could load; not exported")
+    if config.run.export:
+        try:
+            export_dir = export.export_model(str(run_dir), run_dir / "export").out_dir
+        except FormatError as error:  # the model is trained all the same
+            logger.warning("run.export: %s", error)
     if prepared.test is not None:
         texts = config.data.test or config.data.train
         evaluation = evaluate.run(

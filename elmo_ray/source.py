@@ -40,8 +40,8 @@ _MODEL = "model.safetensors"
 class Source:
     """A model that is ready for use, on the CPU, without gradients.
 
-    path: absolute; the checkpoint's folder or the weights file. A checkpoint has also its step, the fingerprint (hash) of
-    its weights, and the settings that it was trained with.
+    path: absolute; the checkpoint's folder or the weights file. A checkpoint has also its step, the fingerprint (hash)
+    of its weights, and the settings that it was trained with.
     """
 
     path: Path
@@ -76,8 +76,13 @@ class Source:
         return f"{self.path}{step}: {count:,} parameters{size}"
 
 
-def open_source(source: str | os.PathLike[str] | None, checkpoint: str = BEST, options: str | None = None,
-                vocab: str | None = None, verify: bool = True) -> Source:
+def open_source(
+    source: str | os.PathLike[str] | None,
+    checkpoint: str = BEST,
+    options: str | None = None,
+    vocab: str | None = None,
+    verify: bool = True,
+) -> Source:
     """Open what `source` (init.from) names; `options` and `vocab` (init.options, init.vocab) belong to a weights.hdf5.
 
     checkpoint: of a run: best, last, or the name of a folder in its checkpoints/. verify: read all of a checkpoint and
@@ -100,9 +105,11 @@ def open_source(source: str | os.PathLike[str] | None, checkpoint: str = BEST, o
         return _from_checkpoint(open_checkpoint(path, verify) if is_checkpoint else _of_run(path, checkpoint, verify))
     if path.is_dir() and not weights.exists():
         if (path / "checkpoint").is_file() or any(path.glob("*.ckpt-*.index")):
-            raise ConfigError(f"{source}: TensorFlow save folders of bilm-tf are not read by this version; "
-                              "give the weights.hdf5 that bilm-tf's dump_weights makes of it")
-        raise ConfigError(f"{source}: neither a run (checkpoints/), nor a checkpoint ({MANIFEST}), nor a folder with {WEIGHTS}")
+            raise ConfigError(
+                f"{source}: TensorFlow save folders of bilm-tf are not read by this version; "
+                "give the weights.hdf5 that bilm-tf's dump_weights makes of it"
+            )
+        raise ConfigError(f"{source}: no run (checkpoints/), no checkpoint ({MANIFEST}) and no folder with {WEIGHTS}")
     return _from_weights(weights, options, vocab)
 
 
@@ -142,8 +149,10 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
     for name in sorted(expected.keys() | tensors.keys()):
         shape = tuple(tensors[name].shape) if name in tensors else None
         if shape != expected.get(name):
-            raise CheckpointError(f"{checkpoint.path}/{_MODEL}: {name} has shape {shape}, "
-                                  f"config.yaml and vocab.txt ask for {expected.get(name)}")
+            raise CheckpointError(
+                f"{checkpoint.path}/{_MODEL}: {name} has shape {shape}, "
+                f"config.yaml and vocab.txt ask for {expected.get(name)}"
+            )
     kinds = {tensor.dtype for tensor in tensors.values()}
     if len(kinds) != 1 or not all(kind.is_floating_point for kind in kinds):
         raise CheckpointError(f"{checkpoint.path}/{_MODEL}: has numbers of type {', '.join(sorted(map(str, kinds)))}")

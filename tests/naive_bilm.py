@@ -51,7 +51,9 @@ def clip(x: Tensor, bound: float) -> Tensor:
     return torch.minimum(torch.maximum(x, -limit), limit)
 
 
-def cell(p: Parameters, model: ModelConfig, layer: int, d: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def cell(
+    p: Parameters, model: ModelConfig, layer: int, d: int, x: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
     """One step of TensorFlow's LSTMCell; the new (hidden, cell)."""
     config, place = model.lstm, f"lstm.layers.{layer}."
     kernel = torch.cat([p[place + "input_kernel"][d], p[place + "hidden_kernel"][d]])
@@ -88,8 +90,13 @@ def stacked(state: State) -> tuple[Tensor, Tensor]:
 
 
 def run(
-    p: Parameters, model: ModelConfig, vectors: Sequence[Tensor], inputs_DBT: Tensor, state: State,
-    lengths: Sequence[int], mask: Mask | None = None,
+    p: Parameters,
+    model: ModelConfig,
+    vectors: Sequence[Tensor],
+    inputs_DBT: Tensor,
+    state: State,
+    lengths: Sequence[int],
+    mask: Mask | None = None,
 ) -> tuple[list[list[list[list[Tensor]]]], State]:
     """Top outputs [direction][row][time] of the layers, as outputs[layer][direction][row][time], and the new state.
 
@@ -121,7 +128,12 @@ def full_loss(x: Tensor, weight_VP: Tensor, bias_V: Tensor, target: int) -> Tens
 
 
 def sampled_loss(
-    x: Tensor, weight_VP: Tensor, bias_V: Tensor, target: int, negatives: Sequence[int], target_log_count: float,
+    x: Tensor,
+    weight_VP: Tensor,
+    bias_V: Tensor,
+    target: int,
+    negatives: Sequence[int],
+    target_log_count: float,
     negative_log_counts: Sequence[float],
 ) -> Tensor:
     """The target against the negatives that are not the target, each less the logarithm of its expected count."""

@@ -36,12 +36,17 @@ def test_losses_and_gradients(case: str, whole_table: bool) -> None:
     data = {key.split("/")[1]: LOSSES[key] for key in LOSSES.files if key.startswith(case + "/")}
     labels, sampled = data["labels"], data["sampled_ids"]
     rows = np.arange(len(data["W"])) if whole_table else np.unique(np.concatenate([labels, sampled]))
-    inputs, weight, bias = (torch.from_numpy(a.copy()).requires_grad_() for a in
-                            (data["inputs"], data["W"][rows], data["b"][rows]))
+    inputs, weight, bias = (
+        torch.from_numpy(a.copy()).requires_grad_() for a in (data["inputs"], data["W"][rows], data["b"][rows])
+    )
     losses = sampled_losses(
-        inputs, weight, bias,
-        torch.from_numpy(np.searchsorted(rows, labels)), torch.from_numpy(np.log(data["true_expected_count"][:, 0])),
-        torch.from_numpy(np.searchsorted(rows, sampled)), torch.from_numpy(np.log(data["sampled_expected_count"])),
+        inputs,
+        weight,
+        bias,
+        torch.from_numpy(np.searchsorted(rows, labels)),
+        torch.from_numpy(np.log(data["true_expected_count"][:, 0])),
+        torch.from_numpy(np.searchsorted(rows, sampled)),
+        torch.from_numpy(np.log(data["sampled_expected_count"])),
         mask_hits=not case.endswith("keep_hits"),
     )
     hits = (labels[:, None] == sampled[None, :]).sum(axis=1)

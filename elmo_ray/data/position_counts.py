@@ -1,4 +1,4 @@
-"""What is counted about positions of text beside their losses: unknown words, code points, sentences that are all known."""
+"""What is counted about positions beside their losses: unknown words, code points, sentences without unknown words."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from elmo_ray.data.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class PositionCounts:
-    """One element a position, in the order of the forward direction; of both directions a sentence has the same positions.
+    """One element a position, in the order of the forward direction; a sentence has the same positions in both.
 
-    known: bool, in a sentence without an unknown word. unknown: bool, the target is `<UNK>`, whether the text spells it so
-    or has a word outside of the vocabulary. characters: code points of a target that is a known word, else 0.
+    known: bool, in a sentence without an unknown word. unknown: bool, the target is `<UNK>`, whether the text spells
+    it so or has a word outside of the vocabulary. characters: code points of a target that is a known word, else 0.
     """
 
     known: NDArray[np.bool_]

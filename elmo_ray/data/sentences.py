@@ -34,7 +34,9 @@ class SentenceGroup:
     starts: IntArray
     unknown: NDArray[np.int16]
 
-    def windows(self, unroll: int, vocabulary: Vocabulary, characters: TypeTable | None, directions: int) -> Iterator[Batch]:
+    def windows(
+        self, unroll: int, vocabulary: Vocabulary, characters: TypeTable | None, directions: int
+    ) -> Iterator[Batch]:
         """The rows' positions, `unroll` at a time; a row that has ended has length 0 and targets of -1."""
         for first in range(0, int(self.lengths.max()), unroll):
             width = min(unroll, int(self.lengths.max()) - first)
@@ -45,11 +47,19 @@ class SentenceGroup:
             tokens[0::2, ~valid_BT] = vocabulary.bos
             tokens[1::2, ~valid_BT] = -1
             types, classes, inputs = self._types(tokens[0 : 2 * directions : 2], vocabulary, characters)
-            yield Batch(types, classes, inputs, tokens[1 : 2 * directions : 2].copy(), lengths,
-                        np.full(len(lengths), first == 0), StreamCursors.start(0))
+            yield Batch(
+                types,
+                classes,
+                inputs,
+                tokens[1 : 2 * directions : 2].copy(),
+                lengths,
+                np.full(len(lengths), first == 0),
+                StreamCursors.start(0),
+            )
 
-    def _types(self, inputs: IntArray, vocabulary: Vocabulary,
-               characters: TypeTable | None) -> tuple[NDArray, tuple[tuple[int, int], ...], IntArray]:
+    def _types(
+        self, inputs: IntArray, vocabulary: Vocabulary, characters: TypeTable | None
+    ) -> tuple[NDArray, tuple[tuple[int, int], ...], IntArray]:
         if characters is None:
             known = np.where(inputs >= vocabulary.size, vocabulary.unk, inputs)
             words, places = np.unique(known, return_inverse=True)
@@ -61,8 +71,12 @@ class SentenceGroup:
         return types, classes, place[places.reshape(inputs.shape)]
 
 
-def sentence_groups(blocks: Iterable[tuple[EncodedBlock, IntArray]], vocabulary: Vocabulary, rows: int,
-                    gathered: int = GATHERED_POSITIONS) -> Iterator[SentenceGroup]:
+def sentence_groups(
+    blocks: Iterable[tuple[EncodedBlock, IntArray]],
+    vocabulary: Vocabulary,
+    rows: int,
+    gathered: int = GATHERED_POSITIONS,
+) -> Iterator[SentenceGroup]:
     """All sentences of the blocks once, in groups of at most `rows`; memory holds `gathered` positions and a block.
 
     With each block comes an array of labels, one for each of its sentences.

@@ -50,13 +50,15 @@ def obstacles(model: ModelConfig) -> dict[str, list[str]]:
         if n_filters < lstm.projection_dim:
             bilm_tf.append(f"its char CNN cannot grow from {n_filters} filters to projection_dim={lstm.projection_dim}")
         if n_filters == lstm.projection_dim:
-            allennlp.append(f"it wants CNN_proj, which a char CNN of {n_filters} filters = projection_dim does not have")
+            allennlp.append(f"it wants CNN_proj, and a char CNN of {n_filters} filters = projection_dim has none")
         if cnn.max_characters != ALLENNLP_CHARACTERS:
-            allennlp.append(f"its words have {ALLENNLP_CHARACTERS} characters, model.char_cnn.max_characters={cnn.max_characters}")
+            allennlp.append(
+                f"its words have {ALLENNLP_CHARACTERS} ids, not model.char_cnn.max_characters={cnn.max_characters}"
+            )
     if not lstm.use_skip_connections:
         allennlp.append("it wants skip connections (model.lstm.use_skip_connections=false)")
     if lstm.dim == lstm.projection_dim:
-        allennlp.append(f"it wants W_P_0, which an LSTM with dim = projection_dim = {lstm.dim} does not have")
+        allennlp.append(f"it wants W_P_0, and an LSTM with dim = projection_dim = {lstm.dim} has none")
     return {"bilm-tf": bilm_tf, "AllenNLP": allennlp}
 
 
@@ -71,7 +73,8 @@ def write_weights(path: str | os.PathLike[str], model: BiLM) -> None:
     try:
         with h5py.File(path, "w") as file:
             for variable, array in to_variables(model, parameters).items():
-                file.create_dataset(_dataset(variable), data=np.ascontiguousarray(array, dtype=np.float32), track_times=False)
+                values = np.ascontiguousarray(array, dtype=np.float32)
+                file.create_dataset(_dataset(variable), data=values, track_times=False)
     except _DAMAGES as error:
         raise FormatError(f"{path}: cannot be written: {_line(error)}") from None
 
@@ -79,7 +82,7 @@ def write_weights(path: str | os.PathLike[str], model: BiLM) -> None:
 def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
     """The model that a weights file and its options make: without a softmax, so for use and not for training.
 
-    Raises FormatError naming the dataset that is missing, of another kind, or of another shape than the options ask for.
+    Raises FormatError naming the dataset that is missing, no floats, or of another shape than the options ask for.
     """
     if not Path(path).is_file():
         raise FormatError(f"{path}: no such file")
@@ -103,11 +106,9 @@ def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
 
 def same_weights(model: BiLM, other: BiLM) -> list[str]:
     """Names of parameters, the softmax aside, that are not bit-equal in float32."""
-    ours, theirs = _float32(model), _float32(other)
-    return sorted(
-        name for name in ours.keys() | theirs.keys()
-        if name not in ours or name not in theirs or not torch.equal(ours[name].view(torch.int32), theirs[name].view(torch.int32))
-    )
+    ours, theirs = _bits(model), _bits(other)
+    both = ours.keys() & theirs.keys()
+    return sorted((ours.keys() ^ theirs.keys()) | {name for name in both if not torch.equal(ours[name], theirs[name])})
 
 
 class _Datasets(Mapping[str, np.ndarray]):
@@ -168,9 +169,10 @@ def _word_count(path: str, file: h5py.File, width: int) -> int:
     return int(n_words)
 
 
-def _float32(model: BiLM) -> dict[str, Tensor]:
-    parameters = model.named_parameters()
-    return {name: p.detach().cpu().float().contiguous() for name, p in parameters if not name.startswith("softmax_")}
+def _bits(model: BiLM) -> dict[str, Tensor]:
+    """The bits of each parameter as float32: unlike the numbers, they are equal to themselves where they are NaN."""
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax_")}
+    return {name: p.detach().cpu().float().contiguous().view(torch.int32) for name, p in parameters.items()}
 
 
 def _line(error: BaseException) -> str:

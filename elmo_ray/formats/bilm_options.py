@@ -16,6 +16,15 @@ from elmo_ray.config_schema import Section
 from elmo_ray.data.characters import N_CHARACTERS
 from elmo_ray.errors import ConfigError, FormatError
 
+_MOST = 1 << 24
+_MOST_LAYERS = 1000
+_THEIR_NAMES = {
+    "embedding_dim": "embedding.dim",
+    "max_characters": "max_characters_per_token",
+    "negatives": "n_negative_samples_batch",
+    "tied": "share_embedding_softmax",
+}
+
 
 def read_options(path: str | Path) -> dict[str, Any]:
     """The file's mapping. Raises FormatError where it is no JSON object."""
@@ -46,8 +55,9 @@ def from_options(
             "dim": lstm.get("dim"),
             "projection_dim": lstm.get("projection_dim"),
             "n_layers": lstm.get("n_layers", 1),
-            "cell_clip": _float(lstm.get("cell_clip")),
-            "proj_clip": _float(lstm.get("proj_clip")),
+            # 0 and null both mean no clip: bilm-tf tests the option's truth
+            "cell_clip": lstm.get("cell_clip") or None,
+            "proj_clip": lstm.get("proj_clip") or None,
             "use_skip_connections": lstm.get("use_skip_connections", False),
         },
     }
@@ -58,7 +68,7 @@ def from_options(
         n_characters = char_cnn.get("n_characters", N_CHARACTERS)
         if n_characters not in (N_CHARACTERS, N_CHARACTERS + 1):
             raise FormatError(
-                f"{source}: char_cnn.n_characters is {n_characters}; a biLM has 261 in training, 262 for use"
+                f"{source}: char_cnn.n_characters is {_short(n_characters)}; a biLM has 261 in training, 262 for use"
             )
         embedding = _mapping(char_cnn, "embedding", source) or {}
         values["char_cnn"] = {
@@ -68,8 +78,11 @@ def from_options(
             "max_characters": char_cnn.get("max_characters_per_token", 50),
             "n_highway": char_cnn.get("n_highway") or 0,
         }
+    sampled = options.get("sample_softmax", True)
+    if not isinstance(sampled, bool):
+        raise FormatError(f"{source}: sample_softmax is {_short(sampled)}; it must be true or false")
     softmax: dict[str, Any] = {
-        "kind": "sampled" if options.get("sample_softmax", True) else "full",
+        "kind": "sampled" if sampled else "full",
         "tied": options.get("share_embedding_softmax", False),
     }
     if "n_negative_samples_batch" in options and softmax["kind"] == "sampled":
@@ -87,7 +100,6 @@ def to_options(
     dropout: float = 0.0,
     unroll: int = 20,
     rows: int = 128,
-    clip_norm: float = 10.0,
 ) -> dict[str, Any]:
     """The options file of a model: 262 characters for use, which bilm-tf's inference insists on, or 261 for its
     training."""
@@ -107,7 +119,7 @@ def to_options(
         "n_tokens_vocab": n_words,
         "unroll_steps": unroll,
         "batch_size": rows,
-        "all_clip_norm_val": clip_norm,
+        "all_clip_norm_val": 10.0,
         "sample_softmax": softmax.kind == "sampled",
         "n_negative_samples_batch": softmax.negatives,
     }
@@ -125,11 +137,6 @@ def to_options(
     return options
 
 
-def _float(value: Any) -> Any:
-    """0 and null both mean no clip: bilm-tf tests the option's truth."""
-    return None if not value else float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 def _mapping(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any] | None:
     value = values.get(key)
     if value is not None and not isinstance(value, Mapping):
@@ -139,13 +146,33 @@ def _mapping(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, A
 
 def _parse(section: type[Section], values: dict[str, Any], source: str) -> Any:
     try:
-        return section(**values)
+        parsed = section(**values)
     except (ConfigError, ValueError) as error:
         errors = getattr(error, "errors", None)
         if errors is None:
             raise FormatError(f"{source}: {error}") from None
         first = errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise FormatError(
-            f"{source}: {place or section.__name__}: {first['msg']} (given {first.get('input')!r})"
-        ) from None
+        place = ".".join(_THEIR_NAMES.get(str(part), str(part)) for part in first["loc"]) or section.__name__
+        message = first["msg"].removeprefix("Value error, ").split("\n")[0]
+        raise FormatError(f"{source}: {place}: {message} (given {_short(first.get('input'))})") from None
+    _check_sizes(values, source)
+    return parsed
+
+
+def _check_sizes(values: Any, source: str, place: str = "") -> None:
+    """A size that no machine can hold must not end in torch, which knows no file to blame."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            _check_sizes(value, source, f"{place}.{name}" if place else name)
+    elif isinstance(values, list):
+        for value in values:
+            _check_sizes(value, source, place)
+    elif isinstance(values, int | float):
+        most = _MOST_LAYERS if place.endswith(("n_layers", "n_highway")) else _MOST
+        if values > most:
+            raise FormatError(f"{source}: {place} has {_short(values)}, more than {most}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

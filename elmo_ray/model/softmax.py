@@ -99,8 +99,9 @@ def full_losses(
 
 
 @torch.no_grad()
-def full_losses_in_chunks(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor,
-                          dtype: torch.dtype | None = None) -> Tensor:
+def full_losses_in_chunks(
+    x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """[N] losses in nats over the whole vocabulary, for evaluation: memory is TILE * CHUNK; targets of -1 give 0."""
     safe_N = targets_N.clamp_min(0)
     true_N = (x_NP * weight_VP[safe_N]).sum(dim=1) + bias_V[safe_N]

@@ -12,10 +12,10 @@ _MOST_BYTES = 1 << 30
 
 
 class WordCache:
-    """What a fixed model makes of words, by their characters: of the vocabulary those that the text has, and unknown ones.
+    """What a fixed model makes of words, by their characters; so known and unknown words are alike.
 
-    Only new words go through the char CNN. Where there is no more room, all are forgotten and it begins anew. With word-id
-    input there is nothing to keep. `most_bytes` bounds the vectors, but for the words of one batch.
+    Only new words go through the char CNN. Where there is no more room, all are forgotten and it begins anew. With
+    word-id input there is nothing to keep. `most_bytes` bounds the vectors, but for the words of one batch.
     """
 
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None, most_bytes: int = _MOST_BYTES):
@@ -36,10 +36,12 @@ class WordCache:
         if self.model.char_cnn is None:
             return self.model.encode_types(torch.from_numpy(types).to(self.device))
         types_UC = np.ascontiguousarray(types)
-        keys: list[bytes] = types_UC.view(np.dtype((np.void, types_UC.shape[1] * types_UC.itemsize))).ravel().tolist()
+        row_bytes = np.dtype((np.void, types_UC.shape[1] * types_UC.itemsize))
+        keys: list[bytes] = types_UC.view(row_bytes).ravel().tolist()  # type: ignore[assignment]
         if len(self._rows) + len(keys) > self._most_rows:
             self._rows.clear()
-        first, new = len(self._rows), []
+        first = len(self._rows)
+        new: list[int] = []
         for number, key in enumerate(keys):
             if key not in self._rows:
                 self._rows[key] = first + len(new)

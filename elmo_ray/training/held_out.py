@@ -1,8 +1,8 @@
 """Losses of a whole held-out text by shard, with what is needed to turn them into measures.
 
-Two ways to read it: as S streams of contiguous text with carried state, or every sentence alone from zero state. Rows of
-a batch never see each other, so a result depends on model, text and (the first way) S; rows, windows and workers change
-the order of sums in float64, no more.
+Two ways to read it: as S streams of contiguous text with carried state, or every sentence alone from zero state. Rows
+of a batch never see each other, so a result depends on model, text and (the first way) S; rows, windows and workers
+change the rounding, no more.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _LONGEST_WINDOW = 256
 class Tally:
     """Sums over some positions of a text. Leading axis [2]: sentences with an unknown word, and without.
 
-    nats: float64 [2, D, shards].  positions, unknown, characters: int64 [2, shards]; characters are code points of known
-    words, so only those of sentences without an unknown word are complete.
+    nats: float64 [2, D, shards].  positions, unknown, characters: int64 [2, shards]; characters are code points of
+    known words, so only those of sentences without an unknown word are complete.
     """
 
     nats: NDArray[np.float64]
@@ -56,8 +56,12 @@ class Tally:
         return cls(np.zeros((2, directions, shards)), *counts)
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(self.nats + other.nats, self.positions + other.positions, self.unknown + other.unknown,
-                     self.characters + other.characters)
+        return Tally(
+            self.nats + other.nats,
+            self.positions + other.positions,
+            self.unknown + other.unknown,
+            self.characters + other.characters,
+        )
 
     def add_losses(self, labels: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
         """labels: [n] of positions, 2 * shard + known; losses: [D, n]."""
@@ -75,7 +79,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be measured, for any process that sees the files. checkpoint: a folder; fingerprint: of its weights."""
+    """What is to be measured, for any process that sees the files. checkpoint: a folder with weights of fingerprint."""
 
     checkpoint: str
     fingerprint: str | None
@@ -84,7 +88,7 @@ class Job:
     on_error: OnError
 
     def parts(self, workers: int) -> list[range]:
-        """Streams, or blocks with evaluate.reset=sentence, for at most `workers` processes; equal shares of the text."""
+        """Streams, or blocks with evaluate.reset=sentence, for `workers` processes at most; equal shares of the text."""
         if self.settings.reset == "never":
             return deal(self.settings.streams, min(workers, self.settings.streams))
         ends = np.cumsum(self.corpus.block_positions)
@@ -180,7 +184,9 @@ class Scorer:
             finally:
                 encoded.close()
 
-        loader = StreamLoader(plan, streams, start, source, self.vocabulary, window, self.characters, self.model.directions)
+        loader = StreamLoader(
+            plan, streams, start, source, self.vocabulary, window, self.characters, self.model.directions
+        )
         try:
             for batch, losses in stream_losses(self.model, iter(loader), self.words):
                 valid, labels_BT = _take_labels(batch, labels)

@@ -22,12 +22,15 @@ ROWS, WINDOW, LENGTHS = 3, 3, [3, 0, 2]
 
 CASES: dict[str, dict[str, Any]] = {
     "as the original": {},
-    "tanh, no skip connections, three layers": {"char_cnn": {"activation": "tanh"},
-                                                "lstm": {"n_layers": 3, "use_skip_connections": False}},
+    "tanh, no skip connections, three layers": {
+        "char_cnn": {"activation": "tanh"},
+        "lstm": {"n_layers": 3, "use_skip_connections": False},
+    },
     "forward only": {"bidirectional": False, "char_cnn": {"n_highway": 0}},
     "one layer without projection": {"lstm": {"n_layers": 1, "dim": 4, "projection_dim": 4}},
     "forward only, one layer, no clips, filters fill the projection": {
-        "bidirectional": False, "char_cnn": {"filters": [[1, 1], [3, 3]], "activation": "tanh", "n_highway": 2},
+        "bidirectional": False,
+        "char_cnn": {"filters": [[1, 1], [3, 3]], "activation": "tanh", "n_highway": 2},
         "lstm": {"n_layers": 1, "cell_clip": None, "proj_clip": None},
     },
     "three layers without clips": {"lstm": {"n_layers": 3, "cell_clip": None, "proj_clip": None}},
@@ -39,13 +42,25 @@ CASES: dict[str, dict[str, Any]] = {
 def model_config(case: dict[str, Any]) -> ModelConfig:
     values: dict[str, Any] = {
         "bidirectional": case.get("bidirectional", True),
-        "lstm": {"dim": 6, "projection_dim": 4, "n_layers": 2, "cell_clip": 0.5, "proj_clip": 0.4, **case.get("lstm", {})},
+        "lstm": {
+            "dim": 6,
+            "projection_dim": 4,
+            "n_layers": 2,
+            "cell_clip": 0.5,
+            "proj_clip": 0.4,
+            **case.get("lstm", {}),
+        },
     }
     if case.get("input") == "words":
         values["input"] = "words"
     else:
-        values["char_cnn"] = {"filters": [[1, 2], [3, 4]], "embedding_dim": 3, "max_characters": 11, "n_highway": 1,
-                              **case.get("char_cnn", {})}
+        values["char_cnn"] = {
+            "filters": [[1, 2], [3, 4]],
+            "embedding_dim": 3,
+            "max_characters": 11,
+            "n_highway": 1,
+            **case.get("char_cnn", {}),
+        }
     return PretrainConfig.from_dict({"model": values}).model
 
 
@@ -95,8 +110,10 @@ def test_values_states_and_gradients(case: dict[str, Any], dropout: float) -> No
     assert top.shape == (model.directions, ROWS, WINDOW, config.lstm.projection_dim)
 
     p = {name: q.detach().clone().requires_grad_() for name, q in model.named_parameters()}
-    vectors = [p["word_embedding"][row[0]] if config.input == "words" else naive_bilm.word_vector(p, config, row)
-               for row in characters]
+    vectors = [
+        p["word_embedding"][row[0]] if config.input == "words" else naive_bilm.word_vector(p, config, row)
+        for row in characters
+    ]
     outputs, expected_state = naive_bilm.run(p, config, vectors, inputs, state_of(*state), LENGTHS, mask)
     valid = [(d, b, t) for d in range(model.directions) for b in range(ROWS) for t in range(LENGTHS[b])]
     expected = torch.stack([outputs[-1][d][b][t] for d, b, t in valid])
@@ -127,8 +144,10 @@ def test_layers_for_use(name: str) -> None:
     state = random_state(model)
     found, new = model.layers(model.encode_types(types, classes), inputs, state, torch.tensor(LENGTHS))
     p = {key: q.detach() for key, q in model.named_parameters()}
-    vectors = [p["word_embedding"][row[0]] if config.input == "words" else naive_bilm.word_vector(p, config, row)
-               for row in characters]
+    vectors = [
+        p["word_embedding"][row[0]] if config.input == "words" else naive_bilm.word_vector(p, config, row)
+        for row in characters
+    ]
     outputs, expected_state = naive_bilm.run(p, config, vectors, inputs, state_of(*state), LENGTHS)
     assert len(found) == 1 + config.lstm.n_layers
     for d, b in ((d, b) for d in range(2) for b in range(ROWS)):

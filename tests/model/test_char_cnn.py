@@ -76,8 +76,10 @@ def whole_numbers(cnn: CharCnn) -> None:
 @pytest.mark.parametrize(("max_characters", "widest"), [(50, 7), (50, 5), (50, 1), (20, 7), (12, 12), (9, 4), (27, 1)])
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_cropped_columns_have_the_same_maxima(activation: str, max_characters: int, widest: int) -> None:
-    lengths = sorted({0, 1, 2, max_characters - 3, max_characters - 2, max_characters + 5}
-                     | {n for b in LENGTH_CLASSES for n in (b - 3, b - 2, b - 1)})
+    lengths = sorted(
+        {0, 1, 2, max_characters - 3, max_characters - 2, max_characters + 5}
+        | {n for b in LENGTH_CLASSES for n in (b - 3, b - 2, b - 1)}
+    )
     random = np.random.default_rng(2)
     words = ["".join(chr(random.integers(33, 127)) for _ in range(n)) for n in lengths for _ in range(3)]
     words += ["é" * n for n in (1, 5, max_characters // 2)]
@@ -88,8 +90,12 @@ def test_cropped_columns_have_the_same_maxima(activation: str, max_characters: i
     types, classes, place = table.gather(known, unknown)
     assert sum(n for n, _ in classes) == len(types) == vocabulary.size
     filters = ((1, 3), (widest, 4)) if widest > 1 else ((1, 7),)
-    cnn = CharCnn(CharCnnConfig(filters=filters, activation=activation, embedding_dim=4, n_highway=0,
-                                max_characters=max_characters), 7)
+    cnn = CharCnn(
+        CharCnnConfig(
+            filters=filters, activation=activation, embedding_dim=4, n_highway=0, max_characters=max_characters
+        ),
+        7,
+    )
     whole_numbers(cnn)
     whole = cnn(torch.from_numpy(np.concatenate([vocabulary.characters(max_characters)[known], unknown])))
     assert torch.equal(cnn(torch.from_numpy(types), classes)[torch.from_numpy(place)], whole)
@@ -128,8 +134,9 @@ def test_bf16_is_close_to_fp32_and_keeps_weights_and_gradients_in_fp32() -> None
     assert not torch.equal(low, exact)
     assert float((low - exact).detach().norm()) < 0.03 * float(exact.detach().norm())
     low.square().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all())
-               for p in cnn.parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all()) for p in cnn.parameters()
+    )
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])

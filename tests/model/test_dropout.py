@@ -21,8 +21,12 @@ def test_same_arguments_give_the_same_masks_in_the_same_order() -> None:
 
 def test_seed_step_and_rank_each_change_the_mask() -> None:
     ones = torch.ones(200)
-    seen = {tuple(Dropout(0.5, seed, step, rank, CPU)(ones).tolist())
-            for seed in (0, 1, 2**31) for step in range(40) for rank in range(4)}
+    seen = {
+        tuple(Dropout(0.5, seed, step, rank, CPU)(ones).tolist())
+        for seed in (0, 1, 2**31)
+        for step in range(40)
+        for rank in range(4)
+    }
     assert len(seen) == 3 * 40 * 4
 
 

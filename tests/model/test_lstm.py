@@ -15,8 +15,9 @@ CASES = {
     "no clips": LstmConfig(dim=6, projection_dim=4, n_layers=2, cell_clip=None, proj_clip=None),
     "cell clip alone": LstmConfig(dim=6, projection_dim=4, n_layers=2, cell_clip=0.4, proj_clip=None),
     "projection clip alone": LstmConfig(dim=6, projection_dim=4, n_layers=2, cell_clip=None, proj_clip=0.3),
-    "no skip connections": LstmConfig(dim=6, projection_dim=4, n_layers=3, cell_clip=0.4, proj_clip=0.3,
-                                      use_skip_connections=False),
+    "no skip connections": LstmConfig(
+        dim=6, projection_dim=4, n_layers=3, cell_clip=0.4, proj_clip=0.3, use_skip_connections=False
+    ),
     "three layers": LstmConfig(dim=5, projection_dim=3, n_layers=3, cell_clip=0.5, proj_clip=0.5),
     "no projection": LstmConfig(dim=4, projection_dim=4, n_layers=1, cell_clip=0.3, proj_clip=0.1),
     "no projection, two layers": LstmConfig(dim=4, projection_dim=4, n_layers=2, cell_clip=None, proj_clip=0.1),
@@ -74,17 +75,12 @@ def test_values_states_and_gradients(config: LstmConfig, directions: int) -> Non
     close(new.hidden, hidden)
     close(new.cell, cells)
     assert not new.hidden.requires_grad and not new.cell.requires_grad
-    assert torch.equal(new.hidden[:, :, 2], state.hidden[:, :, 2]) and torch.equal(new.cell[:, :, 2], state.cell[:, :,
-    2]) if
-    config.cell_clip
-    is not
-    None:
-        clipped
-        = (cells.abs() == config.cell_clip).float().mean() assert 0.05 < clipped
-        < 0.95, "the cell
-        clip must act
-        on some
-        values"
+    assert torch.equal(new.hidden[:, :, 2], state.hidden[:, :, 2]) and torch.equal(
+        new.cell[:, :, 2], state.cell[:, :, 2]
+    )
+    if config.cell_clip is not None:
+        clipped = (cells.abs() == config.cell_clip).float().mean()
+        assert 0.05 < clipped < 0.95, "the cell clip must act on some values"
     if config.proj_clip is not None and config.dim != config.projection_dim:
         assert 0.05 < (hidden.abs() == config.proj_clip).float().mean() < 0.95
     if config.dim == config.projection_dim:

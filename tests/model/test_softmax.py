@@ -33,10 +33,12 @@ def test_sampled_losses_and_gradients(k: int) -> None:
     logs = torch.log(0.05 + 0.07 * torch.arange(words, dtype=torch.float64))
     found = sampled_losses(*ours, torch.tensor(targets), logs[targets], torch.tensor(negatives), logs[negatives])
     x, weight, bias = reference
-    expected = torch.stack([
-        naive_bilm.sampled_loss(x[i], weight, bias, t, negatives, logs[t].item(), logs[negatives].tolist())
-        for i, t in enumerate(targets)
-    ])
+    expected = torch.stack(
+        [
+            naive_bilm.sampled_loss(x[i], weight, bias, t, negatives, logs[t].item(), logs[negatives].tolist())
+            for i, t in enumerate(targets)
+        ]
+    )
     close(found, expected)
     if k == 1:
         assert float(found[0].detach()) == 0.0, "the only negative is the target: nothing is left to tell apart"
@@ -54,8 +56,12 @@ def test_full_losses_and_gradients() -> None:
     ours = [random(n, p, seed=1), random(words, p, seed=2), random(words, seed=3)]
     reference = [t.detach().clone().requires_grad_() for t in ours]
     found = full_losses(*ours, torch.tensor(targets))
-    expected = torch.stack([naive_bilm.full_loss(reference[0][i], reference[1], reference[2], t) if t >= 0
-                            else reference[0].sum() * 0.0 for i, t in enumerate(targets)])
+    expected = torch.stack(
+        [
+            naive_bilm.full_loss(reference[0][i], reference[1], reference[2], t) if t >= 0 else reference[0].sum() * 0.0
+            for i, t in enumerate(targets)
+        ]
+    )
     close(found, expected)
     (found * torch.arange(1.0, 6.0)).sum().backward()
     (expected * torch.arange(1.0, 6.0)).sum().backward()

@@ -130,7 +130,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(corpus: Paths, valid: Path, tmp_path:
     config = tiny_config(**{"train__checkpoint_every": "10 steps", "train__keep_last": 9, **changes})
     use_valid = valid if config.data.valid else None
     plan = plan_of(tmp_path / "whole", config, corpus, use_valid)
-    torch.set_num_threads(2)
     torch.manual_seed(1)
     result = train(plan, worker_of(plan))
     assert result["steps"] == 24 and result["finished"]
