@@ -121,15 +121,25 @@ class Stopper:
 
 
 def worker_of(
-    plan: TrainPlan, rank: int = 0, world: int = 1, stop: Callable[[], bool] | None = None,
+    plan: TrainPlan,
+    rank: int = 0,
+    world: int = 1,
+    stop: Callable[[], bool] | None = None,
     register: Callable[[int, str, dict[str, Any]], None] | None = None,
 ) -> Worker:
     source = functools.partial(
-        thread_source, vocabulary=Vocabulary.read(plan.vocabulary_path),
+        thread_source,
+        vocabulary=Vocabulary.read(plan.vocabulary_path),
         max_characters=plan.config.model.char_cnn.max_characters,
     )
-    return Worker(rank, world, torch.device("cpu"), source, register or (lambda step, path, metrics: None),
-                  stop or (lambda: False))
+    return Worker(
+        rank,
+        world,
+        torch.device("cpu"),
+        source,
+        register or (lambda step, path, metrics: None),
+        stop or (lambda: False),
+    )
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -159,5 +169,8 @@ TIMES = ("time", "seconds", "positions_per_second", "data_wait")
 
 def records(run: Path) -> list[dict[str, Any]]:
     """What a run has recorded of training and validation, without times."""
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(run)
-            if record["kind"] in ("train", "valid")]
+    return [
+        {k: v for k, v in record.items() if k not in TIMES}
+        for record in read_metrics(run)
+        if record["kind"] in ("train", "valid")
+    ]

@@ -74,8 +74,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             settings = [
                 arguments.config, f"run.storage_path={folder}", "run.name=memory", "run.export=false",
-                f"data.train={corpus}", "data.valid=null", f"data.vocab={arguments.vocab}",
-                "train.validate_every=null", f"train.duration={arguments.steps} steps",
+                f"data.train={corpus}", f"data.vocab={arguments.vocab}", f"train.duration={arguments.steps} steps",
             ]  # fmt: skip
             start = time.monotonic()
             peak, parts = peak_of_run(settings, Path(folder, "log"))

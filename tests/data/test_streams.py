@@ -98,10 +98,17 @@ def mapped(batch: Batch) -> list[list[Position]]:
     rows = []
     for b, length in enumerate(batch.lengths.tolist()):
         assert (batch.targets[:, b, :length] >= 0).all() and (batch.targets[:, b, length:] == -1).all()
-        rows.append([
-            (names[batch.inputs[0, b, t]], int(batch.targets[0, b, t]),
-             names[batch.inputs[1, b, t]], int(batch.targets[1, b, t])) for t in range(length)
-        ])
+        rows.append(
+            [
+                (
+                    names[batch.inputs[0, b, t]],
+                    int(batch.targets[0, b, t]),
+                    names[batch.inputs[1, b, t]],
+                    int(batch.targets[1, b, t]),
+                )
+                for t in range(length)
+            ]
+        )
     return rows
 
 
@@ -116,23 +123,40 @@ class Window:
     @classmethod
     def joined(cls, batches: list[Batch]) -> Window:
         cursors = [np.stack(list(b.cursors.arrays().values()), axis=1) for b in batches]
-        return cls([row for b in batches for row in mapped(b)], [bool(n) for b in batches for n in b.new_block],
-                   np.concatenate(cursors).tolist())
+        return cls(
+            [row for b in batches for row in mapped(b)],
+            [bool(n) for b in batches for n in b.new_block],
+            np.concatenate(cursors).tolist(),
+        )
 
 
-def loaders(plan: StreamPlan, workers: int, unroll: int, cursors: StreamCursors | None = None, words: bool = False,
-            source: BlockSource = source) -> list[StreamLoader]:
+def loaders(
+    plan: StreamPlan,
+    workers: int,
+    unroll: int,
+    cursors: StreamCursors | None = None,
+    words: bool = False,
+    source: BlockSource = source,
+) -> list[StreamLoader]:
     cursors = cursors or StreamCursors.start(plan.n_streams)
     table = None if words else TypeTable(vocabulary(), C, 3)
     return [
-        StreamLoader(plan, part, StreamCursors(*(a[part.start : part.stop] for a in cursors.arrays().values())), source,
-                     vocabulary(), unroll, table)
+        StreamLoader(
+            plan,
+            part,
+            StreamCursors(*(a[part.start : part.stop] for a in cursors.arrays().values())),
+            source,
+            vocabulary(),
+            unroll,
+            table,
+        )
         for part in deal(plan.n_streams, workers)
     ]
 
 
-def read(plan: StreamPlan, workers: int, unroll: int, steps: int, cursors: StreamCursors | None = None,
-         words: bool = False) -> list[Window]:
+def read(
+    plan: StreamPlan, workers: int, unroll: int, steps: int, cursors: StreamCursors | None = None, words: bool = False
+) -> list[Window]:
     found = loaders(plan, workers, unroll, cursors, words)
     try:
         return [Window.joined([loader.next_batch() for loader in found]) for _ in range(steps)]

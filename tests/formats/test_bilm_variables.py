@@ -120,7 +120,7 @@ def test_what_is_missing_or_of_another_shape_is_named(name: str) -> None:
         with pytest.raises(FormatError, match=key):
             from_variables(model, {**variables, key: value[..., :-1]}, "dir/model.ckpt")
         with pytest.raises(FormatError, match=key):
-            from_variables(model, {**variables, key: np.float32(1.0)}, "dir/model.ckpt")
+            from_variables(model, {**variables, key: np.array(1.0, np.float32)}, "dir/model.ckpt")
 
 
 def test_the_originals_model(shared: Path) -> None:

@@ -59,7 +59,7 @@ def test_values_states_and_gradients(config: LstmConfig, directions: int) -> Non
     x_reference = x.detach().clone().requires_grad_()
     vectors = x_reference.transpose(1, 2).flatten(0, 2)
     places = torch.arange(len(vectors)).view(directions, rows, window)
-    expected, expected_state = naive_bilm.run(reference, model, vectors, places, state_of(*state), lengths)
+    expected, expected_state = naive_bilm.run(reference, model, list(vectors), places, state_of(*state), lengths)
 
     generator = torch.Generator().manual_seed(4)
     total, total_reference = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)

@@ -31,7 +31,9 @@ def test_sampled_losses_and_gradients(k: int) -> None:
     ours = [random(n, p, seed=1), random(words, p, seed=2), random(words, seed=3)]
     reference = [t.detach().clone().requires_grad_() for t in ours]
     logs = torch.log(0.05 + 0.07 * torch.arange(words, dtype=torch.float64))
-    found = sampled_losses(*ours, torch.tensor(targets), logs[targets], torch.tensor(negatives), logs[negatives])
+    found = sampled_losses(
+        ours[0], ours[1], ours[2], torch.tensor(targets), logs[targets], torch.tensor(negatives), logs[negatives]
+    )
     x, weight, bias = reference
     expected = torch.stack(
         [
@@ -55,7 +57,7 @@ def test_full_losses_and_gradients() -> None:
     targets = [6, 0, -1, 3, 3]
     ours = [random(n, p, seed=1), random(words, p, seed=2), random(words, seed=3)]
     reference = [t.detach().clone().requires_grad_() for t in ours]
-    found = full_losses(*ours, torch.tensor(targets))
+    found = full_losses(ours[0], ours[1], ours[2], torch.tensor(targets))
     expected = torch.stack(
         [
             naive_bilm.full_loss(reference[0][i], reference[1], reference[2], t) if t >= 0 else reference[0].sum() * 0.0

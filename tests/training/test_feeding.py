@@ -33,7 +33,10 @@ def corpus(tmp_path: Path) -> tuple[Corpus, Vocabulary]:
 
 
 def loader_of(
-    corpus: tuple[Corpus, Vocabulary], config: PretrainConfig, streams: range | None = None, epochs: int | None = None,
+    corpus: tuple[Corpus, Vocabulary],
+    config: PretrainConfig,
+    streams: range | None = None,
+    epochs: int | None = None,
     wrap: Callable[[Iterator[Block]], Iterator[Block]] = lambda blocks: blocks,
 ) -> StreamLoader:
     text, words = corpus
@@ -45,12 +48,23 @@ def loader_of(
     def source(blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
         return thread_source(wrap(blocks), words, most, look_ahead=1)
 
-    return StreamLoader(plan, streams, StreamCursors.start(len(streams)), source, words, config.train.unroll, table,
-                        2 if config.model.bidirectional else 1)
+    return StreamLoader(
+        plan,
+        streams,
+        StreamCursors.start(len(streams)),
+        source,
+        words,
+        config.train.unroll,
+        table,
+        2 if config.model.bidirectional else 1,
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__bidirectional": False}, WORDS_UNTIED, WORDS_TIED],
-                         ids=["characters", "forward only", "words", "tied"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model__bidirectional": False}, WORDS_UNTIED, WORDS_TIED],
+    ids=["characters", "forward only", "words", "tied"],
+)
 def test_rows_stand_for_ids(corpus: tuple[Corpus, Vocabulary], changes: dict[str, Any]) -> None:
     config, words = tiny_config(**changes), corpus[1]
     loader = loader_of(corpus, config, epochs=1)
@@ -120,7 +134,9 @@ def test_resets_do_not_depend_on_workers(corpus: tuple[Corpus, Vocabulary]) -> N
     assert reset_rows(1.0, batch, range(7), 7, 5, 0).all() and not reset_rows(0.0, batch, range(7), 7, 5, 0).any()
 
 
-def feeder_of(corpus: tuple[Corpus, Vocabulary], steps: range, flags: Callable[[], Flags] = Flags, **more: Any) -> Feeder:
+def feeder_of(
+    corpus: tuple[Corpus, Vocabulary], steps: range, flags: Callable[[], Flags] = Flags, **more: Any
+) -> Feeder:
     config = tiny_config()
     loader = loader_of(corpus, config, **more)
     return Feeder(loader, StepAssembler(config, corpus[1].size, range(4), Exchange()), steps, flags, CPU)

@@ -113,12 +113,20 @@ def test_it_learns(corpus: Paths, valid: Path, tmp_path: Path) -> None:
 VARIANTS: dict[str, dict[str, Any]] = {
     "characters, adagrad": with_valid(train__dropout=0.2),
     "characters, adamw, cosine": {
-        "optim__name": "adamw", "optim__lr": 0.003, "optim__weight_decay": 0.01, "train__dropout": 0.2,
-        "optim__schedule": {"kind": "cosine", "warmup_steps": 5, "final_ratio": 0.1}, "train__reset": "block",
+        "optim__name": "adamw",
+        "optim__lr": 0.003,
+        "optim__weight_decay": 0.01,
+        "train__dropout": 0.2,
+        "optim__schedule": {"kind": "cosine", "warmup_steps": 5, "final_ratio": 0.1},
+        "train__reset": "block",
     },
     "characters, forward only, full, linear": {
-        "model__bidirectional": False, "softmax__kind": "full", "softmax__negatives": None, "train__dropout": 0.1,
-        "optim__schedule": {"kind": "linear"}, "train__reset": "never",
+        "model__bidirectional": False,
+        "softmax__kind": "full",
+        "softmax__negatives": None,
+        "train__dropout": 0.1,
+        "optim__schedule": {"kind": "linear"},
+        "train__reset": "never",
     },
     "words, bf16": {**WORDS_UNTIED, "train__precision": "bf16", "train__dropout": 0.1},
     "words, tied, adamw": {**WORDS_TIED, "optim__name": "adamw", "optim__lr": 0.01, "train__dropout": 0.1},
@@ -208,20 +216,33 @@ def held_out_loss(checkpoint: Checkpoint, plan: TrainPlan, valid: Path) -> float
     loader.close()
     assert batch.positions == text.positions
     with torch.no_grad():
-        top, _ = model(torch.from_numpy(batch.types), None, torch.from_numpy(batch.inputs),
-                       model.lstm.zero_state(n, torch.zeros(1)), torch.from_numpy(batch.lengths))
+        top, _ = model(
+            torch.from_numpy(batch.types),
+            None,
+            torch.from_numpy(batch.inputs),
+            model.lstm.zero_state(n, torch.zeros(1)),
+            torch.from_numpy(batch.lengths),
+        )
         assert model.softmax_bias is not None
-        losses = full_losses(top.flatten(0, 2), model.output_weight, model.softmax_bias,
-                             torch.from_numpy(batch.targets).flatten())
+        losses = full_losses(
+            top.flatten(0, 2), model.output_weight, model.softmax_bias, torch.from_numpy(batch.targets).flatten()
+        )
     return float(losses.double().sum()) / batch.positions / 2
 
 
 def test_best_holds_the_weights_that_were_best(corpus: Paths, valid: Path, tmp_path: Path) -> None:
     # learning falls and rises again: the rate is far too high for what comes after the warm-up
-    config = tiny_config(**with_valid(
-        train__duration="40 steps", train__validate_every="2 steps", optim__lr=3.0, train__dropout=0.0,
-        optim__schedule={"warmup_steps": 40}, train__checkpoint_every="3 steps", train__keep_last=1,
-    ))
+    config = tiny_config(
+        **with_valid(
+            train__duration="40 steps",
+            train__validate_every="2 steps",
+            optim__lr=3.0,
+            train__dropout=0.0,
+            optim__schedule={"warmup_steps": 40},
+            train__checkpoint_every="3 steps",
+            train__keep_last=1,
+        )
+    )
     plan = plan_of(tmp_path / "run", config, corpus, valid)
     result = train(plan, worker_of(plan))
     held_out = {r["step"]: r["perplexity"] for r in records(tmp_path / "run") if r["kind"] == "valid"}
@@ -235,8 +256,10 @@ def test_best_holds_the_weights_that_were_best(corpus: Paths, valid: Path, tmp_p
 
 
 def test_validation_disturbs_nothing(corpus: Paths, valid: Path, tmp_path: Path) -> None:
-    plans = [plan_of(tmp_path / "with", tiny_config(**with_valid(train__dropout=0.2)), corpus, valid),
-             plan_of(tmp_path / "without", tiny_config(train__dropout=0.2), corpus)]
+    plans = [
+        plan_of(tmp_path / "with", tiny_config(**with_valid(train__dropout=0.2)), corpus, valid),
+        plan_of(tmp_path / "without", tiny_config(train__dropout=0.2), corpus),
+    ]
     for plan in plans:
         train(plan, worker_of(plan))
     ours, theirs = (everything(newest(Path(plan.run_dir))) for plan in plans)
@@ -357,8 +380,11 @@ def test_a_file_that_changed_ends_training_with_its_name(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"data__streams": 5}, "data.streams"), ({"model__lstm": {"dim": 16, "projection_dim": 8, "n_layers": 1}}, "model"),
-     ({**WORDS_UNTIED}, "model")],
+    [
+        ({"data__streams": 5}, "data.streams"),
+        ({"model__lstm": {"dim": 16, "projection_dim": 8, "n_layers": 1}}, "model"),
+        ({**WORDS_UNTIED}, "model"),
+    ],
 )
 def test_another_model_or_other_streams_do_not_resume(
     corpus: Paths, tmp_path: Path, changes: dict[str, Any], named: str
@@ -392,7 +418,10 @@ def test_metrics_of_attempts(corpus: Paths, tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "run", tiny_config(), corpus)
     train(plan, worker_of(plan, stop=Stopper(5)))
     train(plan, worker_of(plan))
-    assert sorted(p.name for p in (tmp_path / "run" / "metrics").iterdir()) == ["attempt-001.jsonl", "attempt-002.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "run" / "metrics").iterdir()) == [
+        "attempt-001.jsonl",
+        "attempt-002.jsonl",
+    ]
     found = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
     assert [r["step"] for r in found] == [4, 8, 12, 16, 20, 24]
     assert all(r["positions_per_second"] > 0 and 0 <= r["data_wait"] for r in found)

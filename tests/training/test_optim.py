@@ -22,7 +22,9 @@ def test_schedules() -> None:
     assert [learning_rate(constant, 0.4, s, 10) for s in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
     assert learning_rate(schedule("constant"), 0.4, 0, 10) == 0.4
     linear = schedule("linear", 2, final_ratio=0.5)
-    assert [learning_rate(linear, 0.4, s, 10) for s in (0, 1, 2, 6, 10, 99)] == pytest.approx([0.2, 0.4, 0.4, 0.3, 0.2, 0.2])
+    assert [learning_rate(linear, 0.4, s, 10) for s in (0, 1, 2, 6, 10, 99)] == pytest.approx(
+        [0.2, 0.4, 0.4, 0.3, 0.2, 0.2]
+    )
     cosine = schedule("cosine", 0, final_ratio=0.1)
     assert learning_rate(cosine, 0.4, 0, 8) == pytest.approx(0.4)
     assert learning_rate(cosine, 0.4, 4, 8) == pytest.approx(0.4 * 0.55)
@@ -48,10 +50,14 @@ class Problem:
 
     def __init__(self, config: OptimConfig, dtype: torch.dtype = torch.float32):
         random = torch.Generator().manual_seed(0)
-        self.dense = {"a": nn.Parameter(torch.randn(4, 3, dtype=dtype, generator=random)),
-                      "b": nn.Parameter(torch.randn(5, dtype=dtype, generator=random))}
-        self.tables = {"w": torch.randn(9, 3, dtype=dtype, generator=random),
-                       "v": torch.randn(9, dtype=dtype, generator=random)}
+        self.dense = {
+            "a": nn.Parameter(torch.randn(4, 3, dtype=dtype, generator=random)),
+            "b": nn.Parameter(torch.randn(5, dtype=dtype, generator=random)),
+        }
+        self.tables = {
+            "w": torch.randn(9, 3, dtype=dtype, generator=random),
+            "v": torch.randn(9, dtype=dtype, generator=random),
+        }
         self.optimizer = Optimizer(config, self.dense, self.tables)
         self.dtype = dtype
 
@@ -59,8 +65,10 @@ class Problem:
         random = torch.Generator().manual_seed(100 + step)
         rows = torch.randperm(9, generator=random)[:4].sort().values
         dense = {k: torch.randn(p.shape, dtype=self.dtype, generator=random) * size for k, p in self.dense.items()}
-        some = {"w": torch.randn(4, 3, dtype=self.dtype, generator=random) * size,
-                "v": torch.randn(4, dtype=self.dtype, generator=random) * size}
+        some = {
+            "w": torch.randn(4, 3, dtype=self.dtype, generator=random) * size,
+            "v": torch.randn(4, dtype=self.dtype, generator=random) * size,
+        }
         return dense, {"w": rows, "v": rows}, some
 
     def values(self) -> dict[str, Tensor]:
@@ -74,8 +82,9 @@ class Problem:
 
 
 def test_adagrad_by_hand_with_and_without_the_clip() -> None:
-    config = OptimConfig(lr=0.2, clip_norm=3.0, initial_accumulator=0.5,
-                         schedule=ScheduleConfig(kind="linear", warmup_steps=2))
+    config = OptimConfig(
+        lr=0.2, clip_norm=3.0, initial_accumulator=0.5, schedule=ScheduleConfig(kind="linear", warmup_steps=2)
+    )
     problem = Problem(config, torch.float64)
     values = {k: v.detach().clone() for k, v in {**problem.dense, **problem.tables}.items()}
     slots = {k: torch.full_like(v, 0.5) for k, v in values.items()}
@@ -115,8 +124,14 @@ def test_whole_tables_and_rows_give_the_same(name: str) -> None:
 
 
 def test_adamw_by_hand_on_the_dense_part_and_adagrad_on_tables() -> None:
-    config = OptimConfig(name="adamw", lr=0.01, table_lr=0.3, weight_decay=0.1, clip_norm=2.0,
-                         schedule=ScheduleConfig(kind="cosine", final_ratio=0.2))
+    config = OptimConfig(
+        name="adamw",
+        lr=0.01,
+        table_lr=0.3,
+        weight_decay=0.1,
+        clip_norm=2.0,
+        schedule=ScheduleConfig(kind="cosine", final_ratio=0.2),
+    )
     problem, tables_only = Problem(config), Problem(OptimConfig(lr=0.3, clip_norm=2.0, schedule=config.schedule))
     values = {k: v.detach().clone().double() for k, v in problem.dense.items()}
     first, second = ({k: torch.zeros_like(v) for k, v in values.items()} for _ in range(2))

@@ -11,8 +11,17 @@ from elmo_ray.training.progress import Progress
 
 
 def test_round_trip() -> None:
-    progress = Progress(step=7, positions=2**40, window_positions=5, best_perplexity=12.25, best_step=4, seconds=1.5,
-                        last_valid={"step": 4, "perplexity": 12.25, "perplexity_backward": None}, skipped=1, replaced=2)
+    progress = Progress(
+        step=7,
+        positions=2**40,
+        window_positions=5,
+        best_perplexity=12.25,
+        best_step=4,
+        seconds=1.5,
+        last_valid={"step": 4, "perplexity": 12.25, "perplexity_backward": None},
+        skipped=1,
+        replaced=2,
+    )
     assert Progress.from_dict(json.loads(json.dumps(progress.to_dict())), "here") == progress
     assert Progress.from_dict(Progress().to_dict(), "here") == Progress()
 

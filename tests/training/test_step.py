@@ -26,8 +26,12 @@ VOCABULARY = Vocabulary([*SPECIAL_WORDS, *"a bb ccc dddd eeeee ffffff g hh iii".
 V, ROWS, WINDOW = VOCABULARY.size, 3, 3
 
 SMALL = {
-    "data__streams": ROWS, "train__unroll": WINDOW, "train__precision": "fp64", "train__dropout": 0.0,
-    "softmax__negatives": 5, "optim__clip_norm": 0.7,
+    "data__streams": ROWS,
+    "train__unroll": WINDOW,
+    "train__precision": "fp64",
+    "train__dropout": 0.0,
+    "softmax__negatives": 5,
+    "optim__clip_norm": 0.7,
     "model__lstm": {"dim": 6, "projection_dim": 4, "cell_clip": 0.6, "proj_clip": 0.5},
     "model__char_cnn": {"filters": [[1, 2], [2, 3]], "embedding_dim": 3, "max_characters": 9, "n_highway": 1},
 }
@@ -60,6 +64,7 @@ def batch_of(config: PretrainConfig, step: int) -> tuple[Batch, np.ndarray]:
         targets[:, row, length:] = -1
     words, places = np.unique(ids, return_inverse=True)
     places = places.reshape(ids.shape)
+    types: Any
     if config.model.input == "words":
         types, classes = words, ((len(words), 1),)
     else:
@@ -112,8 +117,11 @@ class Reference:
         table = p["word_embedding" if config.softmax.tied else "softmax_weight"]
         sums = []
         for d in range(len(ids)):
-            losses = [self.loss(outputs[-1][d][b][t], table, p["softmax_bias"], int(batch.targets[d, b, t]), d, step)
-                      for b in range(ROWS) for t in range(lengths[b])]
+            losses = [
+                self.loss(outputs[-1][d][b][t], table, p["softmax_bias"], int(batch.targets[d, b, t]), d, step)
+                for b in range(ROWS)
+                for t in range(lengths[b])
+            ]
             sums.append(torch.stack(losses).sum())
         total = torch.stack(sums).mean() / sum(lengths)
         (total * config.train.unroll).backward()
@@ -126,7 +134,9 @@ class Reference:
         self.state = [[[(h.detach(), c.detach()) for h, c in rows] for rows in layer] for layer in self.state]
         return [float(s.detach()) for s in sums], norm, gradients
 
-    def loss(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: int, d: int, step: int) -> torch.Tensor:
+    def loss(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: int, d: int, step: int
+    ) -> torch.Tensor:
         if self.config.softmax.kind == "full":
             return naive_bilm.full_loss(x, weight, bias, target)
         drawn = draw_negatives(self.config.run.seed, step, d, V, self.config.softmax.negatives)
@@ -176,8 +186,10 @@ def test_only_touched_rows_move() -> None:
     prepared, _ = StepAssembler(config, V, range(ROWS), Exchange())(batch, 1, Flags())
     TrainStep(config, model, ROWS).run(prepared)
     drawn = {int(i) for d in range(2) for i in draw_negatives(config.run.seed, 1, d, V, 2).ids}
-    touched = {"softmax_weight": drawn | {int(t) for t in batch.targets.flat if t >= 0},
-               "word_embedding": {int(i) for i in ids.flat}}
+    touched = {
+        "softmax_weight": drawn | {int(t) for t in batch.targets.flat if t >= 0},
+        "word_embedding": {int(i) for i in ids.flat},
+    }
     for name, rows in touched.items():
         moved = (dict(model.named_parameters())[name].detach() != before[name]).any(dim=1).nonzero()[:, 0].tolist()
         assert set(moved) <= rows and len(rows) < V, name

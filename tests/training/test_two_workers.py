@@ -8,6 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing
 from tiny_runs import (
     WORDS_TIED,
     WORDS_UNTIED,
@@ -51,7 +52,9 @@ NOISY = {"train__dropout": 0.3, "data__streams": 5, "train__duration": "30 steps
 def plan(folder: Path, name: str, run: str, changes: dict[str, Any], text: str = "text") -> TrainPlan:
     corpus = (folder / text / "corpus.npz", folder / text / "vocab.txt")
     config = tiny_config(**changes)
-    return plan_of(folder / run / name, config, corpus, folder / "held-out" / "corpus.npz" if config.data.valid else None)
+    return plan_of(
+        folder / run / name, config, corpus, folder / "held-out" / "corpus.npz" if config.data.valid else None
+    )
 
 
 # ---------------------------------------------------------------- in the processes
@@ -76,11 +79,11 @@ def rank_main(rank: int, folder: Path) -> None:
     note("other noise", lambda: gather(rank, noise=rank))
     note("error of one", lambda: gather(rank, error=DataError("bad line") if rank == 1 else None))
     for name, changes in RUNS.items():
-        note(name, lambda name=name, changes=changes: run(rank, plan(folder, name, "two", changes)))
+        note(name, partial(run, rank, plan(folder, name, "two", changes)))
     note("noisy", lambda: run(rank, plan(folder, "noisy", "two", NOISY)))
     for attempt in (1, 2):  # only the second worker is asked
         stopper = Stopper(7 if rank == 1 else None)
-        note(f"stopped {attempt}", lambda s=stopper: run(rank, plan(folder, "stopped", "two", NOISY), s))
+        note(f"stopped {attempt}", partial(run, rank, plan(folder, "stopped", "two", NOISY), stopper))
     note("resumed", lambda: run(rank, plan(folder, "stopped", "two", NOISY)))
     note("exact stopped", lambda: run(rank, plan(folder, "exact", "two", EXACT), Stopper(9 if rank == 0 else None)))
     broken = {"data__shuffle": "off", "data__streams": 2}
@@ -133,7 +136,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpus(folder / "broken", [40, 40])
     shard = folder / "broken" / "shard-1.txt"
     shard.write_text(shard.read_text(encoding="utf-8").replace(" ", "\n", 30), encoding="utf-8")
-    context = mp.spawn(rank_main, args=(folder,), nprocs=WORLD, join=False)  # type: ignore[no-untyped-call]
+    context = torch.multiprocessing.spawn(rank_main, args=(folder,), nprocs=WORLD, join=False)  # type: ignore
     deadline = time.monotonic() + DEADLINE_S
     while not context.join(timeout=5):
         if time.monotonic() > deadline:
