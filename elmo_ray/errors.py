@@ -1,4 +1,4 @@
-"""Errors that users can cause. A verb prints them as one line and exits with code 2; anything else is a defect of ours."""
+"""Errors that users can cause. A verb prints them as one line and exits with code 2; anything else is our defect."""
 
 
 class ElmoRayError(Exception):

@@ -151,7 +151,7 @@ def _plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult
     """Everything that the workers read is copied to the run's folder: another run may prepare another corpus
     meanwhile."""
     from elmo_ray.data.index_file import write_aside
-    from elmo_ray.training.loop import TrainPlan
+    from elmo_ray.training.plan import TrainPlan
 
     prepared.train.save(run_dir / "train.npz")
     if prepared.valid is not None:

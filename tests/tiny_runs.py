@@ -17,7 +17,7 @@ from elmo_ray.data.shards import Corpus, index_shard
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.metrics import read_metrics
 from elmo_ray.training.checkpoint import Checkpoint, open_checkpoint
-from elmo_ray.training.loop import TrainPlan, Worker
+from elmo_ray.training.plan import TrainPlan, Worker
 
 NOUNS = "cat dog bird fish horse king queen ship house river garden letter lamp soldier child teacher".split()
 VERBS = "sees hears follows finds loses paints carries keeps".split()

@@ -25,7 +25,8 @@ from elmo_ray.config import ClusterConfig
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError, ElmoRayError, TrainingError
-from elmo_ray.training.loop import TrainPlan, Worker, train
+from elmo_ray.training.loop import train
+from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.relay import LogRelay, log_to_run
 
 logger = logging.getLogger(__name__)

@@ -88,7 +88,7 @@ class Job:
     on_error: OnError
 
     def parts(self, workers: int) -> list[range]:
-        """Streams, or blocks with evaluate.reset=sentence, for `workers` processes at most; equal shares of the text."""
+        """Streams, or blocks with evaluate.reset=sentence, for up to `workers` processes; equal shares of the text."""
         if self.settings.reset == "never":
             return deal(self.settings.streams, min(workers, self.settings.streams))
         ends = np.cumsum(self.corpus.block_positions)

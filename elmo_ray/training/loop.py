@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from elmo_ray.config import Duration, PretrainConfig
+from elmo_ray.config import Duration
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.shards import Corpus
-from elmo_ray.data.streams import BlockSource, StreamCursors, StreamLoader, StreamPlan, deal
+from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError, ElmoRayError, TrainingError
 from elmo_ray.metrics import MetricsWriter, perplexity
@@ -25,46 +24,12 @@ from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
 from elmo_ray.training.optim import learning_rate
 from elmo_ray.training.perplexity import LossSums, Validation, character_table
+from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.progress import Progress
 from elmo_ray.training.ranks import Ranks
 from elmo_ray.training.saver import Saver, next_attempt
 from elmo_ray.training.snapshot import Snapshot, identity
 from elmo_ray.training.step import DTYPES, StepOutput, TrainStep
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """What to train, in plain values that travel to workers. Paths are absolute."""
-
-    config: PretrainConfig
-    run_dir: str
-    corpus_path: str
-    valid_path: str | None
-    vocabulary_path: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "config": self.config.to_dict()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainPlan:
-        return cls(**{**values, "config": PretrainConfig.from_dict(values["config"])})
-
-
-@dataclass
-class Worker:
-    """This process's place and means.
-
-    source: encodes blocks in order. register: every rank calls it with (step, path, metrics) of a committed checkpoint.
-    stop_requested: whether somebody asked to stop. prunes: whether the loop deletes old checkpoints itself.
-    """
-
-    rank: int
-    world: int
-    device: torch.device
-    source: BlockSource
-    register: Callable[[int, str, dict[str, Any]], None]
-    stop_requested: Callable[[], bool]
-    prunes: bool = True
 
 
 def train(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
@@ -187,6 +152,20 @@ class _Run:
             error = problem
         self.ranks.agree(error)
         self._event(f"start: resume from step {self.progress.step} of {self.total_steps} ({path})")
+        manifest = checkpoint.manifest
+        now = {"world": self.ranks.world, **self._conditions()}
+        changed = [f"{key} {manifest.get(key)} -> {value}" for key, value in now.items() if manifest.get(key) != value]
+        if changed:
+            self._event(f"changed since: {', '.join(changed)}; results will differ in rounding from an unbroken run's")
+
+    def _conditions(self) -> dict[str, Any]:
+        """What must be equal for a resumed run to have the same bits as one never stopped, besides `identity`."""
+        return {
+            "device": self.worker.device.type,
+            "precision": self.config.train.precision,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
 
     def _event(self, message: str) -> None:
         if self.metrics is not None:
@@ -383,14 +362,7 @@ class _Run:
         if self.ranks.rank == 0:
             tensors |= snapshot.model_tensors(self.step)
             texts = snapshot.texts(config, self.vocabulary)
-        fields = {
-            "streams": config.data.streams,
-            "identity": self._identity(),
-            "device": self.worker.device.type,
-            "precision": config.train.precision,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
+        fields = {"streams": config.data.streams, "identity": self._identity(), **self._conditions()}
         self.saver.start(progress.step, tensors, texts, fields, self.best_wanted)
         self.save_wanted = self.best_wanted = False
 

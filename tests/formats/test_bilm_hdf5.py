@@ -41,9 +41,11 @@ def contents(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
     found: dict[str, tuple[tuple[int, ...], str, int]] = {}
     with h5py.File(path, "r") as file:
         file.visititems(
-            lambda name, item: found.update({name: (item.shape, item.dtype.str, len(item.attrs))})
-            if isinstance(item, h5py.Dataset)
-            else None
+            lambda name, item: (
+                found.update({name: (item.shape, item.dtype.str, len(item.attrs))})
+                if isinstance(item, h5py.Dataset)
+                else None
+            )
         )
     return found
 
@@ -176,7 +178,7 @@ def test_bytes_changed_at_random_never_raise_another_error(tmp_path: Path) -> No
 
 
 def config_of(**values: Any) -> ModelConfig:
-    model = {"char_cnn": {"filters": [[1, 8], [2, 8]]}, "lstm": {"dim": 12, "projection_dim": 6}}
+    model: dict[str, Any] = {"char_cnn": {"filters": [[1, 8], [2, 8]]}, "lstm": {"dim": 12, "projection_dim": 6}}
     for name, value in values.items():
         section, _, key = name.partition("__")
         if key:

@@ -156,7 +156,8 @@ def test_initial_values_are_the_originals(activation: Activation) -> None:
         else:
             assert abs(float(weight.std()) - (1 / (width * 16)) ** 0.5) < 0.01
     highway = cnn.highways[0]
-    assert torch.as_tensor(highway.carry_bias).tolist() == [-2.0] * 800 and not torch.as_tensor(highway.transform_bias).any()
+    assert torch.as_tensor(highway.carry_bias).tolist() == [-2.0] * 800
+    assert not torch.as_tensor(highway.transform_bias).any()
     for matrix, fan_in in ((highway.carry_weight, 800), (highway.transform_weight, 800), (cnn.projection_weight, 800)):
         assert isinstance(matrix, torch.Tensor)
         assert abs(float(matrix.std()) - fan_in**-0.5) < 0.001

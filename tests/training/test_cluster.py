@@ -25,7 +25,7 @@ from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import ConfigError, DataError, TrainingError
 from elmo_ray.training import checkpoint as ck
 from elmo_ray.training import cluster
-from elmo_ray.training.loop import TrainPlan, Worker
+from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.relay import LogRelay, log_to_run
 
 

@@ -35,8 +35,9 @@ from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.softmax import full_losses
 from elmo_ray.training.checkpoint import Checkpoint, commit, open_checkpoint, write_part
-from elmo_ray.training.loop import TrainPlan, train
+from elmo_ray.training.loop import train
 from elmo_ray.training.perplexity import character_table
+from elmo_ray.training.plan import TrainPlan
 
 Paths = tuple[Path, Path]
 

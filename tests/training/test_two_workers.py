@@ -33,7 +33,8 @@ from tiny_runs import (
 
 from elmo_ray.errors import ConfigError, DataError
 from elmo_ray.training.exchange import Exchange, Flags
-from elmo_ray.training.loop import TrainPlan, train
+from elmo_ray.training.loop import train
+from elmo_ray.training.plan import TrainPlan
 from elmo_ray.training.ranks import Ranks
 
 WORLD = 2
