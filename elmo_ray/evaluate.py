@@ -30,7 +30,7 @@ from elmo_ray.source import Source, open_source
 from elmo_ray.training.held_out import Job, Tally, measure_part
 from elmo_ray.training.perplexity import LossSums
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("elmo_ray.evaluate")  # also where this module is __main__
 
 NOTE = (
     "<UNK> is scored as one class: a model pays for an unknown word once, not for its spelling, so measures are lower "
@@ -45,8 +45,8 @@ _COLUMNS = (
     ("mean of two", "perplexity_mean", ",.2f"),
     ("nats/word", "nats_per_word", ".4f"),
     ("bits/char", "bits_per_character", ".4f"),
-    ("forward", "bits_per_character_forward", ".4f"),
-    ("backward", "bits_per_character_backward", ".4f"),
+    ("b/c forward", "bits_per_character_forward", ".4f"),
+    ("b/c backward", "bits_per_character_backward", ".4f"),
 )
 
 

@@ -30,7 +30,7 @@ from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.embedding import embed_sentences
 from elmo_ray.source import BEST, OPTIONS, VOCABULARY, WEIGHTS, Source, open_source
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("elmo_ray.export")  # also where this module is __main__
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog .",

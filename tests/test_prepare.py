@@ -214,6 +214,7 @@ def test_memory_of_counting_is_bounded(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_warnings_about_the_text(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="elmo_ray")  # whatever another test has set
     prepare.run(configure(folder))
     assert not caplog.records
     (folder / "1.txt").write_text("It rained, and nobody came. So what?\n" * 300 + "many words " * 200, "utf-8")

@@ -1,15 +1,16 @@
-"""Whether exported files load in bilm-tf and AllenNLP, and give the same embeddings there: the programs themselves decide.
+"""Do exported files load in bilm-tf and AllenNLP, and give the same embeddings there? The programs themselves decide.
 
     python tests/benchmarks/load_in_originals.py [EXPORT_DIR ...] [--programs FOLDER]
 
-Without an EXPORT_DIR, models of several kinds are exported first, among them each that one of the programs cannot load. Every
-file is loaded by both programs, some sentences are embedded with state carried from one to the next and from zero, and the
-largest difference from our embeddings is printed; a program that `export` says cannot load a file must fail on it.
+Without an EXPORT_DIR, models of several kinds are exported first, some of which one of the programs cannot load. Both
+programs load every file and embed some sentences, with state carried from one to the next and from zero; the largest
+difference from our embeddings is printed. A program that `export` says cannot load a file must fail on it.
 
-The programs are installed into FOLDER (default ~/.cache/elmo-ray-originals, some 1.5 GB): bilm 0.1.post5 with tensorflow-cpu
-2.15.1 in a virtual environment of its own, for which Python 3.9 to 3.11 runs this; AllenNLP 2.10.1 without its dependencies,
-which want another PyTorch: its modules elmo, elmo_lstm, highway and what they compute with run as they are, and the parts
-around them (downloads, datasets, configuration), which would import spacy, transformers and more, are empty.
+The programs are installed into FOLDER (default ~/.cache/elmo-ray-originals, some 1.5 GB): bilm 0.1.post5 with
+tensorflow-cpu 2.15.1 in a virtual environment of its own, for which Python 3.9 to 3.11 must run this; AllenNLP 2.10.1
+without its dependencies, which want another PyTorch: its modules elmo, elmo_lstm, highway and what they compute with
+run as they are, and the parts around them (downloads, datasets, configuration), which would import spacy, transformers
+and more, are empty.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def compare(exports: list[Path], commands: dict[str, str], programs: Path, scrat
             for i, vectors in enumerate(embed_sentences(source.model, sentences(), source.words, mode == "carry"))
         }
         reference = scratch / f"reference-{number}.npz"
-        np.savez(reference, **ours)
+        np.savez(reference, **ours)  # type: ignore[arg-type]
         (scratch / f"{number}").symlink_to(export)
     for program, python in commands.items():
         arguments = [str(scratch / str(number)) for number in range(len(exports))]
@@ -108,7 +109,7 @@ def sentences() -> list[list[str]]:
 
 
 def export_models(folder: Path) -> list[Path]:
-    """One of every kind, with random weights and words of the text, some of them missing; also those that export refuses."""
+    """One of every kind, with random weights and every second word of the text."""
     import torch
 
     from elmo_ray.config import PretrainConfig
@@ -182,7 +183,7 @@ def load_in_bilm_tf(export: Path, programs: Path) -> dict[str, np.ndarray]:
 
     tf.disable_v2_behavior()
     sys.modules["tensorflow"] = tf
-    from bilm import Batcher, BidirectionalLanguageModel, TokenBatcher
+    from bilm import Batcher, BidirectionalLanguageModel, TokenBatcher  # type: ignore[import-not-found]
 
     options = json.loads((export / "options.json").read_text())
     weights, vocab = str(export / "weights.hdf5"), str(export / "vocab.txt")
@@ -234,13 +235,21 @@ def import_allennlp(folder: Path) -> tuple[Any, Any, Any]:
     """allennlp.modules.elmo without what the packages around it import."""
     if "allennlp" not in sys.modules:
         sys.path.append(str(folder))
-        for name in ("", ".common", ".data", ".data.token_indexers", ".data.tokenizers", ".data.fields", ".modules", ".nn"):
+        for name in (
+            "",
+            ".common",
+            ".data",
+            ".data.token_indexers",
+            ".data.tokenizers",
+            ".data.fields",
+            ".modules",
+            ".nn",
+        ):
             package = _Empty(f"allennlp{name}")
             package.__path__ = [str(folder / "allennlp" / name.replace(".", "/").lstrip("/"))]
             sys.modules[package.__name__] = package
-        for name in ("allennlp.data.instance", "allennlp.data.vocabulary", "allennlp.data.batch", "allennlp.common.file_utils",
-                     "allennlp.common.util"):  # fmt: skip
-            sys.modules[name] = _Empty(name)
+        for name in ("data.instance", "data.vocabulary", "data.batch", "common.file_utils", "common.util"):
+            sys.modules[f"allennlp.{name}"] = _Empty(f"allennlp.{name}")
         sys.modules["allennlp.common.file_utils"].cached_path = lambda path: path  # type: ignore[attr-defined]
     names = ("modules.elmo", "data.token_indexers.elmo_indexer", "nn.util")
     elmo, indexer, util = (importlib.import_module(f"allennlp.{name}") for name in names)
