@@ -28,7 +28,7 @@ from elmo_ray.run_folder import RunFolder, open_run
 
 logger = logging.getLogger(__name__)
 
-SHOWN_WORDS = ("the", "is", "one", "string", "returns", "if", "man", "time", "said")
+SHOWN_WORDS = ("the", "is", "one", "two", "string", "returns", "if", "time", "write")
 """Whose neighbours are shown at the end, as far as the vocabulary has them."""
 
 NO_FLAGS = Flags()
