@@ -29,7 +29,7 @@ from elmo_ray.data.text import OnError, decode
 from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("elmo_ray.prepare")  # __name__ is __main__ as a command
 
 # Most distinct words held for the corpus, some 0.7 GB; beyond them the rarest are dropped (see WordCounter).
 CORPUS_WORDS = 4_000_000

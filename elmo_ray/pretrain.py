@@ -26,7 +26,7 @@ from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.metrics import MetricsFollower
 from elmo_ray.run_folder import RunFolder, open_run
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("elmo_ray.pretrain")  # __name__ is __main__ as a command
 
 SHOWN_WORDS = ("the", "is", "one", "two", "string", "returns", "if", "time", "write")
 """Whose neighbours are shown at the end, as far as the vocabulary has them."""
