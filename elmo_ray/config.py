@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainValidator
 
 from elmo_ray.config_schema import Allowed, Duration, Globs, Int, Pairs, Root, Section
+from elmo_ray.errors import ConfigError
 
 __all__ = [
     "SAMPLE", "CharCnnConfig", "ClusterConfig", "ComputeConfig", "DataConfig", "Duration", "EvalConfig",
@@ -149,6 +150,13 @@ class SoftmaxConfig(Section):
 
     def _unused(self) -> dict[str, str]:
         return {"negatives": "softmax.kind=full samples no words; remove one of them"} if self.kind == "full" else {}
+
+    def check_vocabulary(self, n_words: int) -> None:
+        """Raises ConfigError where there are not enough words to draw the negatives from."""
+        if self.kind == "sampled" and self.negatives >= n_words:
+            raise ConfigError(
+                f"softmax.negatives={self.negatives}: must be below the number of words in the vocabulary, {n_words}"
+            )
 
 
 class ScheduleConfig(Section):

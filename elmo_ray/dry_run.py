@@ -15,7 +15,7 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import ConfigError
+from elmo_ray.machine import available_cores
 from elmo_ray.model.bilm import BiLM
 
 BYTES_PER_POSITION = 5.5
@@ -78,11 +78,7 @@ def dry_run(config: PretrainConfig) -> DryRun:
         words = Vocabulary.read(directory / "vocab.txt").size
     else:
         words = config.data.max_vocab or 100_000
-    if config.softmax.kind == "sampled" and config.softmax.negatives >= words:
-        raise ConfigError(
-            f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
-            f"vocabulary, {words}"
-        )
+    config.softmax.check_vocabulary(words)
     unroll, streams = config.train.unroll, config.data.streams
     if exact:
         plan = StreamPlan(Corpus.load(directory / "train.npz"), streams)
@@ -159,9 +155,8 @@ def _dense(parameters: dict[str, int]) -> int:
 
 
 def _devices() -> list[str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [f"{cores} CPU cores", *(gpus or ["no GPU"])]
+    return [f"{available_cores()} CPU cores", *(gpus or ["no GPU"])]
 
 
 def _size(count: int) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray import prepare
-from elmo_ray.command_line import Flags, run_verb
+from elmo_ray.command_line import Flags, run_verb, write_json
 from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
 from elmo_ray.dry_run import DryRun, dry_run
-from elmo_ray.errors import ConfigError, FormatError
+from elmo_ray.errors import FormatError
 from elmo_ray.metrics import MetricsFollower
 from elmo_ray.run_folder import RunFolder, open_run
 
@@ -98,15 +97,11 @@ def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
     if flags.dry_run:
         return dry_run(config)
     folder = open_run(config, flags.resume, flags.fresh)
-    if folder.finished and folder.step is not None and not _longer(config, folder):
+    if folder.finished:
         logger.info("%s: finished at step %d; nothing to do", folder.path, folder.step)
         return _finished(folder)
     prepared = prepare.run(config)
-    if config.softmax.kind == "sampled" and config.softmax.negatives >= prepared.vocabulary_size:
-        raise ConfigError(
-            f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
-            f"vocabulary, {prepared.vocabulary_size}"
-        )
+    config.softmax.check_vocabulary(prepared.vocabulary_size)
     plan = _plan(config, folder.path, prepared)
     training = _fit(plan)
     if training["stopped"]:
@@ -132,19 +127,6 @@ def _fit(plan: Any) -> dict[str, Any]:
         done.set()
         thread.join()
         follower.log()
-
-
-def _longer(config: PretrainConfig, folder: RunFolder) -> bool:
-    """Whether train.duration was changed since the run was finished."""
-    from elmo_ray.training.checkpoint import newest_checkpoint
-
-    newest = newest_checkpoint(folder.path / "checkpoints")
-    if newest is None:
-        return True
-    import yaml
-
-    saved = yaml.safe_load(newest.text("config.yaml"))
-    return bool(saved.get("train", {}).get("duration") != str(config.train.duration))
 
 
 def _plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult) -> Any:
@@ -204,14 +186,8 @@ def _finish(
     result = PretrainResult(
         run_dir, training, evaluation, unigram, export_dir, neighbours, report.terminal_curve(drawn.runs)
     )
-    _write_result(result)
+    write_json(run_dir / "result.json", result.to_dict())
     return result
-
-
-def _write_result(result: PretrainResult) -> None:
-    aside = result.run_dir / ".result.json"
-    aside.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, result.run_dir / "result.json")
 
 
 def _finished(folder: RunFolder) -> PretrainResult:

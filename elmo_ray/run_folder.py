@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import CheckpointError, ConfigError
 from elmo_ray.training.checkpoint import newest_checkpoint
@@ -18,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """path: absolute. finished: its newest checkpoint is the end of a run. step: of that checkpoint, or None."""
+    """path: absolute. step: of its newest checkpoint, or None. finished: that is the end `train.duration` asks for."""
 
     path: Path
     step: int | None
@@ -52,5 +54,7 @@ def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:
         with contextlib.suppress(CheckpointError):  # the workers will say what is wrong with it
             newest = newest_checkpoint(path / "checkpoints")
             if newest is not None:
-                step, finished = newest.step, bool(newest.json("progress.json").get("finished"))
+                saved = yaml.safe_load(newest.text("config.yaml")).get("train", {})
+                asked = saved.get("duration") == str(config.train.duration)
+                step, finished = newest.step, asked and bool(newest.json("progress.json").get("finished"))
     return RunFolder(path, step, finished)

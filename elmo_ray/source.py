@@ -28,12 +28,12 @@ from elmo_ray.training.checkpoint_reader import (
     previous_copy,
 )
 from elmo_ray.training.manifest import MANIFEST
+from elmo_ray.training.snapshot import MODEL_FILE
 
 logger = logging.getLogger(__name__)
 
 BEST, LAST = "best", "last"
 WEIGHTS, OPTIONS, VOCABULARY = "weights.hdf5", "options.json", "vocab.txt"
-_MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -144,20 +144,21 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
         raise CheckpointError(str(error)) from None
     with torch.device("meta"):
         model = BiLM(config.model, config.softmax, vocabulary.size)
-    tensors = checkpoint.tensors(_MODEL)
+    tensors = checkpoint.tensors(MODEL_FILE)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     for name in sorted(expected.keys() | tensors.keys()):
         shape = tuple(tensors[name].shape) if name in tensors else None
         if shape != expected.get(name):
             raise CheckpointError(
-                f"{checkpoint.path}/{_MODEL}: {name} has shape {shape}, "
+                f"{checkpoint.path}/{MODEL_FILE}: {name} has shape {shape}, "
                 f"config.yaml and vocab.txt ask for {expected.get(name)}"
             )
     kinds = {tensor.dtype for tensor in tensors.values()}
     if len(kinds) != 1 or not all(kind.is_floating_point for kind in kinds):
-        raise CheckpointError(f"{checkpoint.path}/{_MODEL}: has numbers of type {', '.join(sorted(map(str, kinds)))}")
+        names = ", ".join(sorted(map(str, kinds)))
+        raise CheckpointError(f"{checkpoint.path}/{MODEL_FILE}: has numbers of type {names}")
     model.load_state_dict(tensors, assign=True)
-    fingerprint = str(checkpoint.manifest["files"][_MODEL]["sha256"])
+    fingerprint = str(checkpoint.manifest["files"][MODEL_FILE]["sha256"])
     model.requires_grad_(False)
     return Source(checkpoint.path, model, config.softmax, vocabulary, checkpoint.step, fingerprint, config)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from elmo_ray.data.encode import EncodedBlock
 from elmo_ray.data.streams import Batch, IntArray, StreamCursors, block_positions
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.data.word_types import TypeTable
+from elmo_ray.data.word_types import TypeTable, distinct_types
 
 GATHERED_POSITIONS = 1 << 17
 """Positions that are gathered before their sentences are sorted by length."""
@@ -46,7 +46,12 @@ class SentenceGroup:
             tokens = self.tokens[:, at_BT]
             tokens[0::2, ~valid_BT] = vocabulary.bos
             tokens[1::2, ~valid_BT] = -1
-            types, classes, inputs = self._types(tokens[0 : 2 * directions : 2], vocabulary, characters)
+            types, classes, inputs = distinct_types(
+                tokens[0 : 2 * directions : 2],
+                vocabulary,
+                characters,
+                lambda numbers: self.unknown[numbers - vocabulary.size],
+            )
             yield Batch(
                 types,
                 classes,
@@ -56,19 +61,6 @@ class SentenceGroup:
                 np.full(len(lengths), first == 0),
                 StreamCursors.start(0),
             )
-
-    def _types(
-        self, inputs: IntArray, vocabulary: Vocabulary, characters: TypeTable | None
-    ) -> tuple[NDArray, tuple[tuple[int, int], ...], IntArray]:
-        if characters is None:
-            known = np.where(inputs >= vocabulary.size, vocabulary.unk, inputs)
-            words, places = np.unique(known, return_inverse=True)
-            return words, ((len(words), 1),), places.reshape(inputs.shape)
-        words, places = np.unique(inputs, return_inverse=True)
-        n_known = int(np.searchsorted(words, vocabulary.size))
-        unknown = self.unknown[words[n_known:] - vocabulary.size]
-        types, classes, place = characters.gather(words[:n_known], unknown)
-        return types, classes, place[places.reshape(inputs.shape)]
 
 
 def sentence_groups(

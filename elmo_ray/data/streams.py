@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from elmo_ray.data.encode import EncodedBlock
 from elmo_ray.data.shards import Block, Corpus
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.data.word_types import TypeTable
+from elmo_ray.data.word_types import TypeTable, distinct_types
 from elmo_ray.errors import DataError
 
 IntArray = NDArray[np.int64]
@@ -347,7 +347,12 @@ class StreamLoader:
             lengths[row] = filled
             self._advance(row, stream, tokens[:, row, :filled])
         self._window += 1
-        types, classes, inputs = self._types(tokens[0 : 2 * self.directions : 2], live)
+        types, classes, inputs = distinct_types(
+            tokens[0 : 2 * self.directions : 2],
+            self.vocabulary,
+            self.characters,
+            lambda numbers: self._unknown_rows(numbers, live),
+        )
         return Batch(
             types, classes, inputs, tokens[1 : 2 * self.directions : 2].copy(), lengths, new_block, self.cursors.copy()
         )
@@ -365,23 +370,18 @@ class StreamLoader:
         )  # position by position, so that windows do not matter
         cursors.audit_hash[row] = zlib.crc32(targets.tobytes(), int(cursors.audit_hash[row]))
 
-    def _types(self, inputs: NDArray[np.int64], live: list[_Piece]) -> tuple[NDArray, tuple, IntArray]:
-        size = self.vocabulary.size
-        if self.characters is None:
-            words, places = np.unique(np.where(inputs >= size, self.vocabulary.unk, inputs), return_inverse=True)
-            return words, ((len(words), 1),), places.reshape(inputs.shape)
-        words, places = np.unique(inputs, return_inverse=True)
-        n_known = int(np.searchsorted(words, size))
-        unknown = np.zeros((len(words) - n_known, self.characters.table.shape[1]), np.int16)
-        if len(unknown):
+    def _unknown_rows(self, numbers: IntArray, live: list[_Piece]) -> NDArray[np.int16]:
+        """Characters of unknown words by their numbers, from the pieces that a window is made of."""
+        assert self.characters is not None
+        rows = np.zeros((len(numbers), self.characters.table.shape[1]), np.int16)
+        if len(numbers):
             by_base = {p.unknown_base: p for p in live if len(p.unknown)}
             bases = np.array(sorted(by_base), np.int64)
-            owner = bases[np.searchsorted(bases, words[n_known:], side="right") - 1]
+            owner = bases[np.searchsorted(bases, numbers, side="right") - 1]
             for base in np.unique(owner):
                 mine = owner == base
-                unknown[mine] = by_base[int(base)].unknown[words[n_known:][mine] - base]
-        types, classes, place = self.characters.gather(words[:n_known], unknown)
-        return types, classes, place[places.reshape(inputs.shape)]
+                rows[mine] = by_base[int(base)].unknown[numbers[mine] - base]
+        return rows
 
 
 def deal(n_streams: int, workers: int) -> list[range]:

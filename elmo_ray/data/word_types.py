@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,3 +41,24 @@ class TypeTable:
         place = np.empty(len(order), np.int64)
         place[order] = np.arange(len(order))
         return types[order], tuple((int(n), c) for n, c in zip(counts, self.columns, strict=True) if n), place
+
+
+def distinct_types(
+    inputs: IntArray,
+    vocabulary: Vocabulary,
+    characters: TypeTable | None,
+    unknown_rows: Callable[[IntArray], NDArray[np.int16]],
+) -> tuple[NDArray, tuple[tuple[int, int], ...], IntArray]:
+    """The distinct words of `inputs`: types and type_classes as in `streams.Batch`, and `inputs` as indices into them.
+
+    Numbers from the vocabulary's size on are unknown words, whose characters `unknown_rows` gives for sorted numbers.
+    Without `characters`, types are vocabulary ids and unknown words are `<UNK>`.
+    """
+    if characters is None:
+        known = np.where(inputs >= vocabulary.size, vocabulary.unk, inputs)
+        words, places = np.unique(known, return_inverse=True)
+        return words, ((len(words), 1),), places.reshape(inputs.shape)
+    words, places = np.unique(inputs, return_inverse=True)
+    n_known = int(np.searchsorted(words, vocabulary.size))
+    types, classes, place = characters.gather(words[:n_known], unknown_rows(words[n_known:]))
+    return types, classes, place[places.reshape(inputs.shape)]

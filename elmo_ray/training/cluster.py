@@ -25,6 +25,7 @@ from elmo_ray.config import ClusterConfig
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError, ElmoRayError, TrainingError
+from elmo_ray.machine import available_cores
 from elmo_ray.training.loop import train
 from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.relay import LogRelay, log_to_run
@@ -288,7 +289,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     rank = context.get_world_rank()
     log_to_run(plan.run_dir, rank)
     # Ray allows one OpenMP thread for each process whatever the machine has.
-    torch.set_num_threads(cluster.threads or max(1, _cores() // context.get_local_world_size()))
+    torch.set_num_threads(cluster.threads or max(1, available_cores() // context.get_local_world_size()))
     source = functools.partial(
         ray_source,
         vocabulary_path=plan.vocabulary_path,
@@ -312,10 +313,6 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     except ElmoRayError as error:
         # As a value: Ray would retry an exception, and a user's mistake does not go away.
         return {"error": type(error).__name__, "message": str(error)}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------- stopping

@@ -7,7 +7,6 @@ change the rounding, no more.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.text import OnError
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import CheckpointError
+from elmo_ray.machine import available_cores
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.word_cache import WordCache
 from elmo_ray.source import open_source
@@ -109,7 +109,7 @@ def measure_part(job: Job, part: range, device: str, threads: int | None, share:
 
     Raises CheckpointError where the checkpoint is no longer what it was for the driver.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     torch.set_num_threads(threads or max(1, cores // share))
     source = open_source(job.checkpoint, verify=False)
     if source.fingerprint != job.fingerprint:

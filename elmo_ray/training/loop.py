@@ -16,7 +16,7 @@ from elmo_ray.data.encode import thread_source
 from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import ConfigError, ElmoRayError, TrainingError
+from elmo_ray.errors import ElmoRayError, TrainingError
 from elmo_ray.metrics import MetricsWriter, perplexity
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.training.checkpoint import newest_checkpoint, open_checkpoint
@@ -71,11 +71,7 @@ class _Run:
     def _read_data(self) -> None:
         config, worker = self.config, self.worker
         self.vocabulary = Vocabulary.read(self.plan.vocabulary_path)
-        if config.softmax.kind == "sampled" and config.softmax.negatives >= self.vocabulary.size:
-            raise ConfigError(
-                f"softmax.negatives={config.softmax.negatives}: must be below the number of words in the "
-                f"vocabulary, {self.vocabulary.size}"
-            )
+        config.softmax.check_vocabulary(self.vocabulary.size)
         corpus = Corpus.load(self.plan.corpus_path)
         seed, unroll = config.run.seed, config.train.unroll
         duration = config.train.duration
@@ -204,7 +200,7 @@ class _Run:
             self._train_on(fed)
             self.saver.poll(fed.flags)
             step = progress.step
-            if step % config.train.log_every == 0 or step == self.total_steps:
+            if self._is_log_step():
                 self._log()
             if self.validation is not None and (step % validate_every == 0 or step == self.total_steps):
                 self._validate()
@@ -237,14 +233,15 @@ class _Run:
         progress.step += 1
         progress.positions += fed.batch.positions
         progress.window_positions += fed.batch.positions
-        progress.window_steps += 1
         progress.replaced = fed.replaced
         self.window_waited += fed.waited
         self.last = output
         # reading a number waits for the device: on a GPU that is left to the log steps
-        log_step = progress.step % self.config.train.log_every == 0 or progress.step == self.total_steps
-        if self.worker.device.type == "cpu" or log_step:
+        if self.worker.device.type == "cpu" or self._is_log_step():
             self._check_finite(output)
+
+    def _is_log_step(self) -> bool:
+        return self.progress.step % self.config.train.log_every == 0 or self.progress.step == self.total_steps
 
     def _check_finite(self, output: StepOutput) -> None:
         count = int(self.not_finite)
@@ -303,7 +300,7 @@ class _Run:
             "time": time.time(),
         }
         self._write(record)
-        progress.window_positions = progress.window_steps = 0
+        progress.window_positions = 0
         self.sums.zero_()
         self.window_start, self.window_pause, self.window_waited = now, 0.0, 0.0
 

@@ -19,7 +19,6 @@ class Progress:
     step: int = 0
     positions: int = 0
     window_positions: int = 0
-    window_steps: int = 0
     best_perplexity: float | None = None
     best_step: int | None = None
     last_valid: dict[str, Any] = field(default_factory=dict)
