@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from elmo_ray import __version__
 from elmo_ray.config_schema import Key, Root, keys, unknown_key
-from elmo_ray.config_yaml import parse_yaml
+from elmo_ray.config_yaml import parse_yaml, short
 from elmo_ray.errors import ConfigError, ElmoRayError
 
 RootT = TypeVar("RootT", bound=Root)
@@ -320,7 +320,7 @@ def _override(tree: dict[str, Any], text: str, root: type[Root], known: Mapping[
     if key is not None and key.textual:
         _set(tree, name, _text(value, key))
     else:
-        _set(tree, name, parse_yaml(value, f"{name}={value}"))
+        _set(tree, name, parse_yaml(value, f"{name}={short(value, 100)}"))
 
 
 def _text(value: str, key: Key) -> Any:
@@ -360,5 +360,6 @@ def _expand(value: Any, key: str, problems: list[str]) -> Any:
         return value
     for name in dict.fromkeys(_VARIABLE.findall(value)):
         if name not in os.environ:
-            problems.append(f"{key}={value}: the environment variable {name} is not set; set it, or {key}")
+            shown = f"{short(key)}={short(value)}"
+            problems.append(f"{shown}: the environment variable {name} is not set; set it, or {short(key)}")
     return _VARIABLE.sub(lambda match: os.environ.get(match[1], ""), value)

@@ -25,6 +25,11 @@ SAMPLE = "sample"  # data.train: the embedded corpus
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
 
+_LARGE = 1e30  # of a rate, clip or decay: still a float32
+_MOST_FILTERS = 1 << 16
+_MOST_PARAMETERS = 10**10  # 40 GB, a hundred times the original's
+_MOST_POSITIONS = 1 << 25  # of a step: some GB of indices before any product
+
 
 def _reset(value: Any) -> float | str:
     if value in ("never", "block"):
@@ -39,6 +44,28 @@ Reset = Annotated[
 ]
 
 
+_MOST_WORKERS = 1 << 16
+
+
+def _workers(value: Any) -> int | tuple[int, int]:
+    """A number, or [min, max] with 1 <= min <= max."""
+    if isinstance(value, list | tuple):
+        least, most = map(_workers, value)  # ValueError for another length
+        if isinstance(least, int) and isinstance(most, int) and 1 <= least <= most:
+            return least, most
+    elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST_WORKERS:
+        if value == int(value):
+            return int(value)
+    raise ValueError("not a number of workers")
+
+
+Workers = Annotated[
+    int | tuple[int, int],
+    PlainValidator(_workers),
+    Allowed(f"an integer from 0 to {_MOST_WORKERS}, or [min, max] with 1 <= min <= max"),
+]
+
+
 class StorageConfig(Section):
     path: ClassVar[str] = "run."
     storage_path: str = Field("runs", min_length=1, description="folder of all runs; nothing is written outside of it")
@@ -46,7 +73,10 @@ class StorageConfig(Section):
 
 class RunConfig(StorageConfig):
     name: Annotated[str | None, Allowed("a file name without a slash, or null")] = Field(
-        None, pattern=_NAME, description="the run's folder under run.storage_path; null: made from the date"
+        None,
+        pattern=_NAME,
+        max_length=200,
+        description="the run's folder under run.storage_path; null: made from the date",
     )
     seed: Int = Field(1, ge=0, lt=2**63, description="of initial values, order of blocks, dropout and negatives")
     export: bool = Field(True, description="write export/ with weights.hdf5, options.json and vocab.txt at the end")
@@ -61,7 +91,7 @@ class TextConfig(Section):
         None, description="index, unpacked shards, vocabulary; null: under run.storage_path"
     )
     block_bytes: Int = Field(131072, ge=4096, le=16 << 20, description="size of the blocks that text is read in")
-    on_error: Literal["fail", "replace"] = Field("fail", description="what bytes that are not UTF-8 do")
+    on_error: Literal["fail", "replace"] = Field("fail", description="what bytes that are not UTF-8, and NULs, do")
 
 
 class DataConfig(TextConfig):
@@ -73,8 +103,10 @@ class DataConfig(TextConfig):
         "blocks", description="order of an epoch: shuffled blocks, or files as listed"
     )
     holdout: float = Field(0.0, ge=0, lt=0.5, description="share of data.train's blocks set aside as validation text")
-    min_count: Int = Field(1, ge=1, description="words seen less often are left out of a counted vocabulary")
-    max_vocab: Int | None = Field(None, ge=4, description="most lines of a counted vocabulary; null: no limit")
+    min_count: Int = Field(1, ge=1, le=10**12, description="words seen less often are left out of a counted vocabulary")
+    max_vocab: Int | None = Field(
+        None, ge=4, le=10**9, description="most lines of a counted vocabulary; null: no limit"
+    )
 
     def _unused(self) -> dict[str, str]:
         why = f"the vocabulary is read from data.vocab={self.vocab}; remove one of them"
@@ -95,16 +127,21 @@ class CharCnnConfig(Section):
         ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), description="[width, count] of each convolution"
     )
     activation: Literal["relu", "tanh"] = Field("relu", description="after the maximum over positions")
-    embedding_dim: Int = Field(16, ge=1, description="size of a character's vector")
+    embedding_dim: Int = Field(16, ge=1, le=4096, description="size of a character's vector")
     max_characters: Int = Field(50, ge=3, le=1000, description="ids of a word, its begin and end included")
-    n_highway: Int = Field(2, ge=0, description="highway layers after the convolutions")
+    n_highway: Int = Field(2, ge=0, le=100, description="highway layers after the convolutions")
 
     def _contradictions(self) -> Iterator[str]:
         if not self.filters:
             yield "model.char_cnn.filters=[]: must have a [width, count] at least"
+        if len(self.filters) > 100:
+            yield f"model.char_cnn.filters has {len(self.filters)} widths: must be <= 100"
+            return
         for width, count in self.filters:
             if width < 1 or count < 1:
                 yield f"model.char_cnn.filters has [{width}, {count}]: width and count must be integers >= 1"
+            elif count > _MOST_FILTERS:
+                yield f"model.char_cnn.filters has [{width}, {count}]: count must be <= {_MOST_FILTERS}"
             elif width > self.max_characters:
                 yield (
                     f"model.char_cnn.filters has width {width}, but a word has only "
@@ -114,11 +151,13 @@ class CharCnnConfig(Section):
 
 class LstmConfig(Section):
     path: ClassVar[str] = "model.lstm."
-    dim: Int = Field(512, ge=1, description="cells of a layer and direction")
-    projection_dim: Int = Field(128, ge=1, description="size of a layer's output; equal to dim: no projection")
-    n_layers: Int = Field(2, ge=1, description="layers of a direction")
-    cell_clip: float | None = Field(3.0, gt=0, description="bound of the cell state; null: none")
-    proj_clip: float | None = Field(3.0, gt=0, description="bound of the projected output; null: none")
+    dim: Int = Field(512, ge=1, le=1 << 16, description="cells of a layer and direction")
+    projection_dim: Int = Field(
+        128, ge=1, le=1 << 16, description="size of a layer's output; equal to dim: no projection"
+    )
+    n_layers: Int = Field(2, ge=1, le=100, description="layers of a direction")
+    cell_clip: float | None = Field(3.0, gt=0, le=_LARGE, description="bound of the cell state; null: none")
+    proj_clip: float | None = Field(3.0, gt=0, le=_LARGE, description="bound of the projected output; null: none")
     use_skip_connections: bool = Field(True, description="add a layer's input to its output from the second layer on")
 
     def _contradictions(self) -> Iterator[str]:
@@ -141,11 +180,29 @@ class ModelConfig(Section):
     def _unused(self) -> dict[str, str]:
         return {"char_cnn": "model.input=words has no char CNN; remove one of them"} if self.input == "words" else {}
 
+    def _contradictions(self) -> Iterator[str]:
+        count = self.layer_parameters()
+        if count > _MOST_PARAMETERS:
+            yield f"model has {count} parameters in its layers: must be <= {_MOST_PARAMETERS}; lower its sizes"
+
+    def layer_parameters(self) -> int:
+        """The number of parameters, tables of words and of characters left out, without making the model."""
+        cnn, lstm = self.char_cnn, self.lstm
+        cell, width, count = lstm.dim, lstm.projection_dim, 0
+        if self.input == "characters":
+            n = sum(filters for _, filters in cnn.filters)
+            count += sum(filters * (kernel * cnn.embedding_dim + 1) for kernel, filters in cnn.filters)
+            count += 2 * cnn.n_highway * n * (n + 1) + ((n + 1) * width if n != width else 0)
+        layer = (2 * width + 1) * 4 * cell + (cell * width if cell != width else 0)
+        return count + (2 if self.bidirectional else 1) * lstm.n_layers * layer
+
 
 class SoftmaxConfig(Section):
     path: ClassVar[str] = "softmax."
     kind: Literal["sampled", "full"] = Field("sampled", description="of training; evaluation is always full")
-    negatives: Int = Field(1024, ge=1, description="sampled words of a step and direction, shared by all positions")
+    negatives: Int = Field(
+        1024, ge=1, le=1 << 24, description="sampled words of a step and direction, shared by all positions"
+    )
     tied: bool = Field(False, description="use the word table of model.input=words as the softmax's weights")
 
     def _unused(self) -> dict[str, str]:
@@ -164,7 +221,7 @@ class ScheduleConfig(Section):
     kind: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="of the learning rate after the warm-up"
     )
-    warmup_steps: Int = Field(0, ge=0, description="steps of linear rise to lr")
+    warmup_steps: Int = Field(0, ge=0, le=10**12, description="steps of linear rise to lr")
     final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate as a part of lr")
 
     def _unused(self) -> dict[str, str]:
@@ -176,13 +233,13 @@ class OptimConfig(Section):
     name: Literal["adagrad", "adamw"] = Field(
         "adagrad", description="adagrad is the original's; adamw is for dense parameters"
     )
-    lr: float = Field(0.2, gt=0, description="learning rate")
+    lr: float = Field(0.2, gt=0, le=_LARGE, description="learning rate")
     table_lr: float | None = Field(
-        None, gt=0, description="of the word tables, which keep Adagrad under adamw; null: lr"
+        None, gt=0, le=_LARGE, description="of the word tables, which keep Adagrad under adamw; null: lr"
     )
-    clip_norm: float = Field(10.0, gt=0, description="bound of the global norm of all gradients")
-    initial_accumulator: float = Field(1.0, gt=0, description="first value of Adagrad's sums of squares")
-    weight_decay: float = Field(0.0, ge=0, description="of adamw")
+    clip_norm: float = Field(10.0, gt=0, le=_LARGE, description="bound of the global norm of all gradients")
+    initial_accumulator: float = Field(1.0, gt=0, le=_LARGE, description="first value of Adagrad's sums of squares")
+    weight_decay: float = Field(0.0, ge=0, le=_LARGE, description="of adamw")
     schedule: ScheduleConfig = ScheduleConfig()
 
     def _unused(self) -> dict[str, str]:
@@ -193,18 +250,20 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     path: ClassVar[str] = "train."
-    unroll: Int = Field(20, ge=1, description="positions of a stream in a step: the window of backpropagation")
+    unroll: Int = Field(
+        20, ge=1, le=1 << 16, description="positions of a stream in a step: the window of backpropagation"
+    )
     reset: Reset = Field(0.01, description="when a stream starts from zero again (probability per step)")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the input of every LSTM layer and on the last output")
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="bf16: products only; fp64: for tests")
     duration: Duration = Field(Duration(10, "epochs"), description="how long to train")
     validate_every: Duration | None = Field(Duration(1000, "steps"), description="how often to validate; null: never")
-    validate_positions: Int = Field(200_000, ge=1, description="most positions of a validation")
+    validate_positions: Int = Field(200_000, ge=1, le=10**15, description="most positions of a validation")
     checkpoint_every: Duration = Field(Duration(1000, "steps"), description="how often to write a checkpoint")
-    keep_last: Int = Field(3, ge=1, description="checkpoints kept, besides the best by validation")
-    log_every: Int = Field(50, ge=1, description="steps between two records of metrics")
+    keep_last: Int = Field(3, ge=1, le=10**6, description="checkpoints kept, besides the best by validation")
+    log_every: Int = Field(50, ge=1, le=10**9, description="steps between two records of metrics")
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="what a loss or gradient that is not finite does")
-    max_skips: Int = Field(10, ge=1, description="skipped steps that end the run")
+    max_skips: Int = Field(10, ge=1, le=10**9, description="skipped steps that end the run")
 
     def _unused(self) -> dict[str, str]:
         unused = {}
@@ -217,27 +276,58 @@ class TrainConfig(Section):
 
 class TaskConfig(Section):
     path: ClassVar[str] = "cluster."
-    workers: Int = Field(1, ge=0, description="worker processes; 0: in the calling process, without Ray")
-    cpus_per_worker: float = Field(0.5, gt=0, description="CPUs that Ray reserves for a worker")
-    max_failures: Int = Field(3, ge=0, description="restarts after lost workers before giving up")
+    workers: Int = Field(1, ge=0, le=1 << 16, description="worker processes; 0: in the calling process, without Ray")
+    cpus_per_worker: float = Field(0.5, gt=0, le=4096, description="CPUs that Ray reserves for a worker")
+    max_failures: Int = Field(3, ge=0, le=10**6, description="restarts after lost workers before giving up")
 
 
 class ComputeConfig(TaskConfig):
     device: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="auto: a GPU for each worker where the cluster has them"
     )
-    threads: Int | None = Field(None, ge=1, description="torch threads of a worker; null: its share of the cores")
+    threads: Int | None = Field(
+        None, ge=1, le=4096, description="torch threads of a worker; null: its share of the cores"
+    )
 
 
 class ClusterConfig(ComputeConfig):
-    data_cpus: float = Field(0.25, gt=0, description="CPUs of a data task; each worker runs one")
+    workers: Workers = Field(  # type: ignore[assignment]
+        1, description="worker processes; 0: in the calling process, without Ray; [min, max]: as many as have room"
+    )
+    data_cpus: float = Field(0.25, gt=0, le=4096, description="CPUs of a data task; each worker runs one")
+    timeout_s: float = Field(
+        300.0, ge=1, le=86400, description="seconds after which a worker that waits for another gives up"
+    )
+
+    resize_every_s: float = Field(
+        60.0, ge=1, le=86400, description="seconds between two looks for room for more of [min, max] workers"
+    )
+
+    def _unused(self) -> dict[str, str]:
+        if self.elastic:
+            return {}
+        return {"resize_every_s": f"cluster.workers={self.workers} never changes; set it to [min, max]"}
+
+    @property
+    def elastic(self) -> bool:
+        return isinstance(self.workers, tuple)
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class EvalConfig(Section):
     path: ClassVar[str] = "evaluate."
-    streams: Int = Field(32, ge=1, description="contiguous parts that the text is read in, each from zero states")
+    streams: Int = Field(
+        32, ge=1, le=1 << 20, description="contiguous parts that the text is read in, each from zero states"
+    )
     reset: Literal["never", "sentence"] = Field("never", description="sentence: zero states at each sentence")
-    rows: Int = Field(128, ge=1, description="streams computed at a time; the result does not depend on it")
+    rows: Int = Field(128, ge=1, le=1 << 20, description="streams computed at a time; the result does not depend on it")
 
     def _unused(self) -> dict[str, str]:
         return {"streams": "evaluate.reset=sentence depends on no stream"} if self.reset == "sentence" else {}
@@ -265,10 +355,16 @@ class PretrainConfig(Root):
     evaluate: EvalConfig = EvalConfig()
 
     def _contradictions(self) -> Iterator[str]:
-        if self.cluster.workers > self.data.streams:
+        if self.cluster.most_workers > self.data.streams:
             yield (
-                f"cluster.workers={self.cluster.workers} exceeds data.streams={self.data.streams}; "
+                f"cluster.workers={self.cluster.most_workers} exceeds data.streams={self.data.streams}; "
                 "a worker needs a stream at least"
+            )
+        positions = self.data.streams * self.train.unroll
+        if positions > _MOST_POSITIONS:
+            yield (
+                f"data.streams={self.data.streams} times train.unroll={self.train.unroll} makes steps of {positions} "
+                f"positions: must be <= {_MOST_POSITIONS}"
             )
         if self.softmax.tied and self.model.input != "words":
             yield "softmax.tied=true needs model.input=words: there is no word table to share"

@@ -9,14 +9,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from elmo_ray.config_yaml import dump_yaml, one_line, reads_as_text
+from elmo_ray.config_yaml import check_size, dump_yaml, one_line, reads_as_text, short
 from elmo_ray.errors import ConfigError
 
 RootT = TypeVar("RootT", bound="Root")
+
+MOST_DURATION = 1e15
+"""In any unit: what is counted still fits an int64."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Duration:
             raise ValueError(f"not a duration: {text}")
         number, unit = parts[0].replace("_", ""), parts[1] if parts[1].endswith("s") else parts[1] + "s"
         amount = float(number)
-        if not (math.isfinite(amount) and amount > 0) or unit not in ("steps", "epochs", "positions"):
+        if not 0 < amount <= MOST_DURATION or unit not in ("steps", "epochs", "positions"):
             raise ValueError(f"not a duration: {text}")
         return cls(amount, unit)  # type: ignore[arg-type]
 
@@ -144,8 +148,12 @@ class Section(BaseModel):
     def _check(self) -> Section:
         lines = [f"{self.path}{key} is set, but {why}" for key, why in self._unused().items() if _is_set(self, key)]
         lines.extend(self._contradictions())
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, tuple) else [value])):
+                lines.append(f"{self.path}{field.alias or name} has a NUL character, which no path or name can have")
         if lines:
-            raise ValueError("\n".join(lines))
+            raise ValueError("\n".join(map(one_line, lines)))
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,8 +183,12 @@ class Root(Section):
     @classmethod
     def from_dict(cls: type[RootT], values: Mapping[str, Any]) -> RootT:
         """From nested plain values, as YAML gives them; raises ConfigError, a line for each bad key or value."""
+        try:
+            check_size(values)
+        except ValueError as error:
+            raise ConfigError(f"the configuration has {error}") from None
         unknown, known = _known(cls, values)
-        lines = [unknown_key(cls, name) for name in unknown]
+        lines = list(dict.fromkeys(unknown_key(cls, name) for name in unknown))
         try:
             config = cls(**known)
         except ConfigError as error:
@@ -202,6 +214,7 @@ def keys(root: type[Section], prefix: str = "") -> Iterator[Key]:
 
 def unknown_key(root: type[Section], name: str) -> str:
     """The message for a key that does not exist, with the nearest one that does."""
+    name = short(name, 100)
     names = [key.name for key in keys(root)]
     last = name.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
@@ -217,9 +230,11 @@ def show(value: Any) -> str:
     if isinstance(value, str):
         text = value if reads_as_text(value) else f'"{value}"'
     else:
-        text = dump_yaml([value])[1:].strip().removesuffix("]")
-    text = one_line(text)
-    return text if len(text) <= 100 else text[:97] + "..."
+        try:
+            text = dump_yaml([value])[1:].strip().removesuffix("]")
+        except (ValueError, RecursionError, yaml.YAMLError):  # a number of thousands of digits, or no plain value
+            text = f"({type(value).__name__})"
+    return short(text, 100)
 
 
 def _known(root: type[Section], values: Mapping[str, Any], prefix: str = "") -> tuple[list[str], dict[str, Any]]:

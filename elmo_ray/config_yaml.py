@@ -1,4 +1,8 @@
-"""YAML as people expect it: the scalars of YAML 1.2, no duplicate keys, and a dumper whose output reads back alike."""
+"""YAML as people expect it: the scalars of YAML 1.2, no duplicate keys, and a dumper whose output reads back alike.
+
+Only null, booleans, numbers, strings, lists and mappings are read, and not too many of them: a stranger's file can
+neither make objects, nor grow in memory by aliases, nor be nested so deep that those who walk through it fail.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,10 @@ _FLOAT = re.compile(
 )
 _RESOLVERS = (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT))
 
+_MOST_CHARACTERS = 1 << 20
+_MOST_VALUES = 100_000  # an alias counts as often as it is used
+_DEEPEST = 40
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader whose plain scalars are YAML 1.2's, so that `off` and `no` are strings and `3e-4` is a number."""
@@ -27,35 +35,61 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-def _null(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> None:
-    return None
+def _null(loader: yaml.SafeLoader, node: yaml.Node) -> None:
+    if _NULL.match(_scalar(node)) is None:
+        raise _problem("not null", node)
 
 
-def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(str(node.value).replace("_", ""))
+def _bool(loader: yaml.SafeLoader, node: yaml.Node) -> bool:
+    text = _scalar(node)
+    if _BOOL.match(text) is None:
+        raise _problem("not true or false", node)
+    return text.lower() == "true"
 
 
-def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    text = str(node.value).replace("_", "").lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+def _int(loader: yaml.SafeLoader, node: yaml.Node) -> int:
+    return int(_scalar(node).replace("_", ""))
 
 
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _float(loader: yaml.SafeLoader, node: yaml.Node) -> float:
+    return float(_scalar(node).replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise _problem("not a mapping", node)
     result: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
         if not isinstance(key, Hashable):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            raise _problem("a key must be a word", key_node)
         if key in result:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key} is given twice", key_node.start_mark)
+            raise _problem(f"the key {key} is given twice", key_node)
         result[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
     return result
 
 
-_Loader.add_constructor("tag:yaml.org,2002:null", _null)
-_Loader.add_constructor("tag:yaml.org,2002:int", _int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _float)
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+def _scalar(node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise _problem("not a single value", node)
+    return str(node.value)
+
+
+def _problem(text: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+
+
+# Instead of SafeLoader's, which also makes dates, bytes and sets, of which no setting is one.
+_Loader.yaml_constructors = {
+    "tag:yaml.org,2002:null": _null,
+    "tag:yaml.org,2002:bool": _bool,
+    "tag:yaml.org,2002:int": _int,
+    "tag:yaml.org,2002:float": _float,
+    "tag:yaml.org,2002:map": _mapping,
+    "tag:yaml.org,2002:str": yaml.SafeLoader.construct_yaml_str,
+    "tag:yaml.org,2002:seq": yaml.SafeLoader.construct_yaml_seq,
+    None: yaml.SafeLoader.construct_undefined,
+}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -76,13 +110,38 @@ _Dumper.add_representer(
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value of one YAML document. `where` (a file or a key) begins the message of the ConfigError for a bad one."""
+    place = one_line(where)
+    if len(text) > _MOST_CHARACTERS:
+        raise ConfigError(f"{place}: has more than {_MOST_CHARACTERS} characters; settings are shorter")
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        check_size(value)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-        raise ConfigError(f"{where}{line}: {one_line(error.problem or error.context or 'not YAML')}") from None
+        raise ConfigError(f"{place}{line}: {short(error.problem or error.context or 'not YAML')}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not YAML: {one_line(str(error))}") from None
+        raise ConfigError(f"{place}: not YAML: {short(str(error))}") from None
+    return value
+
+
+def check_size(value: Any) -> None:
+    """Raises ValueError for plain values that are too many, an alias counted as often as it is used, or too deep."""
+    _size(value, {}, 0)
+
+
+def _size(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
+    """How many values this one is made of, and how deep they are."""
+    if not isinstance(value, dict | list | tuple):
+        return 1, 0
+    if id(value) not in known:
+        if depth > _DEEPEST:  # a list that contains itself ends here
+            raise ValueError(f"more than {_DEEPEST} levels deep")
+        parts = [_size(part, known, depth + 1) for part in (value.values() if isinstance(value, dict) else value)]
+        known[id(value)] = 1 + sum(n for n, _ in parts), 1 + max((height for _, height in parts), default=0)
+    count, height = known[id(value)]
+    if count > _MOST_VALUES or height > _DEEPEST:
+        raise ValueError(f"more than {_MOST_VALUES} values" if count > _MOST_VALUES else f"more than {_DEEPEST} levels")
+    return count, height
 
 
 def dump_yaml(value: Any) -> str:
@@ -98,3 +157,9 @@ def reads_as_text(text: str) -> bool:
 def one_line(text: str) -> str:
     """The text without line ends and runs of blanks, so that a message stays one line."""
     return " ".join(text.split())
+
+
+def short(text: str, most: int = 200) -> str:
+    """The text on one line and cut to `most` characters."""
+    line = one_line(text)
+    return line if len(line) <= most else line[: most - 3] + "..."

@@ -98,7 +98,7 @@ def dry_run(config: PretrainConfig) -> DryRun:
     total = sum(parameters.values())
     width = 8 if config.train.precision == "fp64" else 4
     slots = 1 if config.optim.name == "adagrad" else 2
-    rows = -(-streams // max(1, config.cluster.workers))
+    rows = -(-streams // max(1, config.cluster.fewest_workers))
     lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
     window = rows * unroll * directions
     negatives = config.softmax.negatives if config.softmax.kind == "sampled" else words

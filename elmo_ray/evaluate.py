@@ -76,12 +76,18 @@ class EvaluateResult:
             )
             for line in lines
         ]
+        replaced = (
+            [f"replaced by U+FFFD: {values['replaced']:,} invalid UTF-8 sequences or NULs"]
+            if values["replaced"]
+            else []
+        )
         how = "each sentence alone" if values["reset"] == "sentence" else f"{values['streams']} streams"
         return "\n".join(
             [
                 self.title,
                 f"perplexity (both: exp of the mean loss) with the full softmax, {how}; sentence ends count as words",
                 *table,
+                *replaced,
                 "without unknown: only sentences without an unknown word",
                 f"note: {NOTE}",
             ]
@@ -118,7 +124,7 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
         )
     directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
     data, cluster = config.data, config.cluster
-    corpus = prepare.index_texts(data.test, "data.test", directory, data.block_bytes, data.on_error)
+    corpus, found = prepare.index_texts(data.test, "data.test", directory, data.block_bytes, data.on_error)
     if not corpus.positions:
         raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
     if flags is not None and flags.dry_run:
@@ -138,6 +144,7 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
         "vocabulary": source.vocabulary.size,
         "streams": how.streams if how.reset == "never" else None,
         "reset": how.reset,
+        "replaced": found.replaced,
         "seconds": seconds,
         "note": NOTE,
     }

@@ -10,6 +10,8 @@ of a step's time that waited for text). Numbers that are not finite are written 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import math
@@ -32,7 +34,8 @@ Record = dict[str, Any]
 class MetricsWriter:
     """Appends records to RUN/metrics/attempt-AAA.jsonl, then to RUN/tensorboard where TensorBoard is installed.
 
-    The line is on its way to the disk when `write` returns, so that a crash loses at most the line being written.
+    The line is on its way to the disk when `write` returns, so that a crash loses at most the line being written. While
+    the disk is full or away, training goes on: lines wait in memory and are written when it is back.
     """
 
     def __init__(self, directory: str | Path, attempt: int, tensorboard: bool = True) -> None:
@@ -40,25 +43,54 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"attempt-{attempt:03d}.jsonl"
         _end_torn_line(self.path)
-        self._file = open(self.path, "a", encoding="utf-8", buffering=1)
+        self._file: io.FileIO | None = None
+        self._waiting = bytearray()
+        self._failing = False
         self._board = _summary_writer(Path(directory) / "tensorboard") if tensorboard else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """`record` has `kind` and `step`; `time` is added where it lacks."""
         plain = {name: _number(value) for name, value in {"time": time.time(), **record}.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._waiting += (json.dumps(plain, allow_nan=False) + "\n").encode()
+        self._flush()
         if self._board is None:
             return
-        for name, value in plain.items():
-            if name not in ("kind", "step", "time") and isinstance(value, int | float):
-                self._board.add_scalar(f"{plain['kind']}/{name}", value, plain["step"], walltime=plain["time"])
+        try:
+            for name, value in plain.items():
+                if name not in ("kind", "step", "time") and isinstance(value, int | float):
+                    self._board.add_scalar(f"{plain['kind']}/{name}", value, plain["step"], walltime=plain["time"])
+        except Exception as error:  # a writer thread that met a full disk tells of it in its own ways
+            _LOG.warning("TensorBoard's files cannot be written (%s) and end here; metrics/ has everything", error)
+            self._board = None
+
+    def _flush(self) -> None:
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)
+            while self._waiting:
+                # part of a line may be all that a disk has room for: the rest of it comes first next time
+                del self._waiting[: self._file.write(self._waiting)]
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                _LOG.warning("%s: cannot be written now (%s); training goes on", self.path, error.strerror or error)
+            self._failing = True
+            # opened anew next time: a file system that was away may not know this handle any more
+            with contextlib.suppress(OSError):
+                if self._file is not None:
+                    self._file.close()
+            self._file = None
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._flush()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
+                self._file.close()
+            self._file = None
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(Exception):  # as above
+                self._board.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

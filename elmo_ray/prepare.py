@@ -19,13 +19,13 @@ from typing import Any
 
 from elmo_ray.command_line import Flags, run_verb
 from elmo_ray.config import SAMPLE, ClusterConfig, DataConfig, PrepareConfig, PretrainConfig
-from elmo_ray.data import index_file, sample
+from elmo_ray.data import index_file, sample, scan
 from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.encode import read_block
 from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, run_here
 from elmo_ray.data.shards import Corpus, expand_paths, shard_fields
 from elmo_ray.data.tasks import perform_rows
-from elmo_ray.data.text import OnError, decode
+from elmo_ray.data.text import OnError, decode, file_status
 from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
 
@@ -37,6 +37,7 @@ CORPUS_WORDS = 4_000_000
 SMALL_BYTES = 8 << 20
 # Tasks in one Dataset: every task is an object that this process makes.
 _DATASET_TASKS = 1000
+TEXTS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class PrepareResult:
                 f"{name:<6}{files:>7,}{len(corpus):>9,}{corpus.sentences:>13,}{corpus.tokens:>15,}{corpus.characters:>16,}"
             )
         lines.append(f"vocabulary: {self.vocabulary_size:,} words in {self.vocabulary_path}")
+        if self.replaced:
+            lines.append(f"replaced by U+FFFD: {self.replaced:,} invalid UTF-8 sequences or NULs")
         if self.max_missing:
             lines.append(
                 f"counting dropped rare words {self.pruned_words:,} times ({self.pruned_tokens:,} tokens): "
@@ -141,17 +144,22 @@ def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
     """
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
-    given = Vocabulary.read(data.vocab) if data.vocab is not None else None
+    given = _read_vocabulary(data.vocab) if data.vocab is not None else None
     counter = WordCounter(CORPUS_WORDS) if given is None else None
     indexer = Indexer(directory, data.block_bytes, data.on_error, _runner(config.cluster), fresh)
     corpora: dict[str, Corpus] = {}
     findings: list[Findings] = []
-    for name, paths in _files(data, directory).items():
+    files = _files(data, directory)
+    _warn_of_vanished(directory)
+    for name, paths in files.items():
         corpora[name], found = indexer.index(paths, f"data.{name}", counter if name == "train" else None)
         findings.append(found)
     train = corpora["train"]
     if not train.tokens:
         raise DataError(f"data.train={','.join(data.train)}: no words in {len(train.shards)} files")
+    for name, corpus in corpora.items():
+        if not corpus.positions:
+            raise DataError(f"data.{name}={','.join(getattr(data, name))}: no sentence in {len(corpus.shards)} files")
     if data.holdout:
         train, corpora["valid"] = train.split(data.holdout, config.run.seed)
         if counter is not None:
@@ -193,7 +201,9 @@ def plan(config: PretrainConfig) -> PreparePlan:
     return PreparePlan({name: len(paths) for name, paths in files.items()}, len(todo), _bytes_of(todo))
 
 
-def index_texts(globs: Sequence[str], key: str, directory: Path, block_bytes: int, on_error: OnError) -> Corpus:
+def index_texts(
+    globs: Sequence[str], key: str, directory: Path, block_bytes: int, on_error: OnError
+) -> tuple[Corpus, Findings]:
     """Indexes texts in this process, without counting words: for evaluation text, which is small.
 
     `directory` is one of `prepared_dir`; ("sample",) is the sample corpus's test text. Errors name `key`.
@@ -202,7 +212,7 @@ def index_texts(globs: Sequence[str], key: str, directory: Path, block_bytes: in
         paths = list(sample.gather(directory / "sample").test)
     else:
         paths = expand_paths(globs, key)
-    return Indexer(directory, block_bytes, on_error, run_here).index(paths, key)[0]
+    return Indexer(directory, block_bytes, on_error, run_here).index(paths, key)
 
 
 def prepared_dir(storage_path: str, configured: str | None) -> Path:
@@ -231,6 +241,32 @@ def _files(data: DataConfig, directory: Path) -> dict[str, list[str]]:
     return files
 
 
+def _warn_of_vanished(directory: Path) -> None:
+    """A glob does not miss a file that is gone; those that were there the last time do."""
+    try:
+        note = json.loads((directory / "prepare.json").read_bytes())
+        before = [(name, shard["source"]) for name in TEXTS if name in note for shard in note[name]["shards"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in TEXTS:
+        gone = [source for text, source in before if text == name and not os.path.exists(source)]
+        if gone:
+            logger.warning("data.%s: %d files of the last prepare are gone (%s)", name, len(gone), gone[0])
+
+
+def _read_vocabulary(path: str) -> Vocabulary:
+    vocabulary = Vocabulary.read(path)
+    if len(vocabulary.ids) < vocabulary.size:
+        repeated = next(word for number, word in enumerate(vocabulary.words) if vocabulary.ids[word] != number)
+        logger.warning(
+            "%s: %d lines repeat a word (%r among them); the last line of each is its id, the others are never used",
+            path,
+            vocabulary.size - len(vocabulary.ids),
+            repeated,
+        )
+    return vocabulary
+
+
 def _take_back(counter: WordCounter, corpus: Corpus, on_error: OnError) -> None:
     """Words of text that is set aside are not counted: it stands for text that nobody has seen."""
     for block in corpus.blocks():
@@ -239,9 +275,14 @@ def _take_back(counter: WordCounter, corpus: Corpus, on_error: OnError) -> None:
 
 
 def _write_vocabulary(counter: WordCounter, data: DataConfig, directory: Path) -> tuple[Vocabulary, Path]:
-    """vocab.txt: the three special words, then words by falling count, equal counts in the order of the words."""
+    """vocab.txt: the three special words, then words by falling count, equal counts in the order of the words.
+
+    Words that are too long to be words are left out: a line of base64 would make a vocabulary of megabytes.
+    """
     for word in (*SPECIAL_WORDS, SKIPPED_WORD):
         counter.counts.pop(word, None)
+    for word in [word for word in counter.counts if len(word) > scan.LONG_WORD_CHARACTERS]:
+        del counter.counts[word]
     limit = data.max_vocab - len(SPECIAL_WORDS) if data.max_vocab is not None else None
     counted = counter.by_falling_count(data.min_count, limit)
     if counter.max_missing:
@@ -254,10 +295,18 @@ def _write_vocabulary(counter: WordCounter, data: DataConfig, directory: Path) -
         )
     vocabulary = Vocabulary.from_words([*SPECIAL_WORDS, *(word for word, _ in counted)])
     path = directory / "vocab.txt"
-    if path.exists() and Vocabulary.read(path).sha256 != vocabulary.sha256:
+    if path.exists() and _sha256_of(path) != vocabulary.sha256:
         logger.warning("%s: replaced; it was counted from another text or with other limits", path)
     vocabulary.write(path)
     return vocabulary, path
+
+
+def _sha256_of(path: Path) -> str | None:
+    """None for a vocabulary that cannot be read: it is about to be replaced."""
+    try:
+        return Vocabulary.read(path).sha256
+    except DataError:
+        return None
 
 
 def _runner(cluster: ClusterConfig) -> Runner:
@@ -271,12 +320,11 @@ def _runner(cluster: ClusterConfig) -> Runner:
 
 def _bytes_of(todo: Sequence[Task]) -> int:
     """About how many bytes the tasks read."""
-    from elmo_ray.data.scan import SEGMENT_BYTES
-
-    sizes = {task.get("path") or task["source"]: 0 for task in todo}
-    sizes = {path: os.path.getsize(path) for path in sizes}
+    sizes = {path: file_status(path).st_size for path in {task.get("path") or task["source"] for task in todo}}
     return sum(
-        min(sizes[task["path"]], SEGMENT_BYTES) if task["kind"] == "scan" else sizes[task.get("path") or task["source"]]
+        min(sizes[task["path"]], scan.SEGMENT_BYTES)
+        if task["kind"] == "scan"
+        else sizes[task.get("path") or task["source"]]
         for task in todo
     )
 

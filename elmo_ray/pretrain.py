@@ -32,6 +32,11 @@ SHOWN_WORDS = ("the", "is", "one", "two", "string", "returns", "if", "time", "wr
 
 NO_FLAGS = Flags()
 
+_RESULT_KEYS = (
+    "steps", "total_steps", "positions", "finished", "stopped", "best_perplexity", "best_step", "last_valid", "seconds",
+    "checkpoint",
+)  # fmt: skip
+
 UNIGRAM_POSITIONS = 50_000_000
 """Larger corpora are not read again for the unigram yardstick."""
 
@@ -97,11 +102,14 @@ def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
     if flags.dry_run:
         return dry_run(config)
     folder = open_run(config, flags.resume, flags.fresh)
-    if folder.finished:
-        logger.info("%s: finished at step %d; nothing to do", folder.path, folder.step)
-        return _finished(folder)
+    if folder.finished and (done := _finished(folder)) is not None:
+        logger.info("%s: finished at step %d; nothing to do", folder.path, done.training["steps"])
+        return done
     prepared = prepare.run(config)
     config.softmax.check_vocabulary(prepared.vocabulary_size)
+    if folder.newest is not None:
+        _check_same_run(config, folder.newest, prepared)
+    folder.make()
     plan = _plan(config, folder.path, prepared)
     training = _fit(plan)
     if training["stopped"]:
@@ -172,7 +180,10 @@ def _finish(
                         "on_error": config.data.on_error,
                     },
                     "evaluate": config.evaluate.to_dict(),
-                    "cluster": {"workers": config.cluster.workers, "cpus_per_worker": config.cluster.cpus_per_worker},
+                    "cluster": {
+                        "workers": config.cluster.fewest_workers,
+                        "cpus_per_worker": config.cluster.cpus_per_worker,
+                    },
                     "init": {"from": str(run_dir)},
                 }
             )
@@ -190,24 +201,24 @@ def _finish(
     return result
 
 
-def _finished(folder: RunFolder) -> PretrainResult:
-    """A run that was finished before: what it said then."""
+def _check_same_run(config: PretrainConfig, newest: Any, prepared: prepare.PrepareResult) -> None:
+    """Raise ConfigError before Ray starts, and before a file of the run is touched, if this is another run."""
+    from elmo_ray.data.vocabulary import Vocabulary
+    from elmo_ray.training.identity import check_identity, identity
+
+    vocabulary = Vocabulary.read(prepared.vocabulary_path)
+    check_identity(newest, identity(config, prepared.train.fingerprint, vocabulary.sha256))
+
+
+def _finished(folder: RunFolder) -> PretrainResult | None:
+    """What a run that was finished before said then; None if it was ended before it could say it."""
     try:
         values = json.loads((folder.path / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        values = {}
-    keys = ("steps", "total_steps", "positions", "finished", "stopped", "best_perplexity", "best_step", "seconds")
-    unknown = {
-        "steps": folder.step,
-        "total_steps": folder.step,
-        "positions": 0,
-        "finished": True,
-        "stopped": False,
-        "best_perplexity": None,
-        "best_step": None,
-        "seconds": 0.0,
-    }
-    training = {key: values.get(key, unknown[key]) for key in keys}
+        training = {key: values[key] for key in _RESULT_KEYS}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if folder.newest is None or training["steps"] != folder.newest.step:
+        return None  # of a shorter duration
     export_dir = values.get("export_dir")
     return PretrainResult(
         folder.path,

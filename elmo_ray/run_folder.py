@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -13,48 +12,56 @@ import yaml
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import CheckpointError, ConfigError
-from elmo_ray.training.checkpoint import newest_checkpoint
+from elmo_ray.training.checkpoint import Checkpoint, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """path: absolute. step: of its newest checkpoint, or None. finished: that is the end `train.duration` asks for."""
+    """path: absolute. newest: its newest whole checkpoint, or None. finished: that is the end `train.duration` asks
+    for. aside: where the old run goes that --fresh replaces."""
 
     path: Path
-    step: int | None
+    newest: Checkpoint | None
     finished: bool
+    aside: Path | None = None
+
+    def make(self) -> None:
+        """Move an old run aside, and make the folder. Raises ConfigError where the storage cannot be written."""
+        try:
+            if self.aside is not None:
+                os.replace(self.path, self.aside)
+                logger.info("--fresh: the run that was in %s is now in %s", self.path, self.aside)
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            storage = self.path.parent
+            raise ConfigError(f"run.storage_path={storage}: cannot be written ({error.strerror})") from None
 
 
 def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:
-    """The folder to run in. A used name needs `resume` or `fresh`; `fresh` moves the old run aside and loses nothing.
+    """The folder to run in; changes nothing on the disk, so that what fails before `make` loses nothing.
 
-    Raises ConfigError where the name is used and neither is given, or the storage cannot be written.
+    A used name needs `resume` or `fresh`; `fresh` moves the old run aside. Raises ConfigError where the name is used
+    and neither is given; CheckpointError where the run that shall go on has checkpoints and none is whole.
     """
     storage = Path(os.path.abspath(os.path.expanduser(config.run.storage_path)))
     name = config.run.name or time.strftime("run-%Y%m%d-%H%M%S")
     path = storage / name
     used = any((path / part).exists() for part in ("checkpoints", "metrics", "config.yaml"))
     if used and fresh:
-        aside = path.with_name(f"{name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-        os.replace(path, aside)
-        logger.info("--fresh: the run that was in %s is now in %s", path, aside)
-        used = False
+        return RunFolder(path, None, False, path.with_name(f"{name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
     if used and not resume:
         raise ConfigError(f"run.name={name}: {path} has a run already; --resume goes on with it, --fresh starts anew")
     if resume and not used:
         logger.info("--resume: there is no run in %s yet; starting fresh", path)
+    newest = newest_checkpoint(path / "checkpoints") if used else None
+    return RunFolder(path, newest, newest is not None and _is_finished(newest, config))
+
+
+def _is_finished(checkpoint: Checkpoint, config: PretrainConfig) -> bool:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.storage_path={storage}: cannot be written ({error.strerror})") from None
-    step, finished = None, False
-    if used:
-        with contextlib.suppress(CheckpointError):  # the workers will say what is wrong with it
-            newest = newest_checkpoint(path / "checkpoints")
-            if newest is not None:
-                saved = yaml.safe_load(newest.text("config.yaml")).get("train", {})
-                asked = saved.get("duration") == str(config.train.duration)
-                step, finished = newest.step, asked and bool(newest.json("progress.json").get("finished"))
-    return RunFolder(path, step, finished)
+        saved = yaml.safe_load(checkpoint.text("config.yaml"))["train"]["duration"]
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{checkpoint.path}/config.yaml: does not say train.duration") from None
+    return bool(saved == str(config.train.duration) and checkpoint.json("progress.json").get("finished"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from elmo_ray.config import ModelConfig, PretrainConfig, SoftmaxConfig
-from elmo_ray.config_yaml import parse_yaml
+from elmo_ray.config_yaml import parse_yaml, short
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
 from elmo_ray.formats.bilm_hdf5 import read_weights
@@ -28,6 +28,7 @@ from elmo_ray.training.checkpoint_reader import (
     previous_copy,
 )
 from elmo_ray.training.manifest import MANIFEST
+from elmo_ray.training.saved_form import check_forms
 from elmo_ray.training.snapshot import MODEL_FILE
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def open_source(
     if source is None:
         raise ConfigError("init.from is empty: name a run, a checkpoint or a weights.hdf5")
     path = Path(os.path.abspath(os.path.expanduser(source)))
-    if not path.exists() and not previous_copy(path).exists():
+    if not os.path.exists(path) and not os.path.exists(previous_copy(path)):
         raise ConfigError(f"{source}: no such file or folder; SOURCE is a run, a checkpoint or a weights.hdf5")
     weights = path if path.is_file() else path / WEIGHTS
     is_checkpoint = (path / MANIFEST).exists() or (not path.exists() and previous_copy(path).exists())
@@ -135,9 +136,11 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
     place = f"{checkpoint.path}/config.yaml"
     try:
         values = parse_yaml(checkpoint.text("config.yaml"), place)
-        config = PretrainConfig.from_dict(values if isinstance(values, dict) else {})
+        if not isinstance(values, dict):
+            raise ConfigError("must be a mapping of sections")
+        config = PretrainConfig.from_dict(values)
     except ConfigError as error:
-        raise CheckpointError(f"{place}: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{place}: {short(str(error).removeprefix(f'{place}: '), 1000)}") from None
     try:
         vocabulary = Vocabulary.read(checkpoint.path / VOCABULARY)
     except DataError as error:
@@ -145,18 +148,10 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
     with torch.device("meta"):
         model = BiLM(config.model, config.softmax, vocabulary.size)
     tensors = checkpoint.tensors(MODEL_FILE)
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    for name in sorted(expected.keys() | tensors.keys()):
-        shape = tuple(tensors[name].shape) if name in tensors else None
-        if shape != expected.get(name):
-            raise CheckpointError(
-                f"{checkpoint.path}/{MODEL_FILE}: {name} has shape {shape}, "
-                f"config.yaml and vocab.txt ask for {expected.get(name)}"
-            )
-    kinds = {tensor.dtype for tensor in tensors.values()}
-    if len(kinds) != 1 or not all(kind.is_floating_point for kind in kinds):
-        names = ", ".join(sorted(map(str, kinds)))
-        raise CheckpointError(f"{checkpoint.path}/{MODEL_FILE}: has numbers of type {names}")
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    check_forms(f"{checkpoint.path}/{MODEL_FILE}", tensors, shapes)
+    if len({tensor.dtype for tensor in tensors.values()}) != 1:
+        raise CheckpointError(f"{checkpoint.path}/{MODEL_FILE}: has numbers of several types")
     model.load_state_dict(tensors, assign=True)
     fingerprint = str(checkpoint.manifest["files"][MODEL_FILE]["sha256"])
     model.requires_grad_(False)

@@ -134,7 +134,7 @@ def test_each_of_several_mistakes_has_its_line() -> None:
 
 
 def test_a_value_with_line_ends_stays_on_one_line() -> None:
-    assert errors({"optim": {"lr": "a\nb"}}) == ["optim.lr=a b: must be a number > 0"]
+    assert errors({"optim": {"lr": "a\nb"}}) == ["optim.lr=a b: must be a number > 0 and <= 1e+30"]
 
 
 def test_words_need_no_char_cnn_and_do_not_show_one() -> None:

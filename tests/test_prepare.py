@@ -256,7 +256,7 @@ def test_sample_corpus(tmp_path: Path) -> None:
     unknown = sum(int((block.ids < 0).sum()) for block in encoded)
     assert 0 < unknown < 0.1 * result.valid.tokens
     directory = tmp_path / "runs" / "prepared"
-    test = prepare.index_texts(("sample",), "data.test", directory, 131072, "fail")
+    test, _ = prepare.index_texts(("sample",), "data.test", directory, 131072, "fail")
     assert test.fingerprint == result.test.fingerprint
 
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import queue
 import threading
+import zlib
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ def _encode_plain(data: bytes, vocabulary: Vocabulary, max_characters: int) -> E
 
 
 def read_block(block: Block) -> bytes:
-    """The bytes of a block; DataError when the file is gone or shorter than the index says."""
+    """The bytes of a block; DataError when the file is gone or these are not the bytes that were indexed."""
     try:
         with open(block.path, "rb") as file:
             file.seek(block.start)
@@ -103,19 +104,27 @@ def read_block(block: Block) -> bytes:
         raise DataError(f"{block.path}: {error.strerror}; it was there when the corpus was indexed") from None
     if len(data) != block.end - block.start:
         raise DataError(f"{block.path}: shorter than when it was indexed; run prepare again")
+    if zlib.crc32(data) != block.crc32:
+        raise DataError(
+            f"{block.path}: bytes {block.start} to {block.end} have changed since they were indexed; run prepare again "
+            "(with --fresh if the file's time of change was set back)"
+        )
     return data
 
 
 def load_block(
     block: Block, vocabulary: Vocabulary, max_characters: int = 50, on_error: OnError = "fail"
 ) -> EncodedBlock:
-    """Reads and encodes a block, and holds it to the index: DataError when the number of positions has changed."""
+    """Reads and encodes a block, and holds it to the index: DataError as in `read_block` and `encode_block`.
+
+    The same bytes have another number of positions where another version of Python takes other characters as spaces.
+    """
     data = read_block(block)
     encoded = encode_block(data, vocabulary, max_characters, on_error, block.path, block.start)
     if encoded.positions != block.positions:
         raise DataError(
             f"{block.path}: bytes {block.start} to {block.end} have {encoded.positions} positions and had "
-            f"{block.positions} when they were indexed; run prepare again"
+            f"{block.positions} when they were indexed; run prepare with --fresh"
         )
     return encoded
 

@@ -9,6 +9,7 @@ them all, the others would wait for their data and all ranks for each other.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -16,7 +17,6 @@ import os
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -159,7 +159,7 @@ def _run_segment(
     """References to the tables of a segment's groups, in order. Ray stops the tasks when this generator is closed."""
     if not ray.is_initialized():
         raise RuntimeError("Ray is not running")  # Ray Data would start a cluster of its own
-    items = [{"blocks": json.dumps([[b.path, b.start, b.end, b.positions] for b in group])} for group in segment]
+    items = [{"blocks": json.dumps([dataclasses.astuple(block) for block in group])} for group in segment]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     context = dataset.context
     context.execution_options.preserve_order = True
@@ -175,7 +175,7 @@ def _run_segment(
         yield from bundle.block_refs
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class EncodeTask:
     """What travels to the data processes: where the vocabulary is, and not the vocabulary."""
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,7 +14,11 @@ import numpy.typing as npt
 
 from elmo_ray.errors import DataError
 
-_DAMAGES = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+# What zipfile and numpy raise for damaged bytes: also RuntimeError for encryption, TypeError for a file of one array.
+_DAMAGES = (
+    OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, struct.error,
+    RuntimeError, TypeError, AttributeError, OverflowError, MemoryError,
+)  # fmt: skip
 
 
 def pack(fields: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> bytes:
@@ -29,9 +34,16 @@ def unpack(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, npt.NDArra
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-        return json.loads(arrays.pop("fields").tobytes()), arrays
+        return _fields(arrays.pop("fields")), arrays
     except _DAMAGES as error:
         raise DataError(f"{name}: damaged index ({error}); delete it and run prepare again") from None
+
+
+def _fields(text: npt.NDArray[Any]) -> dict[str, Any]:
+    fields = json.loads(text.tobytes())
+    if not isinstance(fields, dict):
+        raise ValueError("no fields in it")
+    return fields
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
@@ -43,7 +55,7 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The plain fields alone, without reading the arrays; DataError as in `read`."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return json.loads(file["fields"].tobytes())
+            return _fields(file["fields"])
     except _DAMAGES as error:
         raise DataError(f"{path}: no index ({error}); run prepare") from None
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from elmo_ray.data import index_file, scan, unpack
 from elmo_ray.data.counts import WordCounter
-from elmo_ray.data.scan import LONG_LINE_WORDS, Segment, join_segments, segment_count
+from elmo_ray.data.scan import LONG_LINE_WORDS, LONG_WORD_CHARACTERS, Segment, join_segments, segment_count
 from elmo_ray.data.shards import Corpus, Shard
 from elmo_ray.data.tasks import hash_task, perform, scan_task, unpack_task
-from elmo_ray.data.text import OnError, file_size
+from elmo_ray.data.text import OnError, file_status
 from elmo_ray.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,10 @@ class Findings:
     long_lines: int = 0
     longest_words: int = 0
     longest_place: str = ""
+    long_words: int = 0
+    long_word_place: str = ""
     marked_files: list[str] = field(default_factory=list)
+    empty_files: list[str] = field(default_factory=list)
 
     def add(self, segment: Segment, source: str, first_line: int) -> None:
         """Adds what a segment's scan found; `first_line` counts from 1."""
@@ -63,6 +66,9 @@ class Findings:
         if segment.longest_words > self.longest_words:
             self.longest_words = segment.longest_words
             self.longest_place = f"{source}, line {first_line + segment.longest_line}"
+        if segment.long_words and not self.long_words:
+            self.long_word_place = f"{source}, line {first_line + segment.long_word_line}"
+        self.long_words += segment.long_words
         if segment.byte_order_mark:
             self.marked_files.append(source)
 
@@ -83,6 +89,16 @@ class Findings:
                 self.longest_place,
                 self.longest_words,
             )
+        if self.long_words:
+            logger.warning(
+                "%s: %d words have more than %d characters (%s): is it text? A counted vocabulary leaves them out",
+                key,
+                self.long_words,
+                LONG_WORD_CHARACTERS,
+                self.long_word_place,
+            )
+        if self.empty_files:
+            logger.warning("%s: %d files have no words (%s)", key, len(self.empty_files), self.empty_files[0])
         if self.replaced:
             logger.warning("%s: %d invalid UTF-8 sequences or NULs become U+FFFD", key, self.replaced)
         if self.marked_files:
@@ -111,7 +127,7 @@ class Indexer:
         """
         texts = [self._text(source) for source in sources]
         self._perform(self._unpack_tasks(sources), f"unpacking shards of {key}", lambda task, result: None)
-        todo = self._scan_tasks(texts, counter is not None)
+        todo = self._scan_tasks(texts, sources, counter is not None)
         self._perform(todo, f"indexing {key}", lambda task, result: index_file.write_aside(self._state(task), result))
         findings = Findings()
         shards = [self._shard(*names, findings, counter) for names in zip(texts, sources, strict=True)]
@@ -122,8 +138,8 @@ class Indexer:
         """The tasks that `index` would do; of a file that is yet to be unpacked only that."""
         packed = self._unpack_tasks(sources)
         unknown = {task["source"] for task in packed}
-        texts = [self._text(source) for source in sources if source not in unknown]
-        return [*packed, *self._scan_tasks(texts, count)]
+        sources = [source for source in sources if source not in unknown]
+        return [*packed, *self._scan_tasks([self._text(source) for source in sources], sources, count)]
 
     def _unpack_tasks(self, sources: Sequence[str]) -> list[Task]:
         """The tasks that give every compressed file its text. DataError when the disk has no space for them."""
@@ -136,13 +152,15 @@ class Indexer:
             unpack.check_space([task["source"] for task in todo], self.directory)
         return todo
 
-    def _scan_tasks(self, texts: Sequence[str], count: bool) -> list[Task]:
-        """The tasks for what is not known yet about the texts, the hashes of large ones among them."""
+    def _scan_tasks(self, texts: Sequence[str], sources: Sequence[str], count: bool) -> list[Task]:
+        """The tasks for what is not known yet about the sources' texts, the hashes of large ones among them."""
         todo: list[Task] = []
         cap = SEGMENT_WORDS if count else None
-        for path in texts:
-            segments = segment_count(file_size(path))
-            wanted = [scan_task(path, number, self.block_bytes, self.on_error, cap) for number in range(segments)]
+        for path, source in zip(texts, sources, strict=True):
+            segments = segment_count(file_status(path).st_size)
+            wanted = [
+                scan_task(path, number, self.block_bytes, self.on_error, cap, source) for number in range(segments)
+            ]
             if segments > 1:
                 wanted.append(hash_task(path))
             todo.extend(task for task in wanted if self.fresh or not self._is_known(task))
@@ -190,7 +208,7 @@ class Indexer:
     def _shard(self, text: str, source: str, findings: Findings, counter: WordCounter | None) -> Shard:
         segments = []
         lines = 0
-        for number in range(segment_count(file_size(text))):
+        for number in range(segment_count(file_status(text).st_size)):
             state = self._state(scan_task(text, number, self.block_bytes, self.on_error, None))
             segment = Segment.unpack(index_file.read_bytes(state), str(state), SEGMENT_WORDS)
             findings.add(segment, source, lines + 1)
@@ -201,5 +219,11 @@ class Indexer:
             segments.append(segment)
         sha256 = None
         if len(segments) > 1:
-            sha256 = index_file.read_fields(self._state(hash_task(text)))["sha256"]
-        return join_segments(text, source, segments, sha256)
+            hashed = index_file.read_fields(self._state(hash_task(text)))
+            if (hashed["size"], hashed["mtime_ns"]) != (segments[0].size, segments[0].mtime_ns):
+                raise DataError(f"{text}: changed while it was read; run prepare again")
+            sha256 = hashed["sha256"]
+        shard = join_segments(text, source, segments, sha256)
+        if not shard.tokens:
+            findings.empty_files.append(source)
+        return shard

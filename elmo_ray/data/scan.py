@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,13 +12,15 @@ import numpy as np
 from elmo_ray.data import index_file
 from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.shards import Shard
-from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_size, line_start, split_lines
+from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_status, line_start, split_lines
 from elmo_ray.errors import DataError
 
 # A shard is scanned in segments of about this size, which may run at the same time. The cuts of blocks depend on it.
 SEGMENT_BYTES = 64 << 20
 LONG_LINE_WORDS = 250
-FORMAT_VERSION = 1
+# More characters than any model reads of a word (model.char_cnn.max_characters has this limit): not a word but data.
+LONG_WORD_CHARACTERS = 1000
+FORMAT_VERSION = 2
 _HASH_BYTES = 4 << 20
 
 
@@ -28,6 +31,7 @@ class Segment:
     size, mtime_ns, sha256: of the whole file; the hash is empty where the segment is not all of it.
     checked, joined: words looked at for signs of missing tokenisation, and those that have them.
     long_lines: lines of more than LONG_LINE_WORDS words; the longest is line `longest_line` (from 0, in the segment).
+    long_words: words of more than LONG_WORD_CHARACTERS; the first is in line `long_word_line` (from 0, in the segment).
     """
 
     path: str
@@ -43,12 +47,15 @@ class Segment:
     block_positions: list[int] = field(default_factory=list)
     block_tokens: list[int] = field(default_factory=list)
     block_characters: list[int] = field(default_factory=list)
+    block_crc32: list[int] = field(default_factory=list)
     replaced: int = 0
     checked: int = 0
     joined: int = 0
     long_lines: int = 0
     longest_words: int = 0
     longest_line: int = 0
+    long_words: int = 0
+    long_word_line: int = 0
     counts: WordCounter | None = None
 
     def pack(self) -> bytes:
@@ -74,7 +81,7 @@ class Segment:
         return sum(self.block_positions) - sum(self.block_tokens)
 
 
-_BLOCK_LISTS = ("block_ends", "block_positions", "block_tokens", "block_characters")
+_BLOCK_LISTS = ("block_ends", "block_positions", "block_tokens", "block_characters", "block_crc32")
 _PLAIN_FIELDS = tuple(
     item.name for item in dataclasses.fields(Segment) if item.name not in _BLOCK_LISTS and item.name != "counts"
 )
@@ -87,13 +94,16 @@ def segment_count(size: int) -> int:
 
 def scan_shard(path: str, block_bytes: int, on_error: OnError, cap: int | None = None) -> Iterator[Segment]:
     """Scans all segments of a file, one after the other."""
-    for number in range(segment_count(file_size(path))):
+    for number in range(segment_count(file_status(path).st_size)):
         yield scan_segment(path, number, block_bytes, on_error, cap)
 
 
-def scan_segment(path: str, number: int, block_bytes: int, on_error: OnError, cap: int | None = None) -> Segment:
+def scan_segment(
+    path: str, number: int, block_bytes: int, on_error: OnError, cap: int | None = None, source: str | None = None
+) -> Segment:
     """Scans the lines that begin in segment `number` of a file; counts words when there is a `cap` (see WordCounter).
 
+    Errors in the text name `source`, the compressed file that it was unpacked from, where there is one.
     Raises DataError for a file that cannot be read, changes meanwhile, has a line over the limit, or, unless `on_error`
     is "replace", is not UTF-8 or has a NUL.
     """
@@ -115,6 +125,9 @@ def scan_segment(path: str, number: int, block_bytes: int, on_error: OnError, ca
             now = os.fstat(file.fileno())
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
+    except DataError as error:
+        # The lines have the same numbers there, and that is the file to be corrected.
+        raise DataError(str(error).replace(path, source or path, 1)) from None
     if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
         raise DataError(f"{path}: changed while it was read; run prepare again")
     return segment
@@ -170,6 +183,7 @@ def _scan_block(segment: Segment, offset: int, data: bytes, on_error: OnError) -
     segment.block_positions.append(len(words) + count_lines(data))
     segment.block_tokens.append(len(words))
     segment.block_characters.append(len("".join(words)))
+    segment.block_crc32.append(zlib.crc32(data))
 
 
 def _is_joined(word: str) -> bool:
@@ -179,12 +193,19 @@ def _is_joined(word: str) -> bool:
 
 def _find_long_lines(segment: Segment, text: str) -> None:
     lines = split_lines(text)
-    # n words need at least 2 n - 1 characters, so most lines are settled by their length.
+    # n words need at least 2 n - 1 characters, so most lines are settled by their length; a long word has more.
     if max(map(len, lines), default=0) <= 2 * LONG_LINE_WORDS:
         return
     before = segment.sentences
     for number, line in enumerate(lines):
-        if len(line) > 2 * LONG_LINE_WORDS and (words := len(line.split())) > LONG_LINE_WORDS:
+        if len(line) <= 2 * LONG_LINE_WORDS:
+            continue
+        words = line.split()
+        if len(words) > LONG_LINE_WORDS:
             segment.long_lines += 1
-            if words > segment.longest_words:
-                segment.longest_words, segment.longest_line = words, before + number
+            if len(words) > segment.longest_words:
+                segment.longest_words, segment.longest_line = len(words), before + number
+        long_words = sum(len(word) > LONG_WORD_CHARACTERS for word in words)
+        if long_words and not segment.long_words:
+            segment.long_word_line = before + number
+        segment.long_words += long_words

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,17 +19,21 @@ logger = logging.getLogger(__name__)
 
 Int64 = npt.NDArray[np.int64]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Block:
-    """The lines in bytes [start, end) of a text file, and their positions: words + sentences, in each direction."""
+    """The lines in bytes [start, end) of a text file.
+
+    positions: words + sentences, in each direction. crc32: of the bytes (zlib), 0 to 2**32 - 1.
+    """
 
     path: str
     start: int
     end: int
     positions: int
+    crc32: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +43,8 @@ class Shard:
     path:       absolute path of the seekable text; `source` is the file it was unpacked from, or the same path.
     size, mtime_ns, sha256: of the file at `path`, in bytes, ns and hexadecimal.
     characters: Unicode code points of all words.
-    block_*:    int64 [n]: the byte each block ends at; its positions, words and code points of its words.
+    block_*:    int64 [n]: the byte each block ends at; its positions, words and code points of its words; the CRC-32
+                of its bytes.
     """
 
     path: str
@@ -53,6 +59,7 @@ class Shard:
     block_positions: Int64
     block_tokens: Int64
     block_characters: Int64
+    block_crc32: Int64
 
 
 class Corpus:
@@ -60,7 +67,7 @@ class Corpus:
 
     block_shard:  int32 [N], index into `shards`.
     block_start, block_end: int64 [N], bytes.
-    block_positions, block_tokens, block_characters: int64 [N].
+    block_positions, block_tokens, block_characters, block_crc32: int64 [N].
     positions, tokens, sentences, characters: their sums over the corpus's blocks.
     """
 
@@ -73,6 +80,7 @@ class Corpus:
         block_positions: Int64,
         block_tokens: Int64,
         block_characters: Int64,
+        block_crc32: Int64,
     ) -> None:
         self.shards = tuple(shards)
         self.block_shard = block_shard
@@ -81,6 +89,7 @@ class Corpus:
         self.block_positions = block_positions
         self.block_tokens = block_tokens
         self.block_characters = block_characters
+        self.block_crc32 = block_crc32
         self.positions = int(block_positions.sum())
         self.tokens = int(block_tokens.sum())
         self.sentences = self.positions - self.tokens
@@ -100,6 +109,7 @@ class Corpus:
             np.concatenate([empty, *(shard.block_positions for shard in shards)]),
             np.concatenate([empty, *(shard.block_tokens for shard in shards)]),
             np.concatenate([empty, *(shard.block_characters for shard in shards)]),
+            np.concatenate([empty, *(shard.block_crc32 for shard in shards)]),
         )
 
     def __len__(self) -> int:
@@ -113,6 +123,7 @@ class Corpus:
             int(self.block_start[index]),
             int(self.block_end[index]),
             int(self.block_positions[index]),
+            int(self.block_crc32[index]),
         )
 
     def blocks(self) -> Iterable[Block]:
@@ -139,6 +150,7 @@ class Corpus:
             self.block_positions[indices],
             self.block_tokens[indices],
             self.block_characters[indices],
+            self.block_crc32[indices],
         )
 
     def split(self, holdout: float, seed: int) -> tuple["Corpus", "Corpus"]:
@@ -182,7 +194,7 @@ class Corpus:
         try:
             if fields["format_version"] != _FORMAT_VERSION:
                 raise DataError(
-                    f"{path}: index format {fields['format_version']}, not {_FORMAT_VERSION}; prepare again"
+                    f"{path}: index format {fields['format_version']}, not {_FORMAT_VERSION}; run prepare again"
                 )
             shards = [
                 Shard(**{**shard, **{name: arrays[f"shard{number}/{name}"] for name in _SHARD_ARRAYS}})
@@ -193,8 +205,8 @@ class Corpus:
             raise DataError(f"{path}: not a corpus index; run prepare again") from None
 
 
-_CORPUS_ARRAYS = ("shard", "start", "end", "positions", "tokens", "characters")
-_SHARD_ARRAYS = ("block_ends", "block_positions", "block_tokens", "block_characters")
+_CORPUS_ARRAYS = ("shard", "start", "end", "positions", "tokens", "characters", "crc32")
+_SHARD_ARRAYS = ("block_ends", "block_positions", "block_tokens", "block_characters", "block_crc32")
 _SHARD_FIELDS = ("path", "source", "size", "mtime_ns", "sentences", "tokens", "characters", "sha256")
 
 
@@ -226,12 +238,25 @@ def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
             path = os.path.abspath(name)
             if os.path.isdir(path):
                 raise ConfigError(f"{key}={pattern}: {name} is a directory; name its files, as in {name}/*.txt")
-            if not os.path.isfile(path) or not os.access(path, os.R_OK):
-                raise DataError(f"{path}: cannot be read ({key}={pattern})")
+            reason = _why_unreadable(path)
+            if reason is not None:
+                raise DataError(f"{path}: {reason} ({key}={pattern}); mend or remove it, or name other files")
             if path in paths:
                 logger.warning("%s: %s is named twice and is used once", key, path)
             paths[path] = None
     return list(paths)
+
+
+def _why_unreadable(path: str) -> str | None:
+    """What keeps a path from being read as a file. A pipe is never opened: that would wait for a writer."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        link = f"is a symbolic link to {os.readlink(path)}: " if os.path.islink(path) else ""
+        return f"{link}{error.strerror}"
+    if not stat.S_ISREG(mode):
+        return "is no regular file but a pipe or a device"
+    return None if os.access(path, os.R_OK) else "no permission to read it"
 
 
 def _scramble(values: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:

@@ -11,7 +11,7 @@ import heapq
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import islice
 
@@ -34,28 +34,26 @@ class StreamCursors:
     """Where some streams are, one element a stream: shares finished, positions consumed of the next share, and the
     audit.
 
-    `audit_positions` counts all positions ever consumed, `audit_hash` is a running CRC-32 of their target ids.
+    `audit_positions` counts all positions ever consumed, `audit_hash` is a running CRC-32 of their target ids,
+    `replaced` counts the damaged places in the text that became U+FFFD (a block's count with its first position).
     """
 
     epoch: IntArray
     offset: IntArray
     audit_positions: IntArray
     audit_hash: IntArray
+    replaced: IntArray
 
     @classmethod
     def start(cls, n_streams: int) -> StreamCursors:
-        return cls(*(np.zeros(n_streams, np.int64) for _ in range(4)))
+        return cls(*(np.zeros(n_streams, np.int64) for _ in fields(cls)))
 
     def copy(self) -> StreamCursors:
-        return StreamCursors(*(a.copy() for a in (self.epoch, self.offset, self.audit_positions, self.audit_hash)))
+        return StreamCursors(*(array.copy() for array in self.arrays().values()))
 
     def arrays(self) -> dict[str, IntArray]:
-        return {
-            "epoch": self.epoch,
-            "offset": self.offset,
-            "audit_positions": self.audit_positions,
-            "audit_hash": self.audit_hash,
-        }
+        """Name -> values, in the order in which the constructor takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -192,6 +190,7 @@ class _Piece:
     tokens: NDArray[np.int64]  # [4, n]
     unknown_base: int
     unknown: NDArray[np.int16]
+    replaced: int
     taken: int = 0
 
 
@@ -246,7 +245,6 @@ class StreamLoader:
         self.plan, self.streams, self.unroll, self.directions = plan, streams, unroll, directions
         self.vocabulary, self.characters = vocabulary, characters
         self.cursors = cursors.copy()
-        self.replaced = 0
         self._window = 0
         self._pieces: list[deque[_Piece]] = [deque() for _ in streams]
         self._next_base = vocabulary.size
@@ -303,8 +301,9 @@ class StreamLoader:
                 f"{path}: a block has {tokens.shape[1]} positions, the index says {expected}: "
                 "the file changed since it was prepared; run prepare again"
             )
-        self.replaced += block.replaced
-        piece = _Piece(tokens[:, share.first : share.last], self._next_base, block.unknown)
+        # a block that several streams share, or that is read again after a resume, is counted once
+        replaced = block.replaced if share.first == 0 else 0
+        piece = _Piece(tokens[:, share.first : share.last], self._next_base, block.unknown, replaced)
         self._next_base += len(block.unknown)
         self._pieces[share.stream - self.streams.start].append(piece)
 
@@ -340,6 +339,8 @@ class StreamLoader:
                 n = min(unroll - filled, piece.tokens.shape[1] - piece.taken)
                 tokens[:, row, filled : filled + n] = piece.tokens[:, piece.taken : piece.taken + n]
                 live.append(piece)
+                if piece.taken == 0:
+                    self.cursors.replaced[row] += piece.replaced
                 filled += n
                 piece.taken += n
                 if piece.taken == piece.tokens.shape[1]:

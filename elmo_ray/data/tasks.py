@@ -7,12 +7,12 @@ runs, so the processes must see the same folders.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elmo_ray.data import index_file
 from elmo_ray.data.scan import hash_file, scan_segment
+from elmo_ray.data.text import file_status
 from elmo_ray.data.unpack import unpack
 from elmo_ray.errors import ElmoRayError
 
@@ -25,7 +25,9 @@ def unpack_task(source: str, target: str) -> dict[str, Any]:
     return {"kind": "unpack", "source": source, "target": target}
 
 
-def scan_task(path: str, number: int, block_bytes: int, on_error: str, cap: int | None) -> dict[str, Any]:
+def scan_task(
+    path: str, number: int, block_bytes: int, on_error: str, cap: int | None, source: str | None = None
+) -> dict[str, Any]:
     """Scans a segment, see `scan_segment`; the result is `Segment.pack()`."""
     return {
         "kind": "scan",
@@ -34,6 +36,7 @@ def scan_task(path: str, number: int, block_bytes: int, on_error: str, cap: int 
         "block_bytes": block_bytes,
         "on_error": on_error,
         "cap": cap,
+        "source": source,
     }
 
 
@@ -70,7 +73,8 @@ def perform(task: dict[str, Any]) -> bytes:
         unpack(arguments["source"], Path(arguments["target"]))
         return b""
     if task["kind"] == "hash":
-        status = os.stat(arguments["path"])
-        fields = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": hash_file(arguments["path"])}
+        path = arguments["path"]
+        status = file_status(path)
+        fields = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": hash_file(path)}
         return index_file.pack(fields, {})
     return scan_segment(**arguments).pack()

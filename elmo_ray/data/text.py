@@ -130,10 +130,10 @@ def cut_blocks(file: BinaryIO, start: int, end: int, block_bytes: int) -> Iterat
         start += len(data)
 
 
-def file_size(path: str) -> int:
-    """Size in bytes; DataError when the file cannot be looked at."""
+def file_status(path: str) -> os.stat_result:
+    """Size, times and so on; DataError when the file cannot be looked at."""
     try:
-        return os.stat(path).st_size
+        return os.stat(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; has the file been moved since it was listed?") from None
 

@@ -15,6 +15,16 @@ from typing import BinaryIO
 from elmo_ray.errors import DataError
 
 _MAGIC = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd"}
+# What else a corpus may come in. With data.on_error=replace it would otherwise be taken as text.
+_FOREIGN = {
+    b"\xfd7zXZ\0": ("is an xz file", "unpack it"),
+    b"BZh": ("is a bzip2 file", "unpack it"),
+    b"PK\x03\x04": ("is a zip file", "unpack it"),
+    b"\xff\xfe": ("is UTF-16 or UTF-32", "convert it to UTF-8"),
+    b"\xfe\xff": ("is UTF-16 or UTF-32", "convert it to UTF-8"),
+}
+# The first block, or the end, of a bzip2 file.
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")
 _READ_BYTES = 1 << 18
 # Left free on the disk, and how often that is looked at while unpacking.
 _SPARE_BYTES = 64 << 20
@@ -26,11 +36,12 @@ _USUAL_RATIO = 4
 def compression(path: str) -> str | None:
     """ "gz", "zst", or None for plain text, by the file's first bytes.
 
-    Raises DataError when the file's name says otherwise (an empty or foreign file) or it cannot be read.
+    Raises DataError when the file's name says otherwise (an empty or foreign file), when it is packed or spelt in
+    another way that its first bytes tell, or when it cannot be read.
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(4)
+            head = file.read(10)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     suffix = path.rpartition(".")[2]
@@ -38,7 +49,12 @@ def compression(path: str) -> str | None:
         if head.startswith(magic):
             return kind
     if suffix in _MAGIC:
-        raise DataError(f"{path}: is no .{suffix} file (it begins with {head!r}); rename or replace it")
+        what = f"it begins with {head[:4]!r}" if head else "it is empty"
+        raise DataError(f"{path}: is no .{suffix} file ({what}); rename or replace it")
+    for magic, (what, cure) in _FOREIGN.items():
+        # "BZh" may begin a text; bzip2 goes on with a digit and one of these.
+        if head.startswith(magic) and (magic != b"BZh" or head[4:10] in _BZIP2_BLOCKS):
+            raise DataError(f"{path}: {what}; {cure} first")
     return None
 
 
@@ -52,13 +68,13 @@ def unpacked_path(source: str, directory: Path) -> Path:
 
 
 def is_unpacked(source: str, target: Path) -> bool:
-    """Whether `target` is the whole text of `source` as it is now."""
+    """Whether `target` is the whole text of `source` as it is now, and nobody has changed it since."""
     try:
         note = json.loads(_note(target).read_text("utf-8"))
         status, text = os.stat(source), os.stat(target)
     except (OSError, ValueError):
         return False
-    return bool(note == _fields(status, text.st_size))
+    return bool(note == _fields(status, text))
 
 
 def check_space(sources: Sequence[str], directory: Path) -> None:
@@ -98,7 +114,7 @@ def unpack(source: str, target: Path) -> int:
             text.flush()
             os.fsync(text.fileno())
         os.replace(aside, target)
-        _note(target).write_text(json.dumps(_fields(status, size)), "utf-8")
+        _note(target).write_text(json.dumps(_fields(status, os.stat(target))), "utf-8")
     except OSError as error:
         raise DataError(f"{source}: cannot be unpacked to {target.parent} ({error.strerror or error})") from None
     finally:
@@ -173,8 +189,13 @@ def _note(target: Path) -> Path:
     return target.with_suffix(".unpacked.json")
 
 
-def _fields(source: os.stat_result, text_bytes: int) -> dict[str, int]:
-    return {"source_size": source.st_size, "source_mtime_ns": source.st_mtime_ns, "text_size": text_bytes}
+def _fields(source: os.stat_result, text: os.stat_result) -> dict[str, int]:
+    return {
+        "source_size": source.st_size,
+        "source_mtime_ns": source.st_mtime_ns,
+        "text_size": text.st_size,
+        "text_mtime_ns": text.st_mtime_ns,
+    }
 
 
 def _is_alive(pid: str) -> bool:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from elmo_ray.data import index_file
 from elmo_ray.data.characters import encode_words, sentence_marker_rows
 from elmo_ray.data.lookup import WordTable
+from elmo_ray.data.text import split_lines
 from elmo_ray.errors import DataError
 
 SENTENCE_BEGIN_WORD = "<S>"
@@ -60,22 +61,25 @@ class Vocabulary:
     def read(cls, path: str | os.PathLike[str]) -> "Vocabulary":
         """Reads a vocabulary file: stripped lines (ended by \\n, \\r\\n or \\r), `!!!MAXTERMID` left out.
 
-        Raises DataError when the file is missing, is not UTF-8 (with the line), or lacks a special word.
+        Raises DataError when the file is missing, is not UTF-8 (with the line), or lacks a special word, be it for a
+        byte order mark before it.
         """
         name = os.fspath(path)
         try:
+            if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+                # A pipe can be read once only, and the vocabulary is read by every process.
+                raise DataError(f"{name}: is no regular file but a pipe or a device; name a file")
             data = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{name}: cannot read the vocabulary ({error.strerror})") from None
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
+            line = len(split_lines(data[: error.start].decode() + "."))
             raise DataError(f"{name}, line {line}: not UTF-8; convert the vocabulary to UTF-8") from None
-        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        if not lines[-1]:
-            lines.pop()
-        words = (line.strip() for line in lines)
+        if text.startswith(tuple(f"\ufeff{word}" for word in SPECIAL_WORDS)):
+            raise DataError(f"{name}, line 1: a byte order mark, which would be part of the first word; remove it")
+        words = (line.strip() for line in split_lines(text))
         return cls((word for word in words if word != SKIPPED_WORD), path=os.path.abspath(name))
 
     def write(self, path: str | os.PathLike[str]) -> None:

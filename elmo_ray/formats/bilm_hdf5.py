@@ -6,6 +6,7 @@ file. Reading compares every dataset's kind and shape with the options before it
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ BILM_TF_LAYERS = 8
 _CELL = re.compile(r"lm/RNN_(\d)/rnn/(?:multi_rnn_cell/cell_(\d+)/)?lstm_cell/(.+)")
 _CELL_PARTS = {"kernel": "W_0", "bias": "B", "projection/kernel": "W_P_0"}
 _EMBEDDING = "embedding"
+_MOST_SLACK = 1 << 24
 _DAMAGES = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError)
 
 
@@ -116,8 +118,9 @@ class _Datasets(Mapping[str, np.ndarray]):
 
     def __init__(self, path: str, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]):
         self.file, self.shapes = file, shapes
-        for variable, shape in shapes.items():
-            _check(path, file, _dataset(variable), shape)
+        needed = sum(_check(path, file, _dataset(variable), shape) for variable, shape in shapes.items())
+        if needed > os.path.getsize(path):
+            raise FormatError(f"{path}: has {os.path.getsize(path)} bytes, but its arrays need {needed}")
 
     def __getitem__(self, variable: str) -> np.ndarray:
         return np.asarray(self.file[_dataset(variable)][...], dtype=np.float32)
@@ -138,12 +141,27 @@ def _dataset(variable: str) -> str:
     return f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer or 0}/LSTMCell/{_CELL_PARTS[part]}"
 
 
-def _check(path: str, file: h5py.File, name: str, shape: tuple[int, ...]) -> None:
+def _check(path: str, file: h5py.File, name: str, shape: tuple[int, ...]) -> int:
+    """The bytes of a dataset that may be read."""
     dataset = _local(path, file, name)
     if tuple(dataset.shape or ()) != shape:
         raise FormatError(f"{path}: {name} has shape {list(dataset.shape or ())}, the options ask for {list(shape)}")
     if dataset.dtype.kind != "f":
         raise FormatError(f"{path}: {name} has numbers of type {dataset.dtype}, not floats")
+    _check_storage(path, dataset, name)
+    return int(dataset.nbytes)
+
+
+def _check_storage(path: str, dataset: h5py.Dataset, name: str) -> None:
+    """A few bytes can declare terabytes: what is read must lie in the file, number by number."""
+    stored, needed = dataset.id.get_storage_size(), dataset.nbytes
+    if dataset.id.get_create_plist().get_nfilters():
+        # compressed data grow by what their author wants, whatever their shape says
+        raise FormatError(f"{path}: {name} is compressed; unpack the file first: h5repack -f NONE IN OUT")
+    if stored < needed or stored > _MOST_SLACK + 2 * needed:
+        raise FormatError(f"{path}: {name} has {stored} bytes in the file, not the {needed} of its shape")
+    if dataset.chunks is not None and math.prod(dataset.chunks) * dataset.dtype.itemsize > _MOST_SLACK + 2 * needed:
+        raise FormatError(f"{path}: {name} is stored in chunks of {list(dataset.chunks)}, larger than itself")
 
 
 def _local(path: str, file: h5py.File, name: str) -> h5py.Dataset:
@@ -166,6 +184,8 @@ def _word_count(path: str, file: h5py.File, width: int) -> int:
     dataset = _local(path, file, _EMBEDDING)
     n_words = dataset.shape[0] if dataset.ndim == 2 else 0
     _check(path, file, _EMBEDDING, (n_words, width))
+    if not n_words:
+        raise FormatError(f"{path}: {_EMBEDDING} has shape {list(dataset.shape or ())}, which is no table of words")
     return int(n_words)
 
 

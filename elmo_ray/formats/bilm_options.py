@@ -13,11 +13,11 @@ from typing import Any
 
 from elmo_ray.config import ModelConfig, SoftmaxConfig
 from elmo_ray.config_schema import Section
+from elmo_ray.config_yaml import short
 from elmo_ray.data.characters import N_CHARACTERS
 from elmo_ray.errors import ConfigError, FormatError
 
-_MOST = 1 << 24
-_MOST_LAYERS = 1000
+_MOST_BYTES = 1 << 20
 _THEIR_NAMES = {
     "embedding_dim": "embedding.dim",
     "max_characters": "max_characters_per_token",
@@ -27,13 +27,19 @@ _THEIR_NAMES = {
 
 
 def read_options(path: str | Path) -> dict[str, Any]:
-    """The file's mapping. Raises FormatError where it is no JSON object."""
+    """The file's mapping. Raises FormatError where it is no JSON object, or one of more than a MiB."""
     try:
-        options = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not Path(path).is_file():  # opening a pipe would wait for ever
+            raise FormatError(f"{path}: no such file")
+        with open(path, "rb") as raw:
+            data = raw.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise FormatError(f"{path}: is larger than {_MOST_BYTES >> 20} MiB, which no options are")
+        options = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not JSON: {error}") from None
+        raise FormatError(f"{path}: is not JSON: {short(str(error))}") from None
     if not isinstance(options, dict):
         raise FormatError(f"{path}: must be a JSON object")
     return options
@@ -155,22 +161,7 @@ def _parse(section: type[Section], values: dict[str, Any], source: str) -> Any:
         place = ".".join(_THEIR_NAMES.get(str(part), str(part)) for part in first["loc"]) or section.__name__
         message = first["msg"].removeprefix("Value error, ").split("\n")[0]
         raise FormatError(f"{source}: {place}: {message} (given {_short(first.get('input'))})") from None
-    _check_sizes(values, source)
     return parsed
-
-
-def _check_sizes(values: Any, source: str, place: str = "") -> None:
-    """A size that no machine can hold must not end in torch, which knows no file to blame."""
-    if isinstance(values, Mapping):
-        for name, value in values.items():
-            _check_sizes(value, source, f"{place}.{name}" if place else name)
-    elif isinstance(values, list):
-        for value in values:
-            _check_sizes(value, source, place)
-    elif isinstance(values, int | float):
-        most = _MOST_LAYERS if place.endswith(("n_layers", "n_highway")) else _MOST
-        if values > most:
-            raise FormatError(f"{source}: {place} has {_short(values)}, more than {most}")
 
 
 def _short(value: Any) -> str:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from elmo_ray.config_yaml import short
 from elmo_ray.errors import CheckpointError
 from elmo_ray.training.hashed_file import file_hash
 from elmo_ray.training.manifest import (
@@ -122,8 +123,10 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt", device="cpu") as handle:
                 yield handle
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: is not a readable safetensors file: {error}") from None
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a library makes of a stranger's bytes
+            raise CheckpointError(f"{path}: is not a readable safetensors file: {short(str(error))}") from None
 
 
 def open_checkpoint(directory: PathLike, verify: bool = True) -> Checkpoint:

@@ -38,7 +38,6 @@ T = TypeVar("T")
 
 _STOP_FILE = "stop"
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
-_COLLECTIVE_TIMEOUT_S = 600
 _START_FAILURES = 3
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -47,7 +46,8 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # a dead worker is noticed, and a report taken, in one second instead of two
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(_COLLECTIVE_TIMEOUT_S),
+    # of the report of a checkpoint, in which all workers take part
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
 }
 
 
@@ -111,8 +111,13 @@ def check_resources(cluster: ClusterConfig) -> Device:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     device = _device(cluster, sum(node.get("GPU", 0.0) for node in nodes))
     cpus = [node.get("CPU", 0.0) for node in nodes]
-    n, worker, task = cluster.workers, cluster.cpus_per_worker, cluster.data_cpus
-    request = f"cluster.workers={n} x (cluster.cpus_per_worker={worker} + cluster.data_cpus={task})"
+    n, worker, task = cluster.fewest_workers, cluster.cpus_per_worker, cluster.data_cpus
+    if cluster.elastic:  # a worker and its task are on one node
+        worker, task = worker + task, 0.0
+    request = (
+        f"cluster.workers={_shown(cluster)} x (cluster.cpus_per_worker={cluster.cpus_per_worker} + "
+        f"cluster.data_cpus={cluster.data_cpus})"
+    )
     have = f"{sum(cpus):g} on {len(nodes)} node{'s' if len(nodes) != 1 else ''} ({', '.join(f'{c:g}' for c in cpus)})"
     if n * (worker + task) > sum(cpus) + 1e-6:
         raise ConfigError(
@@ -132,13 +137,17 @@ def check_resources(cluster: ClusterConfig) -> Device:
 def _device(cluster: ClusterConfig, gpus: float) -> Device:
     if cluster.device == "cpu" or (cluster.device == "auto" and gpus == 0):
         return "cpu"
-    if gpus >= cluster.workers:
+    if gpus >= cluster.fewest_workers:
         return "gpu"
-    message = f"cluster.workers={cluster.workers} needs a GPU each, and the cluster has {gpus:g}"
+    message = f"cluster.workers={_shown(cluster)} needs a GPU each, and the cluster has {gpus:g}"
     if cluster.device == "gpu":
         raise ConfigError(f"cluster.device=gpu: {message}; lower cluster.workers or set cluster.device=cpu")
     logger.warning("cluster.device=auto: %s: training on CPUs", message)
     return "cpu"
+
+
+def _shown(cluster: ClusterConfig) -> str:
+    return f"[{cluster.fewest_workers}, {cluster.most_workers}]" if cluster.elastic else str(cluster.workers)
 
 
 def _fits(cpus: Sequence[float], gpus: Sequence[int], workers: int, worker: float, task: float) -> bool:
@@ -147,7 +156,7 @@ def _fits(cpus: Sequence[float], gpus: Sequence[int], workers: int, worker: floa
     tasks: list[float] = [0.0] + [-math.inf] * workers
     for cpu, gpu in zip(cpus, gpus, strict=True):
         most = min(int(cpu / worker + 1e-6), gpu, workers)
-        room = [int((cpu - k * worker) / task + 1e-6) for k in range(most + 1)]
+        room = [int((cpu - k * worker) / task + 1e-6) if task else workers for k in range(most + 1)]
         tasks = [max(tasks[n - k] + room[k] for k in range(min(n, most) + 1)) for n in range(workers + 1)]
     return tasks[workers] >= workers
 
@@ -198,7 +207,10 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
     # The loop finds, checks and prunes checkpoints itself. Ray's own list of them would only forbid a start after one
     # was deleted, or after an update of Ray.
     Path(run_dir, _SNAPSHOT).unlink(missing_ok=True)
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if device == "gpu" else {})
+    # Ray decides how many elastic workers there are and knows nothing of data tasks: the CPUs of a worker's task are
+    # reserved with the worker, or workers could take them all and wait for ever.
+    cpus = cluster.cpus_per_worker + (cluster.data_cpus if cluster.elastic else 0.0)
+    resources = {"CPU": cpus} | ({"GPU": 1.0} if device == "gpu" else {})
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={
@@ -206,9 +218,12 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
             "vocabulary_sha256": Vocabulary.read(plan.vocabulary_path).sha256,
             "function": function,
         },
-        torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(timeout_s=math.ceil(cluster.timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=device == "gpu", resources_per_worker=resources
+            num_workers=cluster.workers,
+            use_gpu=device == "gpu",
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
         run_config=RunConfig(
             name=os.path.basename(run_dir),
@@ -240,7 +255,7 @@ def _training_error(error: Exception, cluster: ClusterConfig) -> TrainingError:
             f"{_line(failure)}; --resume goes on from the newest checkpoint"
         )
     return TrainingError(
-        f"Ray could not run cluster.workers={cluster.workers} with cluster.cpus_per_worker={cluster.cpus_per_worker}: "
+        f"Ray could not run cluster.workers={_shown(cluster)} with cluster.cpus_per_worker={cluster.cpus_per_worker}: "
         f"{_line(getattr(error, 'controller_failure', error))}"
     )
 
@@ -295,7 +310,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         vocabulary_path=plan.vocabulary_path,
         vocabulary_sha256=settings["vocabulary_sha256"],
         max_characters=plan.config.model.char_cnn.max_characters,
-        data_cpus=cluster.data_cpus,
+        data_cpus=0.0 if cluster.elastic else cluster.data_cpus,
         on_error=plan.config.data.on_error,
     )
 

@@ -6,6 +6,7 @@ so that the training thread never waits for the host.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -24,6 +25,10 @@ from elmo_ray.model.softmax import draw_negatives, log_expected_count
 from elmo_ray.training.exchange import Exchange, Flags, Gathered
 from elmo_ray.training.step import StepInput
 
+logger = logging.getLogger(__name__)
+
+WARN_AFTER_S = 60.0
+
 RESET_KEY = 0x7265736574
 """Keeps the draws of resets apart from the others of the same (seed, step)."""
 
@@ -35,7 +40,6 @@ class Fed:
     batch: StepInput
     cursors: StreamCursors
     flags: Flags
-    replaced: int
     waited: float = 0.0
 
 
@@ -77,7 +81,7 @@ class StepAssembler:
         ids[: batch.targets.size] = batch.targets.ravel()
         if self.words:
             ids[self.capacity // 2 : self.capacity // 2 + len(inputs)] = inputs
-        gathered = self.exchange.gather(ids, self.capacity, batch.positions, noise_hash, flags)
+        gathered = self.exchange.gather(ids, self.capacity, batch.positions, noise_hash, flags, step=step)
         reset = reset_rows(config.train.reset, batch, self.streams, config.data.streams, config.run.seed, step)
         result = StepInput(
             step,
@@ -148,13 +152,13 @@ class Feeder:
                 except ElmoRayError as error:
                     # the others are waiting in the exchange: tell them before giving up
                     exchange, capacity = self.assembler.exchange, self.assembler.capacity
-                    exchange.gather(np.zeros(0, np.int64), capacity, 0, 0, self.flags(), error)
+                    exchange.gather(np.zeros(0, np.int64), capacity, 0, 0, self.flags(), error, step)
                     raise
                 result, flags = self.assembler(batch, step, self.flags())
                 if self.device.type == "cuda":
                     with torch.cuda.device(self.device):  # a new thread begins with device 0
                         result = _pinned(result).to(self.device)
-                self._put(Fed(result, batch.cursors, flags, self.loader.replaced))
+                self._put(Fed(result, batch.cursors, flags))
                 if flags.stop or self._closed.is_set():
                     break
             self._put(None)
@@ -171,12 +175,24 @@ class Feeder:
             except queue.Full:
                 continue
 
+    def _next(self, start: float) -> Fed | BaseException | None:
+        """The next item; a wait for text that goes on and on is said, for only the user can know what holds it up."""
+        while True:
+            try:
+                return self._queue.get(timeout=WARN_AFTER_S)
+            except queue.Empty:
+                waited = time.perf_counter() - start
+                logger.warning(
+                    "waiting for text for %d s: are the data tasks' CPUs taken by others, or is the storage slow?",
+                    waited,
+                )
+
     def __iter__(self) -> Iterator[Fed]:
         self._thread.start()
         try:
             while True:
                 start = time.perf_counter()
-                item = self._queue.get()
+                item = self._next(start)
                 if item is None:
                     return
                 if isinstance(item, BaseException):

@@ -16,20 +16,22 @@ from elmo_ray.data.encode import thread_source
 from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import ElmoRayError, TrainingError
-from elmo_ray.metrics import MetricsWriter, perplexity
+from elmo_ray.errors import CheckpointError, ElmoRayError, TrainingError
+from elmo_ray.metrics import MetricsWriter
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.checkpoint import newest_checkpoint, open_checkpoint
+from elmo_ray.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
+from elmo_ray.training.identity import changes, identity
 from elmo_ray.training.optim import learning_rate
 from elmo_ray.training.perplexity import LossSums, Validation, character_table
 from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.progress import Progress
 from elmo_ray.training.ranks import Ranks
+from elmo_ray.training.records import train_record, valid_record
 from elmo_ray.training.saver import Saver, next_attempt
-from elmo_ray.training.snapshot import Snapshot, identity
-from elmo_ray.training.step import DTYPES, StepOutput, TrainStep
+from elmo_ray.training.snapshot import Snapshot
+from elmo_ray.training.step import DTYPES, TrainStep
 
 
 def train(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
@@ -46,7 +48,7 @@ class _Run:
     def __init__(self, plan: TrainPlan, worker: Worker):
         self.plan, self.worker, self.config = plan, worker, plan.config
         self.run_dir = Path(plan.run_dir)
-        self.ranks = Ranks(worker.rank, worker.world)
+        self.ranks = Ranks(worker.rank, worker.world, self.config.cluster.timeout_s)
         error: ElmoRayError | None = None
         try:
             self._read_data()
@@ -57,22 +59,25 @@ class _Run:
         self.step = self._build_step()
         self.progress = Progress()
         self.cursors = StreamCursors.start(len(self.streams))
-        self.sums = torch.zeros(self.model.directions, dtype=torch.float64, device=worker.device)
+        # since the last record, of this rank: loss of each direction and positions, without steps that were not finite
+        self.sums = torch.zeros(self.model.directions + 1, dtype=torch.float64, device=worker.device)
+        self.first_bad = torch.zeros(2 + self.model.directions, dtype=torch.float64, device=worker.device)
         self.not_finite = torch.zeros((), dtype=torch.int64, device=worker.device)
         self.seen_not_finite = 0
         self.metrics = MetricsWriter(self.run_dir, self.attempt) if worker.rank == 0 else None
-        keep = self.config.train.keep_last if worker.prunes else None
-        self.saver = Saver(self.run_dir, self.attempt, self.ranks, keep, worker.register)
+        self.saver = Saver(self.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
         self._resume()
         self.started = time.monotonic()
         self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
         self.save_wanted = self.best_wanted = False
+        self.best_before: tuple[float | None, int | None] = None, None
 
     def _read_data(self) -> None:
         config, worker = self.config, self.worker
         self.vocabulary = Vocabulary.read(self.plan.vocabulary_path)
         config.softmax.check_vocabulary(self.vocabulary.size)
         corpus = Corpus.load(self.plan.corpus_path)
+        corpus.check_files()
         seed, unroll = config.run.seed, config.train.unroll
         duration = config.train.duration
         whole = duration.unit == "epochs" and duration.amount == int(duration.amount)
@@ -126,33 +131,46 @@ class _Run:
         return identity(self.config, self.streams_plan.corpus.fingerprint, self.vocabulary.sha256)
 
     def _resume(self) -> None:
+        path = self.ranks.first_does(self._newest)
+        workers = f"{self.ranks.world} worker{'s' if self.ranks.world > 1 else ''}"
         error: ElmoRayError | None = None
-        path: str | None = None
-        if self.ranks.rank == 0:
-            try:
-                newest = newest_checkpoint(self.run_dir / "checkpoints")
-                path = None if newest is None else str(newest.path)
-            except ElmoRayError as problem:
-                error = problem
-        self.ranks.agree(error)
-        path = self.ranks.from_first(path)
         if path is None:
-            self._event(f"start: fresh, seed {self.config.run.seed}, {self.total_steps} steps")
+            self._event(f"start: fresh, seed {self.config.run.seed}, {self.total_steps} steps, {workers}")
             return
         try:
             checkpoint = open_checkpoint(path, verify=False)
             snapshot = Snapshot.load(checkpoint, self._identity(), self.step, self.streams)
             self.saver.last, self.saver.last_step = checkpoint, checkpoint.step
-            self.progress, self.cursors, self.sums = snapshot.progress, snapshot.cursors, snapshot.window_losses
+            self.progress, self.cursors, self.sums = snapshot.progress, snapshot.cursors, snapshot.window_sums
         except ElmoRayError as problem:
             error = problem
         self.ranks.agree(error)
-        self._event(f"start: resume from step {self.progress.step} of {self.total_steps} ({path})")
+        self.ranks.first_does(lambda: self._restore_best(checkpoint))
+        self._event(f"start: resume from step {self.progress.step} of {self.total_steps}, {workers} ({path})")
         manifest = checkpoint.manifest
-        now = {"world": self.ranks.world, **self._conditions()}
-        changed = [f"{key} {manifest.get(key)} -> {value}" for key, value in now.items() if manifest.get(key) != value]
-        if changed:
-            self._event(f"changed since: {', '.join(changed)}; results will differ in rounding from an unbroken run's")
+        now = {"workers": self.ranks.world, **self._conditions()}
+        before = {**manifest, "workers": manifest["world"]}
+        moved = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+        if moved:
+            self._event(f"changed since: {', '.join(moved)}; results will differ in rounding from an unbroken run's")
+        settings = changes(checkpoint, self.config)
+        if settings:
+            self._event(f"settings changed since: {', '.join(settings)}")
+
+    def _newest(self) -> str | None:
+        newest = newest_checkpoint(self.run_dir / "checkpoints")
+        return None if newest is None else str(newest.path)
+
+    def _restore_best(self, checkpoint: Checkpoint) -> None:
+        """A run that was killed between a save and the copy of it to `best/` makes the copy now."""
+        if self.progress.best_step != checkpoint.step:
+            return
+        try:
+            if open_checkpoint(self.saver.best_folder).step == checkpoint.step:
+                return
+        except CheckpointError:
+            pass
+        self.saver.copy_to_best(checkpoint)
 
     def _conditions(self) -> dict[str, Any]:
         """What must be equal for a resumed run to have the same bits as one never stopped, besides `identity`."""
@@ -172,6 +190,7 @@ class _Run:
     def run(self) -> dict[str, Any]:
         config, progress = self.config, self.progress
         if progress.step >= self.total_steps:
+            self._close(stopped=False)
             return self._result(stopped=False)
         loader = StreamLoader(
             self.streams_plan,
@@ -183,8 +202,7 @@ class _Run:
             character_table(self.model, self.vocabulary),
             self.model.directions,
         )
-        exchange = Exchange(self.ranks.rank, self.ranks.world, self.ranks.exchange)
-        assembler = StepAssembler(config, self.vocabulary.size, self.streams, exchange)
+        assembler = StepAssembler(config, self.vocabulary.size, self.streams, Exchange(self.ranks))
         feeder = Feeder(loader, assembler, range(progress.step, self.total_steps), self._flags, self.worker.device)
         validate_every = self._steps(config.train.validate_every) if config.train.validate_every else 0
         checkpoint_every = self._steps(config.train.checkpoint_every)
@@ -199,6 +217,7 @@ class _Run:
                 self.started = self.window_start = time.monotonic()
             self._train_on(fed)
             self.saver.poll(fed.flags)
+            self._note_lost_best()
             step = progress.step
             if self._is_log_step():
                 self._log()
@@ -209,6 +228,7 @@ class _Run:
             stopped = fed.flags.stop and step < self.total_steps
             if self.best_wanted and self.saver.busy:
                 self.saver.finish()  # later weights are not the ones that were best
+                self._note_lost_best()
             if self.save_wanted and not self.saver.busy and not stopped:
                 self._save()
         self.saver.finish()
@@ -221,35 +241,41 @@ class _Run:
         return self._result(stopped)
 
     def _flags(self) -> Flags:
-        return Flags(self.worker.stop_requested(), [self.saver.part()])
+        return self.saver.flags(self.worker.stop_requested())
 
     def _train_on(self, fed: Fed) -> None:
-        output = self.step.run(fed.batch)
+        self.ranks.step = self.progress.step
+        with self.ranks.waiting("the sum of gradients"):
+            output = self.step.run(fed.batch)
         self.cursors = fed.cursors
-        # a running sum is not to be spoilt by one bad step
-        self.sums += torch.where(output.finite, output.loss_sums, 0.0)
-        self.not_finite += ~output.finite
         progress = self.progress
         progress.step += 1
+        # a running sum is not to be spoilt by one bad step
+        sums = torch.cat([output.loss_sums.double(), fed.batch.lengths.sum().double().view(1)])
+        self.sums += torch.where(output.finite, sums, 0.0)
+        self.not_finite += ~output.finite
+        bad = torch.cat([torch.full_like(sums[:1], progress.step), output.norm.double().view(1), sums[:-1]])
+        self.first_bad = torch.where(output.finite | (self.first_bad[0] > 0), self.first_bad, bad)
         progress.positions += fed.batch.positions
         progress.window_positions += fed.batch.positions
-        progress.replaced = fed.replaced
         self.window_waited += fed.waited
         self.last = output
         # reading a number waits for the device: on a GPU that is left to the log steps
         if self.worker.device.type == "cpu" or self._is_log_step():
-            self._check_finite(output)
+            self._check_finite()
 
     def _is_log_step(self) -> bool:
         return self.progress.step % self.config.train.log_every == 0 or self.progress.step == self.total_steps
 
-    def _check_finite(self, output: StepOutput) -> None:
+    def _check_finite(self) -> None:
         count = int(self.not_finite)
         if count == self.seen_not_finite:
             return
         self.progress.skipped += count - self.seen_not_finite
         self.seen_not_finite = count
-        losses = self.ranks.all(output.loss_sums.tolist())
+        step, norm, *sums = self.first_bad.tolist()
+        self.first_bad.zero_()
+        losses = self.ranks.all(sums)
         workers = [rank for rank, sums in enumerate(losses) if not all(np.isfinite(sums))]
         where = (
             f"worker {', '.join(map(str, workers))}"
@@ -262,7 +288,7 @@ class _Run:
             self.saver.finish()
         last = self.saver.last_step
         message = (
-            f"step {self.progress.step}: not finite at {where}: gradient norm {float(output.norm)}, loss sums "
+            f"step {step:.0f}: not finite at {where}: gradient norm {norm}, loss sums "
             f"{losses}; no update was made; last good checkpoint: {'none' if last is None else f'step {last}'}"
         )
         if config.on_nonfinite == "stop":
@@ -275,30 +301,19 @@ class _Run:
 
     def _log(self) -> None:
         progress = self.progress
-        sums = self.ranks.sum(self.sums.cpu().clone()) / max(1, progress.window_positions)
+        replaced = torch.tensor([self.cursors.replaced.sum()], dtype=torch.float64)
+        totals = self.ranks.sum(torch.cat([self.sums.cpu(), replaced]))
         now = time.monotonic()
         seconds = max(1e-9, now - self.window_start - self.window_pause)
-        losses = sums.tolist()
-        mean = sum(losses) / len(losses)
-        record = {
-            "kind": "train",
-            "step": progress.step,
-            "epoch": self._epoch(),
-            "positions": progress.positions,
-            "loss": mean,
-            "loss_forward": losses[0],
-            "loss_backward": losses[1] if len(losses) > 1 else None,
-            "perplexity_forward": perplexity(losses[0]),
-            "perplexity_backward": perplexity(losses[1]) if len(losses) > 1 else None,
-            "perplexity": perplexity(mean),
-            "grad_norm": float(self.last.norm),
-            "lr": learning_rate(self.config.optim, self.config.optim.lr, progress.step - 1, self.total_steps),
-            "positions_per_second": progress.window_positions / seconds,
-            "data_wait": self.window_waited / seconds,
-            "skipped": progress.skipped,
-            "replaced": progress.replaced,
-            "time": time.time(),
-        }
+        record = train_record(
+            progress,
+            (totals[:-2] / totals[-2].clamp(min=1)).tolist(),
+            norm=float(self.last.norm),
+            lr=learning_rate(self.config.optim, self.config.optim.lr, progress.step - 1, self.total_steps),
+            seconds=seconds,
+            waited=self.window_waited,
+            replaced=int(totals[-1]),
+        )
         self._write(record)
         progress.window_positions = 0
         self.sums.zero_()
@@ -306,10 +321,8 @@ class _Run:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
-            self.metrics.write({**record, "total_steps": self.total_steps})
-
-    def _epoch(self) -> float:
-        return self.progress.positions / self.streams_plan.positions
+            epoch = self.progress.positions / self.streams_plan.positions
+            self.metrics.write({**record, "epoch": epoch, "total_steps": self.total_steps, "time": time.time()})
 
     def _validate(self) -> None:
         assert self.validation is not None
@@ -327,23 +340,13 @@ class _Run:
         self.window_pause += pause
         values = total.perplexities()
         progress = self.progress
-        mean = sum(total.mean) / len(total.mean)
-        record = {
-            "kind": "valid",
-            "step": progress.step,
-            "epoch": self._epoch(),
-            "positions": total.positions,
-            "loss": mean,
-            **values,
-            "seconds": pause,
-            "time": time.time(),
-        }
-        self._write(record)
+        self._write(valid_record(progress.step, total, pause))
         # infinity has no place in JSON, and is nobody's best
         finite = {name: v if v is not None and np.isfinite(v) else None for name, v in values.items()}
         progress.last_valid = {"step": progress.step, **finite}
         now = finite["perplexity"]
         if now is not None and (progress.best_perplexity is None or now < progress.best_perplexity):
+            self.best_before = progress.best_perplexity, progress.best_step
             progress.best_perplexity, progress.best_step = now, progress.step
             self.save_wanted = self.best_wanted = True
 
@@ -362,6 +365,12 @@ class _Run:
         fields = {"streams": config.data.streams, "identity": self._identity(), **self._conditions()}
         self.saver.start(progress.step, tensors, texts, fields, self.best_wanted)
         self.save_wanted = self.best_wanted = False
+
+    def _note_lost_best(self) -> None:
+        """After a best that could not be written, one that is only better than what `best/` has is a best again."""
+        if self.saver.best_lost and not self.best_wanted:
+            self.progress.best_perplexity, self.progress.best_step = self.best_before
+            self.saver.best_lost = False
 
     def _close(self, stopped: bool) -> None:
         self.progress.seconds += time.monotonic() - self.started

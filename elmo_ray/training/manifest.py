@@ -24,6 +24,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 _DIRECTORY_NAME = re.compile(r"step-(\d{1,18})-attempt-(\d{1,9})\Z", re.ASCII)
 _STREAMS_NAME = re.compile(r"streams-(\d{5,9})-(\d{5,9})\.safetensors\Z", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_KEY = re.compile(r"[A-Za-z0-9_.]{1,100}\Z")
 
 
 def directory_name(step: int, attempt: int) -> str:
@@ -96,6 +97,10 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     for key, least in (("step", 0), ("world", 1), ("streams", 1)):
         if not _is_count(manifest.get(key), least):
             raise CheckpointError(f"{path}: {key} is {manifest.get(key)!r:.40}, not a whole number of at least {least}")
+    identity = manifest.get("identity", {})
+    for key in identity if isinstance(identity, dict) else ():
+        if not _KEY.match(key):  # it will stand in messages
+            raise CheckpointError(f"{path}: its identity has {key!r:.80}, which is no setting")
     expected = 0
     for first, last_exclusive, name in stream_files(checked_files(path, manifest)):
         if first != expected or last_exclusive <= first:

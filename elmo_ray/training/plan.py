@@ -35,7 +35,7 @@ class Worker:
     """This process's place and means.
 
     source: encodes blocks in order. register: every rank calls it with (step, path, metrics) of a committed checkpoint.
-    stop_requested: whether somebody asked to stop. prunes: whether the loop deletes old checkpoints itself.
+    stop_requested: whether somebody asked to stop.
     """
 
     rank: int
@@ -44,4 +44,3 @@ class Worker:
     source: BlockSource
     register: Callable[[int, str, dict[str, Any]], None]
     stop_requested: Callable[[], bool]
-    prunes: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -12,7 +13,7 @@ from elmo_ray.errors import CheckpointError
 class Progress:
     """step: steps done. positions: trained on, one direction, all ranks. window_*: since the last log record.
 
-    best_perplexity, best_step: of validation. skipped: steps without update. replaced: damaged places in the text.
+    best_perplexity, best_step: of validation. skipped: steps without update.
     seconds: of training, over all attempts.
     """
 
@@ -23,7 +24,6 @@ class Progress:
     best_step: int | None = None
     last_valid: dict[str, Any] = field(default_factory=dict)
     skipped: int = 0
-    replaced: int = 0
     seconds: float = 0.0
     finished: bool = False
 
@@ -32,10 +32,37 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> Progress:
-        """Raises CheckpointError, naming `source`, where a value is missing or unknown."""
+        """Raises CheckpointError, naming `source`, where a value is missing, unknown, or of a kind it cannot be."""
         names = {f.name for f in fields(cls)}
         if set(values) != names:
             raise CheckpointError(
-                f"{source}: progress.json has other keys than this version writes: {sorted(set(values) ^ names)}"
+                f"{source}: progress.json has other keys than this version writes: {sorted(set(values) ^ names)!s:.200}"
             )
+        for f in fields(cls):
+            value = values[f.name]
+            if not _KINDS[str(f.type)](value):
+                raise CheckpointError(f"{source}: progress.json: {f.name} is {value!r:.40}, which it cannot be")
         return cls(**values)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300  # false for NaN
+
+
+def _is_record(value: object) -> bool:
+    """Whether it is a record of validation: names with a number, or none where that was not finite."""
+    return isinstance(value, dict) and all(item is None or _is_amount(item) for item in value.values())
+
+
+_KINDS: dict[str, Callable[[object], bool]] = {
+    "int": _is_count,
+    "int | None": lambda value: value is None or _is_count(value),
+    "float": _is_amount,
+    "float | None": lambda value: value is None or _is_amount(value),
+    "bool": lambda value: isinstance(value, bool),
+    "dict[str, Any]": _is_record,
+}

@@ -1,13 +1,19 @@
-"""Checkpoints while training goes on: ranks write, agree, commit, register, and keep the best."""
+"""Checkpoints while training goes on: ranks write, agree, commit, register, and keep the best.
+
+Training waits for the copy to host memory and for nothing else. What follows runs in threads, and moves on when the
+flags that ranks exchange each step say so, so that all ranks see it at the same step:
+writing (every rank its part) -> committing (rank 0 the manifest) -> registered -> tidying (rank 0 copies the best and
+deletes old checkpoints) -> done.
+"""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -29,6 +35,9 @@ def next_attempt(run_dir: Path) -> int:
     return max(numbers, default=0) + 1
 
 
+Phase = Literal["writing", "committing", "tidying"]
+
+
 @dataclass
 class _Save:
     number: int
@@ -36,13 +45,14 @@ class _Save:
     directory: Path
     fields: Mapping[str, Any]
     best: bool
+    phase: Phase = "writing"
 
 
 class Saver:
-    """One save at a time; every method is called by all ranks at the same step.
+    """One save at a time; every method is called by all ranks at the same step, but for `flags`.
 
-    register: called on all ranks with (step, path, metrics) of a committed checkpoint. keep: checkpoints to keep,
-    None where somebody else (Ray) deletes them.
+    register: called on all ranks with (step, path, metrics) of a committed checkpoint. keep: checkpoints to keep.
+    last, last_step: the newest checkpoint (rank 0 only) and its step. best_lost: the newest save of a best failed.
     """
 
     def __init__(
@@ -50,30 +60,35 @@ class Saver:
         run_dir: Path,
         attempt: int,
         ranks: Ranks,
-        keep: int | None,
+        keep: int,
         register: Callable[[int, str, dict[str, Any]], None],
     ):
         self.folder = run_dir / "checkpoints"
         self.best_folder = run_dir / "best"
         self.attempt, self.ranks, self.keep, self.register = attempt, ranks, keep, register
         self.writer = CheckpointWriter(ranks.rank)
+        self.clerk = CheckpointWriter(ranks.rank)  # of rank 0: commits and tidies
         self.last: Checkpoint | None = None
         self.last_step: int | None = None
+        self.best_lost = False
         self._save: _Save | None = None
         self._number = 0
         self._failures = 0
-        self._best_thread: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
         return self._save is not None
 
-    def part(self) -> int:
-        """This rank's entry in `Flags.parts`. Called from the loader thread."""
-        save, state = self._save, self.writer.state
-        if save is None or state not in ("written", "failed"):
-            return 0
-        return save.number if state == "written" else -save.number
+    def flags(self, stop: bool) -> Flags:
+        """This rank's flags for the exchange. Called from the loader thread."""
+        save = self._save
+        if save is None:
+            return Flags(stop, [0])
+        # The phase first: it is set after the clerk's old state is cleared, so that what is said of a phase is of that
+        # phase, and that of the phase before does no harm.
+        phase = save.phase
+        part, clerk = (_ended(writer, save.number) for writer in (self.writer, self.clerk))
+        return Flags(stop, [part], clerk if phase == "committing" else 0, clerk if phase == "tidying" else 0)
 
     def start(
         self,
@@ -84,8 +99,8 @@ class Saver:
         best: bool,
     ) -> None:
         """Copy to host memory and write in the background. Not while `busy`."""
-        self._join_best()
         self._number += 1
+        self.best_lost = False
         directory = self.folder / directory_name(step, self.attempt)
         self.writer.reset()
         save = _Save(self._number, step, directory, {**fields, "step": step}, best)
@@ -93,61 +108,87 @@ class Saver:
         self._save = save
 
     def poll(self, flags: Flags) -> None:
-        """Commit when the flags of this step say that all ranks have ended their writing."""
-        if self._save is not None and flags.all_ended(self._save.number):
-            self._end(flags.all_written(self._save.number))
+        """Go on to the next phase when the flags of this step say that all ranks may."""
+        save = self._save
+        if save is None:
+            return
+        if save.phase == "writing":
+            if flags.all_ended(save.number):
+                self._written(save, flags.all_written(save.number))
+        elif save.phase == "committing":
+            if abs(flags.committed) == save.number:
+                self._committed(save, flags.committed > 0)
+        elif abs(flags.tidied) == save.number:
+            self._save = None
 
     def finish(self) -> None:
-        """Wait for a save that is under way, and for the copy of the best."""
-        if self._save is not None:
-            self.writer.wait()
-            states = self.ranks.all(self.part())
-            self._end(all(p > 0 for p in states))
-        self._join_best()
+        """Wait until nothing of a save is under way."""
+        while (save := self._save) is not None:
+            mine = save.phase == "writing" or self.ranks.rank == 0
+            thread = (self.writer if save.phase == "writing" else self.clerk) if mine else None
+            self.ranks.wait_until(partial(_is_done, thread))
+            well = all(self.ranks.all(thread is None or thread.state == "written"))
+            if save.phase == "writing":
+                self._written(save, well)
+            elif save.phase == "committing":
+                self._committed(save, well)
+            else:
+                self._save = None
 
-    def _end(self, written: bool) -> None:
-        save = self._save
-        assert save is not None
-        self._save = None
-        problem = None if written else str(self.writer.error or "another worker could not write its part")
-        if self.ranks.rank == 0 and written:
-            try:
+    def _written(self, save: _Save, well: bool) -> None:
+        if not well:
+            self._failed(save, self.writer.error)
+            return
+        if self.ranks.rank == 0:
+
+            def commit_it() -> None:
                 self.last = commit(save.directory, self.ranks.world, save.fields)
-            except (CheckpointError, OSError) as error:
-                problem = str(error)
-        problems = [p for p in self.ranks.all(problem) if p]
-        if problems:
-            self._failures += 1
-            if self.ranks.rank == 0:
-                discard(save.directory)
-                logger.warning(
-                    "step %d: the checkpoint could not be written (%s); training goes on, older checkpoints are "
-                    "untouched (failure %d of %d)",
-                    save.step,
-                    problems[0],
-                    self._failures,
-                    FAILURES_IN_A_ROW,
-                )
-            if self._failures >= FAILURES_IN_A_ROW:
-                raise TrainingError(
-                    f"step {save.step}: {self._failures} checkpoints in a row could not be written: "
-                    f"{problems[0]}; the last good one is {self.last_step or 'none'}"
-                )
+
+            self.clerk.reset()
+            self.clerk.start_job(commit_it)
+        save.phase = "committing"
+
+    def _committed(self, save: _Save, well: bool) -> None:
+        if not well:
+            self._failed(save, self.clerk.error if self.ranks.rank == 0 else None)
             return
         self._failures = 0
         self.last_step = save.step
-        metrics = {"step": save.step}
-        self.register(save.step, str(save.directory), metrics)
+        self.register(save.step, str(save.directory), {"step": save.step})
+        self.clerk.reset()
+        save.phase = "tidying"
         if self.ranks.rank == 0:
-            if save.best:
-                self._best_thread = threading.Thread(
-                    target=self._copy_best, args=(self.last,), name="copy-best", daemon=True
-                )
-                self._best_thread.start()
-            if self.keep is not None:
-                prune(self.folder, self.keep, protect=[save.directory])
+            self.clerk.start_job(lambda: self._tidy(save))
 
-    def _copy_best(self, checkpoint: Checkpoint) -> None:
+    def _failed(self, save: _Save, error: Exception | None) -> None:
+        self._save = None
+        self._failures += 1
+        self.best_lost = save.best
+        problems = [p for p in self.ranks.all(None if error is None else str(error)) if p]
+        problem = problems[0] if problems else "no reason given"
+        if self.ranks.rank == 0:
+            discard(save.directory)
+            logger.warning(
+                "step %d: the checkpoint could not be written (%s); training goes on, older checkpoints are "
+                "untouched (failure %d of %d)",
+                save.step,
+                problem,
+                self._failures,
+                FAILURES_IN_A_ROW,
+            )
+        if self._failures >= FAILURES_IN_A_ROW:
+            raise TrainingError(
+                f"step {save.step}: {self._failures} checkpoints in a row could not be written: "
+                f"{problem}; the last good one is {self.last_step or 'none'}"
+            )
+
+    def _tidy(self, save: _Save) -> None:
+        if save.best and self.last is not None:
+            self.copy_to_best(self.last)
+        prune(self.folder, self.keep, protect=[save.directory])
+
+    def copy_to_best(self, checkpoint: Checkpoint) -> None:
+        """Rank 0: make `best/` a copy of this checkpoint; a failure is a warning."""
         try:
             copy_best(checkpoint, self.best_folder)
         except (CheckpointError, OSError) as error:
@@ -158,7 +199,10 @@ class Saver:
                 error,
             )
 
-    def _join_best(self) -> None:
-        if self._best_thread is not None:
-            self._best_thread.join()
-            self._best_thread = None
+
+def _is_done(writer: CheckpointWriter | None) -> bool:
+    return writer is None or writer.state in ("written", "failed")
+
+
+def _ended(writer: CheckpointWriter, number: int) -> int:
+    return {"written": number, "failed": -number}.get(writer.state, 0)

@@ -14,43 +14,35 @@ from torch import Tensor
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import StreamCursors
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import CheckpointError, ConfigError
+from elmo_ray.errors import CheckpointError
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.training.checkpoint import Checkpoint, streams_name
+from elmo_ray.training.identity import check_identity
 from elmo_ray.training.progress import Progress
+from elmo_ray.training.saved_form import check_cursors, check_forms, check_slots
 from elmo_ray.training.step import TrainStep
 
 MODEL_FILE, OPTIMIZER_FILE, PROGRESS_FILE = "model.safetensors", "optimizer.safetensors", "progress.json"
 
 
-def identity(config: PretrainConfig, corpus_fingerprint: str, vocabulary_sha256: str) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it, by the key that would be to blame."""
-    return {
-        "data.streams": config.data.streams,
-        "data.train": corpus_fingerprint,
-        "data.vocab": vocabulary_sha256,
-        "model": config.model.to_dict(),
-        "softmax.tied": config.softmax.tied,
-    }
-
-
 @dataclass
 class Snapshot:
-    """A worker's progress, its streams' cursors, and [D] its loss sums since the last log record."""
+    """A worker's progress, its streams' cursors, and [D + 1] its sums of losses and positions since the last log
+    record."""
 
     progress: Progress
     cursors: StreamCursors
-    window_losses: Tensor
+    window_sums: Tensor
 
     def stream_tensors(self, step: TrainStep, streams: range) -> dict[str, Mapping[str, Tensor]]:
         """File name -> tensors of this worker's streams, streams first, so that any worker can take any of them."""
         # sums belong to a worker and not to a stream: they travel in the row of its first one
-        window = torch.zeros(len(streams), len(self.window_losses), dtype=torch.float64)
-        window[0] = self.window_losses.cpu()
+        window = torch.zeros(len(streams), len(self.window_sums), dtype=torch.float64)
+        window[0] = self.window_sums.cpu()
         tensors = {
             "hidden": step.state.hidden.permute(2, 0, 1, 3).contiguous(),
             "cell": step.state.cell.permute(2, 0, 1, 3).contiguous(),
-            "window_losses": window,
+            "window_sums": window,
             **{name: torch.from_numpy(values) for name, values in self.cursors.arrays().items()},
         }
         return {streams_name(streams.start, streams.stop): tensors}
@@ -74,37 +66,41 @@ class Snapshot:
         expected: this run's `identity`. Raises ConfigError naming the key where it differs from the checkpoint's, and
         CheckpointError where a file does not hold what it should.
         """
-        saved = checkpoint.manifest.get("identity", {})
-        for key, value in expected.items():
-            if saved.get(key) != value:
-                raise ConfigError(
-                    f"{key} is {value}, but the checkpoint {checkpoint.path.name} was made with {saved.get(key)}; "
-                    "use the same, or --fresh, or another run.name"
-                )
+        check_identity(checkpoint, expected)
         load_model(checkpoint, step.model.state_dict())
+        slots, parameters = checkpoint.tensors(OPTIMIZER_FILE), dict(step.model.named_parameters())
+        check_slots(f"{checkpoint.path}/{OPTIMIZER_FILE}", slots, parameters)
         try:
-            step.optimizer.load_state_tensors(checkpoint.tensors(OPTIMIZER_FILE))
+            step.optimizer.load_state_tensors(slots)
         except (KeyError, RuntimeError) as problem:
             name = step.config.optim.name
             raise CheckpointError(
                 f"{checkpoint.path}/{OPTIMIZER_FILE}: does not fit optim.name={name}: {problem}"
             ) from None
         progress = Progress.from_dict(checkpoint.json(PROGRESS_FILE), str(checkpoint.path))
+        if progress.step != checkpoint.step:
+            raise CheckpointError(f"{checkpoint.path}/{PROGRESS_FILE}: step is {progress.step}, not {checkpoint.step}")
         rows = checkpoint.stream_tensors(streams.start, streams.stop)
-        state = step.state
+        state, place = step.state, f"{checkpoint.path}: streams {streams.start}..{streams.stop - 1}"
+        shapes = {"hidden": tuple(state.hidden.permute(2, 0, 1, 3).shape)}
+        shapes["cell"] = tuple(state.cell.permute(2, 0, 1, 3).shape)
+        shapes["window_sums"] = (len(streams), step.model.directions + 1)
+        check_forms(place, {key: rows[key] for key in shapes.keys() & rows.keys()}, shapes)
+        check_cursors(place, rows)
+        if not bool(torch.isfinite(rows["window_sums"]).all()):
+            raise CheckpointError(f"{place}: window_sums are not finite")
         step.state = LstmState(
             rows["hidden"].permute(1, 2, 0, 3).to(state.hidden).contiguous(),
             rows["cell"].permute(1, 2, 0, 3).to(state.cell).contiguous(),
         )
         cursors = StreamCursors(*(rows[name].numpy().astype(np.int64) for name in StreamCursors.start(0).arrays()))
-        return cls(progress, cursors, rows["window_losses"].sum(dim=0).to(step.device))
+        return cls(progress, cursors, rows["window_sums"].sum(dim=0).to(step.device))
 
 
 def load_model(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's parameters into those of a model of the same sizes. Raises CheckpointError."""
     saved = checkpoint.tensors(MODEL_FILE)
+    check_forms(f"{checkpoint.path}/{MODEL_FILE}", saved, {key: tuple(p.shape) for key, p in into.items()})
     for key, target in into.items():
-        if key not in saved or saved[key].shape != target.shape:
-            raise CheckpointError(f"{checkpoint.path}/{MODEL_FILE}: {key} is missing or of another shape")
         with torch.no_grad():
             target.copy_(saved[key])

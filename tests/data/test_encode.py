@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ def test_thread_of_an_endless_order_ends_when_closed(corpus: Corpus) -> None:
 def test_error_of_the_thread_comes_in_its_place(corpus: Corpus) -> None:
     def order() -> Iterator[Block]:
         yield corpus.block(0)
-        yield Block(str(Path(corpus.block(0).path).with_name("gone.txt")), 0, 10, 3)
+        yield Block(str(Path(corpus.block(0).path).with_name("gone.txt")), 0, 10, 3, 0)
 
     source = thread_source(order(), VOCABULARY, 10)
     assert next(source).positions == corpus.block(0).positions
@@ -160,6 +161,14 @@ def test_a_file_that_changed_since_it_was_indexed(corpus: Corpus) -> None:
     path.write_bytes(data[:-1])
     with pytest.raises(DataError, match="shorter than when it was indexed"):
         read_block(last)
-    path.write_bytes(data.replace(b" . ", b"   "))
-    with pytest.raises(DataError, match="positions and had"):
-        load_block(last, VOCABULARY)
+    # As many bytes, words and lines as before.
+    path.write_bytes(data[:-20] + data[-20:].replace(b"cat", b"dog"))
+    place = rf"^\S+/text\.txt: bytes {last.start} to {last.end} have changed since .*; run prepare again"
+    for read in (read_block, lambda block: load_block(block, VOCABULARY)):
+        assert read(corpus.block(0))
+        with pytest.raises(DataError, match=place):
+            read(last)
+    path.write_bytes(data)
+    load_block(last, VOCABULARY)
+    with pytest.raises(DataError, match=rf"positions and had {last.positions + 1} when they were indexed"):
+        load_block(dataclasses.replace(last, positions=last.positions + 1), VOCABULARY)

@@ -147,9 +147,10 @@ def test_an_error_comes_in_its_place_as_a_data_error(text: Text) -> None:
     assert_equal(got, text.expected(len(got)))
     bad = original.replace(b"the1", b"th\xff1", 1)
     damaged.write_bytes(bad)
-    with pytest.raises(DataError, match=r"shard1\.txt.*line"):
-        list(ray_source(text.corpus.blocks(), text.path, text.vocabulary.sha256, 20))
-    replaced = list(ray_source(text.corpus.blocks(), text.path, text.vocabulary.sha256, 20, on_error="replace"))
+    with pytest.raises(DataError, match=r"shard1\.txt: bytes \d+ to \d+ have changed since they were indexed"):
+        list(ray_source(text.corpus.blocks(), text.path, text.vocabulary.sha256, 20, on_error="replace"))
+    blocks = Corpus.from_shards([index_shard(str(damaged), 4096, "replace")]).blocks()
+    replaced = list(ray_source(blocks, text.path, text.vocabulary.sha256, 20, on_error="replace"))
     assert sum(block.replaced for block in replaced) == 1
 
 

@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ def test_blocks_tile_the_file(
     assert (shard.tokens, shard.sentences) == (len(whole.ids), len(whole.lengths))
     assert shard.characters == sum(map(len, content.decode().split())) == corpus.block_characters.sum()
     assert shard.sha256 == hashlib.sha256(content).hexdigest()
+    assert shard.block_crc32.tolist() == [zlib.crc32(data) for data in blocks]
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -142,7 +144,7 @@ def test_fingerprint(tmp_path: Path) -> None:
 def test_holdout(positions: list[int], holdout: float, seed: int) -> None:
     ends = np.cumsum(np.array(positions) * 3)
     counts = np.array(positions)
-    shard = Shard("/text", "/text", int(ends[-1]), 0, 0, sum(positions), 0, "0", ends, counts, counts, counts)
+    shard = Shard("/text", "/text", int(ends[-1]), 0, 0, sum(positions), 0, "0", ends, counts, counts, counts, counts)
     corpus = Corpus.from_shards([shard])
     try:
         rest, aside = corpus.split(holdout, seed)
@@ -190,6 +192,9 @@ def test_index_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.npz: no index \(No such file"):
         Corpus.load(tmp_path / "none.npz")
     np.savez(path, fields=np.frombuffer(b'{"format_version": 1, "shards": []}', np.uint8))
+    with pytest.raises(DataError, match=r"index\.npz: index format 1, not 2; run prepare again"):
+        Corpus.load(path)
+    np.savez(path, fields=np.frombuffer(b'{"format_version": 2, "shards": []}', np.uint8))
     with pytest.raises(DataError, match="not a corpus index"):
         Corpus.load(path)
 
@@ -221,3 +226,25 @@ def test_expand_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
         expand_paths(["*.gz"], "data.valid")
     with pytest.raises(ConfigError, match=r"^data\.train=s\*: sub is a directory; name its files, as in sub/\*\.txt$"):
         expand_paths(["s*"])
+    os.symlink("nowhere", "link.text")
+    with pytest.raises(
+        DataError, match=r"/link\.text: is a symbolic link to nowhere: No such file or directory \(data"
+    ):
+        expand_paths(["*.text"])
+    os.remove("link.text")
+    os.mkfifo("pipe.text")
+    with pytest.raises(DataError, match=r"/pipe\.text: is no regular file but a pipe or a device"):
+        expand_paths(["pipe.text"])
+
+
+def test_long_words_are_found(tmp_path: Path) -> None:
+    long = "x" * (scan.LONG_WORD_CHARACTERS + 1)
+    path = write(tmp_path, "short\n" * 999 + f"a {'y' * scan.LONG_WORD_CHARACTERS} b\nc {long} {long}\n{long}\n")
+    (segment,) = scan.scan_shard(path, 4096, "fail")
+    assert (segment.long_words, segment.long_word_line, segment.long_lines) == (3, 1000, 0)
+
+
+def test_errors_in_unpacked_text_name_the_file_that_was_packed(tmp_path: Path) -> None:
+    path = write(tmp_path, b"fine\nnot \xff fine\n")
+    with pytest.raises(DataError, match=r"^/packed/text\.gz, line 2: not UTF-8; "):
+        scan.scan_segment(path, 0, 4096, "fail", source="/packed/text.gz")

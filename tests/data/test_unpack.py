@@ -1,4 +1,6 @@
+import bz2
 import gzip
+import lzma
 import os
 import random
 from pathlib import Path
@@ -36,6 +38,11 @@ def test_unpacks_every_member(tmp_path: Path, name: str, packed: bytes) -> None:
     assert unpack.unpack(str(source), target) == len(TEXT)
     assert target.read_bytes() == TEXT
     assert unpack.is_unpacked(str(source), target)
+    written = target.stat()
+    os.utime(target, ns=(1, 1))  # somebody has had a hand in it
+    assert not unpack.is_unpacked(str(source), target)
+    os.utime(target, ns=(written.st_atime_ns, written.st_mtime_ns))
+    assert unpack.is_unpacked(str(source), target)
     os.utime(source, ns=(1, 1))
     assert not unpack.is_unpacked(str(source), target)
 
@@ -67,8 +74,21 @@ def test_damaged_files_leave_nothing(tmp_path: Path, name: str, packed: bytes, w
 def test_kind_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "text.gz"
     path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"text\.gz: is no \.gz file"):
+    with pytest.raises(DataError, match=r"text\.gz: is no \.gz file \(it is empty\)"):
         unpack.compression(str(path))
+    path.write_bytes(b"plain text\n")
+    with pytest.raises(DataError, match=r"text\.gz: is no \.gz file \(it begins with b'plai'\); rename or replace it"):
+        unpack.compression(str(path))
+    foreign = {
+        "bzip2": bz2.compress(TEXT), "a bzip2": bz2.compress(b""), "an xz": lzma.compress(TEXT),
+        "a zip": b"PK\x03\x04rest", "UTF-16": "the cat".encode("utf-16"),
+    }  # fmt: skip
+    for kind, data in foreign.items():
+        path.with_suffix(".txt").write_bytes(data)
+        with pytest.raises(DataError, match=rf"text\.txt: is .*{kind}.*; (unpack|convert) it"):
+            unpack.compression(str(path.with_suffix(".txt")))
+    path.with_suffix(".txt").write_bytes(b"BZh is a word\n")
+    assert unpack.compression(str(path.with_suffix(".txt"))) is None
     plain = tmp_path / "text.txt"
     plain.write_bytes(b"a b\n")
     assert unpack.compression(str(plain)) is None

@@ -82,3 +82,12 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     path.write_bytes(b"<S>\nthe\n")
     with pytest.raises(DataError, match=r"bad\.txt: the vocabulary has no line </S> and no line <UNK>"):
         Vocabulary.read(path)
+    path.write_bytes(b"<S>\r</S>\r\n<UNK>\rcaf\xe9\r")
+    with pytest.raises(DataError, match=r"bad\.txt, line 4: not UTF-8"):
+        Vocabulary.read(path)
+    path.write_bytes(b"\xef\xbb\xbf<S>\n</S>\n<UNK>\n")
+    with pytest.raises(DataError, match=r"bad\.txt, line 1: a byte order mark"):
+        Vocabulary.read(path)
+    # Before another word it is part of that word, as in the original.
+    path.write_bytes(b"\xef\xbb\xbfthe\n<S>\n</S>\n<UNK>\n")
+    assert Vocabulary.read(path).words[0] == "\ufeffthe"

@@ -178,16 +178,16 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(corpus: Paths, tmp
     whole = plan_of(tmp_path / "whole", tiny_config(train__duration="14 steps"), corpus)
     train(whole, worker_of(whole))
     ours, theirs = everything(newest(tmp_path / "run")), everything(newest(tmp_path / "whole"))
-    assert all(torch.equal(t, theirs[k]) for k, t in ours.items() if k != "streams/window_losses")
+    assert all(torch.equal(t, theirs[k]) for k, t in ours.items() if k != "streams/window_sums")
 
 
 def test_checkpoints_kept_and_registered(corpus: Paths, tmp_path: Path) -> None:
     registered: list[tuple[int, str]] = []
-    config = tiny_config(train__checkpoint_every="3 steps", train__keep_last=2, train__duration="30 steps")
+    config = tiny_config(train__checkpoint_every="3 steps", train__keep_last=2, train__duration="90 steps")
     plan = plan_of(tmp_path / "run", config, corpus)
     result = train(plan, worker_of(plan, register=lambda step, path, metrics: registered.append((step, path))))
     steps = [step for step, _ in registered]
-    assert steps == sorted(set(steps)) and steps[-1] == 30 and len(steps) >= 4
+    assert steps == sorted(set(steps)) and steps[-1] == 90 and len(steps) >= 3
     kept = checkpoints(tmp_path / "run")
     assert [str(path) for path in kept] == [path for _, path in registered[-2:]]
     assert result["checkpoint"] == str(kept[-1])
@@ -196,11 +196,6 @@ def test_checkpoints_kept_and_registered(corpus: Paths, tmp_path: Path) -> None:
     assert checkpoint.manifest["streams"] == 4 and checkpoint.manifest["world"] == 1
     assert checkpoint.text("config.yaml") == config.to_yaml()
     assert checkpoint.text("vocab.txt") == corpus[1].read_text(encoding="utf-8")
-    unpruned = plan_of(tmp_path / "ray", config, corpus)
-    worker = worker_of(unpruned)
-    worker.prunes = False
-    train(unpruned, worker)
-    assert len(checkpoints(tmp_path / "ray")) >= 4, "somebody else deletes them"
 
 
 def held_out_loss(checkpoint: Checkpoint, plan: TrainPlan, valid: Path) -> float:
@@ -311,7 +306,7 @@ def test_skipped_steps_change_nothing_until_there_are_too_many(corpus: Paths, tm
             continue
         assert torch.equal(tensor.nan_to_num(5.0), before[name].nan_to_num(5.0)), name
     last = records(tmp_path / "run")[-1]
-    assert last["skipped"] == 4
+    assert last["skipped"] == 4 and last["loss"] == 0.0, "a mean over no position"
 
     rewritten(good, tmp_path / "many", **bad)
     config = tiny_config(train__duration="30 steps", train__on_nonfinite="skip", train__max_skips=3)
@@ -405,7 +400,7 @@ def test_another_text_or_optimizer_does_not_resume(corpus: Paths, tmp_path: Path
     with pytest.raises(ConfigError, match="data.train"):
         train(other, worker_of(other))
     adamw = plan_of(tmp_path / "run", tiny_config(train__duration="4 steps", optim__name="adamw"), corpus)
-    with pytest.raises(CheckpointError, match="optim.name=adamw"):
+    with pytest.raises(ConfigError, match="optim.name is adamw, but .* was made with adagrad"):
         train(adamw, worker_of(adamw))
 
 

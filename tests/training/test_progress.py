@@ -20,7 +20,6 @@ def test_round_trip() -> None:
         seconds=1.5,
         last_valid={"step": 4, "perplexity": 12.25, "perplexity_backward": None},
         skipped=1,
-        replaced=2,
     )
     assert Progress.from_dict(json.loads(json.dumps(progress.to_dict())), "here") == progress
     assert Progress.from_dict(Progress().to_dict(), "here") == Progress()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shutil
 import time
 import traceback
@@ -31,6 +32,7 @@ from tiny_runs import (
     write_corpus,
 )
 
+from elmo_ray.data.streams import StreamCursors
 from elmo_ray.errors import ConfigError, DataError
 from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.loop import train
@@ -46,6 +48,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "tied": {**EXACT, **WORDS_TIED, "train__reset": "block"},
     "full": {**EXACT, "softmax__kind": "full", "softmax__negatives": None, "optim__name": "adamw", "optim__lr": 0.003},
     "forward": {**EXACT, "model__bidirectional": False, "data__streams": 2},
+}
+ELASTIC: dict[str, dict[str, Any]] = {
+    f"elastic {precision}": {
+        "train__precision": precision,
+        "train__dropout": 0.0,
+        "train__duration": "30 steps",
+        "train__log_every": 1,
+        "data__streams": 5,
+        "data__valid": "unused.txt",
+        "train__validate_every": "15 steps",
+    }
+    for precision in ("fp64", "fp32")
 }
 NOISY = {"train__dropout": 0.3, "data__streams": 5, "train__duration": "30 steps"}
 
@@ -87,6 +101,14 @@ def rank_main(rank: int, folder: Path) -> None:
         note(f"stopped {attempt}", partial(run, rank, plan(folder, "stopped", "two", NOISY), stopper))
     note("resumed", lambda: run(rank, plan(folder, "stopped", "two", NOISY)))
     note("exact stopped", lambda: run(rank, plan(folder, "exact", "two", EXACT), Stopper(9 if rank == 0 else None)))
+    for name, changes in ELASTIC.items():
+        note(f"{name} unbroken", partial(run, rank, plan(folder, f"{name}-unbroken", "two", changes)))
+        changing = plan(folder, name, "two", changes)
+        note(f"{name} of two", partial(run, rank, changing, Stopper(9 if rank == 0 else None)))
+        if rank == 0:
+            note(f"{name} of one", lambda: train(changing, worker_of(changing, stop=Stopper(10))))  # noqa: B023
+        dist.barrier()
+        note(f"{name} of two again", partial(run, rank, changing))
     broken = {"data__shuffle": "off", "data__streams": 2}
     note("bad text of one", lambda: run(rank, plan(folder, "broken", "two", broken, "broken")))
     note("not finite", lambda: run(rank, plan(folder, "not-finite", "two", {"optim__lr": 1e30})))
@@ -96,6 +118,8 @@ def rank_main(rank: int, folder: Path) -> None:
         Path(blocked.run_dir).mkdir(parents=True)
         (Path(blocked.run_dir) / "checkpoints").write_text("in the way")
     note("unwritable by one", lambda: run(rank, blocked))
+    note("one does not come", lambda: late(rank))
+    note("one works long", lambda: Ranks(rank, WORLD, timeout_s=3).first_does(lambda: time.sleep(5) or "done"))
     note("negatives", lambda: run(rank, plan(folder, "negatives", "two", {"softmax__negatives": 9999})))
     dist.destroy_process_group()
 
@@ -111,12 +135,24 @@ def ranks_of(rank: int) -> list[Any]:
 
 
 def gather(rank: int, noise: int = 5, error: DataError | None = None) -> Any:
-    found = Exchange(rank, WORLD, Ranks(rank, WORLD).exchange).gather(np.arange(rank + 1), 3, 2, noise, Flags(), error)
+    found = Exchange(Ranks(rank, WORLD)).gather(np.arange(rank + 1), 3, 2, noise, Flags(), error)
     return found.ids.tolist()
 
 
+def late(rank: int) -> Any:
+    """Rank 1 is at step 5 when rank 0 waits for it in step 7."""
+    ranks = Ranks(rank, WORLD, timeout_s=3)
+    if rank == 1:
+        ranks._beat = 0.0
+        ranks.heartbeat(5)
+        time.sleep(5)
+        return "awake"
+    time.sleep(0.5)
+    return Exchange(ranks).gather(np.zeros(0, np.int64), 1, 0, 0, Flags(), step=7).positions
+
+
 def exchange_of(rank: int) -> list[Any]:
-    exchange = Exchange(rank, WORLD, Ranks(rank, WORLD).exchange)
+    exchange = Exchange(Ranks(rank, WORLD))
     seen = []
     for step in range(3):
         ids = np.array([10 * rank + step, -1, 7])
@@ -178,7 +214,7 @@ def test_two_train_as_one(folder: Path, name: str) -> None:
     ours, theirs = everything(two), everything(one)
     assert sorted(ours) == sorted(theirs)
     for key, tensor in theirs.items():
-        if key == "streams/window_losses":
+        if key == "streams/window_sums":
             continue
         if tensor.dtype == torch.int64:
             assert torch.equal(ours[key], tensor), f"{key}: another batch"
@@ -221,6 +257,34 @@ def test_one_goes_on_where_two_have_stopped(folder: Path) -> None:
         assert torch.allclose(ours[key], tensor, rtol=1e-9, atol=1e-9), key
     losses = [[r["loss"] for r in records(folder / "one" / name)] for name in ("exact", "whole")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_who_waits_for_whom_is_said(folder: Path) -> None:
+    waiting, awake = (found["one does not come"] for found in results(folder))
+    assert awake == "awake"
+    assert waiting["raised"] == "RankTimeout"
+    assert re.match(
+        r"worker 0, step 7: waited \d s for the others in the exchange of target words; furthest behind: worker 1 was "
+        r"at step 5 \d s ago; cluster.timeout_s=3 is the limit",
+        waiting["message"],
+    )
+    assert [found["one works long"] for found in results(folder)] == ["done", "done"], "longer than the limit, and well"
+
+
+@pytest.mark.parametrize(("name", "tolerance"), list(zip(ELASTIC, (1e-9, 1e-5), strict=True)))
+def test_two_then_one_then_two(folder: Path, name: str, tolerance: float) -> None:
+    found = results(folder)[0]
+    steps = [found[f"{name} of {who}"]["steps"] for who in ("two", "one", "two again")]
+    assert 0 < steps[0] < steps[1] < steps[2] == 30, found
+    changing, unbroken = newest(folder / "two" / name), newest(folder / "two" / f"{name}-unbroken")
+    ours, theirs = (checkpoint.stream_tensors(0, 5) for checkpoint in (changing, unbroken))
+    for key in StreamCursors.start(0).arrays():
+        assert torch.equal(ours[key], theirs[key]), f"{key}: other batches"
+    first, second = records(folder / "two" / name), records(folder / "two" / f"{name}-unbroken")
+    assert len(first) == len(second) == 30 + 2
+    for a, b in zip(first, second, strict=True):
+        assert (a["kind"], a["step"], a["positions"]) == (b["kind"], b["step"], b["positions"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance), a["step"]
 
 
 def test_an_error_of_one_is_an_error_of_both(folder: Path) -> None:
