@@ -62,7 +62,7 @@ def _workers(value: Any) -> int | tuple[int, int]:
 Workers = Annotated[
     int | tuple[int, int],
     PlainValidator(_workers),
-    Allowed(f"an integer from 0 to {_MOST_WORKERS}, or [min, max] with 1 <= min <= max"),
+    Allowed(f"an integer >= 0 and <= {_MOST_WORKERS}, or [min, max]"),
 ]
 
 
@@ -292,7 +292,7 @@ class ComputeConfig(TaskConfig):
 
 class ClusterConfig(ComputeConfig):
     workers: Workers = Field(  # type: ignore[assignment]
-        1, description="worker processes; 0: in the calling process, without Ray; [min, max]: as many as have room"
+        1, description="processes; 0: the calling one, without Ray; [min, max]: as many as fit"
     )
     data_cpus: float = Field(0.25, gt=0, le=4096, description="CPUs of a data task; each worker runs one")
     timeout_s: float = Field(
