@@ -292,7 +292,7 @@ class ComputeConfig(TaskConfig):
 
 class ClusterConfig(ComputeConfig):
     workers: Workers = Field(  # type: ignore[assignment]
-        1, description="processes; 0: the calling one, without Ray; [min, max]: as many as fit"
+        1, description="processes; 0: this one, without Ray; [min, max]: as many as fit"
     )
     data_cpus: float = Field(0.25, gt=0, le=4096, description="CPUs of a data task; each worker runs one")
     timeout_s: float = Field(

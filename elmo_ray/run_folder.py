@@ -8,11 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from elmo_ray.config import PretrainConfig
-from elmo_ray.errors import CheckpointError, ConfigError
+from elmo_ray.errors import ConfigError
 from elmo_ray.training.checkpoint import Checkpoint, newest_checkpoint
+from elmo_ray.training.identity import saved_settings
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +59,5 @@ def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:
 
 
 def _is_finished(checkpoint: Checkpoint, config: PretrainConfig) -> bool:
-    try:
-        saved = yaml.safe_load(checkpoint.text("config.yaml"))["train"]["duration"]
-    except (yaml.YAMLError, RecursionError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{checkpoint.path}/config.yaml: does not say train.duration") from None
-    return bool(saved == str(config.train.duration) and checkpoint.json("progress.json").get("finished"))
+    asked = saved_settings(checkpoint).get("train.duration") == str(config.train.duration)
+    return asked and checkpoint.json("progress.json").get("finished") is True

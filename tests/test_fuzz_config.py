@@ -108,7 +108,7 @@ def test_any_bytes_as_a_file(tmp_path_factory: pytest.TempPathFactory, root: typ
         check_message(error, lines=None)
 
 
-@fuzz(300)
+@fuzz(220)
 @given(roots, st.dictionaries(st.sampled_from(SECTIONS) | st.text(max_size=6), plain_values, max_size=4))
 def test_any_plain_values(root: type[Root], values: dict[str, Any]) -> None:
     take(root, values)
@@ -138,7 +138,7 @@ words = st.sampled_from(
 )
 
 
-@fuzz(400)
+@fuzz(300)
 @given(settings_of(scalars | filters | words | st.lists(words | hostile_texts, max_size=3) | st.integers(1, 99)))
 def test_any_value_of_a_key(found: tuple[type[Root], dict[str, Any]]) -> None:
     take(*found)
@@ -161,7 +161,7 @@ def override(draw: st.DrawFn) -> tuple[type[Root], list[str]]:
     return root, [f"{name}={value}" for name, value in pairs if name]
 
 
-@fuzz(300)
+@fuzz(220)
 @given(override())
 def test_any_override(found: tuple[type[Root], list[str]]) -> None:
     root, overrides = found

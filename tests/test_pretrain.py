@@ -112,7 +112,11 @@ def test_mistakes_end_with_one_line(
 def test_resume_refuses_another_model_and_names_the_key(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(config), "train.duration=10 steps"]
     assert main(arguments) == 0
-    for override, key in {"model.lstm.dim=24": "model.lstm.dim", "run.seed=9": "run.seed", "data.streams=8": "data.streams"}.items():
+    for override, key in {
+        "model.lstm.dim=24": "model.lstm.dim",
+        "run.seed=9": "run.seed",
+        "data.streams=8": "data.streams",
+    }.items():
         assert main([str(config), "train.duration=20 steps", "--resume", override]) == 2
         assert f"error: {key} is" in capsys.readouterr().err
 

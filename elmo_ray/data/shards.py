@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -200,9 +201,23 @@ class Corpus:
                 Shard(**{**shard, **{name: arrays[f"shard{number}/{name}"] for name in _SHARD_ARRAYS}})
                 for number, shard in enumerate(fields["shards"])
             ]
-            return cls(shards, *(arrays[f"block_{name}"] for name in _CORPUS_ARRAYS))
+            blocks = [arrays[f"block_{name}"] for name in _CORPUS_ARRAYS]
+            if not _fit_together(blocks, len(shards)):
+                raise KeyError("blocks")
+            return cls(shards, *blocks)
         except (KeyError, TypeError):
             raise DataError(f"{path}: not a corpus index; run prepare again") from None
+
+
+def _fit_together(blocks: Sequence[npt.NDArray[Any]], n_shards: int) -> bool:
+    """Whether these are arrays of `_CORPUS_ARRAYS`: one line of integers each, of the same blocks."""
+    shard, start, end, positions, tokens, *_ = blocks
+    if any(array.ndim != 1 or len(array) != len(shard) or array.dtype.kind != "i" for array in blocks):
+        return False
+    if len(shard) == 0:
+        return True
+    in_order = (0 <= start).all() and (start <= end).all() and (0 <= tokens).all() and (tokens <= positions).all()
+    return bool(in_order and shard.min() >= 0 and shard.max() < n_shards)
 
 
 _CORPUS_ARRAYS = ("shard", "start", "end", "positions", "tokens", "characters", "crc32")

@@ -6,11 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 from elmo_ray.config import PretrainConfig
 from elmo_ray.config_schema import show
-from elmo_ray.config_yaml import short
+from elmo_ray.config_yaml import parse_yaml, short
 from elmo_ray.errors import CheckpointError, ConfigError
 from elmo_ray.training.checkpoint import Checkpoint
 
@@ -53,14 +51,22 @@ def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
         )
 
 
+def saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Dotted key -> plain value of the configuration that a checkpoint was made with; CheckpointError if it has none
+    that can be read."""
+    place = f"{checkpoint.path}/config.yaml"
+    try:
+        values = parse_yaml(checkpoint.text("config.yaml"), place)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{place}: has no settings")
+    return dict(_flat(values, ""))
+
+
 def changes(checkpoint: Checkpoint, config: PretrainConfig) -> list[str]:
     """The settings that are not those of the run when it wrote the checkpoint, as "optim.lr 0.2 -> 0.1"."""
-    try:
-        values = yaml.safe_load(checkpoint.text("config.yaml"))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path}/config.yaml: is no YAML ({type(error).__name__})") from None
-    before = dict(_flat(values, "")) if isinstance(values, dict) else {}
-    now = dict(_flat(config.to_dict(), ""))
+    before, now = saved_settings(checkpoint), dict(_flat(config.to_dict(), ""))
     return [
         f"{key} {_shown(before.get(key))} -> {_shown(now.get(key))}"
         for key in dict.fromkeys([*now, *before])

@@ -70,7 +70,7 @@ def take(path: Path) -> bool:
     return True
 
 
-@fuzz(200)
+@fuzz(130)
 @given(
     st.binary(max_size=80)
     | plain_values.map(lambda value: json.dumps(value).encode())
@@ -81,7 +81,7 @@ def test_any_bytes_as_options(folder: Path, data: bytes) -> None:
     take(folder / "options.json")
 
 
-@fuzz(200)
+@fuzz(130)
 @given(
     st.lists(
         st.tuples(st.sampled_from(PLACES + THEIRS), st.just(...) | absurd_numbers | scalars | plain_values),
@@ -229,7 +229,7 @@ def other_kind(file: h5py.File, name: str, draw: Any) -> None:
 CHANGES = [retyped, reshaped, unwritten, linked, twice, other_kind]
 
 
-@fuzz(150)
+@fuzz(100)
 @given(st.data())
 def test_weights_of_another_structure(folder: Path, data: st.DataObject) -> None:
     config, whole = data.draw(st.sampled_from([(CONFIG, "characters.hdf5"), (WORDS, "words.hdf5")]))
@@ -323,7 +323,7 @@ print(json.dumps({**found, "grown_mib": grown // 1024}))
 @pytest.mark.parametrize("part", range(2))
 def test_damaged_bytes_neither_crash_the_library_nor_take_memory(folder: Path, tmp_path: Path, part: int) -> None:
     """In a process of its own, where a crash of libhdf5 is a failure of this test and not the end of all tests."""
-    count = max(250, int(os.environ.get("ELMO_FUZZ_EXAMPLES", "0")) // 2)
+    count = max(150, int(os.environ.get("ELMO_FUZZ_EXAMPLES", "0")) // 2)
     for name in ("characters.hdf5", "words.hdf5"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     command = [sys.executable, "-c", _READER, str(tmp_path), str(part * count), str(count)]

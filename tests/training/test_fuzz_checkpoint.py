@@ -153,7 +153,7 @@ def test_a_whole_one_is_taken_by_all_readers(root: Path, steps: dict[str, TrainS
 # ---------------------------------------------------------------- damage that hashes find
 
 
-@fuzz(80)
+@fuzz(60)
 @given(st.data())
 def test_damaged_files(root: Path, whole: Path, steps: dict[str, TrainStep], data: st.DataObject) -> None:
     folder = root / "damaged" / directory_name(STEP, 1)
@@ -200,7 +200,7 @@ MANIFEST_PLACES += [("identity", "a\r\u2028b")]
 MANIFEST_PLACES += [("files", MODEL_FILE), ("files", MODEL_FILE, "size"), ("files", "../x"), ("files", "config.yaml")]
 
 
-@fuzz(80)
+@fuzz(60)
 @given(place=st.sampled_from(MANIFEST_PLACES), value=plain_values | absurd_numbers | st.just(...))
 def test_absurd_manifests(
     root: Path, whole: Path, steps: dict[str, TrainStep], place: tuple[Any, ...], value: Any
@@ -215,7 +215,7 @@ def test_absurd_manifests(
 PROGRESS_PLACES = [(key,) for key in Progress().to_dict()] + [("last_valid", "perplexity"), ("more",)]
 
 
-@fuzz(80)
+@fuzz(60)
 @given(st.sampled_from(PROGRESS_PLACES), scalars | absurd_numbers | plain_values | st.just("1e999"))
 def test_absurd_progress(root: Path, steps: dict[str, TrainStep], place: tuple[Any, ...], value: Any) -> None:
     tensors, texts = PARTS["adagrad"]
@@ -234,7 +234,7 @@ HOSTILE_CONFIGS = [
 ]  # fmt: skip
 
 
-@fuzz(80)
+@fuzz(60)
 @given(
     st.sampled_from(["config.yaml", "vocab.txt"]),
     st.sampled_from(HOSTILE_CONFIGS)
@@ -275,7 +275,7 @@ NUMBERS = [0.0, 1.0, 2.0, 3.0, 5.0, 6.0, -1.0, 4.0, 28.0, 2.0**31, 2.0**62, 2.0*
 NUMBERS += [float("nan"), float("inf")]
 
 
-@fuzz(160)
+@fuzz(110)
 @given(st.data())
 def test_other_tensors(root: Path, steps: dict[str, TrainStep], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(CONFIGS)))

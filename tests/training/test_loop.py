@@ -29,7 +29,7 @@ from tiny_runs import (
 from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
+from elmo_ray.errors import ConfigError, DataError, TrainingError
 from elmo_ray.metrics import read_metrics
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
