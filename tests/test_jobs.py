@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import collections
 import json
-import os
-import subprocess
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny_runs import newest, sentences
@@ -18,13 +16,6 @@ from tiny_runs import newest, sentences
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 DEADLINE_S = 240
-HEAD = """
-import sys, ray
-ray.init(address="local", num_cpus=3, object_store_memory=200_000_000, include_dashboard=True, dashboard_port=0,
-         log_to_driver=False, logging_level="ERROR")
-print(ray.get_runtime_context().gcs_address, ray._private.worker._global_node.webui_url, flush=True)
-sys.stdin.read()
-"""
 SMALL = (
     "data.streams=4 data.block_bytes=4096 model.char_cnn.filters=[[1,4],[2,8]] model.char_cnn.embedding_dim=4 "
     "model.char_cnn.max_characters=16 model.lstm.dim=16 model.lstm.projection_dim=8 softmax.negatives=16 "
@@ -34,19 +25,38 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """The job server's address. Ray ends with its driver, when the driver's standard input closes."""
-    environment = {**os.environ, "RAY_JOB_STOP_WAIT_TIME_S": "120", "RAY_worker_niceness": "0"}
-    environment.pop("RAY_ADDRESS", None)
-    head = subprocess.Popen(
-        [sys.executable, "-c", HEAD], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert head.stdin is not None and head.stdout is not None
-    words = head.stdout.readline().split()
-    assert len(words) == 2, "Ray did not start"
-    assert words[1].startswith("127.0.0.1:"), "the job server must not listen to the network"
-    yield f"http://{words[1]}"
-    head.stdin.close()
-    head.wait(60)
+    """The address of the job server of a head of its own.
+
+    Its agent's port is chosen: with the usual one, another Ray on this machine would be given our jobs.
+    """
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "120")
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 3,
+                "object_store_memory": 200_000_000,
+                "include_dashboard": True,
+                "dashboard_port": 0,
+                "dashboard_agent_listen_port": free_port(),
+            },
+        )
+        try:
+            url = cluster.head_node.webui_url
+            assert url.startswith("127.0.0.1:"), "the job server must not listen to the network"
+            yield f"http://{url}"
+        finally:
+            cluster.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 class Jobs:
@@ -58,9 +68,15 @@ class Jobs:
 
     def submit(self, *command: str) -> str:
         entrypoint = " ".join([Path(sys.executable).as_posix(), "-m", *(f"'{word}'" for word in command)])
-        return self.client.submit_job(
-            entrypoint=entrypoint, runtime_env={"working_dir": str(self.repository), "excludes": ["tests", ".git"]}
-        )
+        runtime_env = {"working_dir": str(self.repository), "excludes": ["tests", ".git"]}
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return str(self.client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+            except RuntimeError as error:  # a head that has just started has no agent yet
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def end(self, job: str) -> tuple[str, int | None, str]:
         """Wait; (status, exit code of the command, its log)."""
@@ -96,13 +112,6 @@ def text(folder: Path, name: str) -> list[str]:
     ]
 
 
-def wait_for(happened: Callable[[], Any], log: Callable[[], str]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not happened():
-        assert time.monotonic() < deadline, log()
-        time.sleep(0.2)
-
-
 def test_the_main_job_and_what_comes_after_it(address: str, folder: Path, repository: Path) -> None:
     jobs = Jobs(address, repository)
     steps = ["train.duration=40 steps", "train.validate_every=20 steps", "train.checkpoint_every=20 steps"]
@@ -135,10 +144,15 @@ def test_the_main_job_and_what_comes_after_it(address: str, folder: Path, reposi
 
 def test_a_job_that_is_stopped_has_saved_and_goes_on(address: str, folder: Path, repository: Path) -> None:
     jobs = Jobs(address, repository)
-    command = ["elmo_ray.pretrain", *text(folder, "stopped"), "run.export=false", "train.validate_every=null"]
+    command = ["elmo_ray.pretrain", *text(folder, "stopped"), "run.export=false", "train.validate_every=900000 steps"]
     job = jobs.submit(*command, "train.duration=1000000 steps", "train.checkpoint_every=1000000 steps")
     metrics = folder / "runs" / "stopped" / "metrics" / "attempt-001.jsonl"
-    wait_for(lambda: metrics.exists() and '"train"' in metrics.read_text(), lambda: jobs.client.get_job_logs(job))
+    deadline = time.monotonic() + DEADLINE_S
+    while not (metrics.exists() and '"train"' in metrics.read_text()):
+        assert time.monotonic() < deadline and not jobs.client.get_job_status(job).is_terminal(), (
+            jobs.client.get_job_logs(job)
+        )
+        time.sleep(0.2)
     assert jobs.client.stop_job(job)
     status, _, log = jobs.end(job)
     assert status == "STOPPED", log

@@ -215,6 +215,7 @@ class _Run:
                     # pass changes nothing else
                     self.step.gradients(fed.batch)
                 self.started = self.window_start = time.monotonic()
+                fed.waited = 0.0  # for the start of everything, not for text
             self._train_on(fed)
             self.saver.poll(fed.flags)
             self._note_lost_best()
