@@ -51,7 +51,8 @@ def distinct_types(
 ) -> tuple[NDArray, tuple[tuple[int, int], ...], IntArray]:
     """The distinct words of `inputs`: types and type_classes as in `streams.Batch`, and `inputs` as indices into them.
 
-    Numbers from the vocabulary's size on are unknown words, whose characters `unknown_rows` gives for sorted numbers.
+    Numbers from the vocabulary's size on are unknown words, whose characters `unknown_rows` gives for sorted numbers;
+    the same word may have several. The result depends on the words alone, not on these numbers.
     Without `characters`, types are vocabulary ids and unknown words are `<UNK>`.
     """
     if characters is None:
@@ -60,5 +61,11 @@ def distinct_types(
         return words, ((len(words), 1),), places.reshape(inputs.shape)
     words, places = np.unique(inputs, return_inverse=True)
     n_known = int(np.searchsorted(words, vocabulary.size))
-    types, classes, place = characters.gather(words[:n_known], unknown_rows(words[n_known:]))
+    # Their numbers tell in which order blocks were read, and that is another one after a resume: by their characters
+    # they come in the same order, or sums over words would be taken in another.
+    unknown = np.ascontiguousarray(unknown_rows(words[n_known:]))
+    width = unknown.dtype.itemsize * unknown.shape[1]
+    _, first, same = np.unique(unknown.view(f"V{width}").ravel(), return_index=True, return_inverse=True)
+    types, classes, place = characters.gather(words[:n_known], unknown[first])
+    place = np.concatenate([place[:n_known], place[n_known:][same]])
     return types, classes, place[places.reshape(inputs.shape)]

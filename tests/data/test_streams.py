@@ -315,6 +315,27 @@ def test_ordinary_text_with_unknown_words(tmp_path: Path) -> None:
     assert loader.done() and loader.cursors.audit_positions.sum() == 2 * plan.positions
 
 
+def test_a_resumed_loader_makes_the_same_arrays(tmp_path: Path) -> None:
+    """Sums over the distinct words of a batch are taken in their order: it must not tell when blocks were read."""
+    index, _ = write_corpus(tmp_path, [60, 50], block_bytes=300)
+    few = Vocabulary([*SPECIAL_WORDS, "the", "and", "."])  # most words are unknown, and most come again and again
+    plan = StreamPlan(Corpus.load(index), 5, seed=2, epochs=2)
+    table = TypeTable(few, C, 3)
+
+    def batches(cursors: StreamCursors) -> Iterator[Batch]:
+        encode = functools.partial(thread_source, vocabulary=few, max_characters=C)
+        return read_all(StreamLoader(plan, range(5), cursors, encode, few, 7, table))
+
+    unbroken = list(batches(StreamCursors.start(5)))
+    assert max(len(np.unique(batch.types, axis=0)) for batch in unbroken) > 20
+    for at in range(0, len(unbroken) - 1, 5):
+        for ours, theirs in zip(batches(unbroken[at].cursors), unbroken[at + 1 :], strict=True):
+            assert len(np.unique(ours.types, axis=0)) == len(ours.types), "a word comes twice"
+            for name in ("types", "inputs", "targets", "lengths", "new_block"):
+                assert np.array_equal(getattr(ours, name), getattr(theirs, name)), f"{name}, resumed at {at}"
+            assert ours.type_classes == theirs.type_classes
+
+
 def test_the_order_of_epochs_is_a_function_of_seed_and_epoch(tmp_path: Path) -> None:
     plan, _ = english(tmp_path, 3)
     again = StreamPlan(plan.corpus, 8, 5)
