@@ -39,9 +39,8 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: str | Path, attempt: int, tensorboard: bool = True) -> None:
-        folder = Path(directory) / "metrics"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"attempt-{attempt:03d}.jsonl"
+        self.path = metrics_path(directory, attempt)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         _end_torn_line(self.path)
         self._file: io.FileIO | None = None
         self._waiting = bytearray()
@@ -80,6 +79,13 @@ class MetricsWriter:
                 if self._file is not None:
                     self._file.close()
             self._file = None
+
+    def sync(self) -> None:
+        """Everything so far is on the disk when this returns, if the disk can be written."""
+        self._flush()
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._flush()
@@ -126,8 +132,12 @@ class MetricsFollower:
         return records
 
     def log(self) -> None:
-        """Log the new records as lines for a person."""
-        for record in self.poll():
+        """Log the new records as lines for a person; what cannot be read now is read later."""
+        try:
+            records = self.poll()
+        except (OSError, ValueError):
+            return
+        for record in records:
             if record.get("kind") == "event":
                 _LOG.info("%s", record.get("message"))
             else:
@@ -145,15 +155,28 @@ def read_metrics(run_dir: str | Path) -> list[Record]:
     if not attempts:
         raise DataError(f"{folder}: no attempt-*.jsonl; is {run_dir} a run?")
     newest: dict[tuple[str, int], Record] = {}
+    events: list[Record] = []
     for _, name in attempts:
         records = _read_file(folder / name)
         # What an earlier attempt did after the checkpoint from which this one went on has been undone.
-        first: dict[str, int] = {}
-        for record in records:
-            first[record["kind"]] = min(record["step"], first.get(record["kind"], record["step"]))
-        newest = {(kind, step): r for (kind, step), r in newest.items() if kind not in first or step < first[kind]}
-        newest.update({(record["kind"], record["step"]): record for record in records})
-    return sorted(newest.values(), key=lambda record: (record["step"], record["kind"]))
+        start = _start(records)
+        newest = {key: record for key, record in newest.items() if key[1] <= start}
+        newest.update({(record["kind"], record["step"]): record for record in records if record["kind"] != "event"})
+        events += [record for record in records if record["kind"] == "event"]
+    return sorted([*newest.values(), *events], key=lambda record: (record["step"], record["kind"]))
+
+
+def _start(records: list[Record]) -> float:
+    """The step from which an attempt went on: of its first event, or before its first record."""
+    if not records:
+        return math.inf
+    first = records[0]
+    return float(first["step"] if first["kind"] == "event" else min(record["step"] for record in records) - 1)
+
+
+def metrics_path(run_dir: str | Path, attempt: int) -> Path:
+    """The metrics file of an attempt."""
+    return Path(run_dir) / "metrics" / f"attempt-{attempt:03d}.jsonl"
 
 
 def perplexity(loss: float) -> float:

@@ -101,20 +101,25 @@ def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
     """The whole job. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
     if flags.dry_run:
         return dry_run(config)
+    from elmo_ray.training.cluster import check_cluster
+
     folder = open_run(config, flags.resume, flags.fresh)
     if folder.finished and (done := _finished(folder)) is not None:
         logger.info("%s: finished at step %d; nothing to do", folder.path, done.training["steps"])
         return done
-    prepared = prepare.run(config)
-    config.softmax.check_vocabulary(prepared.vocabulary_size)
-    if folder.newest is not None:
-        _check_same_run(config, folder.newest, prepared)
-    folder.make()
-    plan = _plan(config, folder.path, prepared)
-    training = _fit(plan)
-    if training["stopped"]:
-        return PretrainResult(folder.path, training)
-    return _finish(config, folder.path, prepared, training)
+    with folder.locked():
+        if folder.newest is not None:
+            _check_same_run(config, folder.newest, None)
+        prepared = prepare.run(config)
+        config.softmax.check_vocabulary(prepared.vocabulary_size)
+        if folder.newest is not None:
+            _check_same_run(config, folder.newest, prepared)
+        check_cluster(config.cluster)
+        folder.make()  # from here on the run's folder is written: nothing that is refused comes this far
+        training = _fit(_plan(config, folder.path, prepared))
+        if training["stopped"]:
+            return PretrainResult(folder.path, training)
+        return _finish(config, folder.path, prepared, training)
 
 
 def _fit(plan: Any) -> dict[str, Any]:
@@ -201,11 +206,15 @@ def _finish(
     return result
 
 
-def _check_same_run(config: PretrainConfig, newest: Any, prepared: prepare.PrepareResult) -> None:
-    """Raise ConfigError before Ray starts, and before a file of the run is touched, if this is another run."""
+def _check_same_run(config: PretrainConfig, newest: Any, prepared: prepare.PrepareResult | None) -> None:
+    """Raise ConfigError before Ray starts, and before a file of the run is touched, if this is another run; before the
+    text is prepared, by what does not depend on it."""
     from elmo_ray.data.vocabulary import Vocabulary
-    from elmo_ray.training.identity import check_identity, identity
+    from elmo_ray.training.identity import TEXT_KEYS, check_identity, identity
 
+    if prepared is None:
+        check_identity(newest, identity(config, "", ""), without=TEXT_KEYS)
+        return
     vocabulary = Vocabulary.read(prepared.vocabulary_path)
     check_identity(newest, identity(config, prepared.train.fingerprint, vocabulary.sha256))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +39,30 @@ class RunFolder:
         except OSError as error:
             storage = self.path.parent
             raise ConfigError(f"run.storage_path={storage}: cannot be written ({error.strerror})") from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others out of the run while this process lives: two drivers would delete each other's checkpoints.
+
+        Raises ConfigError where another process has it, or the storage cannot be written. The system lets go of the
+        lock when its holder ends in whatever way.
+        """
+        storage = self.path.parent
+        try:
+            storage.mkdir(parents=True, exist_ok=True)
+            file = open(storage / f".{self.path.name}.lock", "ab")
+        except OSError as error:
+            raise ConfigError(f"run.storage_path={storage}: cannot be written ({error.strerror})") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"run.name={self.path.name}: another process is running {self.path}; wait for its end or stop it"
+                ) from None
+            except OSError as error:  # some network file systems have no locks
+                logger.warning("%s cannot be locked (%s): do not start this run twice", self.path, error.strerror)
+            yield
 
 
 def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:

@@ -45,6 +45,22 @@ def test_newest_attempt_wins_and_undone_steps_go(tmp_path: Path) -> None:
     ]
 
 
+def test_a_resume_undoes_all_kinds_after_its_step_and_no_event(tmp_path: Path) -> None:
+    def write(attempt: int, *records: tuple[str, int]) -> None:
+        with MetricsWriter(tmp_path, attempt, tensorboard=False) as writer:
+            for kind, step in records:
+                writer.write({"kind": kind, "step": step, "attempt": attempt})
+
+    write(1, ("event", 0), ("train", 10), ("valid", 10), ("train", 20), ("valid", 25), ("event", 25))
+    write(2)  # ended before it could say anything
+    write(3, ("event", 10), ("event", 10), ("train", 20), ("train", 30))
+    found = [(record["kind"], record["step"], record["attempt"]) for record in read_metrics(tmp_path)]
+    assert [item for item in found if item[0] != "event"] == [
+        ("train", 10, 1), ("valid", 10, 1), ("train", 20, 3), ("train", 30, 3),
+    ]  # fmt: skip
+    assert [item[1:] for item in found if item[0] == "event"] == [(0, 1), (10, 3), (10, 3), (25, 1)]
+
+
 def test_attempts_are_ordered_as_numbers(tmp_path: Path) -> None:
     write(tmp_path, 999, [50], loss=1.0)
     write(tmp_path, 1000, [50], loss=2.0)

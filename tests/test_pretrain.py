@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_runs import sentences
 
@@ -119,6 +120,44 @@ def test_resume_refuses_another_model_and_names_the_key(config: Path, capsys: py
     }.items():
         assert main([str(config), "train.duration=20 steps", "--resume", override]) == 2
         assert f"error: {key} is" in capsys.readouterr().err
+
+
+def everything_below(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")}
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--fresh"])
+def test_what_is_refused_changes_nothing(config: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(config), "train.duration=10 steps"]) == 0
+    before = everything_below(config.parent)
+    bad = ["cluster.device=gpu", "data.vocab=missing.txt"] + ["data.streams=8", "run.seed=9"] * (flag == "--resume")
+    if torch.cuda.is_available():
+        bad.remove("cluster.device=gpu")
+    for override in bad:
+        assert main([str(config), "train.duration=20 steps", flag, override]) == 2, override
+        assert everything_below(config.parent) == before, override
+    assert main([str(config), "run.name=new", bad[0]]) == 2
+    assert not (config.parent / "runs" / "new").exists()
+
+
+def test_one_run_has_one_driver(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    holder = f"""
+import time
+from pathlib import Path
+from elmo_ray.run_folder import RunFolder
+with RunFolder(Path({str(config.parent / "runs" / "tiny")!r}), None, False).locked():
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+    other = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        assert main([str(config), "train.duration=10 steps"]) == 2
+        assert "error: run.name=tiny: another process is running" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.wait()
+    assert main([str(config), "train.duration=10 steps"]) == 0, "the system lets go of a dead process's lock"
 
 
 def test_dry_run_shows_what_would_be_and_writes_no_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,3 +174,16 @@ def records(run: Path) -> list[dict[str, Any]]:
         for record in read_metrics(run)
         if record["kind"] in ("train", "valid")
     ]
+
+
+def with_valid(**changes: Any) -> dict[str, Any]:
+    return {"data__valid": "held-out.txt", "train__validate_every": "6 steps", **changes}
+
+
+def same(a: Checkpoint, b: Checkpoint) -> None:
+    """Assert that two checkpoints have the same bits, times apart."""
+    ours, theirs = everything(a), everything(b)
+    assert sorted(ours) == sorted(theirs)
+    different = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert not different
+    assert progress_of(a) == progress_of(b)

@@ -217,19 +217,25 @@ class CheckpointWriter:
 # ---------------------------------------------------------------- keeping
 
 
-def prune(checkpoints_dir: PathLike, keep: int, protect: Iterable[PathLike] = ()) -> list[Path]:
+def prune(
+    checkpoints_dir: PathLike, keep: int, protect: Iterable[PathLike] = (), damaged: Iterable[PathLike] = ()
+) -> list[Path]:
     """Remove all but the `keep` newest checkpoints and leftovers older than the newest; returns what was removed.
 
     A checkpoint that lacks a file or has one of the wrong size does not count as kept, and goes when it is older than
     those that do. A directory that is being written is newer than the newest and so never touched; nor are those in
-    `protect`. What cannot be removed is logged and left.
+    `protect`. Those in `damaged` (found so by their hashes, which are not computed here) never count as kept: or they
+    would crowd out the last good one. What cannot be removed is logged and left.
     """
     spared = {Path(path).name for path in protect}
+    bad = {Path(path).name for path in damaged} - spared
     removed: list[Path] = []
     whole = 0
     for folder in reversed(listed_checkpoints(Path(checkpoints_dir))):
         if whole < max(keep, 1) or folder.name in spared:
             try:
+                if folder.name in bad:
+                    raise CheckpointError(f"{folder}: is damaged")
                 open_checkpoint(folder, verify=False).verify(hashes=False)
                 whole += 1
                 continue

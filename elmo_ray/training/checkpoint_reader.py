@@ -147,10 +147,13 @@ def open_checkpoint(directory: PathLike, verify: bool = True) -> Checkpoint:
     return checkpoint
 
 
-def newest_checkpoint(checkpoints_dir: PathLike, verify: bool = True) -> Checkpoint | None:
+def newest_checkpoint(
+    checkpoints_dir: PathLike, verify: bool = True, damaged: list[Path] | None = None
+) -> Checkpoint | None:
     """The newest checkpoint (by attempt, then step) that verifies, with a logged warning for each newer one.
 
-    None if nothing was ever committed. Raises CheckpointError if there are committed checkpoints and all are damaged:
+    `damaged` gets the directories of those. None if nothing was ever committed. Raises CheckpointError if there are
+    committed checkpoints and all are damaged:
     starting again from nothing must be the user's decision.
     """
     problems: list[str] = []
@@ -163,6 +166,8 @@ def newest_checkpoint(checkpoints_dir: PathLike, verify: bool = True) -> Checkpo
         except CheckpointError as error:
             logger.warning("checkpoint skipped: %s", error)
             problems.append(str(error))
+            if damaged is not None:
+                damaged.append(folder)
             continue
         if problems:
             logger.warning("%s is taken instead: the newest checkpoint that is whole", folder)

@@ -8,14 +8,10 @@ import logging
 import math
 import os
 import secrets
-import signal
 import socket
-import threading
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -29,6 +25,7 @@ from elmo_ray.machine import available_cores
 from elmo_ray.training.loop import train
 from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.relay import LogRelay, log_to_run
+from elmo_ray.training.stopping import STOP_FILE, in_thread, leave_note, stop_check, stop_on_signals
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +33,6 @@ Device = Literal["cpu", "gpu"]
 TrainFunction = Callable[[TrainPlan, Worker], dict[str, Any]]
 T = TypeVar("T")
 
-_STOP_FILE = "stop"
-_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _START_FAILURES = 3
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -172,31 +167,49 @@ def fit(plan: TrainPlan, function: TrainFunction = train) -> dict[str, Any]:
     and never retried; TrainingError if workers or the cluster fail too often.
     """
     run_dir = os.path.abspath(plan.run_dir)
-    stop_file = Path(run_dir) / _STOP_FILE
+    stop_file = Path(run_dir) / STOP_FILE
+    device = check_cluster(plan.config.cluster)  # before our handlers: Ray sets one for SIGTERM
     if plan.config.cluster.workers == 0:
-        worker = _local_worker(plan)
-        with _stop_on_signals(stop_file):
+        worker = _local_worker(plan, device)
+        with stop_on_signals(stop_file) as asked:
+            worker.stop_requested = asked.is_set
             return function(plan, worker)
-    ensure_ray()  # before our handlers: it sets one for SIGTERM
-    device = check_resources(plan.config.cluster)
-    with _stop_on_signals(stop_file):
-        return _in_thread(lambda: _fit_on_ray(plan, run_dir, device, function), LogRelay(run_dir).poll)
+    relay = LogRelay(run_dir)
+    with stop_on_signals(stop_file) as asked:
+
+        def meanwhile() -> None:
+            relay.poll()
+            if asked.is_set():
+                leave_note(stop_file)  # again: storage may have been away
+
+        return in_thread(lambda: _fit_on_ray(plan, run_dir, device, function), meanwhile)
 
 
-def _local_worker(plan: TrainPlan) -> Worker:
+def check_cluster(cluster: ClusterConfig) -> Device:
+    """The device that workers will use; starts or joins Ray where `cluster` needs it.
+
+    Raises ConfigError where this machine or cluster has not what is asked for.
+    """
+    if cluster.workers == 0:
+        if cluster.device == "gpu" and not torch.cuda.is_available():
+            raise ConfigError("cluster.device=gpu: torch sees no GPU on this machine; set cluster.device=cpu")
+        return "gpu" if cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
+    ensure_ray()
+    return check_resources(cluster)
+
+
+def _local_worker(plan: TrainPlan, device: Device) -> Worker:
     cluster = plan.config.cluster
     if cluster.threads is not None:
         torch.set_num_threads(cluster.threads)
-    if cluster.device == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("cluster.device=gpu: torch sees no GPU on this machine; set cluster.device=cpu")
-    device = torch.device("cuda" if cluster.device != "cpu" and torch.cuda.is_available() else "cpu")
     source = functools.partial(
         thread_source,
         vocabulary=Vocabulary.read(plan.vocabulary_path),
         max_characters=plan.config.model.char_cnn.max_characters,
         on_error=plan.config.data.on_error,
     )
-    return Worker(0, 1, device, source, lambda step, path, metrics: None, _stop_check(plan.run_dir))
+    place = torch.device("cuda" if device == "gpu" else "cpu")
+    return Worker(0, 1, place, source, lambda step, path, metrics: None, lambda: False)
 
 
 def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFunction) -> dict[str, Any]:
@@ -204,9 +217,6 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cluster = plan.config.cluster
-    # The loop finds, checks and prunes checkpoints itself. Ray's own list of them would only forbid a start after one
-    # was deleted, or after an update of Ray.
-    Path(run_dir, _SNAPSHOT).unlink(missing_ok=True)
     # Ray decides how many elastic workers there are and knows nothing of data tasks: the CPUs of a worker's task are
     # reserved with the worker, or workers could take them all and wait for ever.
     cpus = cluster.cpus_per_worker + (cluster.data_cpus if cluster.elastic else 0.0)
@@ -270,7 +280,8 @@ def _failure_log(run_dir: str, max_failures: int) -> Any:
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             if self.count == 0:
-                log_to_run(run_dir, None)
+                with contextlib.suppress(OSError):  # an error here would end training
+                    log_to_run(run_dir, None)
             self.count += 1
             lost = "; ".join(f"worker {rank}: {_line(error)}" for rank, error in worker_exceptions.items())
             then = "restarting all" if self.count <= max_failures else "giving up"
@@ -315,84 +326,14 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     )
 
     def register(step: int, path: str, metrics: dict[str, Any]) -> None:
-        ray.train.report(
-            metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(path),
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-        )
+        # Not as a Checkpoint of Ray's: the loop finds, checks and prunes them itself, and Ray would write a list of
+        # them to the storage, where an error (a full disk) ends training and a missing directory the next start.
+        ray.train.report({**metrics, "checkpoint_path": path})
 
     device = ray.train.torch.get_device()
-    worker = Worker(rank, context.get_world_size(), device, source, register, _stop_check(plan.run_dir))
+    worker = Worker(rank, context.get_world_size(), device, source, register, stop_check(plan.run_dir))
     try:
         return {"result": settings["function"](plan, worker)}
     except ElmoRayError as error:
         # As a value: Ray would retry an exception, and a user's mistake does not go away.
         return {"error": type(error).__name__, "message": str(error)}
-
-
-# ---------------------------------------------------------------- stopping
-
-
-def _stop_check(run_dir: str) -> Callable[[], bool]:
-    """Whether the driver has asked to stop; looks at the storage once a second at most."""
-    path = os.path.join(run_dir, _STOP_FILE)
-    seen, looked = False, -math.inf
-
-    def stop_requested() -> bool:
-        nonlocal seen, looked
-        now = time.monotonic()
-        if not seen and now - looked >= 1:
-            seen, looked = os.path.exists(path), now
-        return seen
-
-    return stop_requested
-
-
-@contextlib.contextmanager
-def _stop_on_signals(stop_file: Path) -> Iterator[None]:
-    """The first SIGINT or SIGTERM makes the stop file; after it signals do again what they did before."""
-    stop_file.parent.mkdir(parents=True, exist_ok=True)
-    stop_file.unlink(missing_ok=True)
-    if threading.current_thread() is not threading.main_thread():
-        yield  # a sweep's trial: its driver is another process, and only a main thread may have handlers
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        restore()
-        stop_file.touch()
-        logger.warning("%s: training stops after this step; once more to abort", signal.Signals(number).name)
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        restore()
-        stop_file.unlink(missing_ok=True)
-
-
-def _in_thread(run: Callable[[], T], meanwhile: Callable[[], None]) -> T:
-    """Run beside the main thread, where Ray Train would put a SIGINT handler of its own that aborts training."""
-    results: list[T] = []
-    problems: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            results.append(run())
-        except BaseException as error:
-            problems.append(error)
-
-    thread = threading.Thread(target=target, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)  # signals are handled between two joins
-        meanwhile()
-    meanwhile()
-    if problems:
-        raise problems[0]
-    return results[0]

@@ -3,7 +3,7 @@ change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from elmo_ray.config import PretrainConfig
@@ -30,15 +30,20 @@ def identity(config: PretrainConfig, corpus_fingerprint: str, vocabulary_sha256:
     }
 
 
-def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
+TEXT_KEYS = ("data.train", "data.vocab")
+"""Those of `identity` that are known only when the text is prepared."""
+
+
+def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without: Collection[str] = ()) -> None:
     """Raise ConfigError, a line for each key in which the checkpoint differs from this run's `identity`.
 
-    CheckpointError if it does not say.
+    without: keys not to look at. CheckpointError if the checkpoint does not say of which run it is.
     """
     saved = checkpoint.manifest.get("identity")
     if not isinstance(saved, dict):
         raise CheckpointError(f"{checkpoint.path}: its manifest does not say of which run it is")
     keys = [key for key in dict.fromkeys([*expected, *map(str, saved)]) if saved.get(key) != expected.get(key)]
+    keys = [key for key in keys if key not in without]
     if "data.train" in keys and "data.vocab" in keys:
         keys.remove("data.vocab")  # counted from the other text, most often
     if keys:

@@ -16,22 +16,25 @@ from elmo_ray.data.encode import thread_source
 from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import CheckpointError, ElmoRayError, TrainingError
+from elmo_ray.errors import ElmoRayError, TrainingError
 from elmo_ray.metrics import MetricsWriter
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from elmo_ray.training.checkpoint import open_checkpoint
 from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
 from elmo_ray.training.identity import changes, identity
 from elmo_ray.training.optim import learning_rate
 from elmo_ray.training.perplexity import LossSums, Validation, character_table
 from elmo_ray.training.plan import TrainPlan, Worker
-from elmo_ray.training.progress import Progress
+from elmo_ray.training.progress import MOST_AMOUNT, Progress
 from elmo_ray.training.ranks import Ranks
 from elmo_ray.training.records import train_record, valid_record
-from elmo_ray.training.saver import Saver, next_attempt
+from elmo_ray.training.saver import Saver, claim_attempt
 from elmo_ray.training.snapshot import Snapshot
 from elmo_ray.training.step import DTYPES, TrainStep
+
+LAST_SAVE_PAUSES_S = (0.5, 5.0, 30.0)
+"""Between the tries of the last checkpoint, without which all steps since the one before would be lost."""
 
 
 def train(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class _Run:
         except ElmoRayError as problem:
             error = problem
         self.ranks.agree(error)
-        self.attempt = self.ranks.from_first(next_attempt(self.run_dir) if worker.rank == 0 else None)
+        self.attempt = self.ranks.first_does(partial(claim_attempt, self.run_dir))
         self.step = self._build_step()
         self.progress = Progress()
         self.cursors = StreamCursors.start(len(self.streams))
@@ -131,7 +134,7 @@ class _Run:
         return identity(self.config, self.streams_plan.corpus.fingerprint, self.vocabulary.sha256)
 
     def _resume(self) -> None:
-        path = self.ranks.first_does(self._newest)
+        path = self.ranks.first_does(self.saver.newest)
         workers = f"{self.ranks.world} worker{'s' if self.ranks.world > 1 else ''}"
         error: ElmoRayError | None = None
         if path is None:
@@ -145,7 +148,7 @@ class _Run:
         except ElmoRayError as problem:
             error = problem
         self.ranks.agree(error)
-        self.ranks.first_does(lambda: self._restore_best(checkpoint))
+        self.ranks.first_does(lambda: self.saver.restore_best(checkpoint, self.progress.best_step))
         self._event(f"start: resume from step {self.progress.step} of {self.total_steps}, {workers} ({path})")
         manifest = checkpoint.manifest
         now = {"workers": self.ranks.world, **self._conditions()}
@@ -156,21 +159,6 @@ class _Run:
         settings = changes(checkpoint, self.config)
         if settings:
             self._event(f"settings changed since: {', '.join(settings)}")
-
-    def _newest(self) -> str | None:
-        newest = newest_checkpoint(self.run_dir / "checkpoints")
-        return None if newest is None else str(newest.path)
-
-    def _restore_best(self, checkpoint: Checkpoint) -> None:
-        """A run that was killed between a save and the copy of it to `best/` makes the copy now."""
-        if self.progress.best_step != checkpoint.step:
-            return
-        try:
-            if open_checkpoint(self.saver.best_folder).step == checkpoint.step:
-                return
-        except CheckpointError:
-            pass
-        self.saver.copy_to_best(checkpoint)
 
     def _conditions(self) -> dict[str, Any]:
         """What must be equal for a resumed run to have the same bits as one never stopped, besides `identity`."""
@@ -232,14 +220,24 @@ class _Run:
                 self._note_lost_best()
             if self.save_wanted and not self.saver.busy and not stopped:
                 self._save()
-        self.saver.finish()
-        if self.saver.last_step != progress.step:
-            self._save()
-            self.saver.finish()
-            if self.saver.last_step != progress.step:
-                raise TrainingError(f"step {progress.step}: the last checkpoint could not be written; see the log")
+        self._save_last()
         self._close(stopped)
         return self._result(stopped)
+
+    def _save_last(self) -> None:
+        """Wait for the checkpoint of the last step, or write it; storage that is away for a moment is waited for."""
+        self.saver.finish()
+        for pause in (0.0, *LAST_SAVE_PAUSES_S):
+            if self.saver.last_step == self.progress.step:
+                return
+            time.sleep(pause)
+            if self.saver.best_lost and self.progress.best_step == self.progress.step:
+                self.best_wanted = True
+            self._note_lost_best()
+            self._save()
+            self.saver.finish()
+        if self.saver.last_step != self.progress.step:
+            raise TrainingError(f"step {self.progress.step}: the last checkpoint could not be written; see the log")
 
     def _flags(self) -> Flags:
         return self.saver.flags(self.worker.stop_requested())
@@ -343,11 +341,12 @@ class _Run:
         progress = self.progress
         self._write(valid_record(progress.step, total, pause))
         # infinity has no place in JSON, and is nobody's best
-        finite = {name: v if v is not None and np.isfinite(v) else None for name, v in values.items()}
+        finite = {name: v if v is not None and v < MOST_AMOUNT else None for name, v in values.items()}
         progress.last_valid = {"step": progress.step, **finite}
         now = finite["perplexity"]
         if now is not None and (progress.best_perplexity is None or now < progress.best_perplexity):
-            self.best_before = progress.best_perplexity, progress.best_step
+            if not self.saver.saving_best:  # or that one may be lost as well
+                self.best_before = progress.best_perplexity, progress.best_step
             progress.best_perplexity, progress.best_step = now, progress.step
             self.save_wanted = self.best_wanted = True
 
@@ -355,6 +354,9 @@ class _Run:
 
     def _save(self) -> None:
         progress, config = self.progress, self.config
+        self._check_finite()  # on a GPU a bad step may not have been seen yet, and is not to be forgotten
+        if self.metrics is not None:
+            self.metrics.sync()  # what is recorded up to here will not be recorded again
         progress.finished = progress.step >= self.total_steps
         seconds = progress.seconds + time.monotonic() - self.started
         snapshot = Snapshot(replace(progress, seconds=seconds), self.cursors, self.sums)

@@ -8,6 +8,9 @@ from typing import Any
 
 from elmo_ray.errors import CheckpointError
 
+MOST_AMOUNT = 1e300
+"""Of a perplexity that is worth keeping."""
+
 
 @dataclass
 class Progress:
@@ -50,7 +53,7 @@ def _is_count(value: object) -> bool:
 
 
 def _is_amount(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300  # false for NaN
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MOST_AMOUNT  # false for NaN
 
 
 def _is_record(value: object) -> bool:

@@ -8,9 +8,11 @@ deletes old checkpoints) -> done.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,18 @@ from typing import Any, Literal
 from torch import Tensor
 
 from elmo_ray.errors import CheckpointError, TrainingError
-from elmo_ray.training.checkpoint import Checkpoint, CheckpointWriter, commit, copy_best, directory_name, discard, prune
+from elmo_ray.metrics import metrics_path
+from elmo_ray.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    commit,
+    copy_best,
+    directory_name,
+    discard,
+    newest_checkpoint,
+    open_checkpoint,
+    prune,
+)
 from elmo_ray.training.exchange import Flags
 from elmo_ray.training.ranks import Ranks
 
@@ -28,12 +41,25 @@ FAILURES_IN_A_ROW = 5
 """Checkpoints that may fail one after another before training stops: by then storage is gone, not busy."""
 
 
-def next_attempt(run_dir: Path) -> int:
-    """Number of this start of a run: one more than any that left metrics or a checkpoint."""
+def claim_attempt(run_dir: Path) -> int:
+    """Number of this start of a run: one more than any that left metrics or a checkpoint. Its metrics file exists then,
+    so that no other start has the same number. Raises TrainingError where the run's folder cannot be written."""
     names = [path.stem for folder in ("metrics", "checkpoints") for path in (run_dir / folder).glob("*attempt-*")]
     numbers = [int(digits) for name in names if (digits := name.rsplit("attempt-", 1)[1]).isdigit()]
-    return max(numbers, default=0) + 1
+    attempt = max(numbers, default=0) + 1
+    try:
+        (run_dir / "metrics").mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                metrics_path(run_dir, attempt).touch(exist_ok=False)
+                return attempt
+            except FileExistsError:
+                attempt += 1
+    except OSError as error:
+        raise TrainingError(f"{run_dir}/metrics: cannot be written: {error.strerror or error}") from None
 
+
+WARN_AFTER_S = 300.0
 
 Phase = Literal["writing", "committing", "tidying"]
 
@@ -46,13 +72,23 @@ class _Save:
     fields: Mapping[str, Any]
     best: bool
     phase: Phase = "writing"
+    started: float = field(default_factory=time.monotonic)
+    warnings: int = 0
+
+    def warn_if_slow(self) -> None:
+        """A write that never returns, to a file server that is gone, would otherwise be silent."""
+        waited = time.monotonic() - self.started
+        if waited > WARN_AFTER_S * (self.warnings + 1):
+            self.warnings += 1
+            logger.warning("the checkpoint of step %d is in its phase %s for %.0f s", self.step, self.phase, waited)
 
 
 class Saver:
     """One save at a time; every method is called by all ranks at the same step, but for `flags`.
 
     register: called on all ranks with (step, path, metrics) of a committed checkpoint. keep: checkpoints to keep.
-    last, last_step: the newest checkpoint (rank 0 only) and its step. best_lost: the newest save of a best failed.
+    damaged: checkpoints that were found damaged at the start. last, last_step: the newest checkpoint (rank 0 only) and
+    its step. best_lost: the newest save of a best failed.
     """
 
     def __init__(
@@ -71,6 +107,8 @@ class Saver:
         self.last: Checkpoint | None = None
         self.last_step: int | None = None
         self.best_lost = False
+        self.damaged: list[Path] = []
+        self._best_due: Checkpoint | None = None
         self._save: _Save | None = None
         self._number = 0
         self._failures = 0
@@ -78,6 +116,10 @@ class Saver:
     @property
     def busy(self) -> bool:
         return self._save is not None
+
+    @property
+    def saving_best(self) -> bool:
+        return self._save is not None and self._save.best
 
     def flags(self, stop: bool) -> Flags:
         """This rank's flags for the exchange. Called from the loader thread."""
@@ -112,6 +154,7 @@ class Saver:
         save = self._save
         if save is None:
             return
+        save.warn_if_slow()
         if save.phase == "writing":
             if flags.all_ended(save.number):
                 self._written(save, flags.all_written(save.number))
@@ -126,7 +169,7 @@ class Saver:
         while (save := self._save) is not None:
             mine = save.phase == "writing" or self.ranks.rank == 0
             thread = (self.writer if save.phase == "writing" else self.clerk) if mine else None
-            self.ranks.wait_until(partial(_is_done, thread))
+            self.ranks.wait_until(partial(_is_done, thread, save))
             well = all(self.ranks.all(thread is None or thread.state == "written"))
             if save.phase == "writing":
                 self._written(save, well)
@@ -164,10 +207,11 @@ class Saver:
         self._save = None
         self._failures += 1
         self.best_lost = save.best
+        if self.ranks.rank == 0:
+            discard(save.directory)  # before the others go on, who may soon write there again
         problems = [p for p in self.ranks.all(None if error is None else str(error)) if p]
         problem = problems[0] if problems else "no reason given"
         if self.ranks.rank == 0:
-            discard(save.directory)
             logger.warning(
                 "step %d: the checkpoint could not be written (%s); training goes on, older checkpoints are "
                 "untouched (failure %d of %d)",
@@ -184,13 +228,37 @@ class Saver:
 
     def _tidy(self, save: _Save) -> None:
         if save.best and self.last is not None:
-            self.copy_to_best(self.last)
-        prune(self.folder, self.keep, protect=[save.directory])
+            self._best_due = self.last
+        if self._best_due is not None:
+            self.copy_to_best(self._best_due)
+        protect = [save.directory] + ([self._best_due.path] if self._best_due is not None else [])
+        prune(self.folder, self.keep, protect, self.damaged)
+
+    def newest(self) -> str | None:
+        """Rank 0: where the newest whole checkpoint of the run is, if it has one; the damaged ones are noted."""
+        found = newest_checkpoint(self.folder, damaged=self.damaged)
+        return None if found is None else str(found.path)
+
+    def restore_best(self, start: Checkpoint, best_step: int | None) -> None:
+        """Rank 0, when going on from `start`: a run that was killed between a save and the copy of it to `best/` makes
+        the copy now."""
+        if best_step is None:
+            return
+        same_step = sorted(self.folder.glob(f"step-{best_step:08d}-*"), reverse=True)
+        for path in (self.best_folder, start.path, *same_step):
+            with contextlib.suppress(CheckpointError):
+                found = open_checkpoint(path)
+                if found.step == best_step:
+                    if path != self.best_folder:
+                        self.copy_to_best(found)
+                    return
 
     def copy_to_best(self, checkpoint: Checkpoint) -> None:
-        """Rank 0: make `best/` a copy of this checkpoint; a failure is a warning."""
+        """Rank 0: make `best/` a copy of this checkpoint; a failure is a warning, and tried again after later saves."""
+        self._best_due = checkpoint
         try:
             copy_best(checkpoint, self.best_folder)
+            self._best_due = None
         except (CheckpointError, OSError) as error:
             logger.warning(
                 "step %d is the best so far, but could not be copied to %s: %s",
@@ -200,7 +268,8 @@ class Saver:
             )
 
 
-def _is_done(writer: CheckpointWriter | None) -> bool:
+def _is_done(writer: CheckpointWriter | None, save: _Save) -> bool:
+    save.warn_if_slow()
     return writer is None or writer.state in ("written", "failed")
 
 

@@ -313,6 +313,23 @@ def test_prune(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 3
 
 
+def test_damaged_checkpoints_do_not_crowd_out_the_last_good_one(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+    for step in (30, 40):  # as long as before: only their hashes tell
+        path = tmp_path / ck.directory_name(step, 1) / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    damaged: list[Path] = []
+    newest = ck.newest_checkpoint(tmp_path, damaged=damaged)
+    assert newest is not None and newest.step == 20
+    assert [path.name for path in damaged] == [ck.directory_name(step, 1) for step in (40, 30)]
+    save(tmp_path, 50)
+    ck.prune(tmp_path, 2, damaged=damaged)
+    assert sorted(os.listdir(tmp_path)) == [ck.directory_name(step, 1) for step in (20, 50)]
+
+
 def test_the_best_is_an_independent_copy(tmp_path: Path) -> None:
     best = tmp_path / "best"
     first, second = save(tmp_path, 10), save(tmp_path, 20)

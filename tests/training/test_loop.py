@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ from tiny_runs import (
     plan_of,
     progress_of,
     records,
+    same,
     tiny_config,
+    with_valid,
     worker_of,
     write_corpus,
 )
@@ -29,12 +30,12 @@ from tiny_runs import (
 from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import ConfigError, DataError, TrainingError
+from elmo_ray.errors import ConfigError
 from elmo_ray.metrics import read_metrics
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.softmax import full_losses
-from elmo_ray.training.checkpoint import Checkpoint, commit, open_checkpoint, write_part
+from elmo_ray.training.checkpoint import Checkpoint, open_checkpoint
 from elmo_ray.training.loop import train
 from elmo_ray.training.perplexity import character_table
 from elmo_ray.training.plan import TrainPlan
@@ -42,48 +43,6 @@ from elmo_ray.training.plan import TrainPlan
 Paths = tuple[Path, Path]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    return write_corpus(tmp_path_factory.mktemp("text"), [120, 0, 90])
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("held-out"), [40], seed=77)[0]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny products are not worth a second thread, and on a busy machine they would wait for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def with_valid(**changes: Any) -> dict[str, Any]:
-    return {"data__valid": "held-out.txt", "train__validate_every": "6 steps", **changes}
-
-
-def same(a: Checkpoint, b: Checkpoint) -> None:
-    ours, theirs = everything(a), everything(b)
-    assert sorted(ours) == sorted(theirs)
-    different = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
-    assert not different
-    assert progress_of(a) == progress_of(b)
-
-
-def rewritten(checkpoint: Checkpoint, run: Path, **tensors: torch.Tensor) -> None:
-    """The same checkpoint in another run, with other parameters."""
-    files = {name: checkpoint.tensors(name) for name in checkpoint.files if name.endswith(".safetensors")}
-    files["model.safetensors"].update(tensors)
-    texts = {name: checkpoint.text(name) for name in checkpoint.files if not name.endswith(".safetensors")}
-    folder = run / "checkpoints" / checkpoint.path.name
-    write_part(folder, 0, files, texts)
-    fields = {k: v for k, v in checkpoint.manifest.items() if k in ("step", "streams", "identity", "device")}
-    commit(folder, 1, fields)
 
 
 def test_it_learns(corpus: Paths, valid: Path, tmp_path: Path) -> None:
@@ -268,110 +227,6 @@ def test_validation_reads_no_more_than_asked(corpus: Paths, valid: Path, tmp_pat
     train(plan, worker_of(plan))
     record = [r for r in records(tmp_path / "run") if r["kind"] == "valid"][0]
     assert 100 <= record["positions"] < 100 + 3 * 6
-
-
-def test_not_finite_stops(corpus: Paths, tmp_path: Path) -> None:
-    config = tiny_config(optim__lr=1e30, train__checkpoint_every="1 steps")
-    plan = plan_of(tmp_path / "run", config, corpus)
-    with pytest.raises(TrainingError, match="not finite") as caught:
-        train(plan, worker_of(plan))
-    assert "\n" not in str(caught.value) and "optim.lr" in str(caught.value)
-    good = newest(tmp_path / "run")
-    assert f"last good checkpoint: step {good.step}" in str(caught.value)
-    assert all(bool(t.isfinite().all()) for t in everything(good).values())
-
-
-def damaged(corpus: Paths, tmp_path: Path, name: str, value: float) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
-    """A checkpoint of step 6 whose model has bad values."""
-    plan = plan_of(tmp_path / "good", tiny_config(train__duration="6 steps"), corpus)
-    train(plan, worker_of(plan))
-    good = newest(tmp_path / "good")
-    bad = good.tensors("model.safetensors")[name].clone()
-    bad.view(-1)[:] = value
-    return good, {name: bad}
-
-
-def test_skipped_steps_change_nothing_until_there_are_too_many(corpus: Paths, tmp_path: Path) -> None:
-    good, bad = damaged(corpus, tmp_path, "softmax_weight", torch.nan)
-    rewritten(good, tmp_path / "run", **bad)
-    before = everything(newest(tmp_path / "run"))
-    config = tiny_config(train__duration="10 steps", train__on_nonfinite="skip", train__max_skips=20)
-    plan = plan_of(tmp_path / "run", config, corpus)
-    result = train(plan, worker_of(plan))
-    assert result["finished"]
-    after = newest(tmp_path / "run")
-    assert after.step == 10 and progress_of(after)["skipped"] == 4
-    for name, tensor in everything(after).items():
-        if name.startswith("streams/") and name not in ("streams/hidden", "streams/cell"):
-            continue
-        assert torch.equal(tensor.nan_to_num(5.0), before[name].nan_to_num(5.0)), name
-    last = records(tmp_path / "run")[-1]
-    assert last["skipped"] == 4 and last["loss"] == 0.0, "a mean over no position"
-
-    rewritten(good, tmp_path / "many", **bad)
-    config = tiny_config(train__duration="30 steps", train__on_nonfinite="skip", train__max_skips=3)
-    plan = plan_of(tmp_path / "many", config, corpus)
-    with pytest.raises(TrainingError, match="max_skips=3"):
-        train(plan, worker_of(plan))
-
-
-def test_a_held_out_perplexity_beyond_numbers_does_not_spoil_checkpoints(
-    corpus: Paths, valid: Path, tmp_path: Path
-) -> None:
-    good, bad = damaged(corpus, tmp_path, "softmax_bias", 0.0)
-    bad["softmax_bias"][-1] = 3e4
-    rewritten(good, tmp_path / "run", **bad)
-    config = tiny_config(**with_valid(train__duration="9 steps", train__validate_every="1 steps"))
-    plan = plan_of(tmp_path / "run", config, corpus, valid)
-    assert train(plan, worker_of(plan))["finished"]
-    assert all(r["perplexity"] is None for r in records(tmp_path / "run") if r["kind"] == "valid")
-    longer = plan_of(tmp_path / "run", tiny_config(**with_valid(train__duration="12 steps")), corpus, valid)
-    assert train(longer, worker_of(longer))["steps"] == 12
-    progress = progress_of(newest(tmp_path / "run"))
-    json.dumps(progress, allow_nan=False)
-
-
-class Blockade:
-    """Puts a file where the folder of checkpoints should be, from one look on and up to another."""
-
-    def __init__(self, run: Path, first: int, last: int):
-        self.path, self.first, self.last, self.looks = run / "checkpoints", first, last, 0
-
-    def __call__(self) -> bool:
-        self.looks += 1
-        if self.looks == self.first:
-            self.path.write_text("in the way")
-        if self.looks == self.last:
-            self.path.unlink()
-        return False
-
-
-def test_training_goes_on_while_checkpoints_fail(
-    corpus: Paths, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    plan = plan_of(tmp_path / "run", tiny_config(train__checkpoint_every="8 steps"), corpus)
-    result = train(plan, worker_of(plan, stop=Blockade(tmp_path / "run", 1, 20)))
-    assert result["finished"] and newest(tmp_path / "run").step == 24
-    warnings = [r.getMessage() for r in caplog.records if "could not be written" in r.getMessage()]
-    assert warnings and "step 8" in warnings[0]
-    undisturbed = plan_of(tmp_path / "other", tiny_config(train__checkpoint_every="8 steps"), corpus)
-    train(undisturbed, worker_of(undisturbed))
-    same(newest(tmp_path / "run"), newest(tmp_path / "other"))
-
-
-def test_a_run_whose_last_checkpoint_fails_has_failed(corpus: Paths, tmp_path: Path) -> None:
-    plan = plan_of(tmp_path / "run", tiny_config(), corpus)
-    with pytest.raises(TrainingError, match="step 24.*checkpoint"):
-        train(plan, worker_of(plan, stop=Blockade(tmp_path / "run", 1, 999)))
-
-
-def test_a_file_that_changed_ends_training_with_its_name(tmp_path: Path) -> None:
-    paths = write_corpus(tmp_path / "text", [60, 60])
-    plan = plan_of(tmp_path / "run", tiny_config(data__shuffle="off", data__streams=2), paths)
-    shard = tmp_path / "text" / "shard-1.txt"
-    shard.write_text(shard.read_text(encoding="utf-8").replace(" the ", "\nthe ", 9), encoding="utf-8")
-    with pytest.raises(DataError, match="shard-1.txt"):
-        train(plan, worker_of(plan))
 
 
 @pytest.mark.parametrize(

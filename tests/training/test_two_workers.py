@@ -34,6 +34,7 @@ from tiny_runs import (
 
 from elmo_ray.data.streams import StreamCursors
 from elmo_ray.errors import ConfigError, DataError
+from elmo_ray.training import loop
 from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.loop import train
 from elmo_ray.training.plan import TrainPlan
@@ -77,6 +78,7 @@ def plan(folder: Path, name: str, run: str, changes: dict[str, Any], text: str =
 
 def rank_main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    loop.LAST_SAVE_PAUSES_S = (0.1, 0.1)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timeout)
     results: dict[str, Any] = {}
