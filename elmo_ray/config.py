@@ -7,10 +7,11 @@ A root class per verb (`PretrainConfig`, `PrepareConfig`, `EvaluateConfig`, ...)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import Field
 
+from elmo_ray.config_fields import Reset, Workers
 from elmo_ray.config_schema import Allowed, Duration, Globs, Int, Pairs, Root, Section
 from elmo_ray.errors import ConfigError
 
@@ -29,41 +30,6 @@ _LARGE = 1e30  # of a rate, clip or decay: still a float32
 _MOST_FILTERS = 1 << 16
 _MOST_PARAMETERS = 10**10  # 40 GB, a hundred times the original's
 _MOST_POSITIONS = 1 << 25  # of a step: some GB of indices before any product
-
-
-def _reset(value: Any) -> float | str:
-    if value in ("never", "block"):
-        return str(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
-        return float(value)
-    raise ValueError("not a way to reset states")
-
-
-Reset = Annotated[
-    float | Literal["never", "block"], PlainValidator(_reset), Allowed("never, block or a probability from 0 to 1")
-]
-
-
-_MOST_WORKERS = 1 << 16
-
-
-def _workers(value: Any) -> int | tuple[int, int]:
-    """A number, or [min, max] with 1 <= min <= max."""
-    if isinstance(value, list | tuple):
-        least, most = map(_workers, value)  # ValueError for another length
-        if isinstance(least, int) and isinstance(most, int) and 1 <= least <= most:
-            return least, most
-    elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST_WORKERS:
-        if value == int(value):
-            return int(value)
-    raise ValueError("not a number of workers")
-
-
-Workers = Annotated[
-    int | tuple[int, int],
-    PlainValidator(_workers),
-    Allowed(f"an integer >= 0 and <= {_MOST_WORKERS}, or [min, max]"),
-]
 
 
 class StorageConfig(Section):
