@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before anything imports Ray: without it a token is written to the home directory and usage is reported.
@@ -13,6 +14,10 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Small models on few cores: a second thread costs more than it gives, and two of them spin against each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# An example that takes long tells of the machine's load and not of a defect.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
