@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import ConfigError
@@ -48,21 +49,38 @@ class RunFolder:
         lock when its holder ends in whatever way.
         """
         storage = self.path.parent
+        lock = storage / f".{self.path.name}.lock"
         try:
             storage.mkdir(parents=True, exist_ok=True)
-            file = open(storage / f".{self.path.name}.lock", "ab")
+            file = self._lock(lock)
         except OSError as error:
             raise ConfigError(f"run.storage_path={storage}: cannot be written ({error.strerror})") from None
         with file:
             try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    lock.unlink()
+
+    def _lock(self, lock: Path) -> IO[bytes]:
+        while True:
+            file = open(lock, "ab")
+            try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # a holder removes the file when it ends: what was opened before that is nobody's lock any more
+                if lock.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                    return file
+                file.close()
             except BlockingIOError:
+                file.close()
                 raise ConfigError(
                     f"run.name={self.path.name}: another process is running {self.path}; wait for its end or stop it"
                 ) from None
+            except FileNotFoundError:
+                file.close()
             except OSError as error:  # some network file systems have no locks
                 logger.warning("%s cannot be locked (%s): do not start this run twice", self.path, error.strerror)
-            yield
+                return file
 
 
 def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:

@@ -158,6 +158,7 @@ with RunFolder(Path({str(config.parent / "runs" / "tiny")!r}), None, False).lock
         other.kill()
         other.wait()
     assert main([str(config), "train.duration=10 steps"]) == 0, "the system lets go of a dead process's lock"
+    assert not (config.parent / "runs" / ".tiny.lock").exists()
 
 
 def test_dry_run_shows_what_would_be_and_writes_no_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
