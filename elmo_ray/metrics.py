@@ -74,11 +74,13 @@ class MetricsWriter:
             if not self._failing:
                 _LOG.warning("%s: cannot be written now (%s); training goes on", self.path, error.strerror or error)
             self._failing = True
-            # opened anew next time: a file system that was away may not know this handle any more
-            with contextlib.suppress(OSError):
-                if self._file is not None:
-                    self._file.close()
-            self._file = None
+            self._release()  # opened anew next time: a file system that was away may not know this handle any more
+
+    def _release(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        self._file = None
 
     def sync(self) -> None:
         """Everything so far is on the disk when this returns, if the disk can be written."""
@@ -88,12 +90,8 @@ class MetricsWriter:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._flush()
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.fsync(self._file.fileno())
-                self._file.close()
-            self._file = None
+        self.sync()
+        self._release()
         if self._board is not None:
             with contextlib.suppress(Exception):  # as above
                 self._board.close()

@@ -114,15 +114,15 @@ def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
         config.softmax.check_vocabulary(prepared.vocabulary_size)
         if folder.newest is not None:
             _check_same_run(config, folder.newest, prepared)
-        check_cluster(config.cluster)
+        device = check_cluster(config.cluster)
         folder.make()  # from here on the run's folder is written: nothing that is refused comes this far
-        training = _fit(_plan(config, folder.path, prepared))
+        training = _fit(_plan(config, folder.path, prepared), device)
         if training["stopped"]:
             return PretrainResult(folder.path, training)
         return _finish(config, folder.path, prepared, training)
 
 
-def _fit(plan: Any) -> dict[str, Any]:
+def _fit(plan: Any, device: Any) -> dict[str, Any]:
     """Train, and show the metrics file's new lines meanwhile."""
     from elmo_ray.training.cluster import fit
 
@@ -135,7 +135,7 @@ def _fit(plan: Any) -> dict[str, Any]:
     thread = threading.Thread(target=follow, name="console", daemon=True)
     thread.start()
     try:
-        return fit(plan)
+        return fit(plan, device=device)
     finally:
         done.set()
         thread.join()

@@ -38,8 +38,10 @@ class RunFolder:
                 logger.info("--fresh: the run that was in %s is now in %s", self.path, self.aside)
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            storage = self.path.parent
-            raise ConfigError(f"run.storage_path={storage}: cannot be written ({error.strerror})") from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"run.storage_path={self.path.parent}: cannot be written ({error.strerror})")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -54,7 +56,7 @@ class RunFolder:
             storage.mkdir(parents=True, exist_ok=True)
             file = self._lock(lock)
         except OSError as error:
-            raise ConfigError(f"run.storage_path={storage}: cannot be written ({error.strerror})") from None
+            raise self._unwritable(error) from None
         with file:
             try:
                 yield
@@ -68,7 +70,7 @@ class RunFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # a holder removes the file when it ends: what was opened before that is nobody's lock any more
-                if lock.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
                     return file
                 file.close()
             except BlockingIOError:

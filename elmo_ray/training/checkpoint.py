@@ -233,18 +233,22 @@ def prune(
     whole = 0
     for folder in reversed(listed_checkpoints(Path(checkpoints_dir))):
         if whole < max(keep, 1) or folder.name in spared:
-            try:
-                if folder.name in bad:
-                    raise CheckpointError(f"{folder}: is damaged")
-                open_checkpoint(folder, verify=False).verify(hashes=False)
+            if folder.name not in bad and _has_all_files(folder):
                 whole += 1
                 continue
-            except CheckpointError:
-                if whole == 0 or folder.name in spared:
-                    continue
+            if whole == 0 or folder.name in spared:
+                continue
         discard(folder)
         removed.append(folder)
     return removed
+
+
+def _has_all_files(folder: Path) -> bool:
+    try:
+        open_checkpoint(folder, verify=False).verify(hashes=False)
+    except CheckpointError:
+        return False
+    return True
 
 
 def discard(directory: PathLike) -> None:

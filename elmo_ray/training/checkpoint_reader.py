@@ -153,8 +153,7 @@ def newest_checkpoint(
     """The newest checkpoint (by attempt, then step) that verifies, with a logged warning for each newer one.
 
     `damaged` gets the directories of those. None if nothing was ever committed. Raises CheckpointError if there are
-    committed checkpoints and all are damaged:
-    starting again from nothing must be the user's decision.
+    committed checkpoints and all are damaged: starting again from nothing must be the user's decision.
     """
     problems: list[str] = []
     for folder in reversed(listed_checkpoints(Path(checkpoints_dir))):

@@ -159,16 +159,17 @@ def _fits(cpus: Sequence[float], gpus: Sequence[int], workers: int, worker: floa
 # ---------------------------------------------------------------- running
 
 
-def fit(plan: TrainPlan, function: TrainFunction = train) -> dict[str, Any]:
+def fit(plan: TrainPlan, function: TrainFunction = train, device: Device | None = None) -> dict[str, Any]:
     """Train as `plan` says, on Ray or (cluster.workers: 0) here; the result of rank 0.
 
+    device: what `check_cluster` said, where it has been asked already.
     The first SIGINT or SIGTERM asks the workers to stop at the next step, with a checkpoint; a second one ends the
     process. Lost workers are restarted up to cluster.max_failures times. ElmoRayErrors of the workers are raised here,
     and never retried; TrainingError if workers or the cluster fail too often.
     """
     run_dir = os.path.abspath(plan.run_dir)
     stop_file = Path(run_dir) / STOP_FILE
-    device = check_cluster(plan.config.cluster)  # before our handlers: Ray sets one for SIGTERM
+    device = device or check_cluster(plan.config.cluster)  # before our handlers: Ray sets one for SIGTERM
     if plan.config.cluster.workers == 0:
         worker = _local_worker(plan, device)
         with stop_on_signals(stop_file) as asked:

@@ -95,7 +95,7 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     if manifest.get(_OWN_HASH) != _hash_of(manifest):
         raise CheckpointError(f"{path}: does not agree with its own hash: the file is damaged")
     for key, least in (("step", 0), ("world", 1), ("streams", 1)):
-        if not _is_count(manifest.get(key), least):
+        if not is_count(manifest.get(key), least):
             raise CheckpointError(f"{path}: {key} is {manifest.get(key)!r:.40}, not a whole number of at least {least}")
     identity = manifest.get("identity", {})
     for key in identity if isinstance(identity, dict) else ():
@@ -118,7 +118,7 @@ def checked_files(path: Path, manifest: dict[str, Any]) -> dict[str, dict[str, A
     for name, entry in files.items():
         if not is_file_name(name):
             raise CheckpointError(f"{path}: names the file {name!r:.80}, which no checkpoint may have")
-        good = isinstance(entry, dict) and _is_count(entry.get("size"), 0)
+        good = isinstance(entry, dict) and is_count(entry.get("size"), 0)
         if not good or not isinstance(entry.get("sha256"), str) or not _SHA256.match(entry["sha256"]):
             raise CheckpointError(f"{path}: has no size and sha256 for {name}")
     return files
@@ -143,7 +143,8 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
 
-def _is_count(value: object, least: int) -> bool:
+def is_count(value: object, least: int = 0) -> bool:
+    """Whether a value from JSON is a whole number from `least` to what an int64 holds."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 62
 
 

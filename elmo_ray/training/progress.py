@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from elmo_ray.errors import CheckpointError
+from elmo_ray.training.manifest import is_count
 
 MOST_AMOUNT = 1e300
 """Of a perplexity that is worth keeping."""
@@ -48,10 +49,6 @@ class Progress:
         return cls(**values)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-
 def _is_amount(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MOST_AMOUNT  # false for NaN
 
@@ -62,8 +59,8 @@ def _is_record(value: object) -> bool:
 
 
 _KINDS: dict[str, Callable[[object], bool]] = {
-    "int": _is_count,
-    "int | None": lambda value: value is None or _is_count(value),
+    "int": is_count,
+    "int | None": lambda value: value is None or is_count(value),
     "float": _is_amount,
     "float | None": lambda value: value is None or _is_amount(value),
     "bool": lambda value: isinstance(value, bool),
