@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from elmo_ray.model.softmax import draw_negatives, log_expected_count, sampled_losses
+from elmo_ray.model.sampled_softmax import sampled_losses
+from elmo_ray.model.softmax import draw_negatives, log_expected_count
 
 FOLDER = Path(__file__).parent / "golden" / "softmax"
 LOSSES = np.load(FOLDER / "sampled_softmax.npz")
@@ -40,15 +41,15 @@ def test_losses_and_gradients(case: str, whole_table: bool) -> None:
         torch.from_numpy(a.copy()).requires_grad_() for a in (data["inputs"], data["W"][rows], data["b"][rows])
     )
     losses = sampled_losses(
-        inputs,
+        inputs[None],
         weight,
         bias,
-        torch.from_numpy(np.searchsorted(rows, labels)),
-        torch.from_numpy(np.log(data["true_expected_count"][:, 0])),
-        torch.from_numpy(np.searchsorted(rows, sampled)),
-        torch.from_numpy(np.log(data["sampled_expected_count"])),
+        torch.from_numpy(np.searchsorted(rows, labels))[None],
+        torch.from_numpy(np.log(data["true_expected_count"][:, 0]))[None],
+        torch.from_numpy(np.searchsorted(rows, sampled))[None],
+        torch.from_numpy(np.log(data["sampled_expected_count"]))[None],
         mask_hits=not case.endswith("keep_hits"),
-    )
+    )[0]
     hits = (labels[:, None] == sampled[None, :]).sum(axis=1)
     assert hits.tolist() == data["n_accidental_hits"].tolist() and hits.any()
     close(losses, f"{case}/losses")

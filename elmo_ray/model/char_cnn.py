@@ -4,6 +4,7 @@ output."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from elmo_ray.config import CharCnnConfig
 from elmo_ray.data.characters import N_CHARACTERS
 
 CARRY_BIAS = -2.0
+
+_JUST_BELOW = -1e-37
 
 
 class Highway(nn.Module):
@@ -34,9 +37,39 @@ class Highway(nn.Module):
             self.transform_bias.zero_()
 
     def forward(self, x_UF: Tensor, dtype: torch.dtype | None) -> Tensor:
-        carry = torch.sigmoid(_affine(x_UF, self.carry_weight, self.carry_bias, dtype))
-        transform = torch.relu(_affine(x_UF, self.transform_weight, self.transform_bias, dtype))
-        return torch.lerp(x_UF, transform, carry)
+        # one product for both: a big one is faster, and the gradient of x comes from it without a sum
+        both_weights = torch.cat([self.carry_weight, self.transform_weight], dim=1)
+        both = _affine(x_UF, both_weights, torch.cat([self.carry_bias, self.transform_bias]), dtype)
+        carry, transform = both.chunk(2, dim=1)
+        return torch.lerp(x_UF, torch.relu(transform), torch.sigmoid(carry))
+
+
+class _LargestOfWindows(torch.autograd.Function):
+    """[U, M, F] -> [U, F], the maximum over the M windows; the gradient goes to the first that has it.
+
+    Window by window, which a CPU does many numbers at a time; `max` of torch takes one after another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, products_UMF: Tensor) -> Tensor:
+        first, *others = products_UMF.unbind(1)
+        largest_UF = first.clone()
+        for other in others:
+            torch.maximum(largest_UF, other, out=largest_UF)
+        ctx.save_for_backward(products_UMF, largest_UF)
+        return largest_UF
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        products_UMF, largest_UF = ctx.saved_tensors
+        gradient_UMF = torch.empty_like(products_UMF)
+        left_UF, below_UF = grads[0].clone(), torch.empty_like(largest_UF)
+        for product, gradient in zip(products_UMF.unbind(1), gradient_UMF.unbind(1), strict=True):
+            torch.sub(product, largest_UF, out=below_UF)
+            # the gradient where below_UF is 0, and what is given is given once
+            torch.ops.aten.threshold_backward.grad_input(left_UF, below_UF, _JUST_BELOW, grad_input=gradient)
+            left_UF -= gradient
+        return gradient_UMF
 
 
 class CharCnn(nn.Module):
@@ -124,7 +157,12 @@ class CharCnn(nn.Module):
         u, m, _ = windows_UMW.shape
         x = F.embedding(windows_UMW, self.embedding.to(low)).view(u * m, width * self.config.embedding_dim)
         product = torch.mm(x, weight_FEW.permute(2, 1, 0).reshape(-1, weight_FEW.shape[0]).to(low))
-        return product.view(u, m, -1).max(dim=1).values.to(self.embedding.dtype)
+        product_UMF = product.view(u, m, -1)
+        if product_UMF.device.type == "cpu":
+            largest_UF: Tensor = _LargestOfWindows.apply(product_UMF)
+        else:
+            largest_UF = product_UMF.max(dim=1).values
+        return largest_UF.to(self.embedding.dtype)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The softmax over the vocabulary: full, sampled with log-uniform negatives, and exact in chunks for evaluation.
+"""The softmax over the vocabulary: full, exact in chunks for evaluation, and the draws of the sampled one.
 
 Shapes: N positions, P projection, V vocabulary, K negatives, R touched rows.
 """
@@ -55,36 +55,6 @@ def log_expected_count(ids: NDArray[np.int64], tries: int, n_words: int) -> NDAr
     """log(-expm1(tries * log1p(-p(id)))): the log of how often an id is expected among the distinct draws."""
     probability = np.log1p(1.0 / (ids + 1.0)) / math.log1p(n_words)
     return np.log(-np.expm1(tries * np.log1p(-probability))).astype(np.float32)
-
-
-def sampled_losses(
-    x_NP: Tensor,
-    rows_RP: Tensor,
-    bias_R: Tensor,
-    target_rows_N: Tensor,
-    target_log_count_N: Tensor,
-    negative_rows_K: Tensor,
-    negative_log_count_K: Tensor,
-    dtype: torch.dtype | None = None,
-    mask_hits: bool = True,
-) -> Tensor:
-    """[N] losses in nats of each position against its target and the negatives of its direction.
-
-    rows_RP, bias_R: the touched rows of the table; the two `_rows_` arguments index them. A negative equal to a
-    position's target is masked (bilm-tf always does), and the log expected count is subtracted from every logit.
-    """
-    # F.embedding and not rows[index]: its backward adds in a fixed order with several threads
-    true_logits = (x_NP * F.embedding(target_rows_N, rows_RP)).sum(dim=1)
-    true_logits = true_logits + F.embedding(target_rows_N, bias_R[:, None])[:, 0] - target_log_count_N
-    negatives_KP = F.embedding(negative_rows_K, rows_RP)
-    offset_K = F.embedding(negative_rows_K, bias_R[:, None])[:, 0] - negative_log_count_K
-    if dtype is None:
-        logits = torch.addmm(offset_K, x_NP, negatives_KP.t())
-    else:
-        logits = torch.mm(x_NP.to(dtype), negatives_KP.to(dtype).t()).to(x_NP.dtype) + offset_K
-    if mask_hits:
-        logits = logits.masked_fill(target_rows_N[:, None] == negative_rows_K[None, :], -math.inf)
-    return torch.logaddexp(torch.logsumexp(logits, dim=1), true_logits) - true_logits
 
 
 def full_losses(

@@ -17,7 +17,8 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.model.bilm import TABLES, BiLM
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
-from elmo_ray.model.softmax import full_losses, sampled_losses
+from elmo_ray.model.sampled_softmax import sampled_losses
+from elmo_ray.model.softmax import full_losses
 from elmo_ray.training.optim import Optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -130,7 +131,7 @@ class TrainStep:
             self.dtype,
             leaves.get("word_embedding"),
         )
-        sums = torch.stack([self._losses(batch, x_DBTP[d], d, leaves).sum() for d in range(model.directions)])
+        sums = self._losses(batch, x_DBTP.flatten(1, 2), leaves).sum(dim=1)
         scale = config.train.unroll * self.world / (model.directions * max(1, batch.positions))
         (sums.sum() * scale).backward()
         dense = {name: _taken(p) for name, p in self.optimizer.dense.items()}
@@ -144,28 +145,27 @@ class TrainStep:
                 gradient /= self.world
         return Gradients(dense, tables, rows), sums.detach(), state
 
-    def _losses(self, batch: StepInput, x_BTP: Tensor, direction: int, leaves: dict[str, Tensor]) -> Tensor:
-        """[B*T] losses in nats, 0 where there is no position."""
-        x_NP = x_BTP.flatten(0, 1)
-        targets_N = batch.targets[direction].flatten()
+    def _losses(self, batch: StepInput, x_DNP: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        """[D, B*T] losses in nats, 0 where there is no position."""
+        targets_DN = batch.targets.flatten(1)
         if not self.sampled:
-            bias = self.model.softmax_bias
+            weight, bias = self.model.output_weight, self.model.softmax_bias
             assert bias is not None
-            return full_losses(x_NP, self.model.output_weight, bias, targets_N, self.dtype)
+            each = zip(x_DNP, targets_DN, strict=True)
+            return torch.stack([full_losses(x, weight, bias, targets, self.dtype) for x, targets in each])
         assert batch.target_rows is not None and batch.target_log_count is not None
         assert batch.negative_rows is not None and batch.negative_log_count is not None
-        weight = leaves["word_embedding" if self.model.tied else "softmax_weight"]
-        losses = sampled_losses(
-            x_NP,
-            weight,
+        losses_DN = sampled_losses(
+            x_DNP,
+            leaves["word_embedding" if self.model.tied else "softmax_weight"],
             leaves["softmax_bias"],
-            batch.target_rows[direction].flatten(),
-            batch.target_log_count[direction].flatten(),
-            batch.negative_rows[direction],
-            batch.negative_log_count[direction],
+            batch.target_rows.flatten(1),
+            batch.target_log_count.flatten(1),
+            batch.negative_rows,
+            batch.negative_log_count,
             self.dtype,
         )
-        return torch.where(targets_N >= 0, losses, 0.0)
+        return torch.where(targets_DN >= 0, losses_DN, 0.0)
 
     def run(self, batch: StepInput) -> StepOutput:
         """A whole step. Where the gradient is not finite neither the parameters nor the state change."""

@@ -165,3 +165,12 @@ def test_initial_values_are_the_originals() -> None:
         assert isinstance(layer.projection, torch.Tensor)
         assert 0.95 * 0.25 < float(layer.projection.abs().max()) <= 0.25
         assert not torch.as_tensor(layer.bias).any(), "the forget bias of 1 is not stored"
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
+    lstm = random_lstm(CASES["as the original"], 2)
+    x = inputs_of(3, 5, CASES["as the original"], 2).requires_grad_()
+    outputs, _ = lstm(x, random_state(lstm, 3))
+    loss = outputs[-1].square().sum()
+    first, again = (torch.autograd.grad(loss, [x, *lstm.parameters()], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

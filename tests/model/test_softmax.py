@@ -11,13 +11,18 @@ import torch
 from naive_bilm import close
 
 from elmo_ray.model import softmax
+from elmo_ray.model.sampled_softmax import sampled_losses
 from elmo_ray.model.softmax import (
     draw_negatives,
     full_losses,
     full_losses_in_chunks,
     log_expected_count,
-    sampled_losses,
 )
+
+
+def one_direction(x, weight, bias, targets, target_logs, negatives, negative_logs, *more):
+    arguments = (targets, target_logs, negatives, negative_logs)
+    return sampled_losses(x[None], weight, bias, *(a[None] for a in arguments), *more)[0]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -31,7 +36,7 @@ def test_sampled_losses_and_gradients(k: int) -> None:
     ours = [random(n, p, seed=1), random(words, p, seed=2), random(words, seed=3)]
     reference = [t.detach().clone().requires_grad_() for t in ours]
     logs = torch.log(0.05 + 0.07 * torch.arange(words, dtype=torch.float64))
-    found = sampled_losses(
+    found = one_direction(
         ours[0], ours[1], ours[2], torch.tensor(targets), logs[targets], torch.tensor(negatives), logs[negatives]
     )
     x, weight, bias = reference
@@ -88,8 +93,8 @@ def test_chunks_of_evaluation_give_the_full_softmax(words: int) -> None:
 def test_bf16_losses_are_close_to_fp32() -> None:
     x, weight, bias = (t.detach().float() for t in (random(20, 32, seed=1), random(60, 32, seed=2), random(60, seed=3)))
     targets, negatives, logs = torch.arange(20), torch.arange(15, 45), torch.zeros(60)
-    exact = sampled_losses(x, weight, bias, targets, logs[targets], negatives, logs[negatives])
-    low = sampled_losses(x, weight, bias, targets, logs[targets], negatives, logs[negatives], torch.bfloat16)
+    exact = one_direction(x, weight, bias, targets, logs[targets], negatives, logs[negatives])
+    low = one_direction(x, weight, bias, targets, logs[targets], negatives, logs[negatives], torch.bfloat16)
     assert low.dtype == torch.float32 and not torch.equal(low, exact)
     assert float((low - exact).abs().max()) < 0.15
     whole, whole_low = full_losses(x, weight, bias, targets), full_losses(x, weight, bias, targets, torch.bfloat16)
