@@ -1,7 +1,7 @@
 """One LSTM layer over a window as an autograd function: the recurrent products, the gates, and both clips.
 
 Weight gradients are one product over all time steps instead of one a step. On a CPU the directions run beside each
-other (`directions.py`); elsewhere they are one batched product. So the functions here take tensors with and without
+other (`side_by_side.py`); elsewhere they are one batched product. So the functions here take tensors with and without
 the leading D, and count dimensions from the last.
 
 Shapes: D directions, T window, B rows, I input, P output of a cell (projection), H cell. Gates [..., 4H] in the order
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from elmo_ray.model.directions import each_direction
+from elmo_ray.model.side_by_side import side_by_side
 
 FORGET_BIAS = 1.0
 
@@ -207,7 +207,7 @@ class Recurrence(torch.autograd.Function):
             run_forward(window.of(k), hidden_DBP[k], cell_DBH[k], weights.of(k), clips)
 
         if x_DTBI.device.type == "cpu":
-            each_direction(run, d, x_DTBI.device)
+            side_by_side(run, d, x_DTBI.device)
         else:
             run_forward(window, hidden_DBP, cell_DBH, weights, clips)
         ctx.save_for_backward(hidden_DBP, cell_DBH, *weights, *window)
@@ -237,7 +237,7 @@ class Recurrence(torch.autograd.Function):
                 _product_into(d_x[k].flatten(-3, -2), d_gates, with_weights.input.transpose(-1, -2).contiguous())
 
         if d_outputs.device.type == "cpu":
-            each_direction(run, len(d_outputs), d_outputs.device)
+            side_by_side(run, len(d_outputs), d_outputs.device)
         else:
             with torch.no_grad():
                 run(slice(None))

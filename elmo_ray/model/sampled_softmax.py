@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elmo_ray.model.directions import each_direction
+from elmo_ray.model.side_by_side import side_by_side
 
 _embedding_backward = torch.ops.aten.embedding_dense_backward  # adds in a fixed order with several threads
 
@@ -89,7 +89,7 @@ class _SampledLosses(torch.autograd.Function):
             total = torch.add(others, torch.exp(true - top), out=total_DN[direction])
             torch.sub(top + total.log(), true, out=losses_DN[direction])
 
-        each_direction(run, d, x_DNP.device)
+        side_by_side(run, d, x_DNP.device)
         ctx.save_for_backward(x_DNP, rows_RP, target_rows_DN, negative_rows_DK, powers_DNK, others_DN, total_DN)
         ctx.low = x_DNP.dtype if dtype is None else dtype
         return losses_DN
@@ -118,7 +118,7 @@ class _SampledLosses(torch.autograd.Function):
             d_bias[direction] = _embedding_backward(d_true, targets, count, -1, False)[:, 0]
             d_bias[direction].index_add_(0, negatives, torch.mv(powers.t(), scale[:, 0]))
 
-        each_direction(run, len(x_DNP), x_DNP.device)
+        side_by_side(run, len(x_DNP), x_DNP.device)
         return (d_x, _total(d_rows), _total(d_bias), *[None] * 6)
 
 

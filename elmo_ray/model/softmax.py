@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from elmo_ray.model.side_by_side import side_by_side
+
 CHUNK, TILE = 2048, 256
 """Vocabulary rows and positions per product in evaluation: the logits stay in a CPU core's cache, and a [positions, V]
 tensor never exists."""
@@ -91,19 +93,26 @@ def _log_sums(x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, shift_N: Tensor, 
     if dtype is None:
         x_NP = torch.cat([x_NP, torch.ones_like(shift_N)[:, None], -shift_N[:, None]], dim=1)
     sums_N = torch.zeros_like(shift_N, dtype=torch.float64)
-    for start in range(0, len(weight_VP), CHUNK):
-        weight_CP, bias_C = weight_VP[start : start + CHUNK], bias_V[start : start + CHUNK]
-        if dtype is None:
-            weight_CP = torch.cat([weight_CP, bias_C[:, None], torch.ones_like(bias_C)[:, None]], dim=1)
-        else:
-            weight_CP = weight_CP.to(dtype)
-        for first in range(0, len(x_NP), tile):
-            part = slice(first, first + tile)
+    half = -(-len(x_NP) // (2 * tile)) * tile
+
+    def run(number: int) -> None:
+        """Half of the positions, in whole tiles: with threads for both, each half has its own."""
+        stop = min(len(x_NP), (number + 1) * half)
+        for start in range(0, len(weight_VP), CHUNK):
+            weight_CP, bias_C = weight_VP[start : start + CHUNK], bias_V[start : start + CHUNK]
             if dtype is None:
-                logits = torch.mm(x_NP[part], weight_CP.t())
+                weight_CP = torch.cat([weight_CP, bias_C[:, None], torch.ones_like(bias_C)[:, None]], dim=1)
             else:
-                logits = torch.mm(x_NP[part].to(dtype), weight_CP.t()).to(x_NP.dtype) + bias_C - shift_N[part, None]
-            sums_N[part] += logits.exp_().sum(dim=1)
+                weight_CP = weight_CP.to(dtype)
+            for first in range(number * half, stop, tile):
+                part = slice(first, min(stop, first + tile))
+                if dtype is None:
+                    logits = torch.mm(x_NP[part], weight_CP.t())
+                else:
+                    logits = torch.mm(x_NP[part].to(dtype), weight_CP.t()).to(x_NP.dtype) + bias_C - shift_N[part, None]
+                sums_N[part] += logits.exp_().sum(dim=1)
+
+    side_by_side(run, 2, x_NP.device)
     return sums_N.log_().to(shift_N.dtype)
 
 

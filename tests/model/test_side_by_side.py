@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elmo_ray.config import LstmConfig
-from elmo_ray.model.directions import each_direction
+from elmo_ray.model.side_by_side import side_by_side
 from elmo_ray.model.lstm import BiLstm
 
 CPU = torch.device("cpu")
@@ -45,4 +45,4 @@ def test_an_error_in_a_direction_is_the_callers(threads) -> None:
     for count in (1, 2):
         threads(count)
         with pytest.raises(ValueError, match="of direction 1"):
-            each_direction(work, 2, CPU)
+            side_by_side(work, 2, CPU)
