@@ -4,8 +4,8 @@
 
 Small sizes, 10,000 words. Each round runs, in turn: the bare step (`train_step.py`'s, two threads), `pretrain` with one
 worker of two threads, `pretrain` with two workers of one thread, and an empty TorchTrainer.fit() with its ray.init.
-One JSON line a case. Speeds are the medians of the job's own log lines but the first; of the start, the seconds from the
-command to each line of its log are given. Ratios are medians over rounds.
+One JSON line a case. Speeds are the medians of the job's own log lines but the first; of the start, the seconds from
+the command to each line of its log are given. Ratios are medians over rounds.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from elmo_ray.config import LstmConfig
-from elmo_ray.model.side_by_side import side_by_side
 from elmo_ray.model.lstm import BiLstm
+from elmo_ray.model.side_by_side import side_by_side
 
 CPU = torch.device("cpu")
 
