@@ -1,0 +1,133 @@
+"""The LSTM stack for use: sentences of unlike length, without work on padding and without what gradients need.
+
+Rows come longest first, and at each time step only the rows that still go on are computed, as in a PackedSequence.
+Shapes: D directions, N packed positions (all rows of time 0, then of time 1, ...), B rows, P projection, H cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elmo_ray.model.lstm import FORGET_BIAS, BiLstm, LstmLayer, LstmState
+
+_GATE_BYTES = 16 << 20
+"""Of the gates at a time: few enough for a CPU's cache, enough for products of full speed."""
+
+
+class _Weights(NamedTuple):
+    """A layer's parameters in the type of the products; the bias has the forget bias and is in the type of states."""
+
+    input: Tensor
+    hidden: Tensor
+    bias: Tensor
+    projection: Tensor | None
+
+
+class PackedLstm:
+    """Runs a BiLstm without gradients. dtype: of the products; None: the parameters'.
+
+    Converted weights are made once and again when a parameter has changed.
+    """
+
+    def __init__(self, lstm: BiLstm, dtype: torch.dtype | None = None):
+        self.lstm, self.dtype = lstm, dtype
+        self._weights: list[_Weights] = []
+        self._made_of: object = None
+
+    @torch.no_grad()
+    def run(self, x_DNP: Tensor, rows: Sequence[int], state: LstmState) -> tuple[list[Tensor], LstmState]:
+        """Outputs of every layer [D, N, P], skip connections added, and each row's state after its last position.
+
+        rows: how many rows each time step has, never rising; N is their sum. state: of `rows[0]` rows.
+        """
+        config = self.lstm.config
+        outputs, hiddens, cells = [], [], []
+        x = x_DNP
+        for index, weights in enumerate(self._converted()):
+            h, hidden, cell = self._layer(x, rows, weights, state.hidden[index], state.cell[index])
+            hiddens.append(hidden)
+            cells.append(cell)
+            x = h + x if index and config.use_skip_connections else h
+            outputs.append(x)
+        return outputs, LstmState(torch.stack(hiddens), torch.stack(cells))
+
+    def _layer(
+        self, x_DNP: Tensor, rows: Sequence[int], weights: _Weights, hidden_DBP: Tensor, cell_DBH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.lstm.config
+        h, cell_clip = config.dim, config.cell_clip
+        proj_clip = config.proj_clip if weights.projection is not None else None
+        low = weights.input.dtype
+        mixed = low != x_DNP.dtype
+        outputs = x_DNP.new_empty(*x_DNP.shape[:2], hidden_DBP.shape[-1])
+        hidden_all, cell_all = hidden_DBP.clone(), cell_DBH.clone()
+        most = _GATE_BYTES // (weights.bias.numel() * weights.bias.element_size())
+        first = start = stop = 0
+        for step, count in enumerate(rows):
+            if first == stop:  # the input's part of the gates, for some steps at once
+                start, stop = first, _stop(rows, step, first, most)
+                x = x_DNP[:, start:stop]
+                if mixed:
+                    gates = torch.bmm(x.to(low), weights.input).to(x.dtype).add_(weights.bias[:, None])
+                else:
+                    gates = torch.baddbmm(weights.bias[:, None], x, weights.input)
+            # Rows that have ended keep in `_all` what they had: only the first `count` go on.
+            hidden, cell = hidden_all[:, :count], cell_all[:, :count]
+            gate = gates[:, first - start : first - start + count]
+            if mixed:
+                gate += torch.bmm(hidden.to(low), weights.hidden)
+            else:
+                gate.baddbmm_(hidden, weights.hidden)
+            i, j = gate[..., :h].sigmoid_(), gate[..., h : 2 * h].tanh_()
+            fo = gate[..., 2 * h :].sigmoid_()
+            cell.mul_(fo[..., :h]).addcmul_(i, j)
+            if cell_clip is not None:
+                cell.clamp_(-cell_clip, cell_clip)
+            m = torch.tanh(cell).mul_(fo[..., h:])
+            if weights.projection is None:
+                hidden.copy_(m)
+            elif mixed:
+                hidden.copy_(torch.bmm(m.to(low), weights.projection))
+            else:
+                torch.bmm(m, weights.projection, out=hidden)
+            if proj_clip is not None:
+                hidden.clamp_(-proj_clip, proj_clip)
+            outputs[:, first : first + count] = hidden
+            first += count
+        return outputs, hidden_all, cell_all
+
+    def _converted(self) -> list[_Weights]:
+        parameters = list(self.lstm.parameters())
+        made_of = fingerprint(parameters)
+        if made_of != self._made_of:
+            self._weights = [self._convert(layer) for layer in self.lstm.layers]  # type: ignore[arg-type]
+            self._made_of = made_of
+        return self._weights
+
+    def _convert(self, layer: LstmLayer) -> _Weights:
+        low = layer.input_kernel.dtype if self.dtype is None else self.dtype
+        h = self.lstm.config.dim
+        bias = layer.bias.detach().clone()
+        bias[:, 2 * h : 3 * h] += FORGET_BIAS
+        projection = None if layer.projection is None else layer.projection.detach().to(low)
+        return _Weights(layer.input_kernel.detach().to(low), layer.hidden_kernel.detach().to(low), bias, projection)
+
+
+def _stop(rows: Sequence[int], step: int, first: int, most: int) -> int:
+    """The end of the steps from `step` on, which begins at `first`, that have `most` positions together; of one at
+    least."""
+    stop = first + rows[step]
+    for count in rows[step + 1 :]:
+        if stop + count - first > most:
+            break
+        stop += count
+    return stop
+
+
+def fingerprint(parameters: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
+    """Changes when a parameter is moved, replaced, or changed in place (through the parameter, not its `.data`)."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
