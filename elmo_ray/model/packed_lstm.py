@@ -19,7 +19,8 @@ _GATE_BYTES = 16 << 20
 
 
 class _Weights(NamedTuple):
-    """A layer's parameters in the type of the products; the bias has the forget bias and is in the type of states."""
+    """A layer's parameters in the type of the products, gates in the order i, f, o, j; the bias has the forget bias and
+    is in the type of states."""
 
     input: Tensor
     hidden: Tensor
@@ -66,6 +67,7 @@ class PackedLstm:
         outputs = x_DNP.new_empty(*x_DNP.shape[:2], hidden_DBP.shape[-1])
         hidden_all, cell_all = hidden_DBP.clone(), cell_DBH.clone()
         most = _GATE_BYTES // (weights.bias.numel() * weights.bias.element_size())
+        hidden = hidden_all
         first = start = stop = 0
         for step, count in enumerate(rows):
             if first == stop:  # the input's part of the gates, for some steps at once
@@ -75,19 +77,21 @@ class PackedLstm:
                     gates = torch.bmm(x.to(low), weights.input).to(x.dtype).add_(weights.bias[:, None])
                 else:
                     gates = torch.baddbmm(weights.bias[:, None], x, weights.input)
-            # Rows that have ended keep in `_all` what they had: only the first `count` go on.
-            hidden, cell = hidden_all[:, :count], cell_all[:, :count]
+            if count < hidden.shape[1]:  # the shortest have ended: their state stays as it is
+                hidden_all[:, count : hidden.shape[1]] = hidden[:, count:]
+                hidden = hidden[:, :count]
+            cell = cell_all[:, :count]
             gate = gates[:, first - start : first - start + count]
             if mixed:
                 gate += torch.bmm(hidden.to(low), weights.hidden)
             else:
                 gate.baddbmm_(hidden, weights.hidden)
-            i, j = gate[..., :h].sigmoid_(), gate[..., h : 2 * h].tanh_()
-            fo = gate[..., 2 * h :].sigmoid_()
-            cell.mul_(fo[..., :h]).addcmul_(i, j)
+            ifo, j = gate[..., : 3 * h].sigmoid_(), gate[..., 3 * h :].tanh_()
+            cell.mul_(ifo[..., h : 2 * h]).addcmul_(ifo[..., :h], j)
             if cell_clip is not None:
                 cell.clamp_(-cell_clip, cell_clip)
-            m = torch.tanh(cell).mul_(fo[..., h:])
+            m = torch.tanh(cell).mul_(ifo[..., 2 * h :])
+            hidden = outputs[:, first : first + count]
             if weights.projection is None:
                 hidden.copy_(m)
             elif mixed:
@@ -96,8 +100,8 @@ class PackedLstm:
                 torch.bmm(m, weights.projection, out=hidden)
             if proj_clip is not None:
                 hidden.clamp_(-proj_clip, proj_clip)
-            outputs[:, first : first + count] = hidden
             first += count
+        hidden_all[:, : hidden.shape[1]] = hidden
         return outputs, hidden_all, cell_all
 
     def _converted(self) -> list[_Weights]:
@@ -113,8 +117,13 @@ class PackedLstm:
         h = self.lstm.config.dim
         bias = layer.bias.detach().clone()
         bias[:, 2 * h : 3 * h] += FORGET_BIAS
+        # i, j, f, o becomes i, f, o, j: one sigmoid over what is side by side
+        input_kernel, hidden_kernel, bias = (
+            torch.cat([x[..., :h], x[..., 2 * h :], x[..., h : 2 * h]], dim=-1)
+            for x in (layer.input_kernel.detach().to(low), layer.hidden_kernel.detach().to(low), bias)
+        )
         projection = None if layer.projection is None else layer.projection.detach().to(low)
-        return _Weights(layer.input_kernel.detach().to(low), layer.hidden_kernel.detach().to(low), bias, projection)
+        return _Weights(input_kernel, hidden_kernel, bias, projection)
 
 
 def _stop(rows: Sequence[int], step: int, first: int, most: int) -> int:
