@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,17 +189,19 @@ def _on_ray(job: EmbedJob, units: Sequence[Unit], config: EmbedConfig) -> Iterat
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a unit may be a file of hours
-    results = dataset.map_batches(
-        EmbedActor,
-        fn_constructor_args=(json.dumps(dataclasses.asdict(job)),),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=1 if on_gpu else 0,
-        max_restarts=cluster.max_failures,
-        max_task_retries=cluster.max_failures,
-    )
+    with warnings.catch_warnings():
+        # the number of retries is given as Ray 2.60 takes it, which says that another version will not
+        warnings.simplefilter("ignore")
+        results = dataset.map_batches(
+            EmbedActor,
+            fn_constructor_args=(json.dumps(dataclasses.asdict(job)),),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=cluster.cpus_per_worker,
+            num_gpus=1 if on_gpu else 0,
+            max_task_retries=cluster.max_failures,  # of a shard; an actor that died is replaced in any case
+        )
     try:
         yield from results.iter_rows()
     except ray.exceptions.RayError as error:
@@ -206,7 +209,7 @@ def _on_ray(job: EmbedJob, units: Sequence[Unit], config: EmbedConfig) -> Iterat
         if isinstance(cause, ElmoRayError):
             raise cause from None
         raise ElmoRayError(
-            f"embedding lost a worker more than cluster.max_failures={cluster.max_failures} times; --resume goes on: "
+            f"a shard lost its worker more than cluster.max_failures={cluster.max_failures} times; --resume goes on: "
             f"{' '.join(str(error).split())[-300:]}"
         ) from None
 

@@ -1,4 +1,4 @@
-"""A million words embedded to Parquet by two actors, killed (-9) in the middle and resumed: is it what an unbroken job makes?
+"""A million words embedded by two actors, killed (-9) in the middle and resumed: is it what an unbroken job makes?
 
     python tests/benchmarks/embed_killed.py SOURCE TEXT FOLDER [--words 1000000] [key.path=value ...]
 
@@ -58,8 +58,8 @@ def main() -> int:
         subprocess.run(command(out, *flags), check=True)
         result = json.loads(out.with_suffix(".json").read_text())
         print(
-            f"{out.name}: {result['units']} shards, {result['units_done_before']} of them before; {result['words']:,} words "
-            f"at {result['words_per_second']:,.0f}/s, {time.monotonic() - start:.0f} s in all", flush=True,
+            f"{out.name}: {result['units']} shards, {result['units_done_before']} of them before; "
+            f"{result['words']:,} words at {result['words_per_second']:,.0f}/s, {time.monotonic() - start:.0f} s in all", flush=True,
         )  # fmt: skip
     parts = sorted(path.name for path in unbroken.glob("part-*"))
     same = parts == sorted(path.name for path in killed.glob("part-*")) and all(
