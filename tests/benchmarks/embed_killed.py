@@ -59,8 +59,9 @@ def main() -> int:
         result = json.loads(out.with_suffix(".json").read_text())
         print(
             f"{out.name}: {result['units']} shards, {result['units_done_before']} of them before; "
-            f"{result['words']:,} words at {result['words_per_second']:,.0f}/s, {time.monotonic() - start:.0f} s in all", flush=True,
-        )  # fmt: skip
+            f"{result['words']:,} words at {result['words_per_second']:,.0f}/s, {time.monotonic() - start:.0f} s in all",
+            flush=True,
+        )
     parts = sorted(path.name for path in unbroken.glob("part-*"))
     same = parts == sorted(path.name for path in killed.glob("part-*")) and all(
         (killed / name).read_bytes() == (unbroken / name).read_bytes() for name in parts
