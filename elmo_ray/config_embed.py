@@ -23,7 +23,7 @@ def _layers(value: Any) -> str | tuple[float, ...]:
 Layers = Annotated[
     tuple[float, ...] | Literal["all", "top", "average"],
     PlainValidator(_layers),
-    Allowed("all, top, average, or a number for each layer, the word vectors first"),
+    Allowed("all, top, average or a list of numbers"),
 ]
 
 
@@ -36,9 +36,9 @@ class EmbedTextConfig(Section):
 class EmbedOptions(Section):
     path: ClassVar[str] = "embed."
     output: Literal["vectors", "means", "substitutes", "surprisal"] = Field(
-        "vectors", description="of words; means over each sentence; most probable words; -log p of each word, nats"
+        "vectors", description="means: over a sentence; surprisal: nats of each word"
     )
-    layers: Layers = Field("all", description="a list of numbers sums the layers with them as factors")
+    layers: Layers = Field("all", description="numbers: a factor for each layer of a sum, the word vectors first")
     dtype: Literal["float32", "float16"] = Field("float32", description="of the vectors that are written")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: products only")
     state: Literal["reset", "carry"] = Field(

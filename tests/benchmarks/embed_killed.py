@@ -59,7 +59,7 @@ def main() -> int:
         result = json.loads(out.with_suffix(".json").read_text())
         print(
             f"{out.name}: {result['units']} shards, {result['units_done_before']} of them before; "
-            f"{result['words']:,} words at {result['words_per_second']:,.0f}/s, {time.monotonic() - start:.0f} s in all",
+            f"{result['words']:,} words at {result['words_per_second']:,.0f}/s, {time.monotonic() - start:.0f} s",
             flush=True,
         )
     parts = sorted(path.name for path in unbroken.glob("part-*"))
