@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 Path = str | PathLike[str]
 Precision = Literal["fp32", "bf16"]
+_NO_CHARACTER = N_CHARACTERS
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -112,7 +113,7 @@ class ElmoBiLm(nn.Module):
         b, t, c = chars_BTC.shape
         rows = np.concatenate([sentence_marker_rows(c), chars_BTC.reshape(-1, c)])
         types, places = distinct_rows(rows)
-        vectors = self._encoder.word_vectors(types)
+        vectors = self._vectors(types)
         return self._run(vectors, torch.from_numpy(places[2:].reshape(b, t)), lengths, int(places[0]), int(places[1]))
 
     def _from_word_ids(self, inputs: Tensor) -> dict[str, Any]:
@@ -147,12 +148,20 @@ class ElmoBiLm(nn.Module):
         ids = inputs.detach().cpu().numpy()
         if ids.size and (ids.min() < 0 or ids.max() > N_CHARACTERS):
             raise ConfigError(f"inputs have character ids beyond 0 to {N_CHARACTERS}; batch_to_ids makes them")
-        set_BTC = ids > 0
-        words_BT: NDArray[np.bool_] = np.asarray(set_BTC.any(axis=2))
-        if not (set_BTC.all(axis=2) == words_BT).all():
-            raise ConfigError(f"a word's ids are all above 0, its padding is {PADDING + 1}; a word of zeros is padding")
-        chars = np.where(words_BT[:, :, None], ids - 1, PADDING).astype(np.int16)
+        words_BT: NDArray[np.bool_] = np.asarray((ids > 0).any(axis=2))
+        # an id of 0 within a word is a character without a vector, see `_vectors`
+        chars = np.where(ids > 0, ids - 1, np.where(words_BT[:, :, None], _NO_CHARACTER, PADDING)).astype(np.int16)
         return _to_width(chars, self.max_characters), _lengths(words_BT)
+
+    def _vectors(self, types_UC: NDArray[np.int16]) -> Tensor:
+        """[U, P]; also of words with characters whose vector is zero, as AllenNLP has them for ids of 0. Such words are
+        not made by `batch_to_ids`."""
+        if self.bilm.char_cnn is None or not (types_UC == _NO_CHARACTER).any():
+            return self._encoder.word_vectors(types_UC)
+        embedding = self.bilm.char_cnn.embedding
+        with_zero = {"embedding": torch.cat([embedding, embedding.new_zeros(1, embedding.shape[1])])}
+        types = torch.from_numpy(types_UC.astype(np.int64)).to(embedding.device)
+        return torch.func.functional_call(self.bilm.char_cnn, with_zero, (types, None, self._encoder.dtype))
 
     def _has(self, word_inputs: Tensor) -> bool:
         size = 0 if self._word_embedding is None else self._word_embedding.num_embeddings

@@ -17,7 +17,7 @@ import pytest
 import torch
 from saved_models import random_model, save_checkpoint
 
-from elmo_ray import Elmo, ElmoEmbedder, ScalarMix, batch_to_ids
+from elmo_ray import Elmo, ElmoEmbedder, ElmoTokenEmbedder, ScalarMix, batch_to_ids
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo import ElmoBiLm, ElmoCharacterEncoder
@@ -161,6 +161,26 @@ def test_cached_words_and_words_that_are_not() -> None:
     close(elmo(ids, word_ids)["elmo_representations"][0], expected["elmo_representations"][0])
 
 
+def test_token_embedder_takes_any_ids() -> None:
+    """Ids of 0 within a word are characters whose vector is zero."""
+    ids = torch.randint(0, 262, (3, 4, 50), generator=torch.Generator().manual_seed(1))
+    ids[0, 2:] = 0
+    for trained in (True, False):
+        embedder = ElmoTokenEmbedder(*FILES, requires_grad=trained, projection_dim=5, dropout=0.0, stateful=False)
+        vectors = embedder(ids)
+        assert vectors.shape == (3, 4, embedder.get_output_dim()) == (3, 4, 5)
+        vectors.sum().backward()
+        grads = [p.grad for name, p in embedder.named_parameters() if "_elmo_lstm" in name]
+        assert all((grad is not None and bool(grad.any())) == trained for grad in grads)
+    bilm = ElmoBiLm(*FILES, stateful=False)
+    none = ids.clone()
+    none[none == 0] = 1 + ord("x")
+    none[0, 2:] = 0
+    with torch.no_grad():
+        bilm.bilm.char_cnn.embedding[ord("x")] = 0  # type: ignore[union-attr]
+    close(bilm(ids)["activations"][2], bilm(none)["activations"][2])
+
+
 def test_character_encoder() -> None:
     output = ElmoCharacterEncoder(*FILES)(batch_to_ids(LINES[:2]))
     assert output["token_embedding"].shape == (2, output["mask"].shape[1], 16)
@@ -206,11 +226,9 @@ def test_ids_of_other_widths_and_ids_that_are_none() -> None:
         assert torch.equal(bilm(ids)["activations"][2], bilm(narrow)["activations"][2])
     with pytest.raises(ConfigError, match="may be cut off"):
         ElmoBiLm(*FILES)(narrow)
-    zero = batch_to_ids([["a", "b"]])
-    zero[0, 1, 5] = 0
     gap = batch_to_ids([["a", "b"]])
     gap[0, 0] = 0
-    for ids in (zero, gap, batch_to_ids([["a"]]) + 300, zero[0]):
+    for ids in (gap, batch_to_ids([["a"]]) + 300, gap[0]):
         with pytest.raises(ConfigError):
             ElmoBiLm(*FILES)(ids)
     assert batch_to_ids([[], ["a"]]).shape == (2, 1, 50)
