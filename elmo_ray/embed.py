@@ -9,7 +9,6 @@ units, each a file below OUT; a job that was stopped goes on with --resume, and 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,6 +16,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -102,9 +102,11 @@ def run(config: EmbedConfig, flags: Flags | None = None) -> EmbedResult | EmbedP
     if flags.fresh and not flags.dry_run:
         remove(out, parts)
     old = None if flags.fresh else read_record(parts)
-    scratch = contextlib.nullcontext() if flags.dry_run else locked(parts)
-    with scratch:
-        files = find_files(config.texts, config.embed.column, parts / TEXT_FOLDER)
+    # a dry run writes nothing to OUT, but it counts what is in compressed files, too
+    scratch = tempfile.TemporaryDirectory() if flags.dry_run else locked(parts)
+    with scratch as temporary:
+        unpack_to = Path(temporary) if temporary else parts / TEXT_FOLDER
+        files = find_files(config.texts, config.embed.column, unpack_to)
         units = cut_units(files, config.embed.column, config.data.block_bytes, whole=job.carry)
         if not units:
             raise DataError(f"in={','.join(config.texts)}: no sentence in {len(files)} files")

@@ -68,11 +68,13 @@ class LanguageModel:
         self._special = torch.tensor([vocabulary.bos, vocabulary.eos, vocabulary.unk])
 
     @classmethod
-    def from_run(cls, source: str | PathLike[str], checkpoint: str = "best") -> LanguageModel:
-        """Of a SOURCE that has a softmax: a run or a checkpoint."""
+    def from_run(
+        cls, source: str | PathLike[str], checkpoint: str = "best", options: str | None = None, vocab: str | None = None
+    ) -> LanguageModel:
+        """Of a SOURCE that has a softmax: a run or a checkpoint; arguments as for `open_source`."""
         from elmo_ray.source import open_source
 
-        opened = open_source(source, checkpoint)
+        opened = open_source(source, checkpoint, options, vocab)
         if not opened.has_softmax:
             raise FormatError(f"{opened.path}: holds no softmax, so it gives no word a probability; name the run")
         return cls(opened.model, opened.vocabulary)

@@ -72,6 +72,8 @@ def locked(parts: Path) -> Iterator[None]:
             yield
         finally:
             (parts / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                parts.rmdir()  # where nothing was written
 
 
 def job_record(
