@@ -1,9 +1,9 @@
 """Does pre-training help a task? Part-of-speech tagging with and without a pre-trained biLM.
 
-    python tests/benchmarks/tagging.py SOURCE CORPUS [--seeds 1 2 3] [--epochs 4] [--parts 1.0 0.1] [--json FILE]
+    python tests/benchmarks/tagging.py SOURCE CORPUS [--tagger linear] [--seeds 1 2 3] [--epochs 4] [--parts 1.0 0.1]
 
 SOURCE is a run, a checkpoint or exported weights; CORPUS a folder with train.conllu and dev.conllu (word and tag in the
-first two columns, a blank line after each sentence). A BiLSTM tagger is trained on
+first two columns, a blank line after each sentence). A tagger, linear or a BiLSTM, is trained on
 
   (a) the layers of the biLM of SOURCE, frozen, mixed by a `ScalarMix` (with layer norm) that learns with the task,
   (b) the same with a biLM of the same sizes that was never trained (another one for each seed),
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ from elmo_ray.source import Source, open_source
 
 Sentence = tuple[list[str], list[str]]
 SYSTEMS = {"a": "pre-trained biLM", "b": "untrained biLM", "c": "word embeddings"}
-DROPOUT, HIDDEN, ROWS, LEARNING_RATE = 0.5, 128, 32, 2e-3
+DROPOUT, HIDDEN, ROWS = 0.5, 128, 32
+LEARNING_RATES = {"linear": 1e-2, "bilstm": 2e-3}
 SMALL_PART_EPOCHS = 3
 """Times as many epochs for a part of a half or less."""
 
@@ -47,6 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("corpus", type=Path, metavar="CORPUS")
+    parser.add_argument("--tagger", choices=LEARNING_RATES, default="linear")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--parts", type=float, nargs="+", default=[1.0, 0.1])
@@ -78,15 +81,15 @@ def main() -> int:
                     vectors = [layers[: len(some)], layers[len(train) :]]
                 epochs = arguments.epochs * (SMALL_PART_EPOCHS if part <= 0.5 else 1)
                 start = time.monotonic()
-                accuracy = run(inputs, vectors, some, dev, tags, epochs, seed)
+                accuracy = run(inputs, vectors, some, dev, tags, epochs, seed, arguments.tagger)
                 accuracies.setdefault(f"{system} {part:g}", []).append(accuracy)
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(accuracies, indent=1) + "\n")
                 logging.info(
                     "(%s) %s, seed %d, %.0f %% of the data: %.2f %% in %.0f s",
                     system, SYSTEMS[system], seed, 100 * part, 100 * accuracy, time.monotonic() - start,
                 )  # fmt: skip
     report(accuracies, arguments.parts)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(accuracies, indent=1) + "\n")
     return 0
 
 
@@ -178,13 +181,16 @@ class WordInput(nn.Module):
 
 
 class Tagger(nn.Module):
-    def __init__(self, inputs: nn.Module, n_tags: int):
+    def __init__(self, inputs: nn.Module, n_tags: int, kind: str):
         super().__init__()
         self.inputs, self.dropout = inputs, nn.Dropout(DROPOUT)
-        self.lstm = nn.LSTM(inputs.dim, HIDDEN, bidirectional=True, batch_first=True)  # type: ignore[arg-type]
-        self.out = nn.Linear(2 * HIDDEN, n_tags)
+        dim: Any = inputs.dim
+        self.lstm = nn.LSTM(dim, HIDDEN, bidirectional=True, batch_first=True) if kind == "bilstm" else None
+        self.out = nn.Linear(dim if self.lstm is None else 2 * HIDDEN, n_tags)
 
     def forward(self, rows: Sequence[Tensor], lengths: Tensor) -> Tensor:
+        if self.lstm is None:
+            return self.out(self.dropout(self.inputs(rows)))
         packed = pack_padded_sequence(self.dropout(self.inputs(rows)), lengths, batch_first=True, enforce_sorted=False)
         hidden, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
         return self.out(self.dropout(hidden))
@@ -212,6 +218,7 @@ def run(
     tags: list[str],
     epochs: int,
     seed: int,
+    kind: str,
 ) -> float:
     """Accuracy on dev after the last epoch."""
     number = {tag: n for n, tag in enumerate(tags)}
@@ -219,8 +226,8 @@ def run(
         Data(each, [torch.tensor([number.get(tag, len(tags)) for tag in row]) for _, row in sentences])
         for each, sentences in zip(vectors, (train, dev), strict=True)
     )
-    tagger = Tagger(inputs, len(tags))
-    optimizer = torch.optim.Adam(tagger.parameters(), lr=LEARNING_RATE)
+    tagger = Tagger(inputs, len(tags), kind)
+    optimizer = torch.optim.Adam(tagger.parameters(), lr=LEARNING_RATES[kind])
     loss_of = nn.CrossEntropyLoss(ignore_index=-1)
     order = list(range(len(train)))
     shuffle = random.Random(seed).shuffle
