@@ -274,7 +274,9 @@ def _job(config: EmbedConfig, source: Source, parts: Path, is_hdf5: bool) -> Emb
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(os.path.expanduser(path))
+    if path is None or "://" in path:
+        return path
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _is_hdf5(config: EmbedConfig, out: Path) -> bool:
