@@ -1,3 +1,38 @@
-"""Trains, judges and exports ELMo bidirectional language models on Ray; `python -m elmo_ray` lists the verbs."""
+"""Trains, judges and exports ELMo bidirectional language models on Ray; `python -m elmo_ray` lists the verbs.
+
+`Elmo`, `ElmoEmbedder`, `ElmoTokenEmbedder`, `ScalarMix` and `batch_to_ids` are for programs that use a model; they need
+no Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elmo_ray.elmo import Elmo as Elmo
+    from elmo_ray.elmo import batch_to_ids as batch_to_ids
+    from elmo_ray.elmo_embedder import ElmoEmbedder as ElmoEmbedder
+    from elmo_ray.elmo_token_embedder import ElmoTokenEmbedder as ElmoTokenEmbedder
+    from elmo_ray.scalar_mix import ScalarMix as ScalarMix
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Elmo": "elmo",
+    "ElmoEmbedder": "elmo_embedder",
+    "ElmoTokenEmbedder": "elmo_token_embedder",
+    "ScalarMix": "scalar_mix",
+    "batch_to_ids": "elmo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: with them comes torch, and the command line has no use for it.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"elmo_ray.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

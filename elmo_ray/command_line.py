@@ -48,11 +48,15 @@ class Flags:
 
 @dataclass(frozen=True)
 class Positional:
-    """An argument without a key: its name in the usage line and the key that it sets; `many` takes all that follow."""
+    """An argument without a key: its name in the usage line and the key that it sets; `many` takes all that follow.
+
+    It is not expected where the key `unless` is given as key=value.
+    """
 
     label: str
     key: str
     many: bool = False
+    unless: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ VERBS: dict[str, Verb] = {
     "export": Verb(
         "write weights.hdf5, options.json and vocab.txt for bilm-tf, AllenNLP and simple_elmo",
         positionals=(_SOURCE, Positional("OUT", "out")), flags=("json",),
+    ),
+    "embed": Verb(
+        "text to vectors of every word (HDF5, Parquet), most probable words, or surprisal",
+        positionals=(_SOURCE, Positional("IN", "in", unless="embed.tokens"), Positional("OUT", "out")),
+        flags=("dry-run", "resume", "fresh", "json"),
     ),
     "report": Verb(
         "tables and perplexity curves of runs",
@@ -142,7 +151,8 @@ def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Fla
     file: str | None = None
     overrides: list[str] = []
     places: dict[str, Any] = {}
-    waiting = list(verb.positionals)
+    given = {match[1] for match in map(_OVERRIDE.match, words) if match}
+    waiting = [place for place in verb.positionals if place.unless not in given]
     problems: list[str] = []
     for word in words:
         if _OVERRIDE.match(word):
@@ -158,7 +168,6 @@ def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Fla
         else:
             problems.append(f"{word}: neither a file nor of the form key.path=value")
     usage = _usage(name, verb)
-    given = {match[1] for match in map(_OVERRIDE.match, overrides) if match}
     problems.extend(
         f"{place.label} is missing; usage: {usage}" for place in waiting if place.key not in {*places, *given}
     )

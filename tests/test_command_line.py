@@ -13,6 +13,7 @@ import pytest
 from elmo_ray import __main__, __version__
 from elmo_ray.command_line import VERBS, Flags, help_text, load_config, parse, run_verb
 from elmo_ray.config import EvaluateConfig, ExportConfig, PrepareConfig, PretrainConfig, ReportConfig
+from elmo_ray.config_embed import EmbedConfig
 from elmo_ray.config_schema import Root, keys
 from elmo_ray.config_yaml import parse_yaml
 from elmo_ray.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ ROOTS: dict[str, type[Root]] = {
     "pretrain": PretrainConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "embed": EmbedConfig,
     "report": ReportConfig,
 }
 

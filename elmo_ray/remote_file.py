@@ -1,0 +1,57 @@
+"""Files that are named by a path or by a URL: what is far away is fetched once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+from elmo_ray.errors import FormatError
+
+CACHE_VARIABLE = "ELMO_RAY_CACHE"
+
+
+def local_file(name: str | os.PathLike[str]) -> Path:
+    """The path of a file; one at a URL (https, s3, gs, ... by fsspec) is fetched to the cache first.
+
+    The cache is the folder of $ELMO_RAY_CACHE, else ~/.cache/elmo_ray; a file stays there until it is removed. Raises
+    FormatError where the file is not there or cannot be fetched.
+    """
+    text = os.fspath(name)
+    scheme, separator, rest = text.partition("://")
+    if scheme == "file" and separator:
+        text, separator = rest, ""
+    if not separator:
+        path = Path(os.path.abspath(os.path.expanduser(text)))
+        if not path.is_file():
+            raise FormatError(f"{text}: no such file")
+        return path
+    base = os.path.basename(rest.split("?")[0].rstrip("/")) or "file"
+    target = cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}-{base}"
+    if not target.is_file():
+        _fetch(text, target)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "elmo_ray")
+
+
+def _fetch(url: str, target: Path) -> None:
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        import fsspec
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with fsspec.open(url, "rb") as source, open(aside, "wb") as file:
+            while data := source.read(1 << 20):
+                file.write(data)
+        os.replace(aside, target)
+    except Exception as error:  # fsspec's systems raise what their libraries raise
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise FormatError(f"{url}: cannot be fetched: {what}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
