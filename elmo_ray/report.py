@@ -17,6 +17,8 @@ from elmo_ray.command_line import Flags, run_verb
 from elmo_ray.config import ReportConfig
 from elmo_ray.errors import DataError
 from elmo_ray.metrics import Record, clock, read_metrics
+from elmo_ray.mirror import mirror_of
+from elmo_ray.storage import absolute, base_name, is_uri
 
 _LOG = logging.getLogger(__name__)
 _NOTE = "train: as trained, with dropout and, where set, sampled softmax; not comparable with held-out perplexity"
@@ -35,11 +37,11 @@ class RunCurve:
     @classmethod
     def read(cls, path: str | Path) -> RunCurve:
         """Raises DataError if the folder has no metrics."""
-        full = Path(path).resolve()
+        full = _here(path)
         records = tuple(read_metrics(full))
         if not records:
-            raise DataError(f"{full / 'metrics'}: no record yet")
-        return cls(full.name, full, records)
+            raise DataError(f"{path}/metrics: no record yet")
+        return cls(base_name(path if is_uri(path) else full), full, records)
 
     def points(self, kind: str, name: str = "perplexity") -> Points:
         """(step, value) for each record of the kind that has the value."""
@@ -109,6 +111,18 @@ def run(config: ReportConfig, flags: Flags | None = None) -> ReportResult:
     curve = Path(config.out) if config.out is not None else runs[0].path / "curve.png"
     write_curve(runs, curve)
     return ReportResult(runs, curve)
+
+
+def _here(run: str | Path) -> Path:
+    """A run's folder; of one in an object store a local copy of what a report needs."""
+    if not is_uri(run):
+        return Path(run).resolve()
+    mirror = mirror_of(absolute(run))
+    try:
+        mirror.pull("metrics/*", "config.yaml", "result.json")
+    except OSError as error:
+        raise DataError(f"{run}: {error.strerror or error}") from None
+    return mirror.folder
 
 
 def table(runs: Sequence[RunCurve]) -> str:
