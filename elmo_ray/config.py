@@ -370,4 +370,5 @@ class ExportConfig(Root):
 
 class ReportConfig(Root):
     runs: Globs = Field((), description="RUN ...: folders of runs")
-    out: str | None = Field(None, description="PNG file of the curves; null: curve.png in the first run's folder")
+    out: str | None = Field(None, description="folder for report.html and its PNGs; null: the first run's folder")
+    words: Globs = Field((), description="words whose nearest neighbours are shown; none: some frequent English ones")

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,9 @@ from typing import Any
 from elmo_ray import prepare
 from elmo_ray.command_line import Flags, run_verb, write_json
 from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
+from elmo_ray.console import shown
 from elmo_ray.dry_run import DryRun, dry_run
 from elmo_ray.errors import ConfigError, FormatError
-from elmo_ray.metrics import MetricsFollower
 from elmo_ray.mirror import local_folder, mirror_of, origin, send
 from elmo_ray.run_folder import RunFolder, open_run
 from elmo_ray.storage import is_uri, join, read_bytes
@@ -133,24 +132,14 @@ def _fit(plan: Any, device: Any) -> dict[str, Any]:
     if mirror is not None:
         mirror.pull("metrics/*", "logs/*")
         mirror.pull_always("metrics/*", "logs/*")
-    follower, done = MetricsFollower(local_folder(plan.run_dir)), threading.Event()
-
-    def follow() -> None:
-        while not done.wait(0.5):
-            follower.log()
-
-    thread = threading.Thread(target=follow, name="console", daemon=True)
-    thread.start()
-    try:
-        return fit(plan, device=device)
-    finally:
-        done.set()
-        thread.join()
-        if mirror is not None:
-            mirror.rest()
-            with contextlib.suppress(OSError):
-                mirror.pull("metrics/*", "logs/*")
-        follower.log()
+    with shown(local_folder(plan.run_dir)):
+        try:
+            return fit(plan, device=device)
+        finally:
+            if mirror is not None:
+                mirror.rest()
+                with contextlib.suppress(OSError):
+                    mirror.pull("metrics/*", "logs/*")
 
 
 def _plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult) -> Any:
@@ -221,11 +210,12 @@ def _finish(
             unigram = add_one_perplexity(prepared.train, prepared.test, vocabulary, config.data.on_error)
     source = open_source(place)
     neighbours = nearest_words(source.model, source.vocabulary, SHOWN_WORDS)
-    drawn = report.run(ReportConfig(runs=(place,)))
+    curve = report.terminal_curve((report.RunCurve.read(place),))
     result = PretrainResult(
-        place, training, evaluation, unigram, export_dir, neighbours, report.terminal_curve(drawn.runs)
+        place, training, evaluation, unigram, export_dir, neighbours, curve
     )
     write_json(run_dir / "result.json", result.to_dict())
+    report.run(ReportConfig(runs=(place,)))
     send_to_run(run_dir, "result.json", "export/*", "*.png", "*.html")
     return result
 

@@ -16,6 +16,7 @@ from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ElmoRayError, TrainingError
+from elmo_ray.machine import memory_in_use
 from elmo_ray.metrics import MetricsWriter
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.training.exchange import Exchange, Flags
@@ -313,6 +314,7 @@ class _Run:
             seconds=seconds,
             waited=self.window_waited,
             replaced=int(totals[-1]),
+            memory=memory_in_use(self.worker.device),
         )
         self._write(record)
         progress.window_positions = 0
