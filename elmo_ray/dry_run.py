@@ -102,7 +102,7 @@ def dry_run(config: PretrainConfig) -> DryRun:
     slots = 1 if config.optim.name == "adagrad" else 2
     rows = -(-streams // max(1, config.cluster.fewest_workers))
     lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
-    window = rows * unroll * directions
+    window = -(-rows // config.train.accumulate) * unroll * directions
     negatives = config.softmax.negatives if config.softmax.kind == "sampled" else words
     # kept for backward: gates, their gradients, cells, outputs; and logits with their gradient
     activations = window * lstm.n_layers * (10 * lstm.dim + 4 * lstm.projection_dim) + 3 * window * negatives
