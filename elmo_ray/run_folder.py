@@ -22,6 +22,9 @@ from elmo_ray.training.identity import saved_settings
 
 logger = logging.getLogger(__name__)
 
+_JOB_FOLDER = "/runtime_resources/working_dir_files/"
+"""Where Ray unpacks `--working-dir`."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -116,6 +119,9 @@ def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:
     except OSError as error:
         raise ConfigError(f"run.storage_path={config.run.storage_path}: {error.strerror}") from None
     path = local_folder(place)
+    if _JOB_FOLDER in place:
+        logger.warning("run.storage_path=%s lies in this job's own folder, which Ray removes: name an absolute path or a "
+                       "URI", config.run.storage_path)  # fmt: skip
     if used and fresh and storage.is_uri(place):
         raise ConfigError(f"run.name={name}: {place} has a run already, and no store can rename it; name another")
     if used and fresh:

@@ -201,3 +201,23 @@ def test_slurm(tmp_path: Path) -> None:
     assert newest(tmp_path / "runs" / "queued").step == saved + 5
     assert "scontrol" not in calls.read_text(), "a finished run is not queued again"
     assert start("nonsense").wait(60) == 2, "the exit code of the command"
+
+
+def test_a_job_takes_the_code_and_no_corpus(repository: Path, tmp_path: Path) -> None:
+    """Ray's own packing, of a folder with our ignore files."""
+    import zipfile
+
+    from ray._private.runtime_env.packaging import create_package
+
+    for name in (".gitignore", ".rayignore", "elmo_ray/errors.py", "configs/big.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(repository / name, tmp_path / name)
+    left = ("runs/big/vocab.txt", "data/train-0.txt", "train-1.txt.gz", "tests/test_x.py", ".git/HEAD", "weights.hdf5")
+    for name in left:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    package = tmp_path.with_suffix(".zip")
+    create_package(str(tmp_path), package, include_gitignore=True)
+    with zipfile.ZipFile(package) as packed:
+        names = {name for name in packed.namelist() if not name.endswith("/")}
+    assert names == {".gitignore", ".rayignore", "elmo_ray/errors.py", "configs/big.yaml"}
