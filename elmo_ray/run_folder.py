@@ -120,8 +120,10 @@ def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:
         raise ConfigError(f"run.storage_path={config.run.storage_path}: {error.strerror}") from None
     path = local_folder(place)
     if _JOB_FOLDER in place:
-        logger.warning("run.storage_path=%s lies in this job's own folder, which Ray removes: name an absolute path or a "
-                       "URI", config.run.storage_path)  # fmt: skip
+        logger.warning(
+            "run.storage_path=%s lies in this job's own folder, which Ray removes: name an absolute path or a URI",
+            config.run.storage_path,
+        )
     if used and fresh and storage.is_uri(place):
         raise ConfigError(f"run.name={name}: {place} has a run already, and no store can rename it; name another")
     if used and fresh:

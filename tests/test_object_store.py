@@ -166,6 +166,9 @@ def test_a_run_in_a_store_is_killed_and_goes_on(
     monkeypatch.setattr(store_lock, "COUNTS_S", 1.0)
     end = [f"train.duration={steps} steps"]
     assert pretrain.main([str(there), *end]) == 2, "a used name needs --resume"
+    capsys.readouterr()
+    assert pretrain.main([str(there), *end, "--resume", "run.seed=9"]) == 2
+    assert "run.seed is 9, but step-" in capsys.readouterr().err
     assert pretrain.main([str(there), *end, "--resume"]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert f"run: {bucket}/runs/run   export: {bucket}/runs/run/export" in out
