@@ -222,6 +222,12 @@ class TrainConfig(Section):
     reset: Reset = Field(0.01, description="when a stream starts from zero again (probability per step)")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the input of every LSTM layer and on the last output")
     precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="bf16: products only; fp64: for tests")
+    accumulate: Int = Field(
+        1, ge=1, le=1 << 20, description="parts that a worker computes a step in, one after the other, to save memory"
+    )
+    gradients: Literal["full", "bf16"] = Field(
+        "full", description="how gradients travel between workers; bf16: half the bytes, rounded"
+    )
     duration: Duration = Field(Duration(10, "epochs"), description="how long to train")
     validate_every: Duration | None = Field(Duration(1000, "steps"), description="how often to validate; null: never")
     validate_positions: Int = Field(200_000, ge=1, le=10**15, description="most positions of a validation")
@@ -325,6 +331,11 @@ class PretrainConfig(Root):
                 f"cluster.workers={self.cluster.most_workers} exceeds data.streams={self.data.streams}; "
                 "a worker needs a stream at least"
             )
+        if self.cluster.most_workers * self.train.accumulate > max(self.data.streams, self.cluster.most_workers):
+            yield (
+                f"train.accumulate={self.train.accumulate} x cluster.workers={self.cluster.most_workers} exceeds "
+                f"data.streams={self.data.streams}; a part needs a stream at least"
+            )
         positions = self.data.streams * self.train.unroll
         if positions > _MOST_POSITIONS:
             yield (
@@ -370,4 +381,5 @@ class ExportConfig(Root):
 
 class ReportConfig(Root):
     runs: Globs = Field((), description="RUN ...: folders of runs")
-    out: str | None = Field(None, description="PNG file of the curves; null: curve.png in the first run's folder")
+    out: str | None = Field(None, description="folder for report.html and its PNGs; null: the first run's folder")
+    words: Globs = Field((), description="words whose nearest neighbours are shown; none: some frequent English ones")

@@ -17,6 +17,7 @@ from elmo_ray.data.streams import StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.machine import available_cores
 from elmo_ray.model.bilm import BiLM
+from elmo_ray.storage import is_uri
 
 BYTES_PER_POSITION = 5.5
 """Of English text; used where the corpus has not been counted yet."""
@@ -35,7 +36,7 @@ class DryRun:
     steps: int
     memory: dict[str, int]
     checkpoint_bytes: int
-    disk_free: int
+    disk_free: int | None
     devices: list[str]
 
     def summary(self) -> str:
@@ -56,7 +57,8 @@ class DryRun:
             + f"; in all about {_size(sum(self.memory.values()))}",
             f"disk: {_size(self.checkpoint_bytes)} a checkpoint, {config.train.keep_last} kept, "
             "one being written and the best: "
-            f"{_size(self.checkpoint_bytes * (config.train.keep_last + 2))}; free {_size(self.disk_free)}",
+            f"{_size(self.checkpoint_bytes * (config.train.keep_last + 2))}; "
+            + ("in an object store" if self.disk_free is None else f"free {_size(self.disk_free)}"),
             f"devices seen: {', '.join(self.devices)}",
         ]
         if config.optim.name == "adamw":
@@ -100,7 +102,7 @@ def dry_run(config: PretrainConfig) -> DryRun:
     slots = 1 if config.optim.name == "adagrad" else 2
     rows = -(-streams // max(1, config.cluster.fewest_workers))
     lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
-    window = rows * unroll * directions
+    window = -(-rows // config.train.accumulate) * unroll * directions
     negatives = config.softmax.negatives if config.softmax.kind == "sampled" else words
     # kept for backward: gates, their gradients, cells, outputs; and logits with their gradient
     activations = window * lstm.n_layers * (10 * lstm.dim + 4 * lstm.projection_dim) + 3 * window * negatives
@@ -111,9 +113,6 @@ def dry_run(config: PretrainConfig) -> DryRun:
         "activations": activations * width,
         "text": words * (2 * config.model.char_cnn.max_characters + 150) + rows * 3 * config.data.block_bytes * 6,
     }
-    storage = Path(os.path.abspath(config.run.storage_path))
-    while not storage.exists():
-        storage = storage.parent
     state = streams * directions * lstm.n_layers * (lstm.dim + lstm.projection_dim) * width
     return DryRun(
         config,
@@ -125,13 +124,24 @@ def dry_run(config: PretrainConfig) -> DryRun:
         steps,
         memory,
         total * (1 + slots) * width + state,
-        shutil.disk_usage(storage).free,
+        _free(config.run.storage_path),
         _devices(),
     )
 
 
+def _free(storage_path: str) -> int | None:
+    """Bytes free where runs are kept; None for an object store."""
+    if is_uri(storage_path):
+        return None
+    storage = Path(os.path.abspath(storage_path))
+    while not storage.exists():
+        storage = storage.parent
+    return shutil.disk_usage(storage).free
+
+
 def _vocabulary_path(config: PretrainConfig, directory: Path) -> Path:
-    return Path(config.data.vocab) if config.data.vocab is not None else directory / "vocab.txt"
+    given = config.data.vocab is not None and not is_uri(config.data.vocab)
+    return Path(str(config.data.vocab)) if given else directory / "vocab.txt"
 
 
 def _part(name: str) -> str:

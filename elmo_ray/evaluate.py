@@ -129,7 +129,7 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
         raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
     if flags is not None and flags.dry_run:
         return EvaluatePlan(source.describe(), config, corpus)
-    job = Job(str(source.path), source.fingerprint, corpus, config.evaluate, config.data.on_error)
+    job = Job(source.origin or str(source.path), source.fingerprint, corpus, config.evaluate, config.data.on_error)
     start = time.monotonic()
     tally = _measure_here(job, source, cluster) if cluster.workers == 0 else _measure_on_ray(job, cluster)
     seconds = time.monotonic() - start

@@ -26,9 +26,11 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError, DataError, ElmoRayError, FormatError
 from elmo_ray.formats.bilm_hdf5 import obstacles, same_weights, write_weights
 from elmo_ray.formats.bilm_options import to_options
+from elmo_ray.mirror import local_folder, send
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.embedding import embed_sentences
 from elmo_ray.source import BEST, OPTIONS, VOCABULARY, WEIGHTS, Source, open_source
+from elmo_ray.storage import absolute
 
 logger = logging.getLogger("elmo_ray.export")  # also where this module is __main__
 
@@ -49,7 +51,7 @@ class ExportResult:
     """obstacles: why bilm-tf and AllenNLP cannot load the files, by their names; no reasons where they can."""
 
     source: str
-    out_dir: Path
+    out_dir: str
     bytes: dict[str, int]
     difference: float
     obstacles: dict[str, list[str]]
@@ -75,7 +77,7 @@ class ExportResult:
     def to_dict(self) -> dict[str, Any]:
         return {
             "source": self.source,
-            "out": str(self.out_dir),
+            "out": self.out_dir,
             "bytes": self.bytes,
             "largest_difference": self.difference,
             "loads_in": self.loads_in,
@@ -132,7 +134,8 @@ def export_model(
     if all(reasons.values()):
         why = "; ".join(f"{program}: {', '.join(each)}" for program, each in reasons.items())
         raise FormatError(f"{opened.path}: not exported, as neither program could load it ({why})")
-    target = Path(os.path.abspath(os.path.expanduser(out_dir)))
+    place = absolute(out_dir)
+    target = local_folder(place)
     with _folder_aside(target) as aside:
         _write(opened, aside)
         difference = _compare(opened, aside)
@@ -141,8 +144,12 @@ def export_model(
         (target / WEIGHTS).unlink(missing_ok=True)
         for name in (VOCABULARY, OPTIONS, WEIGHTS):
             os.replace(aside / name, target / name)
-    result = ExportResult(opened.describe(), target, sizes, difference, reasons)
-    logger.info("exported to %s, for %s", target, " and ".join(result.loads_in))
+    try:
+        send(target)
+    except OSError as error:
+        raise DataError(f"out={place}: cannot be written ({error.strerror})") from None
+    result = ExportResult(opened.describe(), place, sizes, difference, reasons)
+    logger.info("exported to %s, for %s", place, " and ".join(result.loads_in))
     return result
 
 
@@ -200,7 +207,7 @@ def _embed(model: BiLM, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(os.path.expanduser(path))
+    return None if path is None else absolute(path)
 
 
 def _in_cluster() -> bool:

@@ -4,8 +4,9 @@ A record is a flat mapping with `kind` ("train" or "valid"), `step` (optimizer s
 and numbers: `epoch` (fractional), `positions` (trained on so far), `loss` (nats per position: mean over directions),
 `loss_forward`, `loss_backward`, `perplexity`, `perplexity_forward`, `perplexity_backward` (exp of those; the backward
 ones are None for a forward-only model), and for "train" `grad_norm`, `lr`, `positions_per_second`, `data_wait` (share
-of a step's time that waited for text). Numbers that are not finite are written as null. A record of kind "event" has a
-`message` instead: how the attempt started, and the like.
+of a step's time that waited for text), `memory` (bytes that worker 0 holds, of its GPU where it has one). Numbers that
+are not finite are written as null. A record of kind "event" has a `message` instead: how the attempt started, and the
+like.
 """
 
 from __future__ import annotations
@@ -128,18 +129,6 @@ class MetricsFollower:
             self._read[path.name] = start + len(whole)
             records.extend(json.loads(line) for line in whole.splitlines() if line.strip())
         return records
-
-    def log(self) -> None:
-        """Log the new records as lines for a person; what cannot be read now is read later."""
-        try:
-            records = self.poll()
-        except (OSError, ValueError):
-            return
-        for record in records:
-            if record.get("kind") == "event":
-                _LOG.info("%s", record.get("message"))
-            else:
-                _LOG.info("%s", console_line(record, record.get("total_steps") or record["step"]))
 
 
 def read_metrics(run_dir: str | Path) -> list[Record]:

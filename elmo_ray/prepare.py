@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elmo_ray import storage
 from elmo_ray.command_line import Flags, run_verb
 from elmo_ray.config import SAMPLE, ClusterConfig, DataConfig, PrepareConfig, PretrainConfig
 from elmo_ray.data import index_file, sample, scan
@@ -28,6 +29,8 @@ from elmo_ray.data.tasks import perform_rows
 from elmo_ray.data.text import OnError, decode, file_status
 from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
+from elmo_ray.mirror import local_folder, mirror_of, origin, send
+from elmo_ray.storage import is_uri
 
 logger = logging.getLogger("elmo_ray.prepare")  # __name__ is __main__ as a command
 
@@ -44,7 +47,8 @@ TEXTS = ("train", "valid", "test")
 class PrepareResult:
     """A corpus that is ready for training.
 
-    vocabulary_path: data.vocab, or the vocab.txt counted from the training text; `counted` tells which.
+    vocabulary_path: data.vocab (a copy of it where it is an object), or the vocab.txt counted from the training text;
+        `counted` tells which.
     train, valid, test: None where no text is named. With data.holdout, `valid` is those blocks of data.train.
     pruned_words, pruned_tokens, max_missing: what counting in bounded memory lost, all 0 if exact (see WordCounter).
     replaced: invalid sequences and NULs that data.on_error=replace turns into U+FFFD.
@@ -166,7 +170,7 @@ def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
             _take_back(counter, corpora["valid"], data.on_error)
 
     if given is not None:
-        vocabulary, path = given, Path(os.path.abspath(str(data.vocab)))
+        vocabulary, path = given, _given_path(given, str(data.vocab), directory)
     else:
         vocabulary, path = _write_vocabulary(counter or WordCounter(0), data, directory)
     result = PrepareResult(
@@ -186,6 +190,10 @@ def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
     for name, corpus in result.corpora.items():
         corpus.save(directory / f"{name}.npz")
     index_file.write_aside(directory / "prepare.json", (json.dumps(result.to_dict(), indent=1) + "\n").encode())
+    try:
+        send(directory)
+    except OSError as error:
+        raise DataError(f"data.prepared_dir={origin(directory)}: cannot be written ({error.strerror})") from None
     return result
 
 
@@ -216,13 +224,19 @@ def index_texts(
 
 
 def prepared_dir(storage_path: str, configured: str | None) -> Path:
-    """The folder of data.prepared_dir, by default `prepared` in run.storage_path: absolute, and made if need be."""
-    directory = Path(os.path.abspath(os.path.expanduser(configured or os.path.join(storage_path, "prepared"))))
+    """The folder of data.prepared_dir, by default `prepared` in run.storage_path: absolute, and made if need be.
+
+    For a URI the local folder that mirrors it (all but the unpacked texts, which are written there at once).
+    """
+    place = storage.absolute(configured or storage.join(storage_path, "prepared"))
+    directory = local_folder(place)
     try:
+        if is_uri(place):
+            mirror_of(place).pull("state/*", "*.*")
         for name in ("state", "text"):
             (directory / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"data.prepared_dir={directory}: cannot be made ({error.strerror})") from None
+        raise DataError(f"data.prepared_dir={place}: cannot be made ({error.strerror})") from None
     return directory
 
 
@@ -249,7 +263,7 @@ def _warn_of_vanished(directory: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     for name in TEXTS:
-        gone = [source for text, source in before if text == name and not os.path.exists(source)]
+        gone = [source for text, source in before if text == name and not storage.exists(source)]
         if gone:
             logger.warning("data.%s: %d files of the last prepare are gone (%s)", name, len(gone), gone[0])
 
@@ -265,6 +279,14 @@ def _read_vocabulary(path: str) -> Vocabulary:
             repeated,
         )
     return vocabulary
+
+
+def _given_path(vocabulary: Vocabulary, place: str, directory: Path) -> Path:
+    """data.vocab, or a copy of it where it is an object, as the run copies it once more for its workers."""
+    if not is_uri(place):
+        return Path(os.path.abspath(place))
+    vocabulary.write(directory / "given-vocab.txt")
+    return directory / "given-vocab.txt"
 
 
 def _take_back(counter: WordCounter, corpus: Corpus, on_error: OnError) -> None:

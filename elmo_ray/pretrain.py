@@ -8,10 +8,10 @@ data.prepared_dir, by default STORAGE/prepared.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,12 @@ from typing import Any
 from elmo_ray import prepare
 from elmo_ray.command_line import Flags, run_verb, write_json
 from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
+from elmo_ray.console import shown
 from elmo_ray.dry_run import DryRun, dry_run
-from elmo_ray.errors import FormatError
-from elmo_ray.metrics import MetricsFollower
+from elmo_ray.errors import ConfigError, FormatError
+from elmo_ray.mirror import local_folder, mirror_of, origin, send
 from elmo_ray.run_folder import RunFolder, open_run
+from elmo_ray.storage import is_uri, join, read_bytes
 
 logger = logging.getLogger("elmo_ray.pretrain")  # __name__ is __main__ as a command
 
@@ -45,11 +47,11 @@ UNIGRAM_POSITIONS = 50_000_000
 class PretrainResult:
     """What a run has come to. evaluation: of the test text, with the unigram's perplexity beside it, or None."""
 
-    run_dir: Path
+    run_dir: str
     training: dict[str, Any]
     evaluation: dict[str, Any] | None = None
     unigram_perplexity: float | None = None
-    export_dir: Path | None = None
+    export_dir: str | None = None
     neighbours: dict[str, list[str]] = field(default_factory=dict)
     curve: str = ""
 
@@ -88,12 +90,12 @@ class PretrainResult:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "run_dir": str(self.run_dir),
+            "run_dir": self.run_dir,
             **self.training,
             "evaluation": self.evaluation,
             "unigram_perplexity": self.unigram_perplexity,
             "nearest_words": self.neighbours,
-            "export_dir": str(self.export_dir) if self.export_dir else None,
+            "export_dir": self.export_dir,
         }
 
 
@@ -105,7 +107,7 @@ def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
 
     folder = open_run(config, flags.resume, flags.fresh)
     if folder.finished and (done := _finished(folder)) is not None:
-        logger.info("%s: finished at step %d; nothing to do", folder.path, done.training["steps"])
+        logger.info("%s: finished at step %d; nothing to do", folder.place, done.training["steps"])
         return done
     with folder.locked():
         if folder.newest is not None:
@@ -118,7 +120,7 @@ def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
         folder.make()  # from here on the run's folder is written: nothing that is refused comes this far
         training = _fit(_plan(config, folder.path, prepared), device)
         if training["stopped"]:
-            return PretrainResult(folder.path, training)
+            return PretrainResult(folder.place, training)
         return _finish(config, folder.path, prepared, training)
 
 
@@ -126,20 +128,18 @@ def _fit(plan: Any, device: Any) -> dict[str, Any]:
     """Train, and show the metrics file's new lines meanwhile."""
     from elmo_ray.training.cluster import fit
 
-    follower, done = MetricsFollower(plan.run_dir), threading.Event()
-
-    def follow() -> None:
-        while not done.wait(0.5):
-            follower.log()
-
-    thread = threading.Thread(target=follow, name="console", daemon=True)
-    thread.start()
-    try:
-        return fit(plan, device=device)
-    finally:
-        done.set()
-        thread.join()
-        follower.log()
+    mirror = mirror_of(plan.run_dir) if is_uri(plan.run_dir) and plan.config.cluster.workers else None
+    if mirror is not None:
+        mirror.pull("metrics/*", "logs/*")
+        mirror.pull_always("metrics/*", "logs/*")
+    with shown(local_folder(plan.run_dir)):
+        try:
+            return fit(plan, device=device)
+        finally:
+            if mirror is not None:
+                mirror.rest()
+                with contextlib.suppress(OSError):
+                    mirror.pull("metrics/*", "logs/*")
 
 
 def _plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult) -> Any:
@@ -153,8 +153,18 @@ def _plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult
         prepared.valid.save(run_dir / "valid.npz")
     write_aside(run_dir / "vocab.txt", prepared.vocabulary_path.read_bytes())
     write_aside(run_dir / "config.yaml", config.to_yaml().encode())
-    valid = str(run_dir / "valid.npz") if prepared.valid is not None else None
-    return TrainPlan(config, str(run_dir), str(run_dir / "train.npz"), valid, str(run_dir / "vocab.txt"))
+    send_to_run(run_dir, "*.npz", "vocab.txt", "config.yaml")
+    place = origin(run_dir)  # where all machines find them
+    valid = join(place, "valid.npz") if prepared.valid is not None else None
+    return TrainPlan(config, place, join(place, "train.npz"), valid, join(place, "vocab.txt"))
+
+
+def send_to_run(run_dir: Path, *patterns: str) -> None:
+    """Send files of a run in an object store there; ConfigError where it does not take them."""
+    try:
+        send(run_dir, *patterns)
+    except OSError as error:
+        raise ConfigError(f"run.storage_path: {error.filename}: cannot be written ({error.strerror})") from None
 
 
 def _finish(
@@ -166,10 +176,12 @@ def _finish(
     from elmo_ray.model.neighbours import nearest_words
     from elmo_ray.source import open_source
 
+    place = origin(run_dir)
     evaluation, unigram, export_dir = None, None, None
     if config.run.export:
         try:
-            export_dir = export.export_model(str(run_dir), run_dir / "export").out_dir
+            export.export_model(place, run_dir / "export")
+            export_dir = join(place, "export")
         except FormatError as error:  # the model is trained all the same
             logger.warning("run.export: %s", error)
     if prepared.test is not None:
@@ -180,7 +192,7 @@ def _finish(
                     "run": {"storage_path": config.run.storage_path},
                     "data": {
                         "test": list(texts),
-                        "prepared_dir": str(prepared.prepared_dir),
+                        "prepared_dir": origin(prepared.prepared_dir),
                         "block_bytes": config.data.block_bytes,
                         "on_error": config.data.on_error,
                     },
@@ -189,20 +201,22 @@ def _finish(
                         "workers": config.cluster.fewest_workers,
                         "cpus_per_worker": config.cluster.cpus_per_worker,
                     },
-                    "init": {"from": str(run_dir)},
+                    "init": {"from": place},
                 }
             )
         ).to_dict()
         if prepared.train.positions <= UNIGRAM_POSITIONS:
             vocabulary = Vocabulary.read(prepared.vocabulary_path)
             unigram = add_one_perplexity(prepared.train, prepared.test, vocabulary, config.data.on_error)
-    source = open_source(str(run_dir))
+    source = open_source(place)
     neighbours = nearest_words(source.model, source.vocabulary, SHOWN_WORDS)
-    drawn = report.run(ReportConfig(runs=(str(run_dir),)))
+    curve = report.terminal_curve((report.RunCurve.read(place),))
     result = PretrainResult(
-        run_dir, training, evaluation, unigram, export_dir, neighbours, report.terminal_curve(drawn.runs)
+        place, training, evaluation, unigram, export_dir, neighbours, curve
     )
     write_json(run_dir / "result.json", result.to_dict())
+    report.run(ReportConfig(runs=(place,)))
+    send_to_run(run_dir, "result.json", "export/*", "*.png", "*.html")
     return result
 
 
@@ -222,19 +236,18 @@ def _check_same_run(config: PretrainConfig, newest: Any, prepared: prepare.Prepa
 def _finished(folder: RunFolder) -> PretrainResult | None:
     """What a run that was finished before said then; None if it was ended before it could say it."""
     try:
-        values = json.loads((folder.path / "result.json").read_text(encoding="utf-8"))
+        values = json.loads(read_bytes(join(folder.place, "result.json")))
         training = {key: values[key] for key in _RESULT_KEYS}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if folder.newest is None or training["steps"] != folder.newest.step:
         return None  # of a shorter duration
-    export_dir = values.get("export_dir")
     return PretrainResult(
-        folder.path,
+        folder.place,
         training,
         values.get("evaluation"),
         values.get("unigram_perplexity"),
-        Path(export_dir) if export_dir else None,
+        values.get("export_dir"),
     )
 
 

@@ -1,10 +1,12 @@
-"""`python -m elmo_ray.report RUN [RUN ...]`: a table of runs and perplexity curves, in characters and as a PNG."""
+"""`report`: what runs have come to, as a table and curve in the terminal and as one page of HTML with pictures.
+
+    python -m elmo_ray.report RUN [RUN ...] [out=FOLDER] [words=[...]] [--json FILE]
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -17,9 +19,12 @@ from elmo_ray.command_line import Flags, run_verb
 from elmo_ray.config import ReportConfig
 from elmo_ray.errors import DataError
 from elmo_ray.metrics import Record, clock, read_metrics
+from elmo_ray.mirror import local_folder, mirror_of, send
+from elmo_ray.storage import absolute, base_name, is_uri, join
 
 _LOG = logging.getLogger(__name__)
-_NOTE = "train: as trained, with dropout and, where set, sampled softmax; not comparable with held-out perplexity"
+PAGE = "report.html"
+NOTE = "train: as trained, with dropout and, where set, sampled softmax; not comparable with held-out perplexity"
 
 Points = list[tuple[int, float]]
 
@@ -35,11 +40,11 @@ class RunCurve:
     @classmethod
     def read(cls, path: str | Path) -> RunCurve:
         """Raises DataError if the folder has no metrics."""
-        full = Path(path).resolve()
+        full = _here(path)
         records = tuple(read_metrics(full))
         if not records:
-            raise DataError(f"{full / 'metrics'}: no record yet")
-        return cls(full.name, full, records)
+            raise DataError(f"{path}/metrics: no record yet")
+        return cls(base_name(path if is_uri(path) else full), full, records)
 
     def points(self, kind: str, name: str = "perplexity") -> Points:
         """(step, value) for each record of the kind that has the value."""
@@ -86,33 +91,71 @@ class RunCurve:
 
 @dataclass(frozen=True)
 class ReportResult:
+    """page: report.html; pictures: the PNGs beside it, curve.png first."""
+
     runs: tuple[RunCurve, ...]
-    curve: Path
+    page: str
+    pictures: tuple[str, ...]
 
     def summary(self) -> str:
-        return "\n".join([table(self.runs), "", terminal_curve(self.runs), f"curves: {self.curve}"])
+        return "\n".join([table(self.runs), "", terminal_curve(self.runs), f"page: {self.page}"])
 
     def to_dict(self) -> dict[str, Any]:
-        """`runs`: for each its figures and `curves` of [step, perplexity] for train and valid; `curve`: the PNG."""
+        """`runs`: for each its figures and `curves` of [step, perplexity] for train and valid; the files written."""
         runs = []
         for run in self.runs:
             curves = {kind: [list(point) for point in run.points(kind)] for kind in ("train", "valid")}
             runs.append({**run.figures(), "curves": curves})
-        return {"runs": runs, "curve": str(self.curve)}
+        return {"runs": runs, "page": self.page, "pictures": list(self.pictures)}
 
 
 def run(config: ReportConfig, flags: Flags | None = None) -> ReportResult:
-    """Reads the runs and writes the PNG (`out`, by default curve.png in the first run); raises DataError."""
+    """Reads the runs, writes report.html and its PNGs to `out` (by default the first run); raises DataError."""
+    from elmo_ray import report_page
+
     runs = tuple(RunCurve.read(path) for path in config.runs)
     if not runs:
         raise DataError("no run is named; usage: python -m elmo_ray.report RUN [RUN ...]")
-    curve = Path(config.out) if config.out is not None else runs[0].path / "curve.png"
-    write_curve(runs, curve)
-    return ReportResult(runs, curve)
+    place = absolute(config.out if config.out is not None else config.runs[0])
+    folder = local_folder(place)
+    about = [report_page.read_about(run, name, config.words) for run, name in zip(runs, config.runs, strict=True)]
+    pictures = report_page.draw(runs, folder)
+    report_page.write_page(folder / PAGE, runs, about, pictures)
+    try:
+        send(folder, PAGE, "*.png")
+    except OSError as error:
+        raise DataError(f"{place}: cannot be written: {error.strerror}") from None
+    return ReportResult(runs, join(place, PAGE), tuple(join(place, path.name) for path in pictures.values()))
+
+
+def _here(run: str | Path) -> Path:
+    """A run's folder; of one in an object store a local copy of what a report needs."""
+    if not is_uri(run):
+        return Path(run).resolve()
+    mirror = mirror_of(absolute(run))
+    try:
+        mirror.pull("metrics/*", "config.yaml", "result.json", "evaluations/*")
+    except OSError as error:
+        raise DataError(f"{run}: {error.strerror or error}") from None
+    return mirror.folder
 
 
 def table(runs: Sequence[RunCurve]) -> str:
     """A line for each run."""
+    cells = table_cells(runs)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = []
+    for row in cells:
+        line = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(line).rstrip())
+    return "\n".join([*lines, f"perplexities; {NOTE}"])
+
+
+def table_cells(runs: Sequence[RunCurve]) -> list[list[str]]:
+    """The head and a row for each run."""
     head = ["run", "step", "epoch", "train", "held-out", "forward", "backward", "best (step)", "positions/s", "time"]
     rows = []
     for item in runs:
@@ -125,15 +168,7 @@ def table(runs: Sequence[RunCurve]) -> str:
         time = clock(f["seconds"]) if f["seconds"] is not None else "-"
         epoch = f"{f['epoch']:.2f}" if f["epoch"] is not None else "-"
         rows.append([f["run"], str(f["step"]), epoch, *values, best, speed, time])
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = []
-    for row in [head, *rows]:
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([*lines, f"perplexities; {_NOTE}"])
+    return [head, *rows]
 
 
 def terminal_curve(runs: Sequence[RunCurve], width: int | None = None, height: int = 18) -> str:
@@ -157,7 +192,7 @@ def terminal_curve(runs: Sequence[RunCurve], width: int | None = None, height: i
     last = max(step for _, _, points in lines for step, _ in points)
     plotext.xlim(0, max(1, last))
     plotext.xticks(sorted({round(last * part / 4) for part in range(5)}))
-    ticks = _ticks(low, high)
+    ticks = round_ticks(low, high)
     plotext.yticks([math.log10(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
     for label, marker, points in lines:
         steps, heights = [step for step, _ in points], [math.log10(value) for _, value in points]
@@ -166,51 +201,6 @@ def terminal_curve(runs: Sequence[RunCurve], width: int | None = None, height: i
     text = str(plotext.uncolorize(plotext.build()))
     plotext.clear_figure()
     return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n")
-
-
-def write_curve(runs: Sequence[RunCurve], path: str | Path) -> None:
-    """The curves of all runs as a PNG, written aside and renamed; raises DataError where it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    values: list[float] = []
-    for index, item in enumerate(runs):
-        colour = f"C{index}"
-        prefix = f"{item.name}: " if len(runs) > 1 else ""
-        styles: list[tuple[str, str, str, dict[str, Any]]] = [
-            ("train", "perplexity", "train", {"alpha": 0.5, "linewidth": 1.0}),
-            ("valid", "perplexity", "held-out", {"linewidth": 1.8, "marker": "o", "markersize": 4}),
-        ]
-        if len(runs) == 1 and item.points("valid", "perplexity_backward"):
-            styles.append(("valid", "perplexity_forward", "held-out, forward", {"linewidth": 1.0, "linestyle": "--"}))
-            styles.append(("valid", "perplexity_backward", "held-out, backward", {"linewidth": 1.0, "linestyle": ":"}))
-        for number, (kind, name, label, style) in enumerate(styles):
-            points = item.points(kind, name)
-            if points:
-                shade = colour if len(runs) > 1 else f"C{number}"
-                axes.plot(*zip(*points, strict=True), color=shade, label=prefix + label, **style)
-                values.extend(value for _, value in points)
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("perplexity")
-    axes.grid(alpha=0.3)
-    if values:
-        ticks = _ticks(min(values), max(values))
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.legend()
-    target = Path(path)
-    aside = target.with_name(f".{target.stem}.{os.getpid()}.png")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, format="png")
-        os.replace(aside, target)
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written: {error.strerror}") from None
 
 
 def _terminal_lines(runs: Sequence[RunCurve]) -> list[tuple[str, str, Points]]:
@@ -228,7 +218,7 @@ def _terminal_lines(runs: Sequence[RunCurve]) -> list[tuple[str, str, Points]]:
     ]
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Round numbers from low to high, not more than eight."""
     for steps in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5, 7), (1, 2, 5), (1,)):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
 from elmo_ray.formats.bilm_hdf5 import read_weights
 from elmo_ray.formats.bilm_options import from_options, read_options
 from elmo_ray.model.bilm import BiLM
+from elmo_ray.storage import absolute, is_uri
 from elmo_ray.training.checkpoint_reader import (
     Checkpoint,
     listed_checkpoints,
@@ -28,6 +29,7 @@ from elmo_ray.training.checkpoint_reader import (
     previous_copy,
 )
 from elmo_ray.training.manifest import MANIFEST
+from elmo_ray.training.object_checkpoints import fetched_files, open_stored, stored_source
 from elmo_ray.training.saved_form import check_forms
 from elmo_ray.training.snapshot import MODEL_FILE
 
@@ -52,6 +54,7 @@ class Source:
     step: int | None = None
     fingerprint: str | None = None
     training: PretrainConfig | None = None
+    origin: str | None = None  # the URI of a checkpoint that was fetched to `path`
 
     @property
     def config(self) -> ModelConfig:
@@ -74,7 +77,7 @@ class Source:
         step = "" if self.step is None else f", step {self.step:,}"
         size = "" if self.words is None else f", {self.words.size:,} words"
         count = sum(p.numel() for p in self.model.parameters())
-        return f"{self.path}{step}: {count:,} parameters{size}"
+        return f"{self.origin or self.path}{step}: {count:,} parameters{size}"
 
 
 def open_source(
@@ -91,6 +94,8 @@ def open_source(
     """
     if source is None:
         raise ConfigError("init.from is empty: name a run, a checkpoint or a weights.hdf5")
+    if is_uri(source):
+        return _fetched(absolute(source), checkpoint, options, vocab)
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if not os.path.exists(path) and not os.path.exists(previous_copy(path)):
         raise ConfigError(f"{source}: no such file or folder; SOURCE is a run, a checkpoint or a weights.hdf5")
@@ -112,6 +117,17 @@ def open_source(
             )
         raise ConfigError(f"{source}: no run (checkpoints/), no checkpoint ({MANIFEST}) and no folder with {WEIGHTS}")
     return _from_weights(weights, options, vocab)
+
+
+def _fetched(uri: str, checkpoint: str, options: str | None, vocab: str | None) -> Source:
+    """Open what is in an object store from this machine's copy of it, which is compared with its hashes."""
+    try:
+        place = stored_source(uri, checkpoint)
+        if place is None:
+            return open_source(fetched_files(uri, (WEIGHTS, OPTIONS, VOCABULARY)), BEST, options, vocab)
+        return replace(_from_checkpoint(open_stored(place)), origin=place)
+    except OSError as error:
+        raise ConfigError(f"init.from={uri}: {error.strerror or error}") from None
 
 
 def _of_run(run: Path, name: str, verify: bool) -> Checkpoint:

@@ -1,18 +1,22 @@
-"""The table, the curve in characters and the PNG of runs written by MetricsWriter."""
+"""The table, the curve in characters, and the page with its pictures."""
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import struct
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
+from tiny_runs import sentences, tiny_values
 
-from elmo_ray import report
+from elmo_ray import pretrain, report, report_page
 from elmo_ray.config import ReportConfig
 from elmo_ray.metrics import MetricsWriter, perplexity
-from elmo_ray.report import RunCurve, run, table, terminal_curve, write_curve
+from elmo_ray.report import RunCurve, run, table, terminal_curve
 
 
 def make_run(folder: Path, losses: list[float], valid: dict[int, float] | None = None, backward: bool = True) -> Path:
@@ -50,20 +54,84 @@ def test_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert figures["curves"]["valid"][0] == [1000, pytest.approx(math.exp(5.6))]
 
 
-def test_png(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "one", [6.0, 5.5, 5.2], {150: 5.5})
-    result = run(ReportConfig(runs=(str(folder),)))
-    assert result.curve == folder / "curve.png"
-    data = result.curve.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", data[16:24])
-    assert width >= 600 and height >= 400
-    assert [path.name for path in folder.iterdir() if path.is_file()] == ["curve.png"]
+class Page(HTMLParser):
+    """What a page refers to, and its tables' cells."""
 
-    plain = make_run(tmp_path / "two", [6.0, 5.5, 5.2])
-    other = tmp_path / "sub" / "two.png"
-    write_curve([RunCurve.read(plain)], other)
-    assert other.read_bytes() != data
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: dict[str, bytes] = {}
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        values = dict(attributes)
+        self.references += [str(values[name]) for name in ("src", "href", "srcset", "data") if name in values]
+        if tag == "img":
+            head, _, data = str(values["src"]).partition(",")
+            assert head == "data:image/png;base64"
+            self.pictures[str(values["alt"])] = base64.b64decode(data, validate=True)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def read_page(path: Path) -> Page:
+    page = Page()
+    text = path.read_text(encoding="utf-8")
+    page.feed(text)
+    page.close()
+    assert all(reference.startswith("data:") for reference in page.references), "the page needs another file"
+    assert not page.tags & {"script", "iframe", "object", "embed"} and "url(" not in text and "@import" not in text
+    return page
+
+
+def test_page_and_pictures(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "one <&> 1", [6.0, 5.5, 5.2], {150: 5.5})
+    result = run(ReportConfig(runs=(str(folder),)))
+    assert result.page == str(folder / "report.html")
+    titles = ["Perplexity", "Held-out perplexity of each direction", "Throughput"]
+    page = read_page(folder / "report.html")
+    assert list(page.pictures) == titles
+    assert list(page.pictures.values()) == [Path(path).read_bytes() for path in result.pictures]
+    for data in page.pictures.values():
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", data[16:24])
+        assert width >= 600 and height >= 400
+    assert "one <&> 1" in page.texts
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    assert names == ["curve.png", "directions.png", "report.html", "throughput.png"]
+
+
+def test_page_of_trained_runs(tmp_path: Path) -> None:
+    """Two real runs, one of them stopped and resumed: evaluation, differences, history, neighbours."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name, count in {"train": 300, "valid": 40, "test": 40}.items():
+        (folder / f"{name}.txt").write_text("".join(line + "\n" for line in sentences(count, seed=count)), "utf-8")
+    places = []
+    for name, dropout in (("a", 0.0), ("b", 0.25)):
+        values = tiny_values(
+            run__name=name, run__storage_path=str(tmp_path / "runs"), train__dropout=dropout,
+            **{f"data__{key}": str(folder / f"{key}.txt") for key in ("train", "valid", "test")},
+            train__duration="20 steps", train__validate_every="10 steps",
+        )  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        assert pretrain.main([str(tmp_path / f"{name}.yaml")]) == 0
+        places.append(str(tmp_path / "runs" / name))
+    assert pretrain.main([str(tmp_path / "a.yaml"), "train.duration=30 steps", "--resume"]) == 0
+    assert report.main([*places, f"out={tmp_path}/page", "words=[the, old]"]) == 0
+    page = read_page(tmp_path / "page" / "report.html")
+    assert len(page.pictures) == 7 and "Memory of worker 0" in page.pictures
+    for title in ("Evaluation", "Settings in which the runs differ", "Starts and stops"):
+        assert title in page.texts
+    assert {"train.dropout", "0.25", "train.duration", "old"} <= set(page.texts)
+    assert any(text.startswith("start: resume from step 20 of 30") for text in page.texts)
+    layers = [text for text in page.texts if text.startswith("Nearest words")]
+    assert len(layers) == 2 and "token layer" in layers[0]
+    measured = json.loads((tmp_path / "runs" / "b" / "result.json").read_text())["evaluation"]["perplexity"]
+    assert f"{measured:,.2f}" in page.texts
 
 
 def test_several_runs(tmp_path: Path) -> None:
@@ -76,7 +144,7 @@ def test_several_runs(tmp_path: Path) -> None:
     curve = terminal_curve(runs, width=80)
     assert "a held-out" in curve and "b held-out" in curve
     assert max(len(line) for line in curve.splitlines()) <= 80
-    write_curve(runs, tmp_path / "both.png")
+    assert len(report_page.draw(runs, tmp_path)) == 3
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from elmo_ray.data.shards import Block
 from elmo_ray.data.text import OnError, decode, has_wide_spaces, split_lines
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import DataError
+from elmo_ray.storage import is_uri, read_range
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +98,12 @@ def _encode_plain(data: bytes, vocabulary: Vocabulary, max_characters: int) -> E
 def read_block(block: Block) -> bytes:
     """The bytes of a block; DataError when the file is gone or these are not the bytes that were indexed."""
     try:
-        with open(block.path, "rb") as file:
-            file.seek(block.start)
-            data = file.read(block.end - block.start)
+        if is_uri(block.path):
+            data = read_range(block.path, block.start, block.end)
+        else:
+            with open(block.path, "rb") as file:
+                file.seek(block.start)
+                data = file.read(block.end - block.start)
     except OSError as error:
         raise DataError(f"{block.path}: {error.strerror}; it was there when the corpus was indexed") from None
     if len(data) != block.end - block.start:

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
@@ -24,6 +23,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from elmo_ray import storage
 from elmo_ray.data.encode import EncodedBlock, load_block
 from elmo_ray.data.shards import Block
 from elmo_ray.data.text import OnError
@@ -104,7 +104,7 @@ def ray_source(
     group_bytes: int = 1 << 20,
 ) -> RaySource:
     """Encode `blocks` in Ray Data tasks of `data_cpus` logical CPUs, one task at a time; see `RaySource`."""
-    task = EncodeTask(os.path.abspath(vocabulary_path), vocabulary_sha256, max_characters, on_error)
+    task = EncodeTask(storage.absolute(vocabulary_path), vocabulary_sha256, max_characters, on_error)
     return RaySource(blocks, task, data_cpus, segment_bytes, group_bytes)
 
 

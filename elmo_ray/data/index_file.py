@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from elmo_ray import storage
 from elmo_ray.errors import DataError
+from elmo_ray.storage import is_uri
 
 # What zipfile and numpy raise for damaged bytes: also RuntimeError for encryption, TypeError for a file of one array.
 _DAMAGES = (
@@ -54,7 +56,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.ND
 def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The plain fields alone, without reading the arrays; DataError as in `read`."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(storage.read_bytes(path)) if is_uri(path) else path, allow_pickle=False) as file:
             return _fields(file["fields"])
     except _DAMAGES as error:
         raise DataError(f"{path}: no index ({error}); run prepare") from None
@@ -63,7 +65,7 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """A file's bytes; DataError when it cannot be read."""
     try:
-        return Path(path).read_bytes()
+        return storage.read_bytes(path)
     except OSError as error:
         raise DataError(f"{path}: no index ({error.strerror}); run prepare") from None
 

@@ -6,13 +6,13 @@ change, the cut of the blocks, and what was asked (word counts or not) are the s
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elmo_ray import storage
 from elmo_ray.data import index_file, scan, unpack
 from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.scan import LONG_LINE_WORDS, LONG_WORD_CHARACTERS, Segment, join_segments, segment_count
@@ -20,6 +20,7 @@ from elmo_ray.data.shards import Corpus, Shard
 from elmo_ray.data.tasks import hash_task, perform, scan_task, unpack_task
 from elmo_ray.data.text import OnError, file_status
 from elmo_ray.errors import DataError
+from elmo_ray.mirror import origin
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class Indexer:
 
     def __init__(self, directory: Path, block_bytes: int, on_error: OnError, runner: Runner, fresh: bool = False):
         self.directory = directory
+        self.texts = storage.join(origin(directory), "text")  # tasks on other machines write and read there
         self.block_bytes = block_bytes
         self.on_error = on_error
         self.runner = runner
@@ -145,9 +147,9 @@ class Indexer:
         """The tasks that give every compressed file its text. DataError when the disk has no space for them."""
         todo: list[Task] = []
         for source in sources:
-            text = Path(self._text(source))
-            if text != Path(source) and (self.fresh or not unpack.is_unpacked(source, text)):
-                todo.append(unpack_task(source, str(text)))
+            text = self._text(source)
+            if text != source and (self.fresh or not unpack.is_unpacked(source, text)):
+                todo.append(unpack_task(source, text))
         if todo:
             unpack.check_space([task["source"] for task in todo], self.directory)
         return todo
@@ -168,7 +170,7 @@ class Indexer:
 
     def _text(self, source: str) -> str:
         packed = unpack.compression(source) is not None
-        return str(unpack.unpacked_path(source, self.directory / "text")) if packed else source
+        return unpack.unpacked_path(source, self.texts) if packed else source
 
     def _perform(self, todo: Sequence[Task], what: str, keep: Callable[[Task, bytes], None]) -> None:
         if not todo:
@@ -190,7 +192,7 @@ class Indexer:
     def _is_known(self, task: Task) -> bool:
         try:
             fields = index_file.read_fields(self._state(task))
-            status = os.stat(task["path"])
+            status = storage.status(task["path"])
         except (DataError, OSError):
             return False
         if (fields.get("size"), fields.get("mtime_ns")) != (status.st_size, status.st_mtime_ns):

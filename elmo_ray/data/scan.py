@@ -2,13 +2,13 @@
 
 import dataclasses
 import hashlib
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from elmo_ray import storage
 from elmo_ray.data import index_file
 from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.shards import Shard
@@ -108,8 +108,8 @@ def scan_segment(
     is "replace", is not UTF-8 or has a NUL.
     """
     try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
+        with storage.open_read(path) as file:
+            status = storage.opened_status(file)
             segment = Segment(
                 path, number, status.st_size, status.st_mtime_ns, block_bytes, SEGMENT_BYTES, FORMAT_VERSION
             )
@@ -122,7 +122,7 @@ def scan_segment(
                 _scan_block(segment, offset, data, on_error)
             if segment_count(status.st_size) == 1:
                 segment.sha256 = digest.hexdigest()
-            now = os.fstat(file.fileno())
+            now = storage.opened_status(file)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except DataError as error:
@@ -137,7 +137,7 @@ def hash_file(path: str) -> str:
     """SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with storage.open_read(path) as file:
             while data := file.read(_HASH_BYTES):
                 digest.update(data)
     except OSError as error:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from elmo_ray import storage
 from elmo_ray.data import index_file
 from elmo_ray.data.text import OnError
 from elmo_ray.errors import ConfigError, DataError
@@ -41,7 +42,7 @@ class Block:
 class Shard:
     """One text file and its blocks, which tile it from byte 0.
 
-    path:       absolute path of the seekable text; `source` is the file it was unpacked from, or the same path.
+    path:       absolute path, or URI, of the seekable text; `source` is the file it was unpacked from, or the same.
     size, mtime_ns, sha256: of the file at `path`, in bytes, ns and hexadecimal.
     characters: Unicode code points of all words.
     block_*:    int64 [n]: the byte each block ends at; its positions, words and code points of its words; the CRC-32
@@ -174,7 +175,7 @@ class Corpus:
         """Raises DataError when a file of the corpus is gone or is not the one that was indexed."""
         for shard in self.shards:
             try:
-                status = os.stat(shard.path)
+                status = storage.status(shard.path)
             except OSError as error:
                 raise DataError(f"{shard.path}: {error.strerror}; it was there when the corpus was indexed") from None
             if status.st_size != shard.size:
@@ -234,17 +235,21 @@ def index_shard(path: str, block_bytes: int = 131072, on_error: OnError = "fail"
     """Indexes a text file in this process, a block in memory at a time. DataError as in `elmo_ray.data.scan`."""
     from elmo_ray.data.scan import join_segments, scan_shard
 
-    return join_segments(os.path.abspath(path), os.path.abspath(path), list(scan_shard(path, block_bytes, on_error)))
+    place = storage.absolute(path)
+    return join_segments(place, place, list(scan_shard(path, block_bytes, on_error)))
 
 
 def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
-    """The absolute paths of the files that `patterns` (files or globs, `**` too) name.
+    """The absolute paths, or URIs, of the files that `patterns` (files or globs, `**` too) name.
 
     In the order of the patterns, sorted within each, every file once. Raises ConfigError, naming `key`, for a pattern
     that matches nothing and for directories, DataError for a file that cannot be read.
     """
     paths: dict[str, None] = {}
     for pattern in patterns:
+        if storage.is_uri(pattern):
+            paths.update(dict.fromkeys(_objects(pattern, key)))
+            continue
         expanded = os.path.expanduser(pattern)
         found = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
         if not found:
@@ -260,6 +265,19 @@ def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
                 logger.warning("%s: %s is named twice and is used once", key, path)
             paths[path] = None
     return list(paths)
+
+
+def _objects(pattern: str, key: str) -> list[str]:
+    """The URIs that a URI with or without a glob names."""
+    try:
+        found = storage.matches(storage.absolute(pattern))
+    except OSError as error:
+        raise DataError(f"{key}={pattern}: {error.strerror}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{key}={error}") from None
+    if not found:
+        raise ConfigError(f"{key}={pattern}: no object matches")
+    return found
 
 
 def _why_unreadable(path: str) -> str | None:

@@ -7,7 +7,6 @@ runs, so the processes must see the same folders.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elmo_ray.data import index_file
@@ -70,7 +69,7 @@ def perform(task: dict[str, Any]) -> bytes:
     """Does a task in this process. Raises DataError as the functions it stands for do."""
     arguments = {name: value for name, value in task.items() if name != "kind"}
     if task["kind"] == "unpack":
-        unpack(arguments["source"], Path(arguments["target"]))
+        unpack(arguments["source"], arguments["target"])
         return b""
     if task["kind"] == "hash":
         path = arguments["path"]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
+from elmo_ray import storage
 from elmo_ray.errors import DataError
 
 OnError = Literal["fail", "replace"]
@@ -70,7 +71,7 @@ def count_lines(data: bytes) -> int:
 def line_number(path: str, offset: int) -> int:
     """The 1-based number of the line that byte `offset` of `path` is in. Reads the file up to there."""
     lines, position, previous = 0, 0, b""
-    with open(path, "rb") as file:
+    with storage.open_read(path) as file:
         while position < offset:
             data = previous + file.read(min(_READ_BYTES, offset - position))
             if len(data) == len(previous):
@@ -130,10 +131,10 @@ def cut_blocks(file: BinaryIO, start: int, end: int, block_bytes: int) -> Iterat
         start += len(data)
 
 
-def file_status(path: str) -> os.stat_result:
+def file_status(path: str) -> storage.Status | os.stat_result:
     """Size, times and so on; DataError when the file cannot be looked at."""
     try:
-        return os.stat(path)
+        return storage.status(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; has the file been moved since it was listed?") from None
 
@@ -172,5 +173,5 @@ def _became_shorter(file: BinaryIO) -> DataError:
 
 
 def _bad_byte(path: str, offset: int, what: str) -> str:
-    where = f"{path}, line {line_number(path, offset)}" if os.path.exists(path) else path
+    where = f"{path}, line {line_number(path, offset)}" if storage.exists(path) else path
     return f"{where}: {what}; correct the file or set data.on_error=replace"

@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from elmo_ray import storage
 from elmo_ray.errors import DataError
+from elmo_ray.storage import Place, Status, is_uri
 
 _MAGIC = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd"}
 # What else a corpus may come in. With data.on_error=replace it would otherwise be taken as text.
@@ -40,7 +43,7 @@ def compression(path: str) -> str | None:
     another way that its first bytes tell, or when it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with storage.open_read(path) as file:
             head = file.read(10)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
@@ -58,20 +61,20 @@ def compression(path: str) -> str | None:
     return None
 
 
-def unpacked_path(source: str, directory: Path) -> Path:
-    """Where the text of a compressed shard goes: a name of its own for every source path."""
-    name = os.path.basename(source)
+def unpacked_path(source: str, directory: Place) -> str:
+    """The place where the text of a compressed shard goes: a name of its own for every source."""
+    name = storage.base_name(source)
     for kind in _MAGIC:
         name = name.removesuffix(f".{kind}")
     stem = name.removesuffix(".txt")
-    return directory / f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}.txt"
+    return storage.join(directory, f"{stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}.txt")
 
 
-def is_unpacked(source: str, target: Path) -> bool:
+def is_unpacked(source: str, target: Place) -> bool:
     """Whether `target` is the whole text of `source` as it is now, and nobody has changed it since."""
     try:
-        note = json.loads(_note(target).read_text("utf-8"))
-        status, text = os.stat(source), os.stat(target)
+        note = json.loads(storage.read_bytes(_note(target)))
+        status, text = storage.status(source), storage.status(target)
     except (OSError, ValueError):
         return False
     return bool(note == _fields(status, text))
@@ -88,11 +91,27 @@ def check_space(sources: Sequence[str], directory: Path) -> None:
         )
 
 
-def unpack(source: str, target: Path) -> int:
+def unpack(source: str, target: Place) -> int:
     """Writes the text of `source` to `target`, whole or not at all; returns its bytes.
 
-    Raises DataError for a damaged or truncated file and for a full disk.
+    A `target` in an object store is unpacked to this machine's disk first. Raises DataError for a damaged or truncated
+    file and for a full disk.
     """
+    if not is_uri(target):
+        return _unpack(source, Path(target))
+    with tempfile.TemporaryDirectory(prefix="elmo-ray-unpack-") as folder:
+        here = Path(folder, storage.base_name(target))
+        size = _unpack(source, here)
+        try:
+            storage.upload(here, target)
+            note = json.dumps(_fields(storage.status(source), storage.status(target)))
+            storage.write_bytes(_note(target), note.encode())
+        except OSError as error:
+            raise DataError(f"{source}: cannot be unpacked to {target} ({error.strerror or error})") from None
+    return size
+
+
+def _unpack(source: str, target: Path) -> int:
     prefix = f".{target.name}.{socket.gethostname()}."
     for stale in target.parent.glob(f"{prefix}*.part"):
         # A run that was killed could not remove its piece, which may be large.
@@ -100,10 +119,10 @@ def unpack(source: str, target: Path) -> int:
             stale.unlink(missing_ok=True)
     aside = target.with_name(f"{prefix}{os.getpid()}.part")
     try:
-        status = os.stat(source)
+        status = storage.status(source)
         size = 0
         since_check = _CHECK_BYTES
-        with open(source, "rb") as packed, open(aside, "wb") as text:
+        with storage.open_read(source) as packed, open(aside, "wb") as text:
             for piece in _pieces(packed, source):
                 if since_check >= _CHECK_BYTES:
                     since_check = 0
@@ -114,7 +133,7 @@ def unpack(source: str, target: Path) -> int:
             text.flush()
             os.fsync(text.fileno())
         os.replace(aside, target)
-        _note(target).write_text(json.dumps(_fields(status, os.stat(target))), "utf-8")
+        Path(_note(target)).write_text(json.dumps(_fields(status, os.stat(target))), "utf-8")
     except OSError as error:
         raise DataError(f"{source}: cannot be unpacked to {target.parent} ({error.strerror or error})") from None
     finally:
@@ -161,9 +180,9 @@ def _zst_pieces(packed: BinaryIO, source: str) -> Iterator[bytes]:
 
 
 def _estimate(source: str) -> int:
-    size = os.path.getsize(source)
+    size = storage.status(source).st_size
     guess = size * _USUAL_RATIO
-    with open(source, "rb") as packed:
+    with storage.open_read(source) as packed:
         if compression(source) == "zst":
             with contextlib.suppress(Exception):  # only a guess: what is wrong with the file shows when it is unpacked
                 import zstandard
@@ -185,11 +204,11 @@ def _check_free(target: Path, source: str) -> None:
         )
 
 
-def _note(target: Path) -> Path:
-    return target.with_suffix(".unpacked.json")
+def _note(target: Place) -> str:
+    return os.fspath(target).removesuffix(".txt") + ".unpacked.json"
 
 
-def _fields(source: os.stat_result, text: os.stat_result) -> dict[str, int]:
+def _fields(source: Status | os.stat_result, text: Status | os.stat_result) -> dict[str, int]:
     return {
         "source_size": source.st_size,
         "source_mtime_ns": source.st_mtime_ns,

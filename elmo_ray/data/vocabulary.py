@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from elmo_ray import storage
 from elmo_ray.data import index_file
 from elmo_ray.data.characters import encode_words, sentence_marker_rows
 from elmo_ray.data.lookup import WordTable
 from elmo_ray.data.text import split_lines
 from elmo_ray.errors import DataError
+from elmo_ray.storage import is_uri
 
 SENTENCE_BEGIN_WORD = "<S>"
 SENTENCE_END_WORD = "</S>"
@@ -66,10 +68,10 @@ class Vocabulary:
         """
         name = os.fspath(path)
         try:
-            if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            if not is_uri(path) and Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
                 # A pipe can be read once only, and the vocabulary is read by every process.
                 raise DataError(f"{name}: is no regular file but a pipe or a device; name a file")
-            data = Path(path).read_bytes()
+            data = storage.read_bytes(path)
         except OSError as error:
             raise DataError(f"{name}: cannot read the vocabulary ({error.strerror})") from None
         try:
@@ -80,7 +82,7 @@ class Vocabulary:
         if text.startswith(tuple(f"\ufeff{word}" for word in SPECIAL_WORDS)):
             raise DataError(f"{name}, line 1: a byte order mark, which would be part of the first word; remove it")
         words = (line.strip() for line in split_lines(text))
-        return cls((word for word in words if word != SKIPPED_WORD), path=os.path.abspath(name))
+        return cls((word for word in words if word != SKIPPED_WORD), path=storage.absolute(name))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the words one a line, UTF-8; the file appears whole or not at all (else DataError)."""

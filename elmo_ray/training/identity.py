@@ -10,6 +10,7 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.config_schema import show
 from elmo_ray.config_yaml import parse_yaml, short
 from elmo_ray.errors import CheckpointError, ConfigError
+from elmo_ray.storage import base_name
 from elmo_ray.training.checkpoint import Checkpoint
 
 
@@ -49,7 +50,7 @@ def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without:
     if keys:
         raise ConfigError(
             "\n".join(
-                f"{key} is {_shown(expected.get(key))}, but {checkpoint.path.name} was made with "
+                f"{key} is {_shown(expected.get(key))}, but {base_name(str(checkpoint.path))} was made with "
                 f"{_shown(saved.get(key))}; use the same, or --fresh, or another run.name"
                 for key in keys
             )

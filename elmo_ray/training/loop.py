@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,14 @@ from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ElmoRayError, TrainingError
+from elmo_ray.machine import memory_in_use
 from elmo_ray.metrics import MetricsWriter
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.checkpoint import open_checkpoint
 from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
 from elmo_ray.training.identity import changes, identity
 from elmo_ray.training.optim import learning_rate
+from elmo_ray.training.outbox import Outbox
 from elmo_ray.training.perplexity import LossSums, Validation, character_table
 from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.progress import MOST_AMOUNT, Progress
@@ -50,7 +50,6 @@ def train(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
 class _Run:
     def __init__(self, plan: TrainPlan, worker: Worker):
         self.plan, self.worker, self.config = plan, worker, plan.config
-        self.run_dir = Path(plan.run_dir)
         self.ranks = Ranks(worker.rank, worker.world, self.config.cluster.timeout_s)
         error: ElmoRayError | None = None
         try:
@@ -58,7 +57,7 @@ class _Run:
         except ElmoRayError as problem:
             error = problem
         self.ranks.agree(error)
-        self.attempt = self.ranks.first_does(partial(claim_attempt, self.run_dir))
+        self.attempt = self.ranks.first_does(partial(claim_attempt, plan.run_dir))
         self.step = self._build_step()
         self.progress = Progress()
         self.cursors = StreamCursors.start(len(self.streams))
@@ -67,8 +66,10 @@ class _Run:
         self.first_bad = torch.zeros(2 + self.model.directions, dtype=torch.float64, device=worker.device)
         self.not_finite = torch.zeros((), dtype=torch.int64, device=worker.device)
         self.seen_not_finite = 0
-        self.metrics = MetricsWriter(self.run_dir, self.attempt) if worker.rank == 0 else None
-        self.saver = Saver(self.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
+        self.outbox = Outbox(plan.run_dir, "metrics/*", "tensorboard/*", "logs/*")
+        self.metrics = MetricsWriter(self.outbox.folder, self.attempt) if worker.rank == 0 else None
+        self.saver = Saver(plan.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
+        self.saver.writer.before = self.outbox.send  # metrics that a checkpoint follows are never lost
         self._resume()
         self.started = time.monotonic()
         self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
@@ -141,14 +142,15 @@ class _Run:
             self._event(f"start: fresh, seed {self.config.run.seed}, {self.total_steps} steps, {workers}")
             return
         try:
-            checkpoint = open_checkpoint(path, verify=False)
+            checkpoint = self.saver.store.fetch(path)
             snapshot = Snapshot.load(checkpoint, self._identity(), self.step, self.streams)
-            self.saver.last, self.saver.last_step = checkpoint, checkpoint.step
+            self.saver.last = self.saver.store.at(path, checkpoint)
+            self.saver.last_step = checkpoint.step
             self.progress, self.cursors, self.sums = snapshot.progress, snapshot.cursors, snapshot.window_sums
         except ElmoRayError as problem:
             error = problem
         self.ranks.agree(error)
-        self.ranks.first_does(lambda: self.saver.restore_best(checkpoint, self.progress.best_step))
+        self.ranks.first_does(lambda: self.saver.restore_best(path, self.progress.best_step))
         self._event(f"start: resume from step {self.progress.step} of {self.total_steps}, {workers} ({path})")
         manifest = checkpoint.manifest
         now = {"workers": self.ranks.world, **self._conditions()}
@@ -312,6 +314,7 @@ class _Run:
             seconds=seconds,
             waited=self.window_waited,
             replaced=int(totals[-1]),
+            memory=memory_in_use(self.worker.device),
         )
         self._write(record)
         progress.window_positions = 0
@@ -381,6 +384,7 @@ class _Run:
             self._event(f"stopped at step {self.progress.step} as asked; the state is saved, go on with --resume")
         if self.metrics is not None:
             self.metrics.close()
+        self.outbox.close()
 
     def _result(self, stopped: bool) -> dict[str, Any]:
         progress = self.progress

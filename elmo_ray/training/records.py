@@ -18,9 +18,10 @@ def train_record(
     seconds: float,
     waited: float,
     replaced: int,
+    memory: int,
 ) -> dict[str, Any]:
     """Of the steps since the last record: mean `losses` of each direction in nats, `seconds` of training, of which
-    `waited` for text; `replaced` damaged places of the text so far."""
+    `waited` for text; `replaced` damaged places of the text so far; `memory` in bytes of worker 0."""
     mean = sum(losses) / len(losses)
     backward = losses[1] if len(losses) > 1 else None
     return {
@@ -37,6 +38,7 @@ def train_record(
         "lr": lr,
         "positions_per_second": progress.window_positions / seconds,
         "data_wait": waited / seconds,
+        "memory": memory,
         "skipped": progress.skipped,
         "replaced": replaced,
     }

@@ -10,17 +10,28 @@ import contextlib
 import logging
 import os
 import re
-from pathlib import Path
+import socket
+
+from elmo_ray.mirror import local_folder
+from elmo_ray.storage import is_uri
+from elmo_ray.training.outbox import Outbox
 
 _LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)", re.DOTALL)
 _FOLDER = "logs"
 
 
 def log_to_run(run_dir: str, rank: int | None) -> None:
-    """Let the `elmo_ray` loggers of this process write to the run: all of rank 0 (or no rank), warnings of others."""
-    folder = Path(run_dir, _FOLDER)
+    """Let the `elmo_ray` loggers of this process write to the run: all of rank 0 (or no rank), warnings of others.
+
+    In an object store every process has a file of its own: none could append to another's.
+    """
+    outbox = Outbox(run_dir, f"{_FOLDER}/*")
+    folder = outbox.folder / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / ("controller.log" if rank is None else f"worker-{rank:05d}.log"))
+    name = "controller" if rank is None else f"worker-{rank:05d}"
+    if is_uri(run_dir):
+        name += f"-{socket.gethostname()}-{os.getpid()}"
+    handler = logging.FileHandler(folder / f"{name}.log")
     prefix = f"worker {rank}: " if rank else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%Y-%m-%d %H:%M:%S"))
     package = logging.getLogger("elmo_ray")
@@ -33,7 +44,7 @@ class LogRelay:
     """Logs again in this process what others have appended to the run's log files since it was made."""
 
     def __init__(self, run_dir: str) -> None:
-        self.folder = Path(run_dir, _FOLDER)
+        self.folder = local_folder(run_dir) / _FOLDER
         self.logger = logging.getLogger("elmo_ray.worker")
         self._read = {path.name: path.stat().st_size for path in self.folder.glob("*.log")}
 

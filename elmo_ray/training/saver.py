@@ -19,19 +19,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from elmo_ray import storage
 from elmo_ray.errors import CheckpointError, TrainingError
 from elmo_ray.metrics import metrics_path
-from elmo_ray.training.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    commit,
-    copy_best,
-    directory_name,
-    discard,
-    newest_checkpoint,
-    open_checkpoint,
-    prune,
-)
+from elmo_ray.storage import Place, base_name, is_uri, join
+from elmo_ray.training.checkpoint import CheckpointWriter, directory_name
+from elmo_ray.training.checkpoint_store import Committed, store_of
 from elmo_ray.training.exchange import Flags
 from elmo_ray.training.ranks import Ranks
 
@@ -41,9 +34,12 @@ FAILURES_IN_A_ROW = 5
 """Checkpoints that may fail one after another before training stops: by then storage is gone, not busy."""
 
 
-def claim_attempt(run_dir: Path) -> int:
+def claim_attempt(run_dir: Place) -> int:
     """Number of this start of a run: one more than any that left metrics or a checkpoint. Its metrics file exists then,
     so that no other start has the same number. Raises TrainingError where the run's folder cannot be written."""
+    if is_uri(run_dir):
+        return _claim_in_store(run_dir)
+    run_dir = Path(run_dir)
     names = [path.stem for folder in ("metrics", "checkpoints") for path in (run_dir / folder).glob("*attempt-*")]
     numbers = [int(digits) for name in names if (digits := name.rsplit("attempt-", 1)[1]).isdigit()]
     attempt = max(numbers, default=0) + 1
@@ -52,6 +48,23 @@ def claim_attempt(run_dir: Path) -> int:
         while True:
             try:
                 metrics_path(run_dir, attempt).touch(exist_ok=False)
+                return attempt
+            except FileExistsError:
+                attempt += 1
+    except OSError as error:
+        raise TrainingError(f"{run_dir}/metrics: cannot be written: {error.strerror or error}") from None
+
+
+def _claim_in_store(run_dir: Place) -> int:
+    try:
+        names = [base_name(name).removesuffix(".jsonl") for name in storage.listing(join(run_dir, "metrics"))]
+        names += storage.folders(join(run_dir, "checkpoints"))
+        numbers = [int(digits) for name in names if (digits := name.rpartition("attempt-")[2]).isdigit()]
+        attempt = max(numbers, default=0) + 1
+        while True:
+            try:
+                name = join(run_dir, "metrics", metrics_path("", attempt).name)
+                storage.write_bytes(name, b"", only_new=True)
                 return attempt
             except FileExistsError:
                 attempt += 1
@@ -68,7 +81,7 @@ Phase = Literal["writing", "committing", "tidying"]
 class _Save:
     number: int
     step: int
-    directory: Path
+    directory: str
     fields: Mapping[str, Any]
     best: bool
     phase: Phase = "writing"
@@ -93,22 +106,23 @@ class Saver:
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: Place,
         attempt: int,
         ranks: Ranks,
         keep: int,
         register: Callable[[int, str, dict[str, Any]], None],
     ):
-        self.folder = run_dir / "checkpoints"
-        self.best_folder = run_dir / "best"
+        self.store = store_of(run_dir)
+        self.folder = join(run_dir, "checkpoints")
+        self.best_folder = join(run_dir, "best")
         self.attempt, self.ranks, self.keep, self.register = attempt, ranks, keep, register
-        self.writer = CheckpointWriter(ranks.rank)
+        self.writer = CheckpointWriter(ranks.rank, self.store.write_part)
         self.clerk = CheckpointWriter(ranks.rank)  # of rank 0: commits and tidies
-        self.last: Checkpoint | None = None
+        self.last: Committed | None = None
         self.last_step: int | None = None
         self.best_lost = False
-        self.damaged: list[Path] = []
-        self._best_due: Checkpoint | None = None
+        self.damaged: list[Place] = []
+        self._best_due: Committed | None = None
         self._save: _Save | None = None
         self._number = 0
         self._failures = 0
@@ -143,7 +157,7 @@ class Saver:
         """Copy to host memory and write in the background. Not while `busy`."""
         self._number += 1
         self.best_lost = False
-        directory = self.folder / directory_name(step, self.attempt)
+        directory = join(self.folder, directory_name(step, self.attempt))
         self.writer.reset()
         save = _Save(self._number, step, directory, {**fields, "step": step}, best)
         self.writer.start(directory, tensors, texts)
@@ -185,7 +199,7 @@ class Saver:
         if self.ranks.rank == 0:
 
             def commit_it() -> None:
-                self.last = commit(save.directory, self.ranks.world, save.fields)
+                self.last = self.store.commit(save.directory, self.ranks.world, save.fields)
 
             self.clerk.reset()
             self.clerk.start_job(commit_it)
@@ -208,7 +222,7 @@ class Saver:
         self._failures += 1
         self.best_lost = save.best
         if self.ranks.rank == 0:
-            discard(save.directory)  # before the others go on, who may soon write there again
+            self.store.discard(save.directory)  # before the others go on, who may soon write there again
         problems = [p for p in self.ranks.all(None if error is None else str(error)) if p]
         problem = problems[0] if problems else "no reason given"
         if self.ranks.rank == 0:
@@ -232,32 +246,31 @@ class Saver:
         if self._best_due is not None:
             self.copy_to_best(self._best_due)
         protect = [save.directory] + ([self._best_due.path] if self._best_due is not None else [])
-        prune(self.folder, self.keep, protect, self.damaged)
+        self.store.prune(self.folder, self.keep, protect, self.damaged)
 
     def newest(self) -> str | None:
         """Rank 0: where the newest whole checkpoint of the run is, if it has one; the damaged ones are noted."""
-        found = newest_checkpoint(self.folder, damaged=self.damaged)
+        found = self.store.newest_checkpoint(self.folder, damaged=self.damaged)
         return None if found is None else str(found.path)
 
-    def restore_best(self, start: Checkpoint, best_step: int | None) -> None:
+    def restore_best(self, start: str, best_step: int | None) -> None:
         """Rank 0, when going on from `start`: a run that was killed between a save and the copy of it to `best/` makes
         the copy now."""
         if best_step is None:
             return
-        same_step = sorted(self.folder.glob(f"step-{best_step:08d}-*"), reverse=True)
-        for path in (self.best_folder, start.path, *same_step):
+        for path in (self.best_folder, start, *self.store.of_step(self.folder, best_step)):
             with contextlib.suppress(CheckpointError):
-                found = open_checkpoint(path)
+                found = self.store.look(path)
                 if found.step == best_step:
                     if path != self.best_folder:
                         self.copy_to_best(found)
                     return
 
-    def copy_to_best(self, checkpoint: Checkpoint) -> None:
+    def copy_to_best(self, checkpoint: Committed) -> None:
         """Rank 0: make `best/` a copy of this checkpoint; a failure is a warning, and tried again after later saves."""
         self._best_due = checkpoint
         try:
-            copy_best(checkpoint, self.best_folder)
+            self.store.copy_best(checkpoint, self.best_folder)
             self._best_due = None
         except (CheckpointError, OSError) as error:
             logger.warning(

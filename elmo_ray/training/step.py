@@ -5,8 +5,8 @@ Shapes: D directions, B rows, T window, U distinct words, C characters, K negati
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, fields
+import contextlib
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,47 +19,14 @@ from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.sampled_softmax import sampled_losses
 from elmo_ray.model.softmax import full_losses
+from elmo_ray.training.accumulation import average, parts_of, send_as_bf16
 from elmo_ray.training.optim import Optimizer
+from elmo_ray.training.step_input import StepInput
+
+__all__ = ["DTYPES", "Gradients", "StepInput", "StepOutput", "TrainStep"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Of parameters, states and sums; bf16 is for the products only."""
-
-
-@dataclass
-class StepInput:
-    """All that a step needs, on the device.
-
-    types [U, C] (or [U] for word input: indices into `input_rows`, or ids with a full softmax), type_classes, inputs
-    [D, B, T], targets [D, B, T], lengths [B] as in `streams.Batch`; reset [B] rows that start from zero state;
-    positions: of all ranks in one direction, the divisor of the loss.
-    With a sampled softmax: rows [R] of the softmax table (all ranks have the same), target_rows [D, B, T] and
-    negative_rows [D, K] index into them, with the log expected counts of both; input_rows: rows of an untied word
-    embedding.
-    """
-
-    step: int
-    types: Tensor
-    type_classes: tuple[tuple[int, int], ...]
-    inputs: Tensor
-    targets: Tensor
-    lengths: Tensor
-    reset: Tensor
-    positions: int
-    rows: Tensor | None = None
-    target_rows: Tensor | None = None
-    target_log_count: Tensor | None = None
-    negative_rows: Tensor | None = None
-    negative_log_count: Tensor | None = None
-    input_rows: Tensor | None = None
-
-    def to(self, device: torch.device) -> StepInput:
-        """A copy on `device`; from pinned memory the transfer does not wait."""
-        result = copy.copy(self)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                setattr(result, field.name, value.to(device, non_blocking=True))
-        return result
 
 
 @dataclass
@@ -103,6 +70,8 @@ class TrainStep:
         if world > 1:
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(tables))
             self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            if config.train.gradients == "bf16":
+                send_as_bf16(self.forward)
             for tensor in tables.values():
                 dist.broadcast(tensor.detach(), src=0)  # DDP, which broadcasts the others, does not know the tables
 
@@ -118,22 +87,19 @@ class TrainStep:
                 assert index is not None
                 rows[name] = index
                 leaves[name] = table.index_select(0, index).requires_grad_()
-        dropout = None
-        if config.train.dropout > 0.0:
-            dropout = Dropout(config.train.dropout, config.run.seed, batch.step, self.rank, self.device)
-        x_DBTP, state = self.forward(
-            batch.types,
-            batch.type_classes,
-            batch.inputs,
-            self.state.zero_rows(batch.reset),
-            batch.lengths,
-            dropout,
-            self.dtype,
-            leaves.get("word_embedding"),
-        )
-        sums = self._losses(batch, x_DBTP.flatten(1, 2), leaves).sum(dim=1)
+        sums: list[Tensor] = []
+        states: list[LstmState] = []
+        reset = self.state.zero_rows(batch.reset)
         scale = config.train.unroll * self.world / (model.directions * max(1, batch.positions))
-        (sums.sum() * scale).backward()
+        parts = list(parts_of(batch, config.train.accumulate))
+        for number, (rows_of_part, part) in enumerate(parts):
+            whole = len(parts) == 1
+            before = reset if whole else LstmState(*(x[:, :, rows_of_part.start : rows_of_part.stop] for x in reset))
+            with self._sending(number == len(parts) - 1):
+                loss_sums, state = self._losses_of(part, before, leaves, self.rank * config.train.accumulate + number)
+                (loss_sums.sum() * scale).backward()
+            sums.append(loss_sums.detach())
+            states.append(state)
         dense = {name: _taken(p) for name, p in self.optimizer.dense.items()}
         if self.sampled:
             tables = {name: _taken(leaf) for name, leaf in leaves.items()}
@@ -141,9 +107,37 @@ class TrainStep:
             tables = {name: _taken(p) for name, p in model.named_parameters() if name in TABLES}
         for gradient in tables.values():
             if self.world > 1:
-                dist.all_reduce(gradient)
-                gradient /= self.world
-        return Gradients(dense, tables, rows), sums.detach(), state
+                average(gradient, self.world, config.train.gradients)
+        if len(parts) == 1:
+            return Gradients(dense, tables, rows), sums[0], states[0]
+        joined = LstmState(*(torch.cat(values, dim=2) for values in zip(*states, strict=True)))
+        return Gradients(dense, tables, rows), torch.stack(sums).sum(0), joined
+
+    def _sending(self, now: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients travel with the last part."""
+        if now or not isinstance(self.forward, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.forward.no_sync()
+
+    def _losses_of(
+        self, batch: StepInput, before: LstmState, leaves: dict[str, Tensor], noise: int
+    ) -> tuple[Tensor, LstmState]:
+        """[D] sums of losses, and the new state."""
+        config = self.config
+        dropout = None
+        if config.train.dropout > 0.0:
+            dropout = Dropout(config.train.dropout, config.run.seed, batch.step, noise, self.device)
+        x_DBTP, state = self.forward(
+            batch.types,
+            batch.type_classes,
+            batch.inputs,
+            before,
+            batch.lengths,
+            dropout,
+            self.dtype,
+            leaves.get("word_embedding"),
+        )
+        return self._losses(batch, x_DBTP.flatten(1, 2), leaves).sum(dim=1), state
 
     def _losses(self, batch: StepInput, x_DNP: Tensor, leaves: dict[str, Tensor]) -> Tensor:
         """[D, B*T] losses in nats, 0 where there is no position."""

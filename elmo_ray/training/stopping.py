@@ -14,6 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from elmo_ray import storage
+from elmo_ray.storage import is_uri, join
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -22,26 +25,30 @@ STOP_FILE = "stop"
 
 
 def stop_check(run_dir: str) -> Callable[[], bool]:
-    """Whether the driver has asked to stop; looks at the storage once a second at most."""
-    path = os.path.join(run_dir, STOP_FILE)
+    """Whether the driver has asked to stop; looks at the storage once a second at most, at an object store less."""
+    path = join(run_dir, STOP_FILE)
+    every = 5.0 if is_uri(path) else 1.0
     seen, looked = False, -math.inf
 
     def stop_requested() -> bool:
         nonlocal seen, looked
         now = time.monotonic()
-        if not seen and now - looked >= 1:
-            seen, looked = os.path.exists(path), now
+        if not seen and now - looked >= every:
+            looked = now
+            with contextlib.suppress(OSError):  # a store that does not answer
+                seen = storage.exists(path)
         return seen
 
     return stop_requested
 
 
 @contextlib.contextmanager
-def stop_on_signals(stop_file: Path) -> Iterator[threading.Event]:
+def stop_on_signals(stop_file: str) -> Iterator[threading.Event]:
     """The first SIGINT or SIGTERM sets the event and makes the stop file; after it signals do again what they did
-    before."""
-    stop_file.parent.mkdir(parents=True, exist_ok=True)
-    stop_file.unlink(missing_ok=True)
+    before. In an object store the file is left to `leave_note`: a signal's handler does not wait for a network."""
+    if not is_uri(stop_file):
+        os.makedirs(os.path.dirname(stop_file), exist_ok=True)
+    _remove(stop_file)
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked  # a sweep's trial: its driver is another process, and only a main thread may have handlers
@@ -55,7 +62,8 @@ def stop_on_signals(stop_file: Path) -> Iterator[threading.Event]:
     def ask(number: int, frame: FrameType | None) -> None:
         restore()
         asked.set()
-        leave_note(stop_file)
+        if not is_uri(stop_file):
+            leave_note(stop_file)
         logger.warning("%s: training stops after this step; once more to abort", signal.Signals(number).name)
 
     for number in before:
@@ -65,12 +73,22 @@ def stop_on_signals(stop_file: Path) -> Iterator[threading.Event]:
     finally:
         restore()
         with contextlib.suppress(OSError):
-            stop_file.unlink(missing_ok=True)
+            _remove(stop_file)
 
 
-def leave_note(stop_file: Path) -> None:
+def leave_note(stop_file: str) -> None:
     with contextlib.suppress(OSError):
-        stop_file.touch()
+        if is_uri(stop_file):
+            storage.write_bytes(stop_file, b"")
+        else:
+            Path(stop_file).touch()
+
+
+def _remove(stop_file: str) -> None:
+    if is_uri(stop_file):
+        storage.remove(stop_file)
+    else:
+        Path(stop_file).unlink(missing_ok=True)
 
 
 def in_thread(run: Callable[[], T], meanwhile: Callable[[], None]) -> T:

@@ -31,7 +31,7 @@ def zst(data: bytes, checksum: bool = True) -> bytes:
 def test_unpacks_every_member(tmp_path: Path, name: str, packed: bytes) -> None:
     source = tmp_path / name
     source.write_bytes(packed)
-    target = unpack.unpacked_path(str(source), tmp_path)
+    target = Path(unpack.unpacked_path(str(source), tmp_path))
     assert target.name.startswith(f"{name.partition('.')[0]}-") and target.suffix == ".txt"
     unpack.check_space([str(source)], tmp_path)
     assert not unpack.is_unpacked(str(source), target)
@@ -67,7 +67,7 @@ def test_damaged_files_leave_nothing(tmp_path: Path, name: str, packed: bytes, w
     source = tmp_path / name
     source.write_bytes(packed)
     with pytest.raises(DataError, match=rf"^\S+/{name}: {what}"):
-        unpack.unpack(str(source), unpack.unpacked_path(str(source), tmp_path))
+        unpack.unpack(str(source), Path(unpack.unpacked_path(str(source), tmp_path)))
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
@@ -107,7 +107,7 @@ def test_space_is_looked_at_first(tmp_path: Path) -> None:
 def test_pieces_of_killed_runs_are_removed(tmp_path: Path) -> None:
     source = tmp_path / "a.gz"
     source.write_bytes(gzip.compress(TEXT))
-    target = unpack.unpacked_path(str(source), tmp_path)
+    target = Path(unpack.unpacked_path(str(source), tmp_path))
     prefix = f".{target.name}.{os.uname().nodename}."
     dead = tmp_path / f"{prefix}999999999.part"
     alive = tmp_path / f"{prefix}{os.getppid()}.part"

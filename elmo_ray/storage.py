@@ -1,0 +1,289 @@
+"""Where files are: plain paths, and URIs of object stores (`s3://bucket/key`, `gs://`, `az://`, what else fsspec has).
+
+A *place* is either, as a string. Plain paths go to the operating system as ever. An object appears whole or not at all,
+cannot be appended to or renamed, and is read by byte ranges. Credentials and endpoints are those of the store's own
+library, from its own environment variables and files (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, an instance's role).
+
+What goes wrong with a store is an OSError with `strerror`, as with a disk; a place that can never be right (no such
+protocol, a library that is not installed) is a ConfigError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from elmo_ray.errors import ConfigError, ElmoRayError
+
+Place = str | os.PathLike[str]
+
+_URI = re.compile(r"([a-z][a-z0-9+.-]+)://")
+_READ_AHEAD = 8 << 20
+# What tells one content of an object from another, in the order of trust; stores have some of these.
+_VERSIONS = (
+    "ETag", "etag", "md5Hash", "content_settings", "checksum", "LastModified", "last_modified", "mtime", "updated",
+    "created",
+)  # fmt: skip
+_EXTRAS = {"s3": "s3"}
+
+
+class Status(NamedTuple):
+    """Size in bytes and time of change, named as in os.stat_result. An object's time is a number that changes with its
+    content and says nothing else."""
+
+    st_size: int
+    st_mtime_ns: int
+
+
+def is_uri(place: Place) -> bool:
+    """Whether this is a URI of a store; `file://` is a plain path to `absolute`."""
+    return isinstance(place, str) and _URI.match(place) is not None
+
+
+def absolute(place: Place) -> str:
+    """An absolute path, or the URI without a slash at its end; ConfigError for a URI that no store can have."""
+    text = os.fspath(place)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if not is_uri(text):
+        return os.path.abspath(os.path.expanduser(text))
+    file_system(text)
+    protocol, _, rest = text.partition("://")
+    bucket, _, key = rest.partition("/")
+    if not bucket or ".." in key.split("/"):
+        raise ConfigError(f"{text}: no URI of a store; it has the form {protocol}://BUCKET/NAME")
+    return text.rstrip("/")
+
+
+def join(place: Place, *names: str) -> str:
+    """The place of these names below another."""
+    return "/".join([os.fspath(place).rstrip("/"), *names]) if is_uri(place) else os.path.join(place, *names)
+
+
+def base_name(place: Place) -> str:
+    """The last name of a place."""
+    return os.path.basename(os.fspath(place).rstrip("/"))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def status(place: Place) -> Status | os.stat_result:
+    """Size and time of change; OSError where there is no such file."""
+    if not is_uri(place):
+        return os.stat(place)
+    system, path = file_system(place)
+    with _explained(place):
+        return _status(system.info(path))
+
+
+def exists(place: Place) -> bool:
+    """Whether there is such a file or folder; OSError where a store does not say."""
+    if not is_uri(place):
+        return os.path.exists(place)
+    system, path = file_system(place)
+    with _explained(place):
+        return bool(system.exists(path))
+
+
+def matches(pattern: str) -> list[str]:
+    """The URIs of the objects that a URI with `*`, `**` and `?` names, sorted."""
+    system, path = file_system(pattern)
+    with _explained(pattern):
+        if not any(character in path for character in "*?["):
+            return [pattern] if system.isfile(path) else []
+        found = system.glob(path, detail=True)
+        return sorted(system.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file")
+
+
+def listing(place: Place) -> dict[str, Status]:
+    """Names below a URI, whole and with slashes, of all objects there; none where there is nothing."""
+    system, path = file_system(place)
+    with _explained(place):
+        try:
+            found = system.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
+    return {name[len(path) + 1 :]: _status(info) for name, info in found.items() if name.startswith(path + "/")}
+
+
+def folders(place: Place) -> list[str]:
+    """Names of the folders directly below a URI."""
+    system, path = file_system(place)
+    with _explained(place):
+        try:
+            found = system.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+    return sorted(base_name(info["name"]) for info in found if info["type"] == "directory")
+
+
+def read_bytes(place: Place) -> bytes:
+    """All bytes of a file."""
+    return read_range(place, 0, None) if is_uri(place) else Path(place).read_bytes()
+
+
+def read_range(place: Place, start: int, end: int | None) -> bytes:
+    """Bytes [start, end) of an object, fewer where it ends before; None: to its end."""
+    system, path = file_system(place)
+    if end is not None and end <= start:
+        return b""
+    with _explained(place):
+        try:
+            return bytes(system.cat_file(path, start=start, end=end))
+        except Exception as error:
+            if start and start >= system.info(path)["size"]:
+                return b""  # a range beyond the end, which stores refuse each in their own way
+            raise error
+
+
+def open_read(place: Place) -> BinaryIO:
+    """The file for reading, with `name`; an object is read ahead in pieces of 8 MiB."""
+    if not is_uri(place):
+        return open(place, "rb")
+    return io.BufferedReader(_Object(os.fspath(place)), _READ_AHEAD)  # type: ignore[return-value]
+
+
+def opened_status(file: BinaryIO) -> Status | os.stat_result:
+    """`status` of what `open_read` gave, now."""
+    return status(file.name) if is_uri(file.name) else os.fstat(file.fileno())
+
+
+class _Object(io.RawIOBase):
+    """An object as a file that can be read and sought in."""
+
+    def __init__(self, place: str) -> None:
+        self.name = place
+        self._size = status(place).st_size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = read_range(self.name, self._at, min(self._at + len(buffer), self._size))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_bytes(place: Place, data: bytes, only_new: bool = False) -> None:
+    """An object of these bytes. only_new: FileExistsError where there is one already, as far as the store can tell
+    (S3 can; elsewhere two writers at the same moment may both be told that they were first)."""
+    system, path = file_system(place)
+    with _explained(place):
+        if only_new and system.exists(path):
+            raise FileExistsError(errno.EEXIST, "exists already", os.fspath(place))
+        if only_new and "s3" in _protocols(system):
+            system.pipe_file(path, data, mode="create")
+        else:
+            system.pipe_file(path, data)
+
+
+def upload(source: Path, place: Place) -> None:
+    """A local file to an object, or to another plain path."""
+    system, path = file_system(place)
+    with _explained(place):
+        system.put_file(os.fspath(source), path)
+
+
+def download(place: Place, target: Path) -> None:
+    """An object to a local file, which appears whole or not at all."""
+    system, path = file_system(place)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _explained(place):
+            system.get_file(path, os.fspath(aside))
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def copy(source: Place, target: Place) -> None:
+    """An object to another of the same store, without a way through this machine."""
+    system, path = file_system(source)
+    with _explained(source):
+        system.cp_file(path, file_system(target)[1])
+
+
+def remove(place: Place) -> None:
+    """An object away; nothing where there is none."""
+    system, path = file_system(place)
+    with _explained(place), contextlib.suppress(FileNotFoundError):
+        system.rm_file(path)
+
+
+# ---------------------------------------------------------------- fsspec
+
+
+def file_system(place: Place) -> tuple[Any, str]:
+    """fsspec's file system of a URI, and the path in it. fsspec keeps one instance for each store and process."""
+    import fsspec
+
+    text = os.fspath(place)
+    match = _URI.match(text)
+    if match is None:
+        raise ValueError(f"{text} is no URI")
+    try:
+        # listings are never kept: other processes write
+        system = fsspec.filesystem(match[1], use_listings_cache=False)
+    except ImportError:
+        extra = _EXTRAS.get(match[1])
+        cure = f"pip install 'elmo-ray[{extra}]'" if extra else f"see fsspec's documentation of {match[1]}://"
+        raise ConfigError(f"{text}: the package that reads {match[1]}:// is not installed ({cure})") from None
+    except ValueError as error:
+        raise ConfigError(f"{text}: {_line(error)}") from None
+    except Exception as error:  # credentials that are needed at once
+        raise ConfigError(f"{text}: {_line(error)}") from None
+    return system, system._strip_protocol(text)
+
+
+def _protocols(system: Any) -> tuple[str, ...]:
+    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
+
+
+def _status(info: dict[str, Any]) -> Status:
+    version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+    return Status(int(info.get("size") or 0), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16))
+
+
+@contextlib.contextmanager
+def _explained(place: Place) -> Iterator[None]:
+    """A store's exceptions as OSErrors of one line."""
+    text = os.fspath(place)
+    try:
+        yield
+    except (ElmoRayError, FileExistsError):
+        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "no such object or bucket", text) from None
+    except PermissionError as error:
+        raise PermissionError(errno.EACCES, f"access denied ({_line(error)})", text) from None
+    except Exception as error:  # of the library of whatever store: all of them mean that it did not work
+        raise OSError(errno.EIO, f"{type(error).__name__}: {_line(error)}", text) from None
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+    return text if len(text) <= 240 else text[:240] + "..."

@@ -1,0 +1,49 @@
+"""What one training step is given.
+
+Shapes: D directions, B rows, T window, U distinct words, C characters, K negatives, R touched rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class StepInput:
+    """All that a step needs, on the device.
+
+    types [U, C] (or [U] for word input: indices into `input_rows`, or ids with a full softmax), type_classes, inputs
+    [D, B, T], targets [D, B, T], lengths [B] as in `streams.Batch`; reset [B] rows that start from zero state;
+    positions: of all ranks in one direction, the divisor of the loss.
+    With a sampled softmax: rows [R] of the softmax table (all ranks have the same), target_rows [D, B, T] and
+    negative_rows [D, K] index into them, with the log expected counts of both; input_rows: rows of an untied word
+    embedding.
+    """
+
+    step: int
+    types: Tensor
+    type_classes: tuple[tuple[int, int], ...]
+    inputs: Tensor
+    targets: Tensor
+    lengths: Tensor
+    reset: Tensor
+    positions: int
+    rows: Tensor | None = None
+    target_rows: Tensor | None = None
+    target_log_count: Tensor | None = None
+    negative_rows: Tensor | None = None
+    negative_log_count: Tensor | None = None
+    input_rows: Tensor | None = None
+
+    def to(self, device: torch.device) -> StepInput:
+        """A copy on `device`; from pinned memory the transfer does not wait."""
+        result = copy.copy(self)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                setattr(result, field.name, value.to(device, non_blocking=True))
+        return result
