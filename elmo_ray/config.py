@@ -17,9 +17,9 @@ from elmo_ray.errors import ConfigError
 
 __all__ = [
     "SAMPLE", "CharCnnConfig", "ClusterConfig", "ComputeConfig", "DataConfig", "Duration", "EvalConfig",
-    "EvaluateConfig", "ExportConfig", "InitConfig", "LstmConfig", "ModelConfig", "OptimConfig", "PrepareConfig",
-    "PretrainConfig", "ReportConfig", "RunConfig", "ScheduleConfig", "SoftmaxConfig", "StorageConfig", "TaskConfig",
-    "TextConfig", "TrainConfig",
+    "EvaluateConfig", "ExportConfig", "FormatConfig", "InitConfig", "LstmConfig", "ModelConfig", "OptimConfig",
+    "PrepareConfig", "PretrainConfig", "ReportConfig", "RunConfig", "ScheduleConfig", "SoftmaxConfig", "StorageConfig",
+    "TaskConfig", "TextConfig", "TrainConfig",
 ]  # fmt: skip
 
 SAMPLE = "sample"  # data.train: the embedded corpus
@@ -305,8 +305,8 @@ class InitConfig(Section):
     source: str | None = Field(
         None, alias="from", description="SOURCE: run, checkpoint, bilm-tf save folder, or weights.hdf5"
     )
-    options: str | None = Field(None, description="options.json of a weights.hdf5; null: the one beside it")
-    vocab: str | None = Field(None, description="vocabulary of a bilm-tf save folder")
+    options: str | None = Field(None, description="options.json of bilm-tf's files; null: the one beside them")
+    vocab: str | None = Field(None, description="vocabulary of bilm-tf's files; null: a vocab.txt beside them")
 
 
 class PretrainConfig(Root):
@@ -361,11 +361,20 @@ class EvaluateConfig(Root):
         return {} if self.data.test else {"data.test": "set it to a glob of text files, or to `sample`"}
 
 
+class FormatConfig(Section):
+    path: ClassVar[str] = "export."
+    format: Literal["bilm", "checkpoint"] = Field(
+        "bilm",
+        description="bilm: weights.hdf5, options.json, vocab.txt; checkpoint: elmo_ray's, with softmax and slots",
+    )
+
+
 class ExportConfig(Root):
     cluster: TaskConfig = TaskConfig()
     init: InitConfig = InitConfig()
     checkpoint: str = Field("best", min_length=1, description="of a run: best, last, or a checkpoint's name")
     out: str | None = Field(None, description="OUT: the folder to write")
+    export: FormatConfig = FormatConfig()
 
 
 class ReportConfig(Root):

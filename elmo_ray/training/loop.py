@@ -360,7 +360,7 @@ class _Run:
         progress.finished = progress.step >= self.total_steps
         seconds = progress.seconds + time.monotonic() - self.started
         snapshot = Snapshot(replace(progress, seconds=seconds), self.cursors, self.sums)
-        tensors = snapshot.stream_tensors(self.step, self.streams)
+        tensors = snapshot.stream_tensors(self.step.state, self.streams)
         texts: dict[str, str] = {}
         if self.ranks.rank == 0:
             tensors |= snapshot.model_tensors(self.step)
