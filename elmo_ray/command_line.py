@@ -76,6 +76,10 @@ VERBS: dict[str, Verb] = {
         "train a bidirectional language model from scratch, validate and export it",
         config="required", flags=("dry-run", "resume", "fresh", "json"),
     ),
+    "finetune": Verb(
+        "go on training a model on other text: a run, a checkpoint, or bilm-tf's files",
+        config="required", flags=("dry-run", "resume", "fresh", "json"),
+    ),
     "evaluate": Verb(
         "perplexity of a model on held-out text: forward, backward and both",
         positionals=(_SOURCE,), flags=("dry-run", "json"),

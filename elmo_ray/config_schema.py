@@ -48,6 +48,7 @@ def _globs(value: Any) -> Any:
 
 
 Int = Annotated[int, BeforeValidator(_integral)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_globs), Allowed("a name or a list of names")]
 Globs = Annotated[tuple[str, ...], BeforeValidator(_globs), Allowed("a glob or a list of globs")]
 Pairs = Annotated[tuple[tuple[Int, Int], ...], BeforeValidator(_as_tuple), Allowed("[[integer, integer], ...]")]
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from elmo_ray.config import ModelConfig, PretrainConfig, SoftmaxConfig
-from elmo_ray.config_yaml import parse_yaml, short
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
 from elmo_ray.formats.bilm_checkpoint import find_checkpoint, is_save_folder, read_checkpoint
@@ -32,6 +31,7 @@ from elmo_ray.training.checkpoint_reader import (
     open_checkpoint,
     previous_copy,
 )
+from elmo_ray.training.identity import saved_config
 from elmo_ray.training.manifest import MANIFEST
 from elmo_ray.training.saved_form import check_forms
 from elmo_ray.training.snapshot import MODEL_FILE, OPTIMIZER_FILE
@@ -146,14 +146,7 @@ def _of_run(run: Path, name: str, verify: bool) -> Checkpoint:
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Source:
-    place = f"{checkpoint.path}/config.yaml"
-    try:
-        values = parse_yaml(checkpoint.text("config.yaml"), place)
-        if not isinstance(values, dict):
-            raise ConfigError("must be a mapping of sections")
-        config = PretrainConfig.from_dict(values)
-    except ConfigError as error:
-        raise CheckpointError(f"{place}: {short(str(error).removeprefix(f'{place}: '), 1000)}") from None
+    config = saved_config(checkpoint)
     try:
         vocabulary = Vocabulary.read(checkpoint.path / VOCABULARY)
     except DataError as error:

@@ -38,7 +38,7 @@ def is_save_folder(folder: Path) -> bool:
 
 
 def find_checkpoint(folder: Path, name: str | None = None) -> Path:
-    """The path, without `.index`, of a save folder's checkpoint: `name`, or the newest, which its file `checkpoint` has.
+    """The path, without `.index`, of a save folder's checkpoint: `name`, or the newest, named in its file `checkpoint`.
 
     That file often has the absolute paths of the machine that trained: only the name in it is used. Raises FormatError
     where there is none, ConfigError for a name that is not there.

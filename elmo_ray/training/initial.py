@@ -28,7 +28,7 @@ def write_initial(
     slots: Mapping[str, Tensor] | None,
     identity: Mapping[str, Any],
     step: int = 0,
-    **fields: Any,
+    fields: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Write a whole checkpoint into `folder`, aside and renamed; what was there before is replaced.
 
@@ -48,7 +48,7 @@ def write_initial(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         write_part(aside, 0, tensors, snapshot.texts(config, vocabulary))
-        manifest = {"step": step, "streams": len(streams), "identity": dict(identity), **fields}
+        manifest = {"step": step, "streams": len(streams), "identity": dict(identity), **(fields or {})}
         checkpoint = commit(aside, 1, manifest, patience_s=0)
         if folder.exists():
             shutil.rmtree(folder)
