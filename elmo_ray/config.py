@@ -65,8 +65,7 @@ class DataConfig(TextConfig):
     valid: Globs = Field((), description="held-out text for validation while training")
     vocab: str | None = Field(
         None,
-        description="vocabulary file, one word a line; null: counted from data.train; in finetune null: the SOURCE's, "
-        "`counted`: counted",
+        description="vocabulary file; null: counted from data.train (finetune: the SOURCE's; `counted` counts)",
     )
     streams: Int = Field(32, ge=1, le=1 << 20, description="rows of the global batch, dealt to the workers")
     shuffle: Literal["blocks", "off"] = Field(

@@ -7,12 +7,35 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from elmo_ray.config import COUNTED, SAMPLE, InitConfig, PretrainConfig
+from elmo_ray.config import COUNTED, SAMPLE, CharCnnConfig, InitConfig, LstmConfig, ModelConfig, PretrainConfig
 from elmo_ray.config_schema import Section, show
 from elmo_ray.errors import ConfigError
 
 SOFTMAX_FIRST = 1000
 """Steps of a softmax that the SOURCE does not have before the rest trains with it."""
+
+
+class _AnyCharCnn(CharCnnConfig):
+    def _contradictions(self) -> Iterator[str]:
+        return iter(())
+
+
+class _AnyLstm(LstmConfig):
+    def _contradictions(self) -> Iterator[str]:
+        return iter(())
+
+
+class SourceModelConfig(ModelConfig):
+    """Single settings that are compared with the source's; they need not make a model together with the defaults."""
+
+    char_cnn: _AnyCharCnn = _AnyCharCnn()
+    lstm: _AnyLstm = _AnyLstm()
+
+    def _unused(self) -> dict[str, str]:
+        return {}
+
+    def _contradictions(self) -> Iterator[str]:
+        return iter(())
 
 
 class FinetuneInitConfig(InitConfig):
@@ -24,6 +47,7 @@ class FinetuneInitConfig(InitConfig):
 
 
 class FinetuneConfig(PretrainConfig):
+    model: SourceModelConfig = SourceModelConfig()
     init: FinetuneInitConfig = FinetuneInitConfig()
     checkpoint: str = Field("best", min_length=1, description="of a run: best, last, or a checkpoint's name")
 

@@ -160,7 +160,8 @@ class Optimizer:
             self.accumulators[name].copy_(state[f"accumulator.{name}"])
         for name, parameter in self.dense.items():
             target = self._inner_state(parameter)
-            if self.config.name == "adamw" and not any(f"{slot}.{name}" in state for slot in self._slots()):
+            kinds = ("accumulator", *self._slots())
+            if self.config.name == "adamw" and not any(f"{kind}.{name}" in state for kind in kinds):
                 target.clear()
                 continue
             for slot, key in self._slots().items():
