@@ -75,7 +75,7 @@ class FinetuneConfig(PretrainConfig):
         """
         problems = [
             f"{key}={show(value)}: the source has {show(theirs)}; remove it, as the model is the source's"
-            for key, value in _explicit(self.model, "model.")
+            for key, value in explicit(self.model, "model.")
             if (theirs := _at(model, key.split(".")[1:])) != value
         ]
         if vocab is not None and self.data.vocab is None:
@@ -84,7 +84,7 @@ class FinetuneConfig(PretrainConfig):
                 for key in ("min_count", "max_vocab")
                 if key in self.data.model_fields_set
             ]
-        own = dict(_explicit(self.softmax, ""))
+        own = dict(explicit(self.softmax, ""))
         if own.get("tied", softmax.get("tied", False)) != softmax.get("tied", False):
             problems.append(f"softmax.tied={show(own['tied'])}: the source has {show(softmax['tied'])}; remove it")
         if problems:
@@ -105,15 +105,18 @@ class FinetuneConfig(PretrainConfig):
         return PretrainConfig.from_dict(values)
 
 
-def _explicit(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
+def explicit(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
     """The settings that a user gave, as dotted key and plain value."""
     plain = section.to_dict()
-    for name in section.model_fields_set:
+    for name, field in type(section).model_fields.items():
+        key = field.alias or name
         value = getattr(section, name)
+        if name not in section.model_fields_set or key not in plain:
+            continue
         if isinstance(value, Section):
-            yield from _explicit(value, f"{prefix}{name}.")
-        elif name in plain:
-            yield f"{prefix}{name}", plain[name]
+            yield from explicit(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", plain[key]
 
 
 def _at(values: dict[str, Any], path: list[str]) -> Any:

@@ -120,6 +120,8 @@ class Key:
     @property
     def textual(self) -> bool:
         """Whether its value on the command line is taken as it stands: a path, a glob, a name, a duration."""
+        if get_origin(self.field.annotation) is dict:
+            return False
         kinds = {_bare(part) for part in get_args(self.field.annotation) or (self.field.annotation,)}
         return bool(kinds & {str, Duration}) or self._is_globs
 

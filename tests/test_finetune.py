@@ -38,7 +38,6 @@ class Domain(TextFolder):
                 "block_bytes": 4096,
             },
             "softmax": {"negatives": 8},
-            "optim": {"lr": 0.3},
             "train": {"unroll": 8, "duration": "12 steps", "validate_every": "4 steps", "log_every": 4},
             "evaluate": {"streams": 2},
             "cluster": {"workers": 0},
@@ -68,7 +67,7 @@ def perplexity(domain: Domain, source: Path, *arguments: object) -> float:
 
 def test_from_a_run_with_its_vocabulary(domain: Domain) -> None:
     before = perplexity(domain, domain.source)
-    outcome = domain.finetune(domain.source)
+    outcome = domain.finetune(domain.source, "train.duration=40 steps", "optim.lr=0.1")
     assert outcome.code == 0, outcome.errors
     result = outcome.result
     assert result["initial"]["step"] == 0
