@@ -328,11 +328,10 @@ def _override(tree: dict[str, Any], text: str, root: type[Root], known: Mapping[
     if key is not None and key.textual:
         _set(tree, name, _text(value, key))
     else:
+        parsed = parse_yaml(value, f"{name}={short(value, 100)}")
         if key is not None:
-            _set(
-                tree, name, None
-            )  # a mapping that is one setting, such as a sweep's space, is not merged with the file's
-        _set(tree, name, parse_yaml(value, f"{name}={short(value, 100)}"))
+            _set(tree, name, None)  # a mapping that is one setting, as a sweep's space, is not merged with the file's
+        _set(tree, name, parsed)
 
 
 def _text(value: str, key: Key) -> Any:

@@ -160,10 +160,10 @@ class TrainConfig(Section):
     max_skips: Int = Field(10, ge=1, le=10**9, description="skipped steps that end the run")
     freeze: Names = Field((), description="parts that are not trained, such as [char_cnn, highway, lstm.0]")
     softmax_first: Int | None = Field(
-        None, ge=0, le=10**12, description="first steps, in which the softmax alone trains; null: 1000 where it is new"
+        None, ge=0, le=10**12, description="first steps, of the softmax alone; null: 1000 where it is new"
     )
     patience: Int | None = Field(
-        None, ge=1, le=10**6, description="validations in a row without a new best that end training; null: no matter"
+        None, ge=1, le=10**6, description="validations in a row without a new best that end training"
     )
 
     def _unused(self) -> dict[str, str]:

@@ -64,7 +64,7 @@ def _rate(value: Any) -> float:
 LayerRates = Annotated[
     float | tuple[float | None, ...] | None,
     PlainValidator(_layer_rates),
-    Allowed("a number > 0, a list of them (or of null), or null"),
+    Allowed("a number > 0, a list of them or of null, or null"),
 ]
 
 
@@ -77,7 +77,7 @@ class PartRates(Section):
     highway: float | None = Field(None, gt=0, le=LARGE, description="of the highway layers; null: optim.lr")
     projection: float | None = Field(None, gt=0, le=LARGE, description="of the char CNN's projection; null: optim.lr")
     word_embedding: float | None = Field(None, gt=0, le=LARGE, description="of the word table; null: optim.table_lr")
-    lstm: LayerRates = Field(None, description="of all LSTM layers, or of each, the lowest first; null: optim.lr")
+    lstm: LayerRates = Field(None, description="of the LSTM layers, the lowest first; null: optim.lr")
     softmax: float | None = Field(None, gt=0, le=LARGE, description="of the softmax; null: optim.table_lr")
 
     def rate(self, part: str) -> float | None:

@@ -31,9 +31,7 @@ def _space(value: Any) -> dict[str, Any]:
 Space = Annotated[
     dict[str, Any],
     PlainValidator(_space),
-    Allowed(
-        "dotted keys with {loguniform: [a, b]}, {uniform: [a, b]}, {randint: [a, b]}, {choice: [...]}, {grid: [...]}"
-    ),
+    Allowed("dotted keys, each with loguniform, uniform or randint: [low, high], or choice or grid: [...]"),
 ]
 
 
