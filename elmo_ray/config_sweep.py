@@ -43,7 +43,7 @@ class SweepSection(Section):
     search: Literal["random", "grid", "optuna"] = Field(
         "random", description="optuna: an extra; grid: all combinations"
     )
-    scheduler: Literal["asha", "none"] = Field("asha", description="asha: ends trials that are worse than others early")
+    scheduler: Literal["asha"] | None = Field("asha", description="asha: ends trials that are worse than others early")
     grace: Duration = Field(Duration(100, "steps"), description="that no trial is ended before (asha); steps")
     reduction: float = Field(3.0, gt=1, le=100, description="of so many trials one goes on at each rung (asha)")
     concurrent: Int | None = Field(None, ge=1, le=10_000, description="trials at a time; null: as many as fit")
@@ -52,7 +52,7 @@ class SweepSection(Section):
     def _unused(self) -> dict[str, str]:
         if self.scheduler == "asha":
             return {}
-        return dict.fromkeys(("grace", "reduction"), "sweep.scheduler=none ends no trial early; remove it")
+        return dict.fromkeys(("grace", "reduction"), "sweep.scheduler=null ends no trial early; remove it")
 
     def _contradictions(self) -> Iterator[str]:
         if self.grace.unit != "steps":

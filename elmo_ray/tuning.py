@@ -155,7 +155,7 @@ def _scheduler(config: SweepConfig, trials: Sequence[Trial]) -> Any:
     """Tune's, which is told again what trials of earlier sessions have come to: a session of Tune forgets its rungs."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-    if config.sweep.scheduler == "none":
+    if config.sweep.scheduler is None:
         return FIFOScheduler()
 
     class Scheduler(ASHAScheduler):

@@ -90,7 +90,7 @@ def test_bad_domains(spec: Any, message: str) -> None:
         ),
         ({"train.dropout": {"grid": [0, 0.1]}}, {"search": "optuna"}, "cannot take grid"),
         (None, {"grace": "1 epochs"}, "must be in steps"),
-        (None, {"scheduler": "none", "reduction": 2}, "ends no trial early"),
+        (None, {"scheduler": None, "reduction": 2}, "ends no trial early"),
     ],
 )
 def test_settings_that_do_not_fit(space: dict[str, Any] | None, sweep: dict[str, Any], message: str) -> None:
