@@ -10,7 +10,7 @@ from pydantic import Field, PlainValidator
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.config_finetune import FinetuneConfig, explicit
-from elmo_ray.config_schema import Allowed, Duration, Int, Section, keys, unknown_key
+from elmo_ray.config_schema import Allowed, Duration, Int, Section, keys, show, unknown_key
 from elmo_ray.config_yaml import short
 from elmo_ray.errors import ConfigError
 from elmo_ray.space import Domain, all_combinations, draw_trials, parse_domain
@@ -130,13 +130,51 @@ class SweepConfig(FinetuneConfig):
         tree.pop("checkpoint", None)
         return PretrainConfig.from_dict(tree)
 
+    def as_given(self) -> dict[str, Any]:
+        """The configuration's own values of what is varied; raises ConfigError where one is not in its domain."""
+        whole = dict(explicit_or_default(self.trial({})))
+        values = {key: whole.get(key) for key in self.sweep.space}
+        for key, domain in self.sweep.domains().items():
+            value = values[key]
+            if domain.is_range:
+                inside = isinstance(value, int | float) and domain.values[0] <= value <= domain.values[1]
+            else:
+                inside = value in domain.values
+            if not inside:
+                raise ConfigError(
+                    f"sweep.space.{key}: {show(value)}, as given, is not among its values, so sweep.search=optuna "
+                    "cannot begin with it; widen the space, or set sweep.first=false"
+                )
+        return values
+
+    def places(self, values: dict[str, Any]) -> dict[str, Any]:
+        """As Optuna knows them: of a choice, the place among its values."""
+        domains = self.sweep.domains()
+        return {
+            key: str(domains[key].values.index(value)) if domains[key].kind == "choice" else value
+            for key, value in values.items()
+        }
+
     def draws(self) -> list[dict[str, Any]]:
         """What each trial varies, where that does not depend on others' results; the first may vary nothing."""
         domains = self.sweep.domains()
+        if self.sweep.search == "optuna":
+            return [self.as_given()] if self.sweep.first else []
         first: list[dict[str, Any]] = [{}] if self.sweep.first else []
         if self.sweep.search == "grid":
             return [*first, *all_combinations(domains)]
         return [*first, *draw_trials(domains, self.sweep.trials - len(first), self.run.seed)]
+
+
+def explicit_or_default(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All settings, as dotted key and plain value."""
+    for name, value in section.to_dict().items():
+        field = next(n for n, f in type(section).model_fields.items() if name in (n, f.alias))
+        below = getattr(section, field)
+        if isinstance(below, Section):
+            yield from explicit_or_default(below, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ begins a new session of Tune with what is left, and each trial goes on from its 
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 import time
@@ -58,13 +59,15 @@ _FAILURE_PAUSE_S = 5.0
 
 @dataclass(frozen=True)
 class SweepResult:
-    """rows: of `trials.results`. best: its number, or None where no trial was measured."""
+    """rows: of `trials.results`. best: its number, or None where no trial was measured. has_given: trial 0 is the
+    configuration as it stands."""
 
     sweep_dir: Path
     rows: list[dict[str, Any]]
     shown: str
     best: int | None
     wall_seconds: float
+    has_given: bool
 
     def summary(self) -> str:
         lines = [self.shown]
@@ -72,7 +75,7 @@ class SweepResult:
         if self.best is not None:
             best = by_number[self.best]
             line = f"best: trial {self.best}, held-out perplexity {best['best_perplexity']:.2f}"
-            given = next((row for row in self.rows if not row["values"]), None)
+            given = by_number.get(0) if self.has_given else None
             if given is not None and given["best_perplexity"] is not None:
                 ratio = best["best_perplexity"] / given["best_perplexity"]
                 line += f"; trial {given['trial']}, as given, {given['best_perplexity']:.2f} ({ratio:.3f} of it)"
@@ -108,9 +111,11 @@ class SweepPlan:
 
 def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan:
     """The whole sweep. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
+    if config.sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise ConfigError("sweep.search=optuna: Optuna is not installed: pip install 'elmo-ray[optuna]'")
     source = open_init(config) if config.init.source is not None else None
     base = _settings(config, {}, source)
-    drawn = config.draws() if config.sweep.search != "optuna" else [{}] if config.sweep.first else []
+    drawn = config.draws()
     for number, values in enumerate(drawn):
         try:
             _settings(config, values, source)
@@ -199,7 +204,7 @@ def _finish(config: SweepConfig, folder: RunFolder, wall: float) -> SweepResult:
     number = None if best is None else best.number
     write_results(path, rows, {"best": number, "wall_seconds": wall, "space": config.sweep.space})
     draw(path / "sweep.png", trials, best)
-    result = SweepResult(path, rows, table(trials), number, wall)
+    result = SweepResult(path, rows, table(trials), number, wall, config.sweep.first)
     if best is None:
         raise TrainingError(f"{path}: no trial was measured; see {path}/results.csv and trials/*/outcome.json")
     write_aside(path / "best.yaml", best_yaml(config, best).encode())
@@ -267,6 +272,9 @@ def _claim(config: SweepConfig, values: dict[str, Any], sweep_dir: Path) -> Tria
     trials = read_trials(sweep_dir)
     if "number" in values:
         return next(trial for trial in trials if trial.number == values["number"])
+    for trial in trials:
+        if trial.outcome is None and config.places(trial.values) == values:
+            return trial
     domains = config.sweep.domains()
     chosen = {
         key: domains[key].values[int(value)] if domains[key].kind == "choice" else value

@@ -88,7 +88,7 @@ def run_session(
     scheduler = _scheduler(config, trials)
     search, space = None, {"number": tune.grid_search([trial.number for trial in waiting])}
     if config.sweep.search == "optuna":
-        search, space = _optuna(config, trials, waiting), {}
+        search, space = _optuna(config, trials), {}
     tuner = tune.Tuner(
         tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
         param_space=space,
@@ -190,28 +190,34 @@ class _Ghost:
     trial_id: str
 
 
-def _optuna(config: SweepConfig, trials: Sequence[Trial], waiting: Sequence[Trial]) -> Any:
-    """Optuna by Tune. Trials that were begun go on first; those that have ended are told."""
+def _optuna(config: SweepConfig, trials: Sequence[Trial]) -> Any:
+    """Optuna by Tune. Trials that were begun come first; it is told what those that have ended came to."""
     from ray import tune
 
     try:
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
-
-        kinds = {"uniform": tune.uniform, "loguniform": tune.loguniform}
-        space: dict[str, Any] = {}
-        for key, domain in config.sweep.domains().items():
-            if domain.kind == "choice":
-                space[key] = tune.choice([repr(n) for n in range(len(domain.values))])  # Optuna takes no lists
-            elif domain.kind == "randint":
-                space[key] = tune.randint(domain.values[0], domain.values[1] + 1)
-            else:
-                space[key] = kinds[domain.kind](*domain.values)
-        search = OptunaSearch(
-            metric="perplexity", mode="min", seed=config.run.seed % 2**31, space=None, points_to_evaluate=None
-        )
-        search.set_search_properties("perplexity", "min", space)
     except ImportError as error:
         raise ConfigError(f"sweep.search=optuna: {error}; pip install 'elmo-ray[optuna]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space: dict[str, Any] = {}
+    for key, domain in config.sweep.domains().items():
+        if domain.kind == "choice":
+            space[key] = tune.choice([str(place) for place in range(len(domain.values))])  # Optuna takes no lists
+        elif domain.kind == "randint":
+            space[key] = tune.randint(domain.values[0], domain.values[1] + 1)
+        else:
+            space[key] = {"uniform": tune.uniform, "loguniform": tune.loguniform}[domain.kind](*domain.values)
+    search = OptunaSearch(
+        OptunaSearch.convert_search_space(space),
+        metric="perplexity",
+        mode="min",
+        points_to_evaluate=[config.places(trial.values) for trial in trials if trial.outcome is None],
+        seed=config.run.seed % 2**31,
+    )
+    for trial in trials:
+        if trial.outcome is not None and trial.best is not None:
+            search.add_evaluated_point(config.places(trial.values), trial.best[1])
     return search
 
 

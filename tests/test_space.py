@@ -171,3 +171,14 @@ def test_the_best_trials_file_is_read_by_finetune(tmp_path: Path) -> None:
     wanted = config.trial(found.values)
     assert again.optim == wanted.optim and again.train == wanted.train and again.init == wanted.init
     assert again.run.name == "sweep-best" and again.cluster.threads == 1
+
+
+def test_optuna_begins_with_the_configuration_as_given() -> None:
+    config = sweep_config(
+        {"optim.lr": {"loguniform": [0.1, 1]}, "train.freeze": {"choice": [["lstm.0"], []]}}, search="optuna"
+    )
+    assert config.draws() == [{"optim.lr": 0.2, "train.freeze": []}]
+    assert config.places(config.draws()[0]) == {"optim.lr": 0.2, "train.freeze": "1"}
+    outside = sweep_config({"optim.lr": {"uniform": [0.5, 1]}}, search="optuna")
+    with pytest.raises(ConfigError, match="sweep.space.optim.lr: 0.2, as given, is not among its values"):
+        outside.draws()
