@@ -80,6 +80,14 @@ VERBS: dict[str, Verb] = {
         "train a bidirectional language model from scratch, validate and export it",
         config="required", flags=("dry-run", "resume", "fresh", "json"),
     ),
+    "finetune": Verb(
+        "go on training a model on other text: a run, a checkpoint, or bilm-tf's files",
+        config="required", flags=("dry-run", "resume", "fresh", "json"),
+    ),
+    "sweep": Verb(
+        "train with other settings, several trials at a time, and keep the best (Ray Tune)",
+        config="required", flags=("dry-run", "resume", "fresh", "json"),
+    ),
     "evaluate": Verb(
         "perplexity of a model on held-out text: forward, backward and both",
         positionals=(_SOURCE,), flags=("dry-run", "json"),
@@ -329,7 +337,10 @@ def _override(tree: dict[str, Any], text: str, root: type[Root], known: Mapping[
     if key is not None and key.textual:
         _set(tree, name, _text(value, key))
     else:
-        _set(tree, name, parse_yaml(value, f"{name}={short(value, 100)}"))
+        parsed = parse_yaml(value, f"{name}={short(value, 100)}")
+        if key is not None:
+            _set(tree, name, None)  # a mapping that is one setting, as a sweep's space, is not merged with the file's
+        _set(tree, name, parsed)
 
 
 def _text(value: str, key: Key) -> Any:

@@ -11,24 +11,24 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from elmo_ray.config_fields import Reset, Workers
-from elmo_ray.config_schema import Allowed, Duration, Globs, Int, Pairs, Root, Section
+from elmo_ray.config_fields import LARGE, PartRates, Reset, Workers
+from elmo_ray.config_model import CharCnnConfig, LstmConfig, ModelConfig
+from elmo_ray.config_parts import part_problems
+from elmo_ray.config_schema import Allowed, Duration, Globs, Int, Names, Root, Section
 from elmo_ray.errors import ConfigError
 
 __all__ = [
     "SAMPLE", "CharCnnConfig", "ClusterConfig", "ComputeConfig", "DataConfig", "Duration", "EvalConfig",
-    "EvaluateConfig", "ExportConfig", "InitConfig", "LstmConfig", "ModelConfig", "OptimConfig", "PrepareConfig",
-    "PretrainConfig", "ReportConfig", "RunConfig", "ScheduleConfig", "SoftmaxConfig", "StorageConfig", "TaskConfig",
-    "TextConfig", "TrainConfig",
+    "EvaluateConfig", "ExportConfig", "FormatConfig", "InitConfig", "LstmConfig", "ModelConfig", "OptimConfig",
+    "PrepareConfig", "PretrainConfig", "ReportConfig", "RunConfig", "ScheduleConfig", "SoftmaxConfig", "StorageConfig",
+    "TaskConfig", "TextConfig", "TrainConfig",
 ]  # fmt: skip
 
 SAMPLE = "sample"  # data.train: the embedded corpus
+COUNTED = "counted"  # data.vocab of finetune: not the SOURCE's
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
 
-_LARGE = 1e30  # of a rate, clip or decay: still a float32
-_MOST_FILTERS = 1 << 16
-_MOST_PARAMETERS = 10**10  # 40 GB, a hundred times the original's
 _MOST_POSITIONS = 1 << 25  # of a step: some GB of indices before any product
 
 
@@ -63,7 +63,10 @@ class TextConfig(Section):
 class DataConfig(TextConfig):
     train: Globs = Field((), description="training text, one sentence a line; `sample` is the embedded corpus")
     valid: Globs = Field((), description="held-out text for validation while training")
-    vocab: str | None = Field(None, description="vocabulary file, one word a line; null: counted from data.train")
+    vocab: str | None = Field(
+        None,
+        description="vocabulary file; null: counted from data.train (finetune: the SOURCE's; `counted` counts)",
+    )
     streams: Int = Field(32, ge=1, le=1 << 20, description="rows of the global batch, dealt to the workers")
     shuffle: Literal["blocks", "off"] = Field(
         "blocks", description="order of an epoch: shuffled blocks, or files as listed"
@@ -76,7 +79,7 @@ class DataConfig(TextConfig):
 
     def _unused(self) -> dict[str, str]:
         why = f"the vocabulary is read from data.vocab={self.vocab}; remove one of them"
-        return {"min_count": why, "max_vocab": why} if self.vocab is not None else {}
+        return {"min_count": why, "max_vocab": why} if self.vocab not in (None, COUNTED) else {}
 
     def _contradictions(self) -> Iterator[str]:
         if self.valid and self.holdout > 0:
@@ -85,82 +88,6 @@ class DataConfig(TextConfig):
             globs = getattr(self, key)
             if SAMPLE in globs and len(globs) > 1:
                 yield f"data.{key} mixes `sample` with other text; the embedded corpus stands alone"
-
-
-class CharCnnConfig(Section):
-    path: ClassVar[str] = "model.char_cnn."
-    filters: Pairs = Field(
-        ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), description="[width, count] of each convolution"
-    )
-    activation: Literal["relu", "tanh"] = Field("relu", description="after the maximum over positions")
-    embedding_dim: Int = Field(16, ge=1, le=4096, description="size of a character's vector")
-    max_characters: Int = Field(50, ge=3, le=1000, description="ids of a word, its begin and end included")
-    n_highway: Int = Field(2, ge=0, le=100, description="highway layers after the convolutions")
-
-    def _contradictions(self) -> Iterator[str]:
-        if not self.filters:
-            yield "model.char_cnn.filters=[]: must have a [width, count] at least"
-        if len(self.filters) > 100:
-            yield f"model.char_cnn.filters has {len(self.filters)} widths: must be <= 100"
-            return
-        for width, count in self.filters:
-            if width < 1 or count < 1:
-                yield f"model.char_cnn.filters has [{width}, {count}]: width and count must be integers >= 1"
-            elif count > _MOST_FILTERS:
-                yield f"model.char_cnn.filters has [{width}, {count}]: count must be <= {_MOST_FILTERS}"
-            elif width > self.max_characters:
-                yield (
-                    f"model.char_cnn.filters has width {width}, but a word has only "
-                    f"model.char_cnn.max_characters={self.max_characters} ids; lower the one or raise the other"
-                )
-
-
-class LstmConfig(Section):
-    path: ClassVar[str] = "model.lstm."
-    dim: Int = Field(512, ge=1, le=1 << 16, description="cells of a layer and direction")
-    projection_dim: Int = Field(
-        128, ge=1, le=1 << 16, description="size of a layer's output; equal to dim: no projection"
-    )
-    n_layers: Int = Field(2, ge=1, le=100, description="layers of a direction")
-    cell_clip: float | None = Field(3.0, gt=0, le=_LARGE, description="bound of the cell state; null: none")
-    proj_clip: float | None = Field(3.0, gt=0, le=_LARGE, description="bound of the projected output; null: none")
-    use_skip_connections: bool = Field(True, description="add a layer's input to its output from the second layer on")
-
-    def _contradictions(self) -> Iterator[str]:
-        if self.projection_dim > self.dim:
-            yield (
-                f"model.lstm.projection_dim={self.projection_dim} exceeds model.lstm.dim={self.dim}; "
-                "a projection makes smaller (equal: none)"
-            )
-
-
-class ModelConfig(Section):
-    path: ClassVar[str] = "model."
-    bidirectional: bool = Field(True, description="false: the forward direction only")
-    input: Literal["characters", "words"] = Field(
-        "characters", description="words: a table of the vocabulary, no char CNN"
-    )
-    char_cnn: CharCnnConfig = CharCnnConfig()
-    lstm: LstmConfig = LstmConfig()
-
-    def _unused(self) -> dict[str, str]:
-        return {"char_cnn": "model.input=words has no char CNN; remove one of them"} if self.input == "words" else {}
-
-    def _contradictions(self) -> Iterator[str]:
-        count = self.layer_parameters()
-        if count > _MOST_PARAMETERS:
-            yield f"model has {count} parameters in its layers: must be <= {_MOST_PARAMETERS}; lower its sizes"
-
-    def layer_parameters(self) -> int:
-        """The number of parameters, tables of words and of characters left out, without making the model."""
-        cnn, lstm = self.char_cnn, self.lstm
-        cell, width, count = lstm.dim, lstm.projection_dim, 0
-        if self.input == "characters":
-            n = sum(filters for _, filters in cnn.filters)
-            count += sum(filters * (kernel * cnn.embedding_dim + 1) for kernel, filters in cnn.filters)
-            count += 2 * cnn.n_highway * n * (n + 1) + ((n + 1) * width if n != width else 0)
-        layer = (2 * width + 1) * 4 * cell + (cell * width if cell != width else 0)
-        return count + (2 if self.bidirectional else 1) * lstm.n_layers * layer
 
 
 class SoftmaxConfig(Section):
@@ -199,14 +126,15 @@ class OptimConfig(Section):
     name: Literal["adagrad", "adamw"] = Field(
         "adagrad", description="adagrad is the original's; adamw is for dense parameters"
     )
-    lr: float = Field(0.2, gt=0, le=_LARGE, description="learning rate")
+    lr: float = Field(0.2, gt=0, le=LARGE, description="learning rate")
     table_lr: float | None = Field(
-        None, gt=0, le=_LARGE, description="of the word tables, which keep Adagrad under adamw; null: lr"
+        None, gt=0, le=LARGE, description="of the word tables, which keep Adagrad under adamw; null: lr"
     )
-    clip_norm: float = Field(10.0, gt=0, le=_LARGE, description="bound of the global norm of all gradients")
-    initial_accumulator: float = Field(1.0, gt=0, le=_LARGE, description="first value of Adagrad's sums of squares")
-    weight_decay: float = Field(0.0, ge=0, le=_LARGE, description="of adamw")
+    clip_norm: float = Field(10.0, gt=0, le=LARGE, description="bound of the global norm of all gradients")
+    initial_accumulator: float = Field(1.0, gt=0, le=LARGE, description="first value of Adagrad's sums of squares")
+    weight_decay: float = Field(0.0, ge=0, le=LARGE, description="of adamw")
     schedule: ScheduleConfig = ScheduleConfig()
+    part_lr: PartRates = PartRates()
 
     def _unused(self) -> dict[str, str]:
         if self.name == "adamw":
@@ -236,11 +164,18 @@ class TrainConfig(Section):
     log_every: Int = Field(50, ge=1, le=10**9, description="steps between two records of metrics")
     on_nonfinite: Literal["stop", "skip"] = Field("stop", description="what a loss or gradient that is not finite does")
     max_skips: Int = Field(10, ge=1, le=10**9, description="skipped steps that end the run")
+    freeze: Names = Field((), description="parts that are not trained, such as [char_cnn, highway, lstm.0]")
+    softmax_first: Int | None = Field(
+        None, ge=0, le=10**12, description="first steps, of the softmax alone; null: 1000 where it is new"
+    )
+    patience: Int | None = Field(
+        None, ge=1, le=10**6, description="validations in a row without a new best that end training"
+    )
 
     def _unused(self) -> dict[str, str]:
         unused = {}
         if self.validate_every is None:
-            unused["validate_positions"] = "train.validate_every=null never validates"
+            unused["validate_positions"] = unused["patience"] = "train.validate_every=null never validates"
         if self.on_nonfinite == "stop":
             unused["max_skips"] = "train.on_nonfinite=stop skips no step"
         return unused
@@ -311,8 +246,8 @@ class InitConfig(Section):
     source: str | None = Field(
         None, alias="from", description="SOURCE: run, checkpoint, bilm-tf save folder, or weights.hdf5"
     )
-    options: str | None = Field(None, description="options.json of a weights.hdf5; null: the one beside it")
-    vocab: str | None = Field(None, description="vocabulary of a bilm-tf save folder")
+    options: str | None = Field(None, description="options.json of bilm-tf's files; null: the one beside them")
+    vocab: str | None = Field(None, description="vocabulary of bilm-tf's files; null: a vocab.txt beside them")
 
 
 class PretrainConfig(Root):
@@ -344,13 +279,17 @@ class PretrainConfig(Root):
             )
         if self.softmax.tied and self.model.input != "words":
             yield "softmax.tied=true needs model.input=words: there is no word table to share"
+        yield from self._part_problems()
+
+    def _part_problems(self) -> Iterator[str]:
+        return part_problems(self)
 
     def _unused(self) -> dict[str, str]:
         text = self.data.valid or self.data.holdout > 0 or self.data.train in ((), (SAMPLE,))
         if text or self.train.validate_every is None:
             return {}
         why = "there is no validation text; set data.valid or data.holdout, or remove it"
-        return {"train.validate_every": why, "train.validate_positions": why}
+        return {"train.validate_every": why, "train.validate_positions": why, "train.patience": why}
 
     def required(self) -> dict[str, str]:
         return {} if self.data.train else {"data.train": "set it to a glob of text files, or to `sample`"}
@@ -372,11 +311,20 @@ class EvaluateConfig(Root):
         return {} if self.data.test else {"data.test": "set it to a glob of text files, or to `sample`"}
 
 
+class FormatConfig(Section):
+    path: ClassVar[str] = "export."
+    format: Literal["bilm", "checkpoint"] = Field(
+        "bilm",
+        description="bilm: weights.hdf5, options.json, vocab.txt; checkpoint: elmo_ray's, with softmax and slots",
+    )
+
+
 class ExportConfig(Root):
     cluster: TaskConfig = TaskConfig()
     init: InitConfig = InitConfig()
     checkpoint: str = Field("best", min_length=1, description="of a run: best, last, or a checkpoint's name")
     out: str | None = Field(None, description="OUT: the folder to write")
+    export: FormatConfig = FormatConfig()
 
 
 class ReportConfig(Root):

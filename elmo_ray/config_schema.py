@@ -48,6 +48,7 @@ def _globs(value: Any) -> Any:
 
 
 Int = Annotated[int, BeforeValidator(_integral)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_globs), Allowed("a name or a list of names")]
 Globs = Annotated[tuple[str, ...], BeforeValidator(_globs), Allowed("a glob or a list of globs")]
 Pairs = Annotated[tuple[tuple[Int, Int], ...], BeforeValidator(_as_tuple), Allowed("[[integer, integer], ...]")]
 
@@ -119,6 +120,8 @@ class Key:
     @property
     def textual(self) -> bool:
         """Whether its value on the command line is taken as it stands: a path, a glob, a name, a duration."""
+        if get_origin(self.field.annotation) is dict:
+            return False
         kinds = {_bare(part) for part in get_args(self.field.annotation) or (self.field.annotation,)}
         return bool(kinds & {str, Duration}) or self._is_globs
 

@@ -17,6 +17,7 @@ from elmo_ray.data.streams import StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.machine import available_cores
 from elmo_ray.model.bilm import BiLM
+from elmo_ray.model.parts import part_of
 from elmo_ray.storage import is_uri
 
 BYTES_PER_POSITION = 5.5
@@ -95,7 +96,7 @@ def dry_run(config: PretrainConfig) -> DryRun:
         model = BiLM(config.model, config.softmax, words)
     parameters: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = _part(name)
+        part = part_of(name)
         parameters[part] = parameters.get(part, 0) + parameter.numel()
     total = sum(parameters.values())
     width = 8 if config.train.precision == "fp64" else 4
@@ -142,22 +143,6 @@ def _free(storage_path: str) -> int | None:
 def _vocabulary_path(config: PretrainConfig, directory: Path) -> Path:
     given = config.data.vocab is not None and not is_uri(config.data.vocab)
     return Path(str(config.data.vocab)) if given else directory / "vocab.txt"
-
-
-def _part(name: str) -> str:
-    """`char_cnn.filters.3` -> char_cnn, `lstm.layers.0.bias` -> lstm.0: the parts that fine-tuning can freeze."""
-    words = name.split(".")
-    if words[0] == "lstm":
-        return f"lstm.{words[2]}"
-    if words[0] == "char_cnn":
-        parts = {
-            "embedding": "char_embedding",
-            "highways": "highway",
-            "filters": "char_cnn",
-            "filter_biases": "char_cnn",
-        }
-        return parts.get(words[1], "projection")
-    return "softmax" if name.startswith("softmax") else name
 
 
 def _dense(parameters: dict[str, int]) -> int:

@@ -116,7 +116,9 @@ class EvaluatePlan:
 
 def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | EvaluatePlan:
     """Measures a SOURCE on data.test; writes only under data.prepared_dir. Raises ElmoRayErrors for users' mistakes."""
-    source = open_source(config.init.source, config.checkpoint, config.init.options, config.init.vocab)
+    # absolute: another process opens them again, in another folder
+    options, vocab = (None if p is None else os.path.abspath(p) for p in (config.init.options, config.init.vocab))
+    source = open_source(config.init.source, config.checkpoint, options, vocab)
     if not source.has_softmax:
         raise FormatError(
             f"{source.path}: holds no softmax, so it gives no word a probability; evaluate the run or the checkpoint "
@@ -129,7 +131,8 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
         raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
     if flags is not None and flags.dry_run:
         return EvaluatePlan(source.describe(), config, corpus)
-    job = Job(source.origin or str(source.path), source.fingerprint, corpus, config.evaluate, config.data.on_error)
+    origin = source.origin or str(source.path)
+    job = Job(origin, source.fingerprint, corpus, config.evaluate, config.data.on_error, options, vocab)
     start = time.monotonic()
     tally = _measure_here(job, source, cluster) if cluster.workers == 0 else _measure_on_ray(job, cluster)
     seconds = time.monotonic() - start

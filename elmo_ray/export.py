@@ -2,6 +2,8 @@
 
     python -m elmo_ray.export SOURCE OUT [key.path=value ...] [--json FILE]
 
+With export.format=checkpoint it writes an elmo_ray checkpoint instead, from whatever the SOURCE is.
+
 In a Ray job, or where RAY_ADDRESS names a cluster, a Ray task does it; else this process.
 """
 
@@ -26,6 +28,7 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError, DataError, ElmoRayError, FormatError
 from elmo_ray.formats.bilm_hdf5 import obstacles, same_weights, write_weights
 from elmo_ray.formats.bilm_options import to_options
+from elmo_ray.import_checkpoint import ImportResult
 from elmo_ray.mirror import local_folder, send
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.embedding import embed_sentences
@@ -85,7 +88,7 @@ class ExportResult:
         }
 
 
-def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult:
+def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult | ImportResult:
     """Exports the SOURCE to OUT. Raises ElmoRayErrors where it cannot be opened, written, or loaded by any program."""
     if config.out is None:
         raise ConfigError("out is empty: name the folder to write")
@@ -93,20 +96,21 @@ def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult:
         raise ConfigError(f"cluster.workers={config.cluster.workers}: export is one task; set 1, or 0 for this process")
     init = config.init
     # by its own name: this module may be __main__, which a task's process is not
-    from elmo_ray import export
+    from elmo_ray import export, import_checkpoint
 
+    work: Any = export.export_model
+    if config.export.format == "checkpoint":
+        work = import_checkpoint.import_checkpoint
     places = [_absolute(path) for path in (init.source, config.out, init.options, init.vocab)]
     arguments = (places[0], places[1], config.checkpoint, places[2], places[3])
     if config.cluster.workers == 0 or not _in_cluster():
-        return export.export_model(*arguments)
+        return work(*arguments)
     import ray
 
     from elmo_ray.training.cluster import ensure_ray
 
     ensure_ray()
-    task = ray.remote(export.export_model).options(
-        num_cpus=config.cluster.cpus_per_worker, max_retries=config.cluster.max_failures
-    )
+    task = ray.remote(work).options(num_cpus=config.cluster.cpus_per_worker, max_retries=config.cluster.max_failures)
     try:
         return ray.get(task.remote(*arguments))
     except ray.exceptions.RayTaskError as error:

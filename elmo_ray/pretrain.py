@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.mirror import local_folder, mirror_of, origin, send
 from elmo_ray.run_folder import RunFolder, open_run
 from elmo_ray.storage import is_uri, join, read_bytes
+from elmo_ray.training.plan import TrainPlan
 
 logger = logging.getLogger("elmo_ray.pretrain")  # __name__ is __main__ as a command
 
@@ -79,10 +80,9 @@ class PretrainResult:
             f"{done} at step {training['steps']:,} of {training['total_steps']:,}: {training['positions']:,} positions "
             f"in {training['seconds']:,.0f} s"
         )
-        if training["best_perplexity"] is not None:
-            lines.append(
-                f"best validation perplexity {training['best_perplexity']:.2f} at step {training['best_step']:,}"
-            )
+        best = training["best_perplexity"]
+        if best is not None:
+            lines.append(f"best validation perplexity {best:.2f} at step {training['best_step']:,}{_against(training)}")
         lines.append(f"run: {self.run_dir}" + (f"   export: {self.export_dir}" if self.export_dir else ""))
         if training["stopped"]:
             lines.append("go on with the same command and --resume")
@@ -99,13 +99,28 @@ class PretrainResult:
         }
 
 
+def _against(training: dict[str, Any]) -> str:
+    """The measure before the first step, where the run began with a trained model."""
+    initial = training.get("initial") or {}
+    before, best = initial.get("perplexity"), training["best_perplexity"]
+    if not initial:
+        return ""
+    return "; before the first step " + (f"{before:.2f} ({best / before:.3f} of it)" if before else "it was not finite")
+
+
 def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | DryRun:
     """The whole job. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
     if flags.dry_run:
         return dry_run(config)
+    return train_in(open_run(config, flags.resume, flags.fresh), config)
+
+
+def train_in(
+    folder: RunFolder, config: PretrainConfig, begin: Callable[[TrainPlan], None] | None = None
+) -> PretrainResult:
+    """A run in its folder from whatever it has there to the end; `begin` writes what a new one starts from."""
     from elmo_ray.training.cluster import check_cluster
 
-    folder = open_run(config, flags.resume, flags.fresh)
     if folder.finished and (done := _finished(folder)) is not None:
         logger.info("%s: finished at step %d; nothing to do", folder.place, done.training["steps"])
         return done
@@ -118,13 +133,16 @@ def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
             _check_same_run(config, folder.newest, prepared)
         device = check_cluster(config.cluster)
         folder.make()  # from here on the run's folder is written: nothing that is refused comes this far
-        training = _fit(_plan(config, folder.path, prepared), device)
+        plan = make_plan(config, folder.path, prepared)
+        if begin is not None and folder.newest is None:
+            begin(plan)
+        training = fit_and_show(plan, device)
         if training["stopped"]:
             return PretrainResult(folder.place, training)
         return _finish(config, folder.path, prepared, training)
 
 
-def _fit(plan: Any, device: Any) -> dict[str, Any]:
+def fit_and_show(plan: TrainPlan, device: Any) -> dict[str, Any]:
     """Train, and show the metrics file's new lines meanwhile."""
     from elmo_ray.training.cluster import fit
 
@@ -142,11 +160,10 @@ def _fit(plan: Any, device: Any) -> dict[str, Any]:
                     mirror.pull("metrics/*", "logs/*")
 
 
-def _plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult) -> Any:
+def make_plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult) -> TrainPlan:
     """Everything that the workers read is copied to the run's folder: another run may prepare another corpus
     meanwhile."""
     from elmo_ray.data.index_file import write_aside
-    from elmo_ray.training.plan import TrainPlan
 
     prepared.train.save(run_dir / "train.npz")
     if prepared.valid is not None:
@@ -211,9 +228,7 @@ def _finish(
     source = open_source(place)
     neighbours = nearest_words(source.model, source.vocabulary, SHOWN_WORDS)
     curve = report.terminal_curve((report.RunCurve.read(place),))
-    result = PretrainResult(
-        place, training, evaluation, unigram, export_dir, neighbours, curve
-    )
+    result = PretrainResult(place, training, evaluation, unigram, export_dir, neighbours, curve)
     write_json(run_dir / "result.json", result.to_dict())
     report.run(ReportConfig(runs=(place,)))
     send_to_run(run_dir, "result.json", "export/*", "*.png", "*.html")
@@ -237,7 +252,7 @@ def _finished(folder: RunFolder) -> PretrainResult | None:
     """What a run that was finished before said then; None if it was ended before it could say it."""
     try:
         values = json.loads(read_bytes(join(folder.place, "result.json")))
-        training = {key: values[key] for key in _RESULT_KEYS}
+        training = {key: values[key] for key in _RESULT_KEYS} | {"initial": values.get("initial", {})}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if folder.newest is None or training["steps"] != folder.newest.step:

@@ -1,6 +1,6 @@
 """`report`: what runs have come to, as a table and curve in the terminal and as one page of HTML with pictures.
 
-    python -m elmo_ray.report RUN [RUN ...] [out=FOLDER] [words=[...]] [--json FILE]
+python -m elmo_ray.report RUN [RUN ...] [out=FOLDER] [words=[...]] [--json FILE]
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ def _table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
     for index, row in enumerate(rows):
         tag = "td" if index else "th"
         cells = (
-            f'<{tag}{" class=n" if numbers and place else ""}>{_text(cell)}</{tag}>' for place, cell in enumerate(row)
+            f"<{tag}{' class=n' if numbers and place else ''}>{_text(cell)}</{tag}>" for place, cell in enumerate(row)
         )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'

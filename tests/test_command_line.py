@@ -14,13 +14,17 @@ from elmo_ray import __main__, __version__
 from elmo_ray.command_line import VERBS, Flags, help_text, load_config, parse, run_verb
 from elmo_ray.config import EvaluateConfig, ExportConfig, PrepareConfig, PretrainConfig, ReportConfig
 from elmo_ray.config_embed import EmbedConfig
+from elmo_ray.config_finetune import FinetuneConfig
 from elmo_ray.config_schema import Root, keys
+from elmo_ray.config_sweep import SweepConfig
 from elmo_ray.config_yaml import parse_yaml
 from elmo_ray.errors import ConfigError, DataError
 
 ROOTS: dict[str, type[Root]] = {
     "prepare": PrepareConfig,
     "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "sweep": SweepConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "embed": EmbedConfig,

@@ -13,7 +13,7 @@ from elmo_ray.command_line import VERBS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "elmo_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
-EDGES = {"data/feed.py", "training/cluster.py"}
+EDGES = {"data/feed.py", "training/cluster.py", "tuning.py"}
 LONGEST = 420
 
 _WITHOUT_RAY = """

@@ -128,7 +128,7 @@ def empty(run: Path) -> Path:
 MISTAKES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], type[ElmoRayError], str]] = {
     "nothing there": (lambda run: run / "nowhere", {}, ConfigError, "no such file or folder"),
     "a folder of something else": (lambda run: run.parent, {}, ConfigError, "no run .*, no checkpoint"),
-    "TensorFlow": (tensorflow_folder, {}, ConfigError, "TensorFlow save folders .* not read by this version"),
+    "TensorFlow": (tensorflow_folder, {}, FormatError, "options.json: is not JSON"),
     "unknown name": (
         lambda run: run,
         {"checkpoint": "step-5"},

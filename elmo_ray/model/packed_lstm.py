@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elmo_ray.model.lstm import FORGET_BIAS, BiLstm, LstmLayer, LstmState
+from elmo_ray.model.lstm import BiLstm, LstmLayer, LstmState
+from elmo_ray.model.recurrence import FORGET_BIAS
 
 _GATE_BYTES = 16 << 20
 """Of the gates at a time: few enough for a CPU's cache, enough for products of full speed."""

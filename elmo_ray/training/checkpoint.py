@@ -138,9 +138,7 @@ def commit(directory: PathLike, world: int, manifest_fields: Mapping[str, Any], 
     return Checkpoint(folder, manifest)
 
 
-def join_parts(
-    folder: Path, world: int, check: Callable[[Path, int], None] = check_size
-) -> dict[str, dict[str, Any]]:
+def join_parts(folder: Path, world: int, check: Callable[[Path, int], None] = check_size) -> dict[str, dict[str, Any]]:
     """The files of all parts, whose manifests are in `folder`; `check` raises CheckpointError for one that is not
     there in its size."""
     files: dict[str, dict[str, Any]] = {}

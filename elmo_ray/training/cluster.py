@@ -119,7 +119,7 @@ def check_resources(cluster: ClusterConfig) -> Device:
             f"{request} needs {n * (worker + task):g} CPUs, the Ray cluster has {have}; lower one of them"
         )
     gpus = [int(node.get("GPU", 0.0)) if device == "gpu" else n for node in nodes]
-    if not _fits(cpus, gpus, n, worker, task):
+    if not fits(cpus, gpus, n, worker, task):
         raise ConfigError(
             f"{request} cannot be placed: the CPUs are {have}, and a worker or data task must be on one node"
         )
@@ -145,7 +145,7 @@ def _shown(cluster: ClusterConfig) -> str:
     return f"[{cluster.fewest_workers}, {cluster.most_workers}]" if cluster.elastic else str(cluster.workers)
 
 
-def _fits(cpus: Sequence[float], gpus: Sequence[int], workers: int, worker: float, task: float) -> bool:
+def fits(cpus: Sequence[float], gpus: Sequence[int], workers: int, worker: float, task: float) -> bool:
     """Whether some placement holds `workers` workers (a worker on one node, with a GPU if counted) and its task."""
     # tasks[k]: most data tasks that fit beside k workers on the nodes so far
     tasks: list[float] = [0.0] + [-math.inf] * workers

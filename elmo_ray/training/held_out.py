@@ -79,13 +79,16 @@ class Tally:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be measured, for any process that sees the files. checkpoint: a folder with weights of fingerprint."""
+    """What is to be measured, for any process that sees the files. checkpoint: a source with weights of fingerprint,
+    and the options and vocabulary that belong to it, where it is another program's."""
 
     checkpoint: str
     fingerprint: str | None
     corpus: Corpus
     settings: EvalConfig
     on_error: OnError
+    options: str | None = None
+    vocab: str | None = None
 
     def parts(self, workers: int) -> list[range]:
         """Streams, or blocks with evaluate.reset=sentence, for up to `workers` processes; equal shares of the text."""
@@ -111,7 +114,7 @@ def measure_part(job: Job, part: range, device: str, threads: int | None, share:
     """
     cores = available_cores()
     torch.set_num_threads(threads or max(1, cores // share))
-    source = open_source(job.checkpoint, verify=False)
+    source = open_source(job.checkpoint, options=job.options, vocab=job.vocab, verify=False)
     if source.fingerprint != job.fingerprint:
         raise CheckpointError(f"{job.checkpoint}: was replaced by another checkpoint while it was evaluated; try again")
     return job.measure(part, source.model.to(device), source.vocabulary)

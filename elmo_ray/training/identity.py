@@ -57,6 +57,18 @@ def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without:
         )
 
 
+def saved_config(checkpoint: Checkpoint) -> PretrainConfig:
+    """The configuration that a checkpoint was made with; CheckpointError if it has none that can be read."""
+    place = f"{checkpoint.path}/config.yaml"
+    try:
+        values = parse_yaml(checkpoint.text("config.yaml"), place)
+        if not isinstance(values, dict):
+            raise ConfigError("must be a mapping of sections")
+        return PretrainConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{place}: {short(str(error).removeprefix(f'{place}: '), 1000)}") from None
+
+
 def saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Dotted key -> plain value of the configuration that a checkpoint was made with; CheckpointError if it has none
     that can be read."""

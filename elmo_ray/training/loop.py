@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from elmo_ray.config import Duration
@@ -19,18 +18,20 @@ from elmo_ray.errors import ElmoRayError, TrainingError
 from elmo_ray.machine import memory_in_use
 from elmo_ray.metrics import MetricsWriter
 from elmo_ray.model.bilm import BiLM
+from elmo_ray.training.checkpoint import Checkpoint
 from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
-from elmo_ray.training.identity import changes, identity
+from elmo_ray.training.identity import identity
 from elmo_ray.training.optim import learning_rate
 from elmo_ray.training.outbox import Outbox
 from elmo_ray.training.perplexity import LossSums, Validation, character_table
 from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.progress import MOST_AMOUNT, Progress
 from elmo_ray.training.ranks import Ranks
-from elmo_ray.training.records import train_record, valid_record
+from elmo_ray.training.records import not_finite, train_record, valid_record
 from elmo_ray.training.saver import Saver, claim_attempt
 from elmo_ray.training.snapshot import Snapshot
+from elmo_ray.training.start import conditions, is_initial, start_messages
 from elmo_ray.training.step import DTYPES, TrainStep
 
 LAST_SAVE_PAUSES_S = (0.5, 5.0, 30.0)
@@ -70,6 +71,7 @@ class _Run:
         self.metrics = MetricsWriter(self.outbox.folder, self.attempt) if worker.rank == 0 else None
         self.saver = Saver(plan.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
         self.saver.writer.before = self.outbox.send  # metrics that a checkpoint follows are never lost
+        self.start_checkpoint: Checkpoint | None = None  # of a model that was trained before, to be measured first
         self._resume()
         self.started = time.monotonic()
         self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
@@ -136,40 +138,26 @@ class _Run:
 
     def _resume(self) -> None:
         path = self.ranks.first_does(self.saver.newest)
-        workers = f"{self.ranks.world} worker{'s' if self.ranks.world > 1 else ''}"
         error: ElmoRayError | None = None
-        if path is None:
-            self._event(f"start: fresh, seed {self.config.run.seed}, {self.total_steps} steps, {workers}")
-            return
+        checkpoint: Checkpoint | None = None
         try:
-            checkpoint = self.saver.store.fetch(path)
-            snapshot = Snapshot.load(checkpoint, self._identity(), self.step, self.streams)
-            self.saver.last = self.saver.store.at(path, checkpoint)
-            self.saver.last_step = checkpoint.step
-            self.progress, self.cursors, self.sums = snapshot.progress, snapshot.cursors, snapshot.window_sums
+            if path is not None:
+                checkpoint = self.saver.store.fetch(path)
+                snapshot = Snapshot.load(checkpoint, self._identity(), self.step, self.streams)
+                self.saver.last, self.saver.last_step = self.saver.store.at(path, checkpoint), checkpoint.step
+                self.progress, self.cursors, self.sums = snapshot.progress, snapshot.cursors, snapshot.window_sums
         except ElmoRayError as problem:
             error = problem
         self.ranks.agree(error)
-        self.ranks.first_does(lambda: self.saver.restore_best(path, self.progress.best_step))
-        self._event(f"start: resume from step {self.progress.step} of {self.total_steps}, {workers} ({path})")
-        manifest = checkpoint.manifest
-        now = {"workers": self.ranks.world, **self._conditions()}
-        before = {**manifest, "workers": manifest["world"]}
-        moved = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
-        if moved:
-            self._event(f"changed since: {', '.join(moved)}; results will differ in rounding from an unbroken run's")
-        settings = changes(checkpoint, self.config)
-        if settings:
-            self._event(f"settings changed since: {', '.join(settings)}")
+        if path is not None and checkpoint is not None:
+            start, best_step = path, self.progress.best_step
+            self.ranks.first_does(lambda: self.saver.restore_best(start, best_step))
+            self.start_checkpoint = checkpoint if is_initial(checkpoint) else None
+        for message in start_messages(checkpoint, self.config, self.total_steps, self.ranks.world, self._conditions()):
+            self._event(message)
 
     def _conditions(self) -> dict[str, Any]:
-        """What must be equal for a resumed run to have the same bits as one never stopped, besides `identity`."""
-        return {
-            "device": self.worker.device.type,
-            "precision": self.config.train.precision,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
+        return conditions(self.worker.device, self.config.train.precision)
 
     def _event(self, message: str) -> None:
         if self.metrics is not None:
@@ -179,9 +167,11 @@ class _Run:
 
     def run(self) -> dict[str, Any]:
         config, progress = self.config, self.progress
-        if progress.step >= self.total_steps:
+        if self._is_over():
             self._close(stopped=False)
             return self._result(stopped=False)
+        if self.start_checkpoint is not None and self.validation is not None:
+            self._measure_start(self.start_checkpoint)
         loader = StreamLoader(
             self.streams_plan,
             self.streams,
@@ -198,13 +188,18 @@ class _Run:
         checkpoint_every = self._steps(config.train.checkpoint_every)
         stopped, first = False, True
         for fed in feeder:
-            if first:
-                first = False
+            if self._is_over():
+                continue  # the feeder is some steps ahead, on all ranks, and ends by the flag that stops it
+            other = self.step.begin(progress.step)
+            if first or other:
                 if self.ranks.world > 1:
                     # DDP arranges its buckets anew after its first backward, which would change the sums' order; this
                     # pass changes nothing else
                     self.step.gradients(fed.batch)
+            if first:
+                first = False
                 self.started = self.window_start = time.monotonic()
+                self.window_pause = 0.0
                 fed.waited = 0.0  # for the start of everything, not for text
             self._train_on(fed)
             self.saver.poll(fed.flags)
@@ -216,15 +211,33 @@ class _Run:
                 self._validate()
             if step % checkpoint_every == 0 or step == self.total_steps:
                 self.save_wanted = True
-            stopped = fed.flags.stop and step < self.total_steps
+            stopped = fed.flags.stop and not self._is_over()
             if self.best_wanted and self.saver.busy:
                 self.saver.finish()  # later weights are not the ones that were best
                 self._note_lost_best()
             if self.save_wanted and not self.saver.busy and not stopped:
                 self._save()
         self._save_last()
+        if self._is_over() and progress.step < self.total_steps:
+            self._event(
+                f"{progress.stale} validations without a better perplexity than that of step {progress.best_step}: "
+                f"training ends at step {progress.step} (train.patience)"
+            )
         self._close(stopped)
         return self._result(stopped)
+
+    def _is_over(self) -> bool:
+        """All steps are done, or validation has not improved for too long."""
+        patience = self.config.train.patience
+        return self.progress.step >= self.total_steps or (patience is not None and self.progress.stale >= patience)
+
+    def _measure_start(self, checkpoint: Checkpoint) -> None:
+        """Validate before the first step; what the run starts from is its best until something is better."""
+        self._validate()
+        self.save_wanted = self.best_wanted = False
+        self.progress.initial, self.progress.stale = self.progress.last_valid, 0
+        if self.progress.best_step == 0:
+            self.ranks.first_does(lambda: self.saver.copy_to_best(checkpoint))
 
     def _save_last(self) -> None:
         """Wait for the checkpoint of the last step, or write it; storage that is away for a moment is waited for."""
@@ -242,7 +255,7 @@ class _Run:
             raise TrainingError(f"step {self.progress.step}: the last checkpoint could not be written; see the log")
 
     def _flags(self) -> Flags:
-        return self.saver.flags(self.worker.stop_requested())
+        return self.saver.flags(self.worker.stop_requested() or self._is_over())
 
     def _train_on(self, fed: Fed) -> None:
         self.ranks.step = self.progress.step
@@ -277,21 +290,12 @@ class _Run:
         step, norm, *sums = self.first_bad.tolist()
         self.first_bad.zero_()
         losses = self.ranks.all(sums)
-        workers = [rank for rank, sums in enumerate(losses) if not all(np.isfinite(sums))]
-        where = (
-            f"worker {', '.join(map(str, workers))}"
-            if workers
-            else "all workers (the loss is finite, the gradient is not)"
-        )
         config = self.config.train
         fatal = config.on_nonfinite == "stop" or self.progress.skipped >= config.max_skips
         if fatal:
             self.saver.finish()
         last = self.saver.last_step
-        message = (
-            f"step {step:.0f}: not finite at {where}: gradient norm {norm}, loss sums "
-            f"{losses}; no update was made; last good checkpoint: {'none' if last is None else f'step {last}'}"
-        )
+        message = not_finite(int(step), norm, losses, last)
         if config.on_nonfinite == "stop":
             raise TrainingError(message + "; lower optim.lr, or set train.on_nonfinite=skip")
         self._event(f"{message} (skip {self.progress.skipped} of {config.max_skips})")
@@ -352,6 +356,9 @@ class _Run:
                 self.best_before = progress.best_perplexity, progress.best_step
             progress.best_perplexity, progress.best_step = now, progress.step
             self.save_wanted = self.best_wanted = True
+            progress.stale = 0
+        else:
+            progress.stale += 1
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -360,10 +367,10 @@ class _Run:
         self._check_finite()  # on a GPU a bad step may not have been seen yet, and is not to be forgotten
         if self.metrics is not None:
             self.metrics.sync()  # what is recorded up to here will not be recorded again
-        progress.finished = progress.step >= self.total_steps
+        progress.finished = self._is_over()
         seconds = progress.seconds + time.monotonic() - self.started
         snapshot = Snapshot(replace(progress, seconds=seconds), self.cursors, self.sums)
-        tensors = snapshot.stream_tensors(self.step, self.streams)
+        tensors = snapshot.stream_tensors(self.step.state, self.streams)
         texts: dict[str, str] = {}
         if self.ranks.rank == 0:
             tensors |= snapshot.model_tensors(self.step)
@@ -393,10 +400,11 @@ class _Run:
             "steps": progress.step,
             "total_steps": self.total_steps,
             "positions": progress.positions,
-            "finished": progress.step >= self.total_steps,
+            "finished": self._is_over(),
             "stopped": stopped,
             "best_perplexity": progress.best_perplexity,
             "best_step": progress.best_step,
+            "initial": progress.initial,
             "last_valid": progress.last_valid,
             "seconds": progress.seconds,
             "checkpoint": None if last is None else str(last.path),

@@ -7,12 +7,13 @@ changes nothing, decided on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from elmo_ray.config import OptimConfig
+from elmo_ray.model.parts import part_of
 
 TABLE_LR = 0.2
 
@@ -38,6 +39,13 @@ def table_rate(config: OptimConfig) -> float:
     return config.lr if config.name == "adagrad" else TABLE_LR
 
 
+def part_rates(config: OptimConfig, dense: Iterable[str], tables: Iterable[str]) -> dict[str, float]:
+    """Base rate of each parameter: that of its part (`optim.part_lr`), or of dense parameters or tables in general."""
+    general = {**dict.fromkeys(dense, config.lr), **dict.fromkeys(tables, table_rate(config))}
+    own = {name: config.part_lr.rate(part_of(name)) for name in general}
+    return {name: rate if (part := own[name]) is None else part for name, rate in general.items()}
+
+
 def global_norm(gradients: list[Tensor]) -> Tensor:
     """0-d norm of all gradients together."""
     return torch.stack(torch._foreach_norm(gradients)).square_().sum().sqrt_()
@@ -47,26 +55,37 @@ class Optimizer:
     """Holds the slots. dense: name -> parameter, updated whole. tables: name -> [V, ...] tensor, updated by rows.
 
     Row-sparse equals dense for Adagrad because a row without gradient does not move, so the tables keep Adagrad (with
-    `optim.table_lr`) when the dense part is trained by AdamW.
+    `optim.table_lr`) when the dense part is trained by AdamW. Parameters that get no gradient keep value and slots.
     """
 
     def __init__(self, config: OptimConfig, dense: Mapping[str, nn.Parameter], tables: Mapping[str, Tensor]):
         self.config = config
         self.dense = dict(dense)
         self.tables = dict(tables)
+        self.rates = part_rates(config, self.dense, self.tables)
         self.accumulators = {name: torch.full_like(table, config.initial_accumulator) for name, table in tables.items()}
         self.inner: torch.optim.Optimizer | None = None
         if self.dense:
             parameters = list(self.dense.values())
+            groups: dict[float, list[nn.Parameter]] = {}
+            for name, parameter in self.dense.items():
+                groups.setdefault(self.rates[name], []).append(parameter)
+            groups_of_rates = [{"params": members, "base": rate} for rate, members in groups.items()]
             if config.name == "adagrad":
                 # fused: one pass over each tensor instead of five; torch has it for the CPU only, and divides by a
                 # float32
                 fused = parameters[0].device.type == "cpu" and parameters[0].dtype == torch.float32
                 self.inner = torch.optim.Adagrad(
-                    parameters, lr=config.lr, eps=0.0, fused=fused, initial_accumulator_value=config.initial_accumulator
+                    groups_of_rates,
+                    lr=config.lr,
+                    eps=0.0,
+                    fused=fused,
+                    initial_accumulator_value=config.initial_accumulator,
                 )
             else:
-                self.inner = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+                self.inner = torch.optim.AdamW(
+                    groups_of_rates, lr=config.lr, weight_decay=config.weight_decay, fused=True
+                )
 
     def apply(
         self,
@@ -76,7 +95,7 @@ class Optimizer:
         step: int,
         total_steps: int,
     ) -> tuple[Tensor, Tensor]:
-        """Clip by the global norm and update.
+        """Clip by the global norm and update what there are gradients for.
 
         rows: table name -> [R] touched rows, or absent where row_gradients holds the whole table's gradient.
         Returns the 0-d norm before the clip and the 0-d bool whether it was finite; nothing is updated where it was
@@ -87,28 +106,27 @@ class Optimizer:
         divisor = norm.clamp_min(self.config.clip_norm) / self.config.clip_norm
         divisor = torch.where(finite, divisor, 1.0)
         if self.inner is not None and dense_gradients:
-            self._update_dense(
-                dense_gradients, divisor, finite, learning_rate(self.config, self.config.lr, step, total_steps)
-            )
-        rate = learning_rate(self.config, table_rate(self.config), step, total_steps)
+            self._update_dense(dense_gradients, divisor, finite, step, total_steps)
         with torch.no_grad():
             for name, gradient in row_gradients.items():
                 g = torch.where(finite, gradient / divisor, 0.0)
+                rate = learning_rate(self.config, self.rates[name], step, total_steps)
                 self._update_rows(name, rows.get(name), g, rate)
         return norm, finite
 
-    def _update_dense(self, gradients: Mapping[str, Tensor], divisor: Tensor, finite: Tensor, rate: float) -> None:
+    def _update_dense(
+        self, gradients: Mapping[str, Tensor], divisor: Tensor, finite: Tensor, step: int, total_steps: int
+    ) -> None:
         assert self.inner is not None
         fused = bool(self.inner.param_groups[0].get("fused"))
-        for name, parameter in self.dense.items():
-            g = gradients[name]
+        for name, g in gradients.items():
             # where there is no fused kernel to skip the update, gradients of zero do (Adagrad's rows do not move)
-            parameter.grad = g if fused else torch.where(finite, g / divisor, 0.0)
+            self.dense[name].grad = g if fused else torch.where(finite, g / divisor, 0.0)
         if fused:
             self.inner.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
             self.inner.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         for group in self.inner.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(self.config, group["base"], step, total_steps)
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
 
@@ -134,11 +152,18 @@ class Optimizer:
         return state
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """Take slots as `state_tensors` gave them. Raises KeyError for a slot that is missing."""
+        """Take slots as `state_tensors` gave them. Raises KeyError for a slot that is missing.
+
+        AdamW has none for a parameter that it never updated.
+        """
         for name in self.accumulators:
             self.accumulators[name].copy_(state[f"accumulator.{name}"])
         for name, parameter in self.dense.items():
             target = self._inner_state(parameter)
+            kinds = ("accumulator", *self._slots())
+            if self.config.name == "adamw" and not any(f"{kind}.{name}" in state for kind in kinds):
+                target.clear()
+                continue
             for slot, key in self._slots().items():
                 value = state[f"{slot}.{name}"]
                 if key in target:

@@ -9,6 +9,9 @@ from typing import Any
 from elmo_ray.errors import CheckpointError
 from elmo_ray.training.manifest import is_count
 
+_LATER: dict[str, Any] = {"initial": {}, "stale": 0}
+"""What checkpoints of earlier versions do not have."""
+
 MOST_AMOUNT = 1e300
 """Of a perplexity that is worth keeping."""
 
@@ -18,7 +21,8 @@ class Progress:
     """step: steps done. positions: trained on, one direction, all ranks. window_*: since the last log record.
 
     best_perplexity, best_step: of validation. skipped: steps without update.
-    seconds: of training, over all attempts.
+    seconds: of training, over all attempts. initial: the validation before the first step, where there was one.
+    stale: validations in a row since the best one.
     """
 
     step: int = 0
@@ -30,6 +34,8 @@ class Progress:
     skipped: int = 0
     seconds: float = 0.0
     finished: bool = False
+    initial: dict[str, Any] = field(default_factory=dict)
+    stale: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -38,6 +44,7 @@ class Progress:
     def from_dict(cls, values: dict[str, Any], source: str) -> Progress:
         """Raises CheckpointError, naming `source`, where a value is missing, unknown, or of a kind it cannot be."""
         names = {f.name for f in fields(cls)}
+        values = {**_LATER, **values}
         if set(values) != names:
             raise CheckpointError(
                 f"{source}: progress.json has other keys than this version writes: {sorted(set(values) ^ names)!s:.200}"

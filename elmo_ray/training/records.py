@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,3 +55,15 @@ def valid_record(step: int, total: LossSums, seconds: float) -> dict[str, Any]:
         **total.perplexities(),
         "seconds": seconds,
     }
+
+
+def not_finite(step: int, norm: float, losses: Sequence[Sequence[float]], last: int | None) -> str:
+    """Of a step without update: the gradient's norm, each worker's sums of losses, the step of the last checkpoint."""
+    workers = [rank for rank, sums in enumerate(losses) if not all(map(math.isfinite, sums))]
+    where = f"worker {', '.join(map(str, workers))}"
+    if not workers:
+        where = "all workers (the loss is finite, the gradient is not)"
+    return (
+        f"step {step}: not finite at {where}: gradient norm {norm}, loss sums {losses}; no update was made; "
+        f"last good checkpoint: {'none' if last is None else f'step {last}'}"
+    )

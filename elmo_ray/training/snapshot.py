@@ -34,14 +34,14 @@ class Snapshot:
     cursors: StreamCursors
     window_sums: Tensor
 
-    def stream_tensors(self, step: TrainStep, streams: range) -> dict[str, Mapping[str, Tensor]]:
+    def stream_tensors(self, state: LstmState, streams: range) -> dict[str, Mapping[str, Tensor]]:
         """File name -> tensors of this worker's streams, streams first, so that any worker can take any of them."""
         # sums belong to a worker and not to a stream: they travel in the row of its first one
         window = torch.zeros(len(streams), len(self.window_sums), dtype=torch.float64)
         window[0] = self.window_sums.cpu()
         tensors = {
-            "hidden": step.state.hidden.permute(2, 0, 1, 3).contiguous(),
-            "cell": step.state.cell.permute(2, 0, 1, 3).contiguous(),
+            "hidden": state.hidden.permute(2, 0, 1, 3).contiguous(),
+            "cell": state.cell.permute(2, 0, 1, 3).contiguous(),
             "window_sums": window,
             **{name: torch.from_numpy(values) for name, values in self.cursors.arrays().items()},
         }

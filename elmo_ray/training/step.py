@@ -6,6 +6,7 @@ Shapes: D directions, B rows, T window, U distinct words, C characters, K negati
 from __future__ import annotations
 
 import contextlib
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.model.bilm import TABLES, BiLM
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
+from elmo_ray.model.parts import trained_at
 from elmo_ray.model.sampled_softmax import sampled_losses
 from elmo_ray.model.softmax import full_losses
 from elmo_ray.training.accumulation import average, parts_of, send_as_bf16
@@ -61,19 +63,38 @@ class TrainStep:
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         self.sampled = config.softmax.kind == "sampled"
         tables = {name: p for name, p in model.named_parameters() if name in TABLES}
-        if self.sampled:
-            for parameter in tables.values():
-                parameter.requires_grad_(False)  # gradients are taken at copies of the touched rows
         self.optimizer = Optimizer(config.optim, model.dense_parameters(), {n: p.detach() for n, p in tables.items()})
         self.state = model.lstm.zero_state(rows, like=next(model.parameters()).detach())
         self.forward: torch.nn.Module = model
+        self.trained: frozenset[str] = frozenset()
+        self.begin(0)
         if world > 1:
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(tables))
-            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
-            if config.train.gradients == "bf16":
-                send_as_bf16(self.forward)
-            for tensor in tables.values():
-                dist.broadcast(tensor.detach(), src=0)  # DDP, which broadcasts the others, does not know the tables
+            for parameter in model.parameters():  # DDP knows neither the tables nor, where nothing else trains, any
+                dist.broadcast(parameter.detach(), src=0)
+
+    def begin(self, step: int) -> bool:
+        """Get ready to train the parameters that are due at 0-based `step`; whether they are others than before.
+
+        Slots stay as they are. With several ranks gradients must be taken once, and thrown away, before they count.
+        """
+        names = trained_at(self.config, (name for name, _ in self.model.named_parameters()), step)
+        if names == self.trained:
+            return False
+        self.trained = names
+        dense = self.optimizer.dense
+        for name, parameter in self.model.named_parameters():
+            # of a table with sampled softmax the gradients are taken at copies of the touched rows
+            parameter.requires_grad_(name in names and (name in dense or not self.sampled))
+        if self.world > 1:
+            self.forward = self.model
+            gc.collect()  # the old wrapper's hooks go with it
+            if names & dense.keys():  # DDP refuses a model in which nothing trains
+                tables = list(self.optimizer.tables)
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, tables)
+                self.forward = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+                if self.config.train.gradients == "bf16":
+                    send_as_bf16(self.forward)
+        return True
 
     def gradients(self, batch: StepInput) -> tuple[Gradients, Tensor, LstmState]:
         """Forward and backward: gradients averaged over all positions of all ranks, [D] loss sums of this rank, new
@@ -86,7 +107,7 @@ class TrainStep:
                 index = batch.input_rows if name == "word_embedding" and not model.tied else batch.rows
                 assert index is not None
                 rows[name] = index
-                leaves[name] = table.index_select(0, index).requires_grad_()
+                leaves[name] = table.index_select(0, index).requires_grad_(name in self.trained)
         sums: list[Tensor] = []
         states: list[LstmState] = []
         reset = self.state.zero_rows(batch.reset)
@@ -100,11 +121,9 @@ class TrainStep:
                 (loss_sums.sum() * scale).backward()
             sums.append(loss_sums.detach())
             states.append(state)
-        dense = {name: _taken(p) for name, p in self.optimizer.dense.items()}
-        if self.sampled:
-            tables = {name: _taken(leaf) for name, leaf in leaves.items()}
-        else:
-            tables = {name: _taken(p) for name, p in model.named_parameters() if name in TABLES}
+        dense = {name: _taken(p) for name, p in self.optimizer.dense.items() if name in self.trained}
+        of_tables = leaves if self.sampled else dict(model.named_parameters())
+        tables = {name: _taken(of_tables[name]) for name in self.optimizer.tables if name in self.trained}
         for gradient in tables.values():
             if self.world > 1:
                 average(gradient, self.world, config.train.gradients)

@@ -59,9 +59,9 @@ def fits_by_trial(cpus: list[int], gpus: list[int], workers: int, worker: int, t
 def test_placement_is_found_if_there_is_one(nodes: list[tuple[int, int]], workers: int, worker: int, task: int) -> None:
     cpus, gpus = [node[0] for node in nodes], [node[1] for node in nodes]
     expected = fits_by_trial(cpus, gpus, workers, worker, task)
-    assert cluster._fits([float(cpu) for cpu in cpus], gpus, workers, worker, task) == expected
+    assert cluster.fits([float(cpu) for cpu in cpus], gpus, workers, worker, task) == expected
     tenths = [cpu / 10 for cpu in cpus]
-    assert cluster._fits(tenths, gpus, workers, worker / 10, task / 10) == expected
+    assert cluster.fits(tenths, gpus, workers, worker / 10, task / 10) == expected
 
 
 @pytest.mark.ray

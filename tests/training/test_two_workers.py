@@ -49,6 +49,19 @@ RUNS: dict[str, dict[str, Any]] = {
     "tied": {**EXACT, **WORDS_TIED, "train__reset": "block"},
     "full": {**EXACT, "softmax__kind": "full", "softmax__negatives": None, "optim__name": "adamw", "optim__lr": 0.003},
     "forward": {**EXACT, "model__bidirectional": False, "data__streams": 2},
+    "parts": {
+        **EXACT,
+        "train__softmax_first": 7,
+        "train__freeze": ["lstm.0", "char_embedding"],
+        "optim__part_lr": {"softmax": 0.4, "lstm": [None, 0.1]},
+    },
+    "patience": {
+        **EXACT,
+        "data__valid": "unused.txt",
+        "train__validate_every": "2 steps",
+        "train__patience": 2,
+        "optim__lr": 0.7,
+    },
 }
 ELASTIC: dict[str, dict[str, Any]] = {
     f"elastic {precision}": {
@@ -61,6 +74,13 @@ ELASTIC: dict[str, dict[str, Any]] = {
         "train__validate_every": "15 steps",
     }
     for precision in ("fp64", "fp32")
+}
+PHASES = {
+    "train__dropout": 0.3,
+    "data__streams": 5,
+    "train__duration": "30 steps",
+    "train__softmax_first": 12,
+    "train__freeze": ["highway"],
 }
 NOISY = {"train__dropout": 0.3, "data__streams": 5, "train__duration": "30 steps"}
 
@@ -102,6 +122,10 @@ def rank_main(rank: int, folder: Path) -> None:
         stopper = Stopper(7 if rank == 1 else None)
         note(f"stopped {attempt}", partial(run, rank, plan(folder, "stopped", "two", NOISY), stopper))
     note("resumed", lambda: run(rank, plan(folder, "stopped", "two", NOISY)))
+    note("phases", lambda: run(rank, plan(folder, "phases", "two", PHASES)))
+    for attempt, looks in ((1, 5), (2, 6), (3, 9)):
+        note(f"phases {attempt}", partial(run, rank, plan(folder, "phased", "two", PHASES), Stopper(looks)))
+    note("phases resumed", lambda: run(rank, plan(folder, "phased", "two", PHASES)))
     note("exact stopped", lambda: run(rank, plan(folder, "exact", "two", EXACT), Stopper(9 if rank == 0 else None)))
     for name, changes in ELASTIC.items():
         note(f"{name} unbroken", partial(run, rank, plan(folder, f"{name}-unbroken", "two", changes)))
@@ -244,6 +268,13 @@ def test_one_who_is_asked_stops_both_and_they_go_on_bit_for_bit(folder: Path) ->
         assert first["steps"] == second["steps"] < 30
     assert all(found["resumed"]["finished"] for found in results(folder))
     same_bits(folder / "two" / "stopped", folder / "two" / "noisy")
+
+
+def test_frozen_parts_that_begin_to_train_do_so_bit_for_bit_after_any_stop(folder: Path) -> None:
+    steps = [results(folder)[0][f"phases {attempt}"]["steps"] for attempt in (1, 2, 3)]
+    assert 0 < steps[0] < 12 < steps[2] < 30, "stopped before and after the other parts begin"
+    assert all(found["phases resumed"]["finished"] for found in results(folder))
+    same_bits(folder / "two" / "phased", folder / "two" / "phases")
 
 
 def test_one_goes_on_where_two_have_stopped(folder: Path) -> None:

@@ -1,0 +1,137 @@
+"""`finetune`: go on training a biLM on other text.
+
+    python -m elmo_ray.finetune CONFIG.yaml init.from=SOURCE [key.path=value ...] [--resume | --fresh] [--dry-run]
+
+SOURCE -> model and vocabulary -> a checkpoint at step 0 -> the same training as `pretrain`, which measures held-out
+text before the first step. What is in the run's folder is all that `--resume` needs: the SOURCE is read once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from elmo_ray.command_line import Flags, run_verb
+from elmo_ray.config import COUNTED, PretrainConfig
+from elmo_ray.config_finetune import SOFTMAX_FIRST, FinetuneConfig
+from elmo_ray.dry_run import DryRun, dry_run
+from elmo_ray.errors import ConfigError
+from elmo_ray.pretrain import NO_FLAGS, PretrainResult, train_in
+from elmo_ray.run_folder import RunFolder, open_run
+from elmo_ray.source import VOCABULARY, Source, open_source
+from elmo_ray.storage import is_uri
+from elmo_ray.training.plan import TrainPlan
+
+logger = logging.getLogger("elmo_ray.finetune")  # __name__ is __main__ as a command
+
+
+def run(config: FinetuneConfig, flags: Flags = NO_FLAGS) -> PretrainResult | DryRun:
+    """The whole job. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
+    if flags.dry_run:
+        return dry_run(settings(config, open_init(config)))
+    if is_uri(config.run.storage_path):
+        raise ConfigError(
+            f"run.storage_path={config.run.storage_path}: fine-tuning keeps its run in a folder; name a path that all "
+            "machines see (the SOURCE and the texts may be URIs)"
+        )
+    folder = open_run(config, flags.resume, flags.fresh)
+    if folder.newest is not None:
+        return train_in(folder, settings_of_run(config, folder))
+    source = open_init(config)
+    if folder.path in (source.path, *source.path.parents):
+        raise ConfigError(f"init.from={config.init.source}: is in the folder of this run; choose another run.name")
+    training = settings(config, source)
+    begin = beginning(config, [source])
+    del source  # a large model need not stay in the memory of this process while others train
+    return train_in(folder, training, begin)
+
+
+def open_init(config: FinetuneConfig) -> Source:
+    """The SOURCE that `init` names."""
+    init = config.init
+    return open_source(init.source, config.checkpoint, init.options, init.vocab)
+
+
+def settings(config: FinetuneConfig, source: Source) -> PretrainConfig:
+    """The settings of a new run: model and, unless data.vocab says otherwise, vocabulary are the source's."""
+    vocab = config.data.vocab
+    if vocab is None and source.words is not None:
+        vocab = source.words.path
+    elif vocab is None:
+        logger.info("%s has no vocabulary: it is counted from data.train", source.path)
+    elif vocab == COUNTED:
+        vocab = None
+    first = 0 if source.has_softmax else SOFTMAX_FIRST
+    return config.training_config(source.config.to_dict(), source.softmax.to_dict(), vocab, first)
+
+
+def settings_of_run(config: FinetuneConfig, folder: RunFolder) -> PretrainConfig:
+    """The settings of a run that goes on: what came from the SOURCE at its start comes from its checkpoint."""
+    from elmo_ray.training.checkpoint import open_checkpoint
+    from elmo_ray.training.identity import saved_config
+
+    assert folder.newest is not None
+    newest = open_checkpoint(folder.newest.path, verify=False)
+    before = saved_config(newest)
+    words = str(newest.path / VOCABULARY)
+    return config.training_config(
+        before.model.to_dict(), before.softmax.to_dict(), words, before.train.softmax_first or 0
+    )
+
+
+def beginning(config: FinetuneConfig, opened: list[Source]) -> Callable[[TrainPlan], None]:
+    """What writes the run's checkpoint at step 0; takes the source out of `opened`."""
+
+    def begin(plan: TrainPlan) -> None:
+        write_beginning(config, opened.pop(), plan)
+
+    return begin
+
+
+def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> None:
+    """The source's model, for the run's vocabulary and with the slots that init.optimizer asks for, as a checkpoint."""
+    import torch
+
+    from elmo_ray.data.shards import Corpus
+    from elmo_ray.data.vocabulary import Vocabulary
+    from elmo_ray.training.carry_over import initial_model, initial_slots, source_rows
+    from elmo_ray.training.checkpoint import directory_name
+    from elmo_ray.training.identity import identity
+    from elmo_ray.training.initial import write_initial
+    from elmo_ray.training.start import ORIGIN
+
+    training, words = plan.config, Vocabulary.read(plan.vocabulary_path)
+    rows = None
+    if source.has_softmax or source.model.word_embedding is not None:
+        same = source.vocabulary.sha256 == words.sha256
+        rows = torch.arange(words.size) if same else source_rows(source.vocabulary, words)
+    unk = source.vocabulary.unk if rows is not None else 0
+    model, counts = initial_model(training, source.model, rows, words, unk)
+    logger.info("source: %s", source.describe())
+    logger.info("vocabulary of %s words: %s", f"{words.size:,}", counts.describe(source.has_softmax))
+    if training.train.softmax_first:
+        logger.info("the softmax alone is trained for the first %s steps", f"{training.train.softmax_first:,}")
+    kept = None
+    if config.init.optimizer == "keep":
+        if source.slots is None:
+            raise ConfigError(f"init.optimizer=keep: {source.path} has no optimizer slots; set init.optimizer=reset")
+        kept = source.slots()
+    slots = initial_slots(training, model, kept, rows)
+    corpus = Corpus.load(plan.corpus_path)
+    folder = Path(plan.run_dir) / "checkpoints" / directory_name(0, 0)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    about = identity(training, corpus.fingerprint, words.sha256)
+    origin = os.fspath(source.path) + ("" if source.step is None else f" (step {source.step:,})")
+    write_initial(folder, training, words, model, slots, about, fields={ORIGIN: origin})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return run_verb("finetune", FinetuneConfig, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
