@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.shards import Corpus, index_shard
+from elmo_ray.training.step import StepInput
 
 ORIGINAL_FILTERS = [[1, 32], [2, 32], [3, 64], [4, 128], [5, 256], [6, 512], [7, 1024]]
 SIZES: dict[str, dict[str, Any]] = {
@@ -35,13 +39,13 @@ Run = Callable[[int], dict[str, float]]
 """Does so many steps, batches or blocks; positions, seconds and cpu_seconds of them."""
 
 
-def our_config(size: dict[str, Any], precision: str, streams: int) -> PretrainConfig:
+def our_config(size: dict[str, Any], precision: str, streams: int, dropout: float = 0.1) -> PretrainConfig:
     return PretrainConfig.from_dict(
         {
             "data": {"train": "given", "streams": streams},
             "model": {"char_cnn": size["char_cnn"], "lstm": size["lstm"]},
             "softmax": {"negatives": size["negatives"]},
-            "train": {"precision": precision, "validate_every": None},
+            "train": {"precision": precision, "validate_every": None, "dropout": dropout},
             "cluster": {"workers": 0},
         }
     )
@@ -141,6 +145,31 @@ def with_ratios(results: dict[str, dict[str, Any]], peer: str = "bilm-tf") -> It
                 for unit in ("per_second", "per_cpu_second")
             }
         yield {"case": case, **ratios, **result}
+
+
+def made_up_batch(step: int, rows: int, unroll: int, types: int, ids: int, negatives: int) -> StepInput:
+    """A step's input of random words: `types` distinct ones of 8 characters, targets and negatives below `ids`."""
+    random = np.random.Generator(np.random.Philox(step))
+    targets = random.integers(0, ids, (2, rows, unroll))
+    chosen = np.stack([random.permutation(ids)[:negatives] for _ in range(2)])
+    touched = np.unique(np.concatenate([targets.ravel(), chosen.ravel()]))
+    characters = np.full((types, 50), 260, np.int16)
+    characters[:, :8] = random.integers(97, 123, (types, 8))
+    return StepInput(
+        step=step,
+        types=torch.from_numpy(characters),
+        type_classes=((types, 15),),
+        inputs=torch.from_numpy(random.integers(0, types, (2, rows, unroll))),
+        targets=torch.from_numpy(targets),
+        lengths=torch.full((rows,), unroll),
+        reset=torch.zeros(rows, dtype=torch.bool),
+        positions=rows * unroll,
+        rows=torch.from_numpy(touched),
+        target_rows=torch.from_numpy(np.searchsorted(touched, targets)),
+        target_log_count=torch.zeros(2, rows, unroll),
+        negative_rows=torch.from_numpy(np.searchsorted(touched, chosen)),
+        negative_log_count=torch.zeros(2, negatives),
+    )
 
 
 def read_corpus(pattern: str) -> Corpus:

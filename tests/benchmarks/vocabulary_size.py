@@ -17,42 +17,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from cases import SIZES, our_config
+from cases import SIZES, made_up_batch, our_config
 
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.step import StepInput, TrainStep
+from elmo_ray.training.step import TrainStep
 
 ROWS, UNROLL, TYPES, IDS = 32, 20, 500, 9_000
-
-
-def batch_of(step: int, negatives: int) -> StepInput:
-    random = np.random.Generator(np.random.Philox(step))
-    targets = random.integers(0, IDS, (2, ROWS, UNROLL))
-    chosen = np.stack([random.permutation(IDS)[:negatives] for _ in range(2)])
-    rows = np.unique(np.concatenate([targets.ravel(), chosen.ravel()]))
-    types = np.full((TYPES, 50), 260, np.int16)
-    types[:, :8] = random.integers(97, 123, (TYPES, 8))
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array)
-
-    return StepInput(
-        step=step,
-        types=tensor(types),
-        type_classes=((TYPES, 13),),
-        inputs=tensor(random.integers(0, TYPES, (2, ROWS, UNROLL))),
-        targets=tensor(targets),
-        lengths=torch.full((ROWS,), UNROLL),
-        reset=torch.zeros(ROWS, dtype=torch.bool),
-        positions=ROWS * UNROLL,
-        rows=tensor(rows),
-        target_rows=tensor(np.searchsorted(rows, targets)),
-        target_log_count=torch.zeros(2, ROWS, UNROLL),
-        negative_rows=tensor(np.searchsorted(rows, chosen)),
-        negative_log_count=torch.zeros(2, negatives),
-    )
 
 
 def memory(field: str) -> int:
@@ -68,7 +39,7 @@ def serve(words: int, threads: int) -> None:
     model = BiLM(config.model, config.softmax, words)
     model.reset_parameters(1)
     step = TrainStep(config, model, ROWS)
-    batches = [batch_of(number, size["negatives"]) for number in range(8)]
+    batches = [made_up_batch(number, ROWS, UNROLL, TYPES, IDS, size["negatives"]) for number in range(8)]
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
     step.run(batches[0])
