@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
 import time
 import traceback
@@ -185,6 +186,9 @@ def _run_trials(config: SweepConfig, sweep_dir: Path, plan: TrainPlan, device: A
     threads = config.cluster.threads or max(1, available_cores() // (concurrent * config.cluster.fewest_workers))
     tree = config.tree()
     tree.setdefault("cluster", {})["threads"] = threads
+    for key in ("from", "options", "vocab"):  # a trial's process has another working folder
+        if tree.get("init", {}).get(key) is not None:
+            tree["init"][key] = os.path.abspath(os.path.expanduser(tree["init"][key]))
     job = {
         "sweep_dir": str(sweep_dir),
         "config": {**tree, "sweep": config.sweep.to_dict()},
