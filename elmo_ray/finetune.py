@@ -124,7 +124,7 @@ def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> 
     folder = Path(plan.run_dir) / "checkpoints" / directory_name(0, 0)
     folder.parent.mkdir(parents=True, exist_ok=True)
     about = identity(training, corpus.fingerprint, words.sha256)
-    origin = os.fspath(source.path) + ("" if source.step is None else f" (step {source.step:,})")
+    origin = (source.origin or os.fspath(source.path)) + ("" if source.step is None else f" (step {source.step:,})")
     write_initial(folder, training, words, model, slots, about, fields={ORIGIN: origin})
 
 

@@ -35,6 +35,7 @@ from elmo_ray.metrics import clock
 from elmo_ray.pretrain import NO_FLAGS, make_plan
 from elmo_ray.run_folder import RunFolder, open_run
 from elmo_ray.source import Source
+from elmo_ray.storage import absolute, is_uri
 from elmo_ray.training.plan import TrainPlan
 from elmo_ray.trials import (
     FAILED,
@@ -111,6 +112,11 @@ class SweepPlan:
 
 def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan:
     """The whole sweep. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
+    if is_uri(config.run.storage_path):
+        raise ConfigError(
+            f"run.storage_path={config.run.storage_path}: a sweep keeps its trials in a folder; name a path that all "
+            "machines see (the SOURCE and the texts may be URIs)"
+        )
     if config.sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise ConfigError("sweep.search=optuna: Optuna is not installed: pip install 'elmo-ray[optuna]'")
     source = open_init(config) if config.init.source is not None else None
@@ -185,6 +191,9 @@ def _run_trials(config: SweepConfig, sweep_dir: Path, plan: TrainPlan, device: A
     threads = config.cluster.threads or max(1, available_cores() // (concurrent * config.cluster.fewest_workers))
     tree = config.tree()
     tree.setdefault("cluster", {})["threads"] = threads
+    for key in ("from", "options", "vocab"):  # a trial's process has another working folder
+        if tree.get("init", {}).get(key) is not None:
+            tree["init"][key] = absolute(tree["init"][key])
     job = {
         "sweep_dir": str(sweep_dir),
         "config": {**tree, "sweep": config.sweep.to_dict()},
