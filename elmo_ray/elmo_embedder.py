@@ -62,15 +62,13 @@ class ElmoEmbedder:
         return self.embed_batch([sentence])[0]
 
     def embed_batch(self, batch: Sequence[Sequence[str]]) -> list[NDArray[np.float32]]:
-        """[layers, words, dim] of each sentence; one without words takes no part."""
-        results = [np.zeros((self.layers, 0, self.elmo_bilm.get_output_dim()), np.float32) for _ in batch]
-        numbers = [number for number, sentence in enumerate(batch) if sentence]
-        if numbers:
-            embeddings, _ = self.batch_to_embeddings([batch[number] for number in numbers])
-            arrays = embeddings.float().cpu().numpy()
-            for row, number in enumerate(numbers):
-                results[number] = arrays[row, :, : len(batch[number])].copy()
-        return results
+        """[layers, words, dim] of each sentence. One without words has a row of state like any other, but alone it is
+        not computed, as in AllenNLP."""
+        if all(not sentence for sentence in batch) and len(batch) < 2:
+            return [np.zeros((self.layers, 0, self.elmo_bilm.get_output_dim()), np.float32) for _ in batch]
+        embeddings, _ = self.batch_to_embeddings(batch)
+        arrays = embeddings.float().cpu().numpy()
+        return [row[:, : len(words)].copy() for row, words in zip(arrays, batch, strict=True)]
 
     def embed_sentences(
         self, sentences: Iterable[Sequence[str]], batch_size: int = 64

@@ -48,6 +48,16 @@ def test_embedder_gives_the_golden_values(mode: str, rows: int) -> None:
         close(ours, theirs)
 
 
+def test_empty_sentences_have_rows() -> None:
+    embedder, alone = ElmoEmbedder(*FILES), ElmoEmbedder(*FILES)
+    batches = [LINES[:3], [LINES[3], [], LINES[4]], LINES[5:8]]
+    found = [embedder.embed_batch(batch) for batch in batches]
+    assert found[1][1].shape == (3, 0, 32)
+    for ours, batch in zip(found, batches, strict=True):
+        close(ours[2], alone.embed_sentence(batch[2]))
+    assert embedder.embed_sentence([]).shape == (3, 0, 32) and embedder.embed_batch([[], []])[1].shape == (3, 0, 32)
+
+
 def test_twenty_golden_sentences(shared: Path) -> None:
     folder = shared / "golden" / "model"
     lines = [line.split() for line in (folder / "sentences20.txt").read_text(encoding="utf-8").split("\n")[:-1]]
