@@ -12,17 +12,17 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from elmo_ray.command_line import Flags, run_verb
 from elmo_ray.config import COUNTED, PretrainConfig
 from elmo_ray.config_finetune import SOFTMAX_FIRST, FinetuneConfig
 from elmo_ray.dry_run import DryRun, dry_run
 from elmo_ray.errors import ConfigError
+from elmo_ray.mirror import local_folder
 from elmo_ray.pretrain import NO_FLAGS, PretrainResult, train_in
 from elmo_ray.run_folder import RunFolder, open_run
 from elmo_ray.source import VOCABULARY, Source, open_source
-from elmo_ray.storage import is_uri
+from elmo_ray.storage import is_uri, join
 from elmo_ray.training.plan import TrainPlan
 
 logger = logging.getLogger("elmo_ray.finetune")  # __name__ is __main__ as a command
@@ -32,16 +32,12 @@ def run(config: FinetuneConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
     """The whole job. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
     if flags.dry_run:
         return dry_run(settings(config, open_init(config)))
-    if is_uri(config.run.storage_path):
-        raise ConfigError(
-            f"run.storage_path={config.run.storage_path}: fine-tuning keeps its run in a folder; name a path that all "
-            "machines see (the SOURCE and the texts may be URIs)"
-        )
     folder = open_run(config, flags.resume, flags.fresh)
     if folder.newest is not None:
         return train_in(folder, settings_of_run(config, folder))
     source = open_init(config)
-    if folder.path in (source.path, *source.path.parents):
+    inside = folder.path in (source.path, *source.path.parents)
+    if inside or (source.origin or "").startswith(f"{folder.place}/"):
         raise ConfigError(f"init.from={config.init.source}: is in the folder of this run; choose another run.name")
     training = settings(config, source)
     begin = beginning(config, [source])
@@ -70,11 +66,11 @@ def settings(config: FinetuneConfig, source: Source) -> PretrainConfig:
 
 def settings_of_run(config: FinetuneConfig, folder: RunFolder) -> PretrainConfig:
     """The settings of a run that goes on: what came from the SOURCE at its start comes from its checkpoint."""
-    from elmo_ray.training.checkpoint import open_checkpoint
+    from elmo_ray.training.checkpoint_store import store_of
     from elmo_ray.training.identity import saved_config
 
     assert folder.newest is not None
-    newest = open_checkpoint(folder.newest.path, verify=False)
+    newest = store_of(folder.place).fetch(str(folder.newest.path))
     before = saved_config(newest)
     words = str(newest.path / VOCABULARY)
     return config.training_config(
@@ -101,6 +97,7 @@ def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> 
     from elmo_ray.training.checkpoint import directory_name
     from elmo_ray.training.identity import identity
     from elmo_ray.training.initial import write_initial
+    from elmo_ray.training.object_checkpoints import publish
     from elmo_ray.training.start import ORIGIN
 
     training, words = plan.config, Vocabulary.read(plan.vocabulary_path)
@@ -121,11 +118,13 @@ def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> 
         kept = source.slots()
     slots = initial_slots(training, model, kept, rows)
     corpus = Corpus.load(plan.corpus_path)
-    folder = Path(plan.run_dir) / "checkpoints" / directory_name(0, 0)
+    folder = local_folder(plan.run_dir) / "checkpoints" / directory_name(0, 0)
     folder.parent.mkdir(parents=True, exist_ok=True)
     about = identity(training, corpus.fingerprint, words.sha256)
     origin = (source.origin or os.fspath(source.path)) + ("" if source.step is None else f" (step {source.step:,})")
     write_initial(folder, training, words, model, slots, about, fields={ORIGIN: origin})
+    if is_uri(plan.run_dir):
+        publish(folder, join(plan.run_dir, "checkpoints", folder.name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

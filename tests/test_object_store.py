@@ -17,7 +17,7 @@ import pytest
 import yaml
 from tiny_runs import everything, newest, progress_of, records, sentences, tiny_values
 
-from elmo_ray import evaluate, export, pretrain, report, storage, store_lock
+from elmo_ray import evaluate, export, finetune, pretrain, report, storage, store_lock
 from elmo_ray.errors import CheckpointError, ConfigError, DataError
 from elmo_ray.training import object_checkpoints
 from elmo_ray.training.checkpoint_store import store_of
@@ -205,6 +205,18 @@ def test_a_run_in_a_store_is_killed_and_goes_on(
     assert export.main([folder, f"{bucket}/weights", "cluster.workers=0"]) == 0
     assert storage.read_bytes(f"{bucket}/weights/weights.hdf5") == storage.read_bytes(f"{folder}/export/weights.hdf5")
     assert export.main([f"{bucket}/weights", str(tmp_path / "again"), "cluster.workers=0"]) == 0
+    tuned = tmp_path / "tuned.yaml"
+    tuned.write_text(
+        "run: {name: tuned, export: false}\ncluster: {workers: 0}\ntrain: {duration: 4 steps, unroll: 6}\n"
+        "data: {streams: 4}\nsoftmax: {negatives: 20}\n"
+    )
+    texts = [f"data.train={bucket}/corpus/train-0*", f"data.valid={bucket}/corpus/valid.txt"]
+    tune = [str(tuned), f"init.from={folder}", f"run.storage_path={bucket}/tuned", *texts]
+    assert finetune.main(tune) == 0, capsys.readouterr().err
+    assert finetune.main([*tune, "train.duration=6 steps", "--resume"]) == 0, capsys.readouterr().err
+    again = object_checkpoints.newest_checkpoint(f"{bucket}/tuned/tuned/checkpoints")
+    assert again is not None and again.step == 6
+
     assert report.main([folder]) == 0 and "report.html" in storage.listing(folder)
 
 

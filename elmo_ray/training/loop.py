@@ -19,6 +19,7 @@ from elmo_ray.machine import memory_in_use
 from elmo_ray.metrics import MetricsWriter
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.training.checkpoint import Checkpoint
+from elmo_ray.training.checkpoint_store import Committed
 from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
 from elmo_ray.training.identity import identity
@@ -71,7 +72,7 @@ class _Run:
         self.metrics = MetricsWriter(self.outbox.folder, self.attempt) if worker.rank == 0 else None
         self.saver = Saver(plan.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
         self.saver.writer.before = self.outbox.send  # metrics that a checkpoint follows are never lost
-        self.start_checkpoint: Checkpoint | None = None  # of a model that was trained before, to be measured first
+        self.start_checkpoint: Committed | None = None  # of a model that was trained before, to be measured first
         self._resume()
         self.started = time.monotonic()
         self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
@@ -152,7 +153,7 @@ class _Run:
         if path is not None and checkpoint is not None:
             start, best_step = path, self.progress.best_step
             self.ranks.first_does(lambda: self.saver.restore_best(start, best_step))
-            self.start_checkpoint = checkpoint if is_initial(checkpoint) else None
+            self.start_checkpoint = self.saver.last if is_initial(checkpoint) else None
         for message in start_messages(checkpoint, self.config, self.total_steps, self.ranks.world, self._conditions()):
             self._event(message)
 
@@ -231,7 +232,7 @@ class _Run:
         patience = self.config.train.patience
         return self.progress.step >= self.total_steps or (patience is not None and self.progress.stale >= patience)
 
-    def _measure_start(self, checkpoint: Checkpoint) -> None:
+    def _measure_start(self, checkpoint: Committed) -> None:
         """Validate before the first step; what the run starts from is its best until something is better."""
         self._validate()
         self.save_wanted = self.best_wanted = False

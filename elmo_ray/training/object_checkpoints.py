@@ -101,6 +101,16 @@ def commit(
     return StoredCheckpoint(uri, manifest)
 
 
+def publish(folder: Path, uri: str) -> None:
+    """Send a whole checkpoint from this machine, its manifest last. Raises CheckpointError."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    try:
+        for name in [*names, MANIFEST]:
+            storage.upload(folder / name, storage.join(uri, name))
+    except OSError as error:
+        raise CheckpointError(f"{uri}: cannot be written ({error.strerror or error})") from None
+
+
 def _files_of_parts(uri: str, world: int) -> dict[str, dict[str, Any]]:
     sizes = {name: status.st_size for name, status in storage.listing(uri).items()}
 
