@@ -35,11 +35,7 @@ from elmo_ray.metrics import clock
 from elmo_ray.pretrain import NO_FLAGS, make_plan
 from elmo_ray.run_folder import RunFolder, open_run
 from elmo_ray.source import Source
-<<<<<<< HEAD
 from elmo_ray.storage import absolute, is_uri
-=======
-from elmo_ray.storage import is_uri
->>>>>>> 715289ba7357625901b7554177372ff66d8ffe4e
 from elmo_ray.training.plan import TrainPlan
 from elmo_ray.trials import (
     FAILED,
@@ -123,10 +119,6 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
         )
     if config.sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise ConfigError("sweep.search=optuna: Optuna is not installed: pip install 'elmo-ray[optuna]'")
-    if is_uri(config.run.storage_path):
-        raise ConfigError(
-            f"run.storage_path={config.run.storage_path}: a sweep keeps its notes in a folder: name one that all see"
-        )
     source = open_init(config) if config.init.source is not None else None
     base = _settings(config, {}, source)
     drawn = config.draws()

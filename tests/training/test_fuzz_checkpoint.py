@@ -75,7 +75,7 @@ def parts_of(name: str) -> tuple[Tensors, dict[str, str]]:
     snapshot = Snapshot(progress, cursors, torch.zeros(step.model.directions + 1, dtype=torch.float64))
     tensors: Tensors = {
         file: dict(group)
-        for file, group in {**snapshot.model_tensors(step), **snapshot.stream_tensors(step.state, range(STREAMS))}.items()
+        for file, group in (snapshot.model_tensors(step) | snapshot.stream_tensors(step.state, range(STREAMS))).items()
     }
     if name == "adamw":  # its slots are there after a first step
         for key, parameter in step.model.dense_parameters().items():
