@@ -89,7 +89,7 @@ def test_a_killed_sweep_goes_on_and_its_best_comes_again(config: Path) -> None:
 
     results = json.loads((folder / "results.json").read_text())
     assert [trial["status"] for trial in results["trials"]] == ["finished", "finished", "failed"]
-    assert "trial 2 failed: step 2: not finite" in shown and "best: trial" in shown
+    assert "trial 2 failed: step" in shown and "not finite" in shown and "best: trial" in shown
     attempts = [read_metrics(trial.folder) for trial in read_trials(folder)]
     starts = [
         [r["message"] for r in records if r["kind"] == "event" and "start:" in r["message"]] for records in attempts
@@ -116,7 +116,7 @@ def test_a_killed_sweep_goes_on_and_its_best_comes_again(config: Path) -> None:
     [
         (
             ["sweep.concurrent=9", "cluster.workers=2", "cluster.cpus_per_worker=0.5"],
-            "sweep.concurrent=9: only [12] fit: a",
+            "sweep.concurrent=9: only [1-8] fit: a trial needs",
         ),
         (["cluster.cpus_per_worker=50"], "cluster.cpus_per_worker=50"),
     ],
