@@ -209,8 +209,10 @@ def test_a_job_takes_the_code_and_no_corpus(repository: Path, tmp_path: Path) ->
 
     from ray._private.runtime_env.packaging import create_package
 
-    for name in (".gitignore", ".rayignore", "elmo_ray/errors.py", "configs/big.yaml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    code = [path.relative_to(repository).as_posix() for path in (repository / "elmo_ray").rglob("*.py")]
+    taken = {".gitignore", ".rayignore", "configs/big.yaml", *code}
+    for name in taken:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(repository / name, tmp_path / name)
     left = ("runs/big/vocab.txt", "data/train-0.txt", "train-1.txt.gz", "tests/test_x.py", ".git/HEAD", "weights.hdf5")
     for name in left:
@@ -220,4 +222,4 @@ def test_a_job_takes_the_code_and_no_corpus(repository: Path, tmp_path: Path) ->
     create_package(str(tmp_path), package, include_gitignore=True)
     with zipfile.ZipFile(package) as packed:
         names = {name for name in packed.namelist() if not name.endswith("/")}
-    assert names == {".gitignore", ".rayignore", "elmo_ray/errors.py", "configs/big.yaml"}
+    assert names == taken and "elmo_ray/data/feed.py" in names
