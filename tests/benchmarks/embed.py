@@ -5,7 +5,7 @@
 All three load the same exported weights (random, configs/small.yaml's sizes) and embed the same lines of TEXT, in its
 order and in batches of --rows, from tokenised words to the mixture (AllenNLP, ours) or all layers (bilm-tf). They take
 turns, a round each, so that a busy machine is busy for all; a round begins with nothing remembered of earlier words.
-The median of the rounds is printed, and the largest difference of the programs' vectors.
+Medians of the rounds are printed, by the clock and by CPU time, and the largest difference of the programs' vectors.
 
 AllenNLP and bilm-tf are installed into FOLDER as `load_in_originals.py` does it (its docstring says what); its module
 elmo runs as it is, in this Python and with this PyTorch; its batch_to_ids, which makes the same ids by way of datasets,
@@ -66,14 +66,15 @@ def main() -> int:
             log = open(Path(folder) / f"{name}.log", "w+", encoding="utf-8")
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
             workers[name] = subprocess.Popen(command, env=environment, text=True, **pipes)
-        speeds: dict[str, list[float]] = {name: [] for name in workers}
+        speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
         sums: dict[str, Any] = {}
         for number in range(arguments.rounds + 1):
             for name, worker in workers.items():
                 answer = ask(name, worker, Path(folder) / f"{name}.log")
                 sums[name] = np.array(answer["vectors"])
                 if number:  # the first round warms up
-                    speeds[name].append(answer["words"] / answer["seconds"])
+                    words = answer["words"]
+                    speeds[name].append((words / answer["seconds"], words / answer["cpu_seconds"]))
         for worker in workers.values():
             worker.communicate("", timeout=60)
     report(speeds, sums)
@@ -90,15 +91,13 @@ def ask(name: str, worker: subprocess.Popen[str], log: Path) -> dict[str, Any]:
     return json.loads(line)
 
 
-def report(speeds: dict[str, list[float]], vectors: dict[str, Any]) -> None:
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"{'program':<15}{'words/s':>10}{'lowest':>10}{'highest':>10}{'elmo_ray is':>13}{'difference':>12}")
-    for name, values in speeds.items():
-        times = medians["elmo_ray"] / medians[name]
+def report(speeds: dict[str, list[tuple[float, float]]], vectors: dict[str, Any]) -> None:
+    wall, cpu = ({name: statistics.median(v[k] for v in values) for name, values in speeds.items()} for k in (0, 1))
+    print(f"{'program':<15}{'words/s':>10}{'elmo_ray is':>13}{'words/CPU s':>13}{'elmo_ray is':>13}{'difference':>12}")
+    for name in speeds:
         difference = np.abs(vectors[name] - vectors["elmo_ray"]).max()
-        print(
-            f"{name:<15}{medians[name]:>10,.0f}{min(values):>10,.0f}{max(values):>10,.0f}{times:>12.2f}x{difference:>12.1e}"
-        )
+        times = [f"{each[name]:,.0f}{each['elmo_ray'] / each[name]:>12.2f}x" for each in (wall, cpu)]
+        print(f"{name:<15}{times[0]:>23}{times[1]:>26}{difference:>12.1e}")
 
 
 def write_model(folder: Path) -> None:
@@ -141,12 +140,12 @@ def serve(arguments: argparse.Namespace) -> None:
         restart = in_elmo_ray(arguments, "bf16" if arguments.inside.endswith("bf16") else "fp32")
     for _ in sys.stdin:
         embed, vectors = restart(), None
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for batch in batches:
             found = embed(batch)
             vectors = found[:4, :3].tolist() if vectors is None else vectors
-        seconds = time.perf_counter() - start
-        record = {"words": sum(map(len, lines)), "seconds": seconds, "vectors": vectors}
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        record = {"words": sum(map(len, lines)), "seconds": seconds, "cpu_seconds": cpu, "vectors": vectors}
         print(json.dumps(record), file=answers, flush=True)
 
 
