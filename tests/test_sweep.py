@@ -106,7 +106,7 @@ def test_a_killed_sweep_goes_on_and_its_best_comes_again(config: Path) -> None:
     assert result.training["best_perplexity"] == pytest.approx(best["best_perplexity"], rel=1e-6)
     ours = open_source(folder)
     assert ours.step == best["best_step"] and ours.fingerprint == open_source(result.run_dir).fingerprint
-    assert newest(result.run_dir).step == 60
+    assert newest(Path(result.run_dir)).step == 60
 
 
 @pytest.mark.ray
