@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
 import time
 import traceback
@@ -47,6 +48,7 @@ from elmo_ray.trials import (
     read_trials,
     results,
     table,
+    try_lost_again,
     write_results,
 )
 from elmo_ray.tuning import report_while, room, run_session
@@ -142,6 +144,7 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
         folder.make()
         plan = make_plan(base, folder.path, prepared)
         write_json(folder.path / NOTE, note)
+        try_lost_again(read_trials(folder.path))
         there = {trial.number for trial in read_trials(folder.path)}
         for number, values in enumerate(drawn):
             if number not in there:
@@ -250,6 +253,8 @@ def best_yaml(config: SweepConfig, best: Trial) -> str:
 
 def run_trial(values: dict[str, Any], job: dict[str, Any]) -> None:
     """A trial from where it is to its end, with a report to Tune for each validation; called by Tune."""
+    # several trials start at once, and a busy machine may need longer than Ray's minute to start their workers
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     from elmo_ray.training.cluster import fit
 
     config = SweepConfig.from_dict(job["config"])
@@ -271,7 +276,10 @@ def run_trial(values: dict[str, Any], job: dict[str, Any]) -> None:
         error = problems[0]
         if not isinstance(error, ElmoRayError):
             logger.error("%s", "".join(traceback.format_exception(error)))
-        trial.end(FAILED, seconds=seconds, message=" ".join(str(error).split())[:500] or type(error).__name__)
+        message = " ".join(str(error).split())[:500] or type(error).__name__
+        # an error of the cluster comes from one of Ray's; the others are of the settings or the text
+        lost = not isinstance(error, ElmoRayError) or error.__cause__ is not None
+        trial.end(FAILED, seconds=seconds, message=message, lost=lost)
     elif ended[0]["finished"]:
         trial.end(FINISHED, seconds=seconds, threads=config.cluster.threads, training=ended[0])
 

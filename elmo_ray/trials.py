@@ -84,6 +84,13 @@ class Trial:
             write_json(self.folder / OUTCOME, {"status": status, **more})
 
 
+def try_lost_again(trials: Sequence[Trial]) -> None:
+    """Forget how trials ended that were lost with their workers: they go on where they were."""
+    for trial in trials:
+        if trial.status == FAILED and (trial.outcome or {}).get("lost"):
+            (trial.folder / OUTCOME).unlink(missing_ok=True)
+
+
 def read_json_file(path: Path) -> dict[str, Any] | None:
     """None where there is no such file, or none that can be read."""
     try:

@@ -239,6 +239,6 @@ def _outcomes(sweep_dir: Path) -> Any:
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             found = self._trial(trial)
             if found is not None and found.outcome is None:
-                found.end(FAILED, message=f"its process was lost; Tune's account: {trial.error_file}")
+                found.end(FAILED, lost=True, message=f"its process was lost; Tune's account: {trial.error_file}")
 
     return Outcomes()

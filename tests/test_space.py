@@ -19,7 +19,18 @@ from elmo_ray.metrics import MetricsWriter
 from elmo_ray.space import draw_trials, parse_domain
 from elmo_ray.sweep import best_yaml
 from elmo_ray.sweep_picture import draw
-from elmo_ray.trials import FAILED, FINISHED, STOPPED, add_trial, best_of, read_trials, results, table, write_results
+from elmo_ray.trials import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    add_trial,
+    best_of,
+    read_trials,
+    results,
+    table,
+    try_lost_again,
+    write_results,
+)
 
 SPACE = {"optim.lr": {"loguniform": [0.01, 1]}, "train.freeze": {"choice": [[], ["lstm.0"]]}}
 
@@ -157,6 +168,13 @@ def test_what_is_on_the_disk_is_the_sweep(tmp_path: Path) -> None:
     assert rows[0]["best_perplexity"] == "35.0" and rows[3]["status"] == "failed"
     draw(tmp_path / "sweep.png", trials, best)
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_trials_that_were_lost_are_tried_again(tmp_path: Path) -> None:
+    for number, lost in enumerate((True, False)):
+        add_trial(tmp_path, number, {}).end(FAILED, message="m", lost=lost)
+    try_lost_again(read_trials(tmp_path))
+    assert [trial.status for trial in read_trials(tmp_path)] == ["waiting", "failed"]
 
 
 def test_the_best_trials_file_is_read_by_finetune(tmp_path: Path) -> None:
