@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elmo_ray.model.lstm import BiLstm, LstmLayer, LstmState
 from elmo_ray.model.recurrence import FORGET_BIAS
+from elmo_ray.model.side_by_side import side_by_side
 
 _GATE_BYTES = 16 << 20
 """Of the gates at a time: few enough for a CPU's cache, enough for products of full speed."""
@@ -27,6 +28,11 @@ class _Weights(NamedTuple):
     hidden: Tensor
     bias: Tensor
     projection: Tensor | None
+
+    def of(self, part: slice) -> _Weights:
+        """Of some of the directions."""
+        projection = None if self.projection is None else self.projection[part]
+        return _Weights(self.input[part], self.hidden[part], self.bias[part], projection)
 
 
 class PackedLstm:
@@ -63,10 +69,18 @@ class PackedLstm:
         """Outputs [D, N, P], and the last hidden and cell of each row."""
         outputs = x_DNP.new_empty(*x_DNP.shape[:2], hidden_DBP.shape[-1])
         hidden, cell = hidden_DBP.clone(), cell_DBH.clone()
-        # A tenth faster than no_grad: the loop is many small operations. What it fills is made outside of it, so these
-        # are ordinary tensors, which a task's mixture may learn from.
-        with torch.inference_mode():
-            self._steps(x_DNP, rows, weights, outputs, hidden, cell)
+
+        def run(part: int | slice) -> None:
+            # A tenth faster than no_grad: the loop is many small operations. What it fills is made outside of it, so
+            # these are ordinary tensors, which a task's mixture may learn from.
+            part = slice(part, part + 1) if isinstance(part, int) else part
+            with torch.inference_mode():
+                self._steps(x_DNP[part], rows, weights.of(part), outputs[part], hidden[part], cell[part])
+
+        if x_DNP.device.type == "cpu":
+            side_by_side(run, len(x_DNP), x_DNP.device)
+        else:
+            run(slice(None))
         return outputs, hidden, cell
 
     def _steps(
