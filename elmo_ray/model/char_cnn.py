@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from elmo_ray.config import CharCnnConfig
 from elmo_ray.data.characters import N_CHARACTERS
+from elmo_ray.model.side_by_side import Parted, side_by_side
 
 CARRY_BIAS = -2.0
 
 _JUST_BELOW = -1e-37
+
+_WORTH_PARTING = 64
+"""Words: fewer are not computed in halves."""
 
 
 class Highway(nn.Module):
@@ -126,6 +130,31 @@ class CharCnn(nn.Module):
         """
         if classes is None:
             classes = ((types_UC.shape[0], types_UC.shape[1]),)
+        if types_UC.device.type != "cpu" or len(types_UC) < _WORTH_PARTING:
+            return self._encode(types_UC, classes, dtype)
+        return self._in_halves(types_UC, classes, dtype)
+
+    def _in_halves(self, types_UC: Tensor, classes: tuple[tuple[int, int], ...], dtype: torch.dtype | None) -> Tensor:
+        """Half of each class, and the other half, side by side."""
+        halves: list[list[Tensor]] = [[], []]
+        for words, (count, _) in zip(types_UC.split([count for count, _ in classes]), classes, strict=True):
+            for half, some in zip(halves, words.split([count // 2, count - count // 2]), strict=True):
+                half.append(some)
+        sizes = [[len(words) for words in half] for half in halves]
+
+        def encode(part: int) -> Tensor:
+            own = tuple((size, columns) for size, (_, columns) in zip(sizes[part], classes, strict=True) if size)
+            return self._encode(torch.cat(halves[part]), own, dtype)
+
+        if torch.is_grad_enabled():
+            found = Parted.apply(encode, 2, *self.parameters())
+        else:
+            found = [self.embedding, self.embedding]
+            side_by_side(lambda part: found.__setitem__(part, encode(part)), 2, types_UC.device)
+        parts = [result.split(size) for result, size in zip(found, sizes, strict=True)]
+        return torch.cat([some for pair in zip(*parts, strict=True) for some in pair])
+
+    def _encode(self, types_UC: Tensor, classes: tuple[tuple[int, int], ...], dtype: torch.dtype | None) -> Tensor:
         groups, start = [], 0
         for count, columns in classes:
             groups.append(self._convolve(types_UC[start : start + count, :columns], dtype))

@@ -5,19 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from elmo_ray.model.side_by_side import side_by_side
+
 
 class Dropout:
-    """Inverted dropout with masks drawn from one generator, seeded anew for every step.
+    """Inverted dropout; each half of a mask (a direction) is drawn from a generator of its own, seeded for every step.
 
     A fresh mask for every element, so for every time step too, as in bilm-tf.
     """
 
     def __init__(self, probability: float, seed: int, step: int, rank: int, device: torch.device):
         self.probability = probability
-        self.generator = torch.Generator(device)
-        # Fixed multipliers keep (seed, step, rank) apart; the generator mixes the bits.
-        self.generator.manual_seed((seed * 1_000_003 + step * 7_919 + rank * 104_729) % (1 << 63))
+        # Fixed multipliers keep (seed, step, rank, half) apart; the generator mixes the bits.
+        base = seed * 1_000_003 + step * 7_919 + rank * 104_729
+        self.generators = [torch.Generator(device) for _ in range(2)]
+        for half, generator in enumerate(self.generators):
+            generator.manual_seed((base + half * 15_485_863) % (1 << 63))
 
     def __call__(self, x: Tensor) -> Tensor:
-        mask = torch.empty_like(x).bernoulli_(1.0 - self.probability, generator=self.generator)
-        return x * mask.div_(1.0 - self.probability)
+        keep = 1.0 - self.probability
+        mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        halves = mask.view(-1).chunk(2)
+
+        def draw(half: int) -> None:
+            halves[half].bernoulli_(keep, generator=self.generators[half]).div_(keep)
+
+        side_by_side(draw, len(halves), mask.device)
+        return x * mask

@@ -10,16 +10,19 @@ i, j, f, o of TensorFlow's LSTMCell; the forget bias of 1 is added here and neve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from elmo_ray.model.side_by_side import side_by_side
+from elmo_ray.model.products import Factor, factor_of, product_into, sum_into
+from elmo_ray.model.side_by_side import side_by_side, without_lock
+from elmo_ray.model.time_steps import backward_steps, forward_steps
 
 FORGET_BIAS = 1.0
 
-_sigmoid_backward, _tanh_backward = torch.ops.aten.sigmoid_backward.grad_input, torch.ops.aten.tanh_backward.grad_input
+_forward_steps, _backward_steps = without_lock(forward_steps), without_lock(backward_steps)
 
 
 class Weights(NamedTuple):
@@ -69,107 +72,37 @@ class Window(NamedTuple):
         return Window(*(tensor[index] for tensor in self))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
-
-
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, in the dtype of `out`."""
-    if a.dtype != out.dtype:
-        out.copy_(_product(a, b))
-    elif a.dim() == 2:
-        torch.mm(a, b, out=out)
-    else:
-        torch.bmm(a, b, out=out)
-
-
-def _sum_into(out: Tensor, c: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = c + a @ b, in the dtype of `out`; out may be c."""
-    if a.dtype != out.dtype:
-        torch.add(c, _product(a, b), out=out)
-    elif a.dim() == 2:
-        torch.addmm(c, a, b, out=out)
-    else:
-        torch.baddbmm(c, a, b, out=out)
-
-
-def _clip_backward(gradient: Tensor, result: Tensor, bound: float) -> None:
-    """The gradient, or 0 where the result is a bound; in place."""
-    torch.ops.aten.hardtanh_backward.grad_input(gradient, result, -bound, bound, grad_input=gradient)
-
-
-def _steps(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of the T steps."""
-    return tensor.unbind(-3)
-
-
 def run_forward(window: Window, hidden: Tensor, cell: Tensor, weights: Weights, clips: Clips) -> None:
     """Fills `window` but for its x, from the state [D, B, P] and [D, B, H] at its start."""
-    h = cell.shape[-1]
-    low = window.x.dtype
+    rows, h = cell.shape[-2:]
     bias = weights.bias.clone()
     bias[..., 2 * h : 3 * h] += FORGET_BIAS
-    _sum_into(window.gates.flatten(-3, -2), bias.unsqueeze(-2), window.x, weights.input)
-    for gate, new_cell, tanh_cell, gated, output in zip(*map(_steps, window[1:]), strict=True):
-        _sum_into(gate, gate, hidden.to(low), weights.hidden)
-        i, j, f, o = gate.split(h, -1)
-        gate[..., 2 * h :].sigmoid_()
-        torch.mul(f, cell, out=new_cell).addcmul_(i.sigmoid_(), j.tanh_())
-        if clips.cell is not None:
-            new_cell.clamp_(-clips.cell, clips.cell)
-        torch.mul(o, torch.tanh(new_cell, out=tanh_cell), out=gated)
-        if weights.projection is None:
-            output.copy_(gated)
-        else:
-            _product_into(output, gated.to(low), weights.projection)
-            if clips.projection is not None:
-                output.clamp_(-clips.projection, clips.projection)
-        hidden, cell = output, new_cell
+    sum_into(window.gates.flatten(-3, -2), bias.unsqueeze(-2), window.x, weights.input)
+    kernel, projection = _factors(weights, rows, transposed=False)
+    steps: Callable[..., None] = _forward_steps() if window.x.device.type == "cpu" else forward_steps
+    steps(*window[1:], hidden, cell, *kernel, *projection, *clips)
 
 
 def run_backward(
-    d_outputs: Tensor, window: Window, hidden: Tensor, cell: Tensor, weights: Weights, clips: Clips
-) -> Tensor:
-    """Turns `window.gates` into the gradients of the gates before their activations, in place, for the caches' sake;
-    returns the gradient of the projection's result before its clip [D, T, B, P].
-
-    The state at the window's end has no gradient.
-    """
-    low = window.x.dtype
-    # Copies, once a window: products of few rows with a transposed view run at a fraction of the speed on CPUs.
-    hidden_weight = weights.hidden.transpose(-1, -2).contiguous()
-    projection = None if weights.projection is None else weights.projection.transpose(-1, -2).contiguous()
+    d_outputs: Tensor, window: Window, cell: Tensor, weights: Weights, clips: Clips
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the gates before their activations [D, T, B, 4H], in the products' dtype, and of the
+    projection's result before its clip [D, T, B, P]. May overwrite `window.gates`."""
+    kernel, projection = _factors(weights, cell.shape[-2], transposed=True)
+    gates, low = window.gates, window.x.dtype
+    d_gates = gates if low == gates.dtype else torch.empty_like(gates, dtype=low)
     d_raw = torch.empty_like(window.outputs)
-    d_outs, d_gates, d_raws = _steps(d_outputs), _steps(window.gates), _steps(d_raw)
-    cells, tanh_cells, outputs = _steps(window.cells), _steps(window.tanh_cells), _steps(window.outputs)
-    d_c, product = torch.empty_like(cell), torch.empty_like(cell)
-    d_cell: Tensor | None = None
-    for step in reversed(range(len(d_raws))):
-        d_out = d_raws[step]
-        if d_cell is None:
-            d_out.copy_(d_outs[step])
-        else:
-            _sum_into(d_out, d_outs[step], d_gates[step + 1].to(low), hidden_weight)
-        d_m = d_out
-        if projection is not None:
-            if clips.projection is not None:
-                _clip_backward(d_out, outputs[step], clips.projection)
-            d_m = _product(d_out.to(low), projection).to(d_out.dtype)
-        i, j, f, o = d_gates[step].chunk(4, -1)
-        _tanh_backward(torch.mul(d_m, o, out=d_c), tanh_cells[step], grad_input=d_c)
-        if d_cell is None:
-            d_cell = torch.empty_like(cell)
-        else:
-            d_c += d_cell
-        if clips.cell is not None:
-            _clip_backward(d_c, cells[step], clips.cell)
-        _sigmoid_backward(torch.mul(d_m, tanh_cells[step], out=product), o, grad_input=o)
-        torch.mul(d_c, i, out=d_cell)  # room that is free until the cell's own gradient goes there
-        _sigmoid_backward(torch.mul(d_c, j, out=product), i, grad_input=i)
-        _tanh_backward(d_cell, j, grad_input=j)
-        torch.mul(d_c, f, out=d_cell)
-        _sigmoid_backward(torch.mul(d_c, cells[step - 1] if step else cell, out=product), f, grad_input=f)
-    return d_raw
+    steps: Callable[..., None] = _backward_steps() if window.x.device.type == "cpu" else backward_steps
+    saved = (gates, window.cells, window.tanh_cells, window.outputs, cell)
+    steps(d_outputs, *saved, *kernel, *projection, *clips, d_gates, d_raw)
+    return d_gates, d_raw
+
+
+def _factors(weights: Weights, rows: int, transposed: bool) -> tuple[Factor, Factor | tuple[None, bool]]:
+    """Of the recurrent kernel and of the projection, if there is one."""
+    projection = weights.projection
+    kernel = factor_of(weights.hidden, rows, transposed)
+    return kernel, (None, False) if projection is None else factor_of(projection, rows, transposed)
 
 
 class Recurrence(torch.autograd.Function):
@@ -230,11 +163,11 @@ class Recurrence(torch.autograd.Function):
         def run(k: int | slice) -> None:
             """One direction, or all as one batch."""
             of, with_weights, hidden, cell = window.of(k), weights.of(k), hidden_DBP[k], cell_DBH[k]
-            d_raw = run_backward(d_outputs[k], of, hidden, cell, with_weights, ctx.clips)
-            d_gates = of.gates.flatten(-3, -2).to(window.x.dtype)
+            d_gates, d_raw = run_backward(d_outputs[k], of, cell, with_weights, ctx.clips)
+            d_gates, d_raw = d_gates.flatten(-3, -2), d_raw.flatten(-3, -2).to(window.x.dtype)
             _weight_gradients(d_weights.of(k), d_gates, d_raw, of, hidden)
             if ctx.needs_input_grad[0]:
-                _product_into(d_x[k].flatten(-3, -2), d_gates, with_weights.input.transpose(-1, -2).contiguous())
+                product_into(d_x[k].flatten(-3, -2), d_gates, with_weights.input.transpose(-1, -2))
 
         if d_outputs.device.type == "cpu":
             side_by_side(run, len(d_outputs), d_outputs.device)
@@ -245,15 +178,13 @@ class Recurrence(torch.autograd.Function):
 
 
 def _weight_gradients(into: Weights, d_gates: Tensor, d_raw: Tensor, window: Window, hidden: Tensor) -> None:
-    """From the gradients of the gates [D, T*B, 4H] in the products' dtype, and of the projection's result."""
+    """From the gradients of the gates [D, T*B, 4H] and of the projection's result [D, T*B, P], in the products'
+    dtype."""
     low = d_gates.dtype
-    previous = torch.cat([hidden.unsqueeze(-3), window.outputs[..., :-1, :, :]], dim=-3).flatten(-3, -2)
-    # one product for both kernels: few rows run at half the speed of many
-    both = _product(torch.cat([window.x, previous.to(low)], dim=-1).transpose(-1, -2), d_gates)
-    n_input = window.x.shape[-1]
-    into.input.copy_(both[..., :n_input, :])
-    into.hidden.copy_(both[..., n_input:, :])
-    torch.sum(window.gates.flatten(-3, -2), dim=-2, out=into.bias)
+    previous = torch.cat([hidden.unsqueeze(-3), window.outputs[..., :-1, :, :]], dim=-3).flatten(-3, -2).to(low)
+    product_into(into.input, window.x.transpose(-1, -2), d_gates)
+    product_into(into.hidden, previous.transpose(-1, -2), d_gates)
+    torch.sum(d_gates, dim=-2, dtype=into.bias.dtype, out=into.bias)
     if into.projection is not None:
-        gated, d_raw = window.gated.flatten(-3, -2).to(low), d_raw.flatten(-3, -2).to(low)
-        _product_into(into.projection, gated.transpose(-1, -2), d_raw)
+        gated = window.gated.flatten(-3, -2).to(low)
+        product_into(into.projection, gated.transpose(-1, -2), d_raw)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from elmo_ray.config import OptimConfig
 from elmo_ray.model.parts import part_of
+from elmo_ray.model.side_by_side import side_by_side
 
 TABLE_LR = 0.2
 
@@ -105,13 +106,17 @@ class Optimizer:
         finite = torch.isfinite(norm)
         divisor = norm.clamp_min(self.config.clip_norm) / self.config.clip_norm
         divisor = torch.where(finite, divisor, 1.0)
-        if self.inner is not None and dense_gradients:
-            self._update_dense(dense_gradients, divisor, finite, step, total_steps)
-        with torch.no_grad():
-            for name, gradient in row_gradients.items():
-                g = torch.where(finite, gradient / divisor, 0.0)
-                rate = learning_rate(self.config, self.rates[name], step, total_steps)
-                self._update_rows(name, rows.get(name), g, rate)
+
+        def update(part: int) -> None:
+            if part == 0 and self.inner is not None and dense_gradients:
+                self._update_dense(dense_gradients, divisor, finite, step, total_steps)
+            if part == 1:
+                for name, gradient in row_gradients.items():
+                    g = torch.where(finite, gradient / divisor, 0.0)
+                    rate = learning_rate(self.config, self.rates[name], step, total_steps)
+                    self._update_rows(name, rows.get(name), g, rate)
+
+        side_by_side(update, 2, norm.device)
         return norm, finite
 
     def _update_dense(

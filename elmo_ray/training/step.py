@@ -20,6 +20,7 @@ from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.parts import trained_at
 from elmo_ray.model.sampled_softmax import sampled_losses
+from elmo_ray.model.side_by_side import threads_for_parts
 from elmo_ray.model.softmax import full_losses
 from elmo_ray.training.accumulation import average, parts_of, send_as_bf16
 from elmo_ray.training.optim import Optimizer
@@ -182,6 +183,10 @@ class TrainStep:
 
     def run(self, batch: StepInput) -> StepOutput:
         """A whole step. Where the gradient is not finite neither the parameters nor the state change."""
+        with threads_for_parts():
+            return self._run(batch)
+
+    def _run(self, batch: StepInput) -> StepOutput:
         gradients, sums, state = self.gradients(batch)
         norm, finite = self.optimizer.apply(
             gradients.dense, gradients.rows, gradients.tables, batch.step, self.total_steps

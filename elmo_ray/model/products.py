@@ -1,0 +1,66 @@
+"""Matrices that serve as a factor many times, such as a recurrent kernel at every time step of a window.
+
+A CPU multiplies few rows by a big matrix at half of its speed, because it puts the matrix into the order of its caches
+anew for every product. oneDNN's packed weights, which torch has, are put into that order once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_WORTH_PACKING = 1 << 17
+"""Numbers of a matrix; smaller ones gain nothing."""
+
+
+class Factor(NamedTuple):
+    """The right factor of products. matrix: [K, N], for batches of products [D, K, N], or, packed, its transpose in
+    oneDNN's order."""
+
+    matrix: Tensor
+    packed: bool
+
+
+def factor_of(weight: Tensor, rows: int, transposed: bool = False) -> Factor:
+    """`weight` [K, N] or [D, K, N], or its transpose where `transposed`, for products of so many rows."""
+    if weight.numel() >= _WORTH_PACKING and can_pack(weight):
+        # a linear layer's weight, which is what is packed, is the transpose of the factor
+        return Factor(torch.ops.mkldnn._reorder_linear_weight(weight if transposed else weight.t(), rows), True)
+    # a copy: products of few rows with a transposed view run at a fraction of the speed on CPUs
+    return Factor(weight.transpose(-1, -2).contiguous() if transposed else weight, False)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether torch has packed products for this matrix here."""
+    if weight.device.type != "cpu" or weight.dim() != 2 or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices or two batches of them."""
+    return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, in the dtype of `out`."""
+    if a.dtype != out.dtype:
+        out.copy_(product(a, b))
+    elif a.dim() == 2:
+        torch.mm(a, b, out=out)
+    else:
+        torch.bmm(a, b, out=out)
+
+
+def sum_into(out: Tensor, c: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = c + a @ b, in the dtype of `out`; out may be c."""
+    if a.dtype != out.dtype:
+        torch.add(product(a, b).to(out.dtype), c, out=out)
+    elif a.dim() == 2:
+        torch.addmm(c, a, b, out=out)
+    else:
+        torch.baddbmm(c, a, b, out=out)
