@@ -24,7 +24,7 @@ from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.text import OnError
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import CheckpointError
-from elmo_ray.machine import available_cores
+from elmo_ray.machine import available_cores, keep_freed_memory
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.word_cache import WordCache
 from elmo_ray.source import open_source
@@ -101,6 +101,7 @@ class Job:
 
     def measure(self, part: range, model: BiLM, vocabulary: Vocabulary) -> Tally:
         """Of one of the parts; the model is on its device."""
+        keep_freed_memory()
         scorer = Scorer(model, vocabulary, self.corpus, self.on_error)
         if self.settings.reset == "sentence":
             return scorer.sentences(part, self.settings.rows)

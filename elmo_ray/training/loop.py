@@ -15,7 +15,7 @@ from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ElmoRayError, TrainingError
-from elmo_ray.machine import memory_in_use
+from elmo_ray.machine import keep_freed_memory, memory_in_use
 from elmo_ray.metrics import MetricsWriter
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.training.checkpoint import Checkpoint
@@ -46,6 +46,7 @@ def train(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
     Returns plain values: steps, positions, finished, stopped, best_perplexity, best_step, checkpoint, seconds. Raises
     an ElmoRayError on all ranks alike.
     """
+    keep_freed_memory()
     return _Run(plan, worker).run()
 
 

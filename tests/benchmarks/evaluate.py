@@ -26,6 +26,7 @@ from elmo_ray.data.encode import thread_source
 from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.word_cache import WordCache
 from elmo_ray.training.held_out import POSITIONS_PER_BATCH
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the verbs do
     with tempfile.TemporaryDirectory() as folder:
         for line in cases(arguments, Path(folder)):
             print(json.dumps(line), flush=True)

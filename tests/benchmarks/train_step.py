@@ -28,6 +28,7 @@ from elmo_ray.data.encode import thread_source
 from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Feeder, StepAssembler
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the verbs do
     with tempfile.TemporaryDirectory() as folder:
         for line in cases(arguments, Path(folder)):
             print(json.dumps(line), flush=True)
