@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from elmo_ray.data.encode import EncodedBlock
 from elmo_ray.data.shards import Block, Corpus
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.data.word_types import TypeTable, distinct_types
+from elmo_ray.data.word_types import Marks, TypeTable, distinct_types
 from elmo_ray.errors import DataError
 
 IntArray = NDArray[np.int64]
@@ -241,6 +241,7 @@ class StreamLoader:
         self._pieces: list[deque[_Piece]] = [deque() for _ in streams]
         self._held: list[_Piece] = []  # all of them, in the order of `unknown_base`
         self._next_base = vocabulary.size
+        self._marks = Marks(vocabulary.size + directions * len(streams) * unroll)
         self._nothing = np.full((4, unroll), -1, np.int64)  # what a stream that is done yields
         self._nothing[0::2] = vocabulary.bos
         # One generator gives the order to the source and, share by share, to the loop below.
@@ -346,7 +347,7 @@ class StreamLoader:
         self._advance(lengths, tokens[1::2])
         directions = slice(0, 2 * self.directions, 2)
         types, classes, inputs = distinct_types(
-            tokens[directions], self.vocabulary, self.characters, self._unknown_rows
+            tokens[directions], self.vocabulary, self.characters, self._unknown_rows, self._marks
         )
         if ended:
             self._held = [piece for piece in self._held if piece.taken < piece.size]

@@ -43,7 +43,30 @@ class TypeTable:
         counts = np.bincount(classes, minlength=len(self.bounds))
         place = np.empty(len(order), np.int64)
         place[order] = np.arange(len(order))
-        return types.take(order, axis=0), tuple((int(n), c) for n, c in zip(counts, self.columns, strict=True) if n), place
+        found = tuple((n, columns) for n, columns in zip(counts.tolist(), self.columns, strict=True) if n)
+        return types.take(order, axis=0), found, place
+
+
+class Marks:
+    """Finds the distinct ones among ids from 0 to n - 1, for one thread.
+
+    By marking them in tables: np.unique sorts, which takes twice as long for a thousand ids, ten times for fifteen
+    thousand, and longer than a step for those of many workers. The tables are kept, for clearing memory of the
+    vocabulary's size at every step takes longer than all the rest.
+    """
+
+    def __init__(self, n: int):
+        self._marks = np.zeros(n, np.bool_)
+        self.place = np.empty(n, np.int64)
+        """Of each id that the last call found its place among them; what the others have means nothing."""
+
+    def distinct(self, ids: IntArray) -> IntArray:
+        """The distinct ids in order."""
+        self._marks[ids] = True
+        found = np.flatnonzero(self._marks)
+        self._marks[found] = False
+        self.place[found] = np.arange(len(found))
+        return found
 
 
 def distinct_types(
@@ -51,17 +74,21 @@ def distinct_types(
     vocabulary: Vocabulary,
     characters: TypeTable | None,
     unknown_rows: Callable[[IntArray], NDArray[np.int16]],
+    marks: Marks | None = None,
 ) -> tuple[NDArray, tuple[tuple[int, int], ...], IntArray]:
     """The distinct words of `inputs`: types and type_classes as in `streams.Batch`, and `inputs` as indices into them.
 
     Numbers from the vocabulary's size on are unknown words, whose characters `unknown_rows` gives; the same word may
     have several. The result depends on the words alone, not on these numbers.
     Without `characters`, types are vocabulary ids and unknown words are `<UNK>`.
+    marks: for as many ids as the vocabulary and `inputs` have together.
     """
     n_known, ids = vocabulary.size, inputs.ravel()
+    marks = marks or Marks(n_known + len(ids))
     if characters is None:
-        words, places = _distinct(np.where(ids >= n_known, vocabulary.unk, ids), n_known)
-        return words, ((len(words), 1),), places.reshape(inputs.shape)
+        ids = np.where(ids >= n_known, vocabulary.unk, ids)
+        words = marks.distinct(ids)
+        return words, ((len(words), 1),), marks.place.take(ids).reshape(inputs.shape)
     at = np.flatnonzero(ids >= n_known)
     unknown = np.zeros((0, characters.table.shape[1]), np.int16)
     if len(at):
@@ -72,19 +99,6 @@ def distinct_types(
         unknown = distinct.view(np.int16).reshape(len(distinct), -1)
         ids = ids.copy()
         ids[at] = n_known + places
-    words, places = _distinct(ids, n_known + len(unknown))
+    words = marks.distinct(ids)
     types, classes, place = characters.gather(words[: len(words) - len(unknown)], unknown)
-    return types, classes, place.take(places).reshape(inputs.shape)
-
-
-def _distinct(ids: IntArray, n: int) -> tuple[IntArray, IntArray]:
-    """The distinct ids in order, all less than `n`, and where each of `ids` is among them.
-
-    By marking them: np.unique sorts, which takes twice as long for a thousand ids and ten times for fifteen thousand.
-    """
-    marks = np.zeros(n, np.bool_)
-    marks[ids] = True
-    distinct = np.flatnonzero(marks)
-    place = np.empty(n, np.int64)
-    place[distinct] = np.arange(len(distinct))
-    return distinct, place.take(ids)
+    return types, classes, place.take(marks.place.take(ids)).reshape(inputs.shape)
