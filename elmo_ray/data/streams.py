@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from elmo_ray.data.encode import EncodedBlock
 from elmo_ray.data.shards import Block, Corpus
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.data.word_types import TypeTable, distinct_types
+from elmo_ray.data.word_types import Marks, TypeTable, distinct_types
 from elmo_ray.errors import DataError
 
 IntArray = NDArray[np.int64]
@@ -145,15 +145,6 @@ class StreamPlan:
             yield window, share
             push(stream)
 
-    def new_block(self, stream: int, epoch: int, offset: int, unroll: int) -> bool:
-        """Whether a block began since the window before the one at this cursor did."""
-        if offset < unroll:
-            return True
-        _, ends = self.order(epoch)
-        at = self.share(stream)[0] + offset
-        i, j = np.searchsorted(ends, [at - unroll, at], side="right")
-        return bool(i != j)
-
 
 @dataclass
 class Batch:
@@ -184,12 +175,14 @@ class Batch:
 
 @dataclass
 class _Piece:
-    """Part of a block, as positions: columns of `tokens` are forward input, forward target, backward input, backward
-    target."""
+    """Part of a block, as positions: rows of `tokens` are forward input, forward target, backward input, backward
+    target. first: positions of the block before these. unknown: the bytes of its unknown words' rows of characters."""
 
-    tokens: NDArray[np.int64]  # [4, n]
+    tokens: NDArray[np.int64]  # [4, size]
+    size: int
+    first: int
     unknown_base: int
-    unknown: NDArray[np.int16]
+    unknown: bytes
     replaced: int
     taken: int = 0
 
@@ -207,10 +200,9 @@ def block_positions(block: EncodedBlock, vocabulary: Vocabulary, unknown_base: i
     as_target = np.where(ids < 0, vocabulary.unk, ids)
     n = n_tokens + n_sentences
     starts = np.concatenate([[0], np.cumsum(lengths + 1)[:-1]]) if n_sentences else np.zeros(0, np.int64)
-    sentence_of_token = np.repeat(np.arange(n_sentences), lengths)
-    forward = np.arange(n_tokens) + sentence_of_token  # token i is the target of this position
+    forward = np.arange(n_tokens) + np.repeat(np.arange(n_sentences), lengths)  # token i is this position's target
     # backward, token k of a sentence of m words is the target of position m - 1 - k
-    backward = starts[sentence_of_token] + lengths[sentence_of_token] - 1 - (forward - starts[sentence_of_token])
+    backward = np.repeat(2 * starts + lengths - 1, lengths) - forward
     tokens = np.empty((4, n), np.int64)
     tokens[0, starts] = vocabulary.bos
     tokens[0, forward + 1] = as_input
@@ -247,13 +239,17 @@ class StreamLoader:
         self.cursors = cursors.copy()
         self._window = 0
         self._pieces: list[deque[_Piece]] = [deque() for _ in streams]
+        self._held: list[_Piece] = []  # all of them, in the order of `unknown_base`
         self._next_base = vocabulary.size
+        self._marks = Marks(vocabulary.size + directions * len(streams) * unroll)
+        self._nothing = np.full((4, unroll), -1, np.int64)  # what a stream that is done yields
+        self._nothing[0::2] = vocabulary.bos
         # One generator gives the order to the source and, share by share, to the loop below.
         self._asked: deque[tuple[int, BlockShare]] = deque()
         self._requests = plan.requests(streams, self.cursors, unroll)
         self._blocks = source(self._ask())
         self._pending: tuple[int, BlockShare] | None = None
-        self._sizes = plan.share_sizes()
+        self._sizes = plan.share_sizes()[streams.start : streams.stop]
 
     def _ask(self) -> Iterator[Block]:
         for request in self._requests:
@@ -285,11 +281,10 @@ class StreamLoader:
 
     def _owed(self) -> bool:
         """Whether a stream has positions to come that are not at hand."""
-        sizes = self._sizes[self.streams.start : self.streams.stop]
         if self.plan.epochs is None:
-            return bool(sizes.any())
-        left = np.maximum((self.plan.epochs - self.cursors.epoch) * sizes - self.cursors.offset, 0)
-        at_hand = [sum(piece.tokens.shape[1] - piece.taken for piece in pieces) for pieces in self._pieces]
+            return bool(self._sizes.any())
+        left = np.maximum((self.plan.epochs - self.cursors.epoch) * self._sizes - self.cursors.offset, 0)
+        at_hand = [sum(piece.size - piece.taken for piece in pieces) for pieces in self._pieces]
         return bool((left != at_hand).any())
 
     def _add(self, share: BlockShare, block: EncodedBlock) -> None:
@@ -303,9 +298,11 @@ class StreamLoader:
             )
         # a block that several streams share, or that is read again after a resume, is counted once
         replaced = block.replaced if share.first == 0 else 0
-        piece = _Piece(tokens[:, share.first : share.last], self._next_base, block.unknown, replaced)
+        mine, size = tokens[:, share.first : share.last], share.last - share.first
+        piece = _Piece(mine, size, share.first, self._next_base, block.unknown.tobytes(), replaced)
         self._next_base += len(block.unknown)
         self._pieces[share.stream - self.streams.start].append(piece)
+        self._held.append(piece)
 
     def __iter__(self) -> Iterator[Batch]:
         while self.plan.epochs is None or not self.done():
@@ -315,74 +312,70 @@ class StreamLoader:
         """Whether every stream of this loader has finished its last share."""
         if self.plan.epochs is None:
             return False
-        sizes = self._sizes[self.streams.start : self.streams.stop]
-        return bool(np.all((self.cursors.epoch >= self.plan.epochs) | (sizes == 0)))
+        return bool(np.all((self.cursors.epoch >= self.plan.epochs) | (self._sizes == 0)))
 
     def next_batch(self) -> Batch:
         """The next window of every stream; streams that are done yield targets of -1."""
         self._pull()
-        n_rows, unroll = len(self.streams), self.unroll
-        tokens = np.full((4, n_rows, unroll), -1, np.int64)
-        tokens[0], tokens[2] = self.vocabulary.bos, self.vocabulary.bos
-        lengths = np.zeros(n_rows, np.int64)
-        new_block = np.zeros(n_rows, np.bool_)
-        live: list[_Piece] = []
+        unroll = self.unroll
+        parts: list[NDArray[np.int64]] = []
+        filled: list[int] = []
+        into_block: list[int] = []  # positions from the block's first to the window's
+        ended = False
         for row, pieces in enumerate(self._pieces):
-            stream = self.streams.start + row
-            if pieces:
-                new_block[row] = self.plan.new_block(
-                    stream, int(self.cursors.epoch[row]), int(self.cursors.offset[row]), unroll
-                )
-            filled = 0
-            while filled < unroll and pieces:
+            into_block.append(pieces[0].first + pieces[0].taken if pieces else 0)
+            n = 0
+            while n < unroll and pieces:
                 piece = pieces[0]
-                n = min(unroll - filled, piece.tokens.shape[1] - piece.taken)
-                tokens[:, row, filled : filled + n] = piece.tokens[:, piece.taken : piece.taken + n]
-                live.append(piece)
-                if piece.taken == 0:
+                start = piece.taken
+                piece.taken = stop = min(start + unroll - n, piece.size)
+                parts.append(piece.tokens[:, start:stop])
+                n += stop - start
+                if start == 0:
                     self.cursors.replaced[row] += piece.replaced
-                filled += n
-                piece.taken += n
-                if piece.taken == piece.tokens.shape[1]:
+                if stop == piece.size:
                     pieces.popleft()
-            lengths[row] = filled
-            self._advance(row, stream, tokens[:, row, :filled])
+                    ended = True
+            if n < unroll:
+                parts.append(self._nothing[:, n:])
+            filled.append(n)
         self._window += 1
+        tokens = np.concatenate(parts, axis=1).reshape(4, len(filled), unroll)
+        lengths = np.array(filled, np.int64)
+        # a share's start in the middle of a block counts as a block's
+        new_block = (np.minimum(into_block, self.cursors.offset) < unroll) & (lengths > 0)
+        self._advance(lengths, tokens[1::2])
+        directions = slice(0, 2 * self.directions, 2)
         types, classes, inputs = distinct_types(
-            tokens[0 : 2 * self.directions : 2],
-            self.vocabulary,
-            self.characters,
-            lambda numbers: self._unknown_rows(numbers, live),
+            tokens[directions], self.vocabulary, self.characters, self._unknown_rows, self._marks
         )
-        return Batch(
-            types, classes, inputs, tokens[1 : 2 * self.directions : 2].copy(), lengths, new_block, self.cursors.copy()
-        )
+        if ended:
+            self._held = [piece for piece in self._held if piece.taken < piece.size]
+        targets = tokens[1:][directions].copy()
+        return Batch(types, classes, inputs, targets, lengths, new_block, self.cursors.copy())
 
-    def _advance(self, row: int, stream: int, tokens: NDArray[np.int64]) -> None:
-        cursors, n, size = self.cursors, tokens.shape[1], int(self._sizes[stream])
-        if n == 0:
-            return
-        total = int(cursors.offset[row]) + n
-        cursors.epoch[row] += total // size
-        cursors.offset[row] = total % size
-        cursors.audit_positions[row] += n
-        targets = np.ascontiguousarray(
-            tokens[1::2].T.astype("<i4")
-        )  # position by position, so that windows do not matter
-        cursors.audit_hash[row] = zlib.crc32(targets.tobytes(), int(cursors.audit_hash[row]))
+    def _advance(self, lengths: IntArray, targets: NDArray[np.int64]) -> None:
+        """Cursors after a window of so many positions of each stream; targets: [2, B, T]."""
+        cursors = self.cursors
+        shares, cursors.offset = np.divmod(cursors.offset + lengths, np.maximum(self._sizes, 1))
+        cursors.epoch += shares
+        cursors.audit_positions += lengths
+        # position by position, so that windows do not matter
+        positions = targets.transpose(1, 2, 0).astype("<i4", order="C")
+        data, row_bytes, position_bytes = positions.tobytes(), positions[0].nbytes, positions[0, 0].nbytes
+        rows = zip(range(0, len(data), row_bytes), lengths.tolist(), cursors.audit_hash.tolist(), strict=True)
+        cursors.audit_hash[:] = [zlib.crc32(data[at : at + n * position_bytes], before) for at, n, before in rows]
 
-    def _unknown_rows(self, numbers: IntArray, live: list[_Piece]) -> NDArray[np.int16]:
+    def _unknown_rows(self, numbers: IntArray) -> NDArray[np.int16]:
         """Characters of unknown words by their numbers, from the pieces that a window is made of."""
         assert self.characters is not None
-        rows = np.zeros((len(numbers), self.characters.table.shape[1]), np.int16)
-        if len(numbers):
-            by_base = {p.unknown_base: p for p in live if len(p.unknown)}
-            bases = np.array(sorted(by_base), np.int64)
-            owner = bases[np.searchsorted(bases, numbers, side="right") - 1]
-            for base in np.unique(owner):
-                mine = owner == base
-                rows[mine] = by_base[int(base)].unknown[numbers[mine] - base]
-        return rows
+        bases = np.array([piece.unknown_base for piece in self._held], np.int64)
+        owners = bases.searchsorted(numbers, side="right") - 1
+        width = self.characters.table[0].nbytes
+        places = zip(owners.tolist(), ((numbers - bases[owners]) * width).tolist(), strict=True)
+        # bytes and not arrays: there are few words of each piece, and a slice of an array takes ten times as long
+        rows = b"".join([self._held[owner].unknown[at : at + width] for owner, at in places])
+        return np.frombuffer(rows, np.int16).reshape(len(numbers), -1)
 
 
 def deal(n_streams: int, workers: int) -> list[range]:

@@ -25,22 +25,48 @@ class TypeTable:
 
     def __init__(self, vocabulary: Vocabulary, max_characters: int, widest: int):
         self.table = vocabulary.characters(max_characters)
-        self.lengths = (self.table != PADDING).sum(axis=1).astype(np.int64)
         bounds = [b for b in LENGTH_CLASSES if b + widest < max_characters] + [max_characters]
         self.bounds = np.array(bounds, np.int64)
         self.columns = [min(max_characters, b + widest) for b in bounds]
+        self.classes = self._classes(self.table)
+
+    def _classes(self, rows: NDArray[np.int16]) -> NDArray[np.int8]:
+        """Which of the classes each row belongs to, in a type that numpy sorts by counting."""
+        return np.searchsorted(self.bounds, (rows != PADDING).sum(axis=1)).astype(np.int8)
 
     def gather(self, known: IntArray, unknown: NDArray[np.int16]) -> tuple[NDArray[np.int16], tuple, IntArray]:
         """Rows of known ids then of unknown words, sorted by class; returns types, classes and the new place of each
         row."""
-        types = np.concatenate([self.table[known], unknown])
-        lengths = np.concatenate([self.lengths[known], (unknown != PADDING).sum(axis=1)])
-        classes = np.searchsorted(self.bounds, lengths)
+        types = np.concatenate([self.table.take(known, axis=0), unknown])
+        classes = np.concatenate([self.classes[known], self._classes(unknown)])
         order = np.argsort(classes, kind="stable")
         counts = np.bincount(classes, minlength=len(self.bounds))
         place = np.empty(len(order), np.int64)
         place[order] = np.arange(len(order))
-        return types[order], tuple((int(n), c) for n, c in zip(counts, self.columns, strict=True) if n), place
+        found = tuple((n, columns) for n, columns in zip(counts.tolist(), self.columns, strict=True) if n)
+        return types.take(order, axis=0), found, place
+
+
+class Marks:
+    """Finds the distinct ones among ids from 0 to n - 1, for one thread.
+
+    By marking them in tables: np.unique sorts, which takes twice as long for a thousand ids, ten times for fifteen
+    thousand, and longer than a step for those of many workers. The tables are kept, for clearing memory of the
+    vocabulary's size at every step takes longer than all the rest.
+    """
+
+    def __init__(self, n: int):
+        self._marks = np.zeros(n, np.bool_)
+        self.place = np.empty(n, np.int64)
+        """Of each id that the last call found its place among them; what the others have means nothing."""
+
+    def distinct(self, ids: IntArray) -> IntArray:
+        """The distinct ids in order."""
+        self._marks[ids] = True
+        found = np.flatnonzero(self._marks)
+        self._marks[found] = False
+        self.place[found] = np.arange(len(found))
+        return found
 
 
 def distinct_types(
@@ -48,24 +74,31 @@ def distinct_types(
     vocabulary: Vocabulary,
     characters: TypeTable | None,
     unknown_rows: Callable[[IntArray], NDArray[np.int16]],
+    marks: Marks | None = None,
 ) -> tuple[NDArray, tuple[tuple[int, int], ...], IntArray]:
     """The distinct words of `inputs`: types and type_classes as in `streams.Batch`, and `inputs` as indices into them.
 
-    Numbers from the vocabulary's size on are unknown words, whose characters `unknown_rows` gives for sorted numbers;
-    the same word may have several. The result depends on the words alone, not on these numbers.
+    Numbers from the vocabulary's size on are unknown words, whose characters `unknown_rows` gives; the same word may
+    have several. The result depends on the words alone, not on these numbers.
     Without `characters`, types are vocabulary ids and unknown words are `<UNK>`.
+    marks: for as many ids as the vocabulary and `inputs` have together.
     """
+    n_known, ids = vocabulary.size, inputs.ravel()
+    marks = marks or Marks(n_known + len(ids))
     if characters is None:
-        known = np.where(inputs >= vocabulary.size, vocabulary.unk, inputs)
-        words, places = np.unique(known, return_inverse=True)
-        return words, ((len(words), 1),), places.reshape(inputs.shape)
-    words, places = np.unique(inputs, return_inverse=True)
-    n_known = int(np.searchsorted(words, vocabulary.size))
-    # Their numbers tell in which order blocks were read, and that is another one after a resume: by their characters
-    # they come in the same order, or sums over words would be taken in another.
-    unknown = np.ascontiguousarray(unknown_rows(words[n_known:]))
-    width = unknown.dtype.itemsize * unknown.shape[1]
-    _, first, same = np.unique(unknown.view(f"V{width}").ravel(), return_index=True, return_inverse=True)
-    types, classes, place = characters.gather(words[:n_known], unknown[first])
-    place = np.concatenate([place[:n_known], place[n_known:][same]])
-    return types, classes, place[places.reshape(inputs.shape)]
+        ids = np.where(ids >= n_known, vocabulary.unk, ids)
+        words = marks.distinct(ids)
+        return words, ((len(words), 1),), marks.place.take(ids).reshape(inputs.shape)
+    at = np.flatnonzero(ids >= n_known)
+    unknown = np.zeros((0, characters.table.shape[1]), np.int16)
+    if len(at):
+        # Their numbers tell in which order blocks were read, and that is another one after a resume: by their
+        # characters they come in the same order, or sums over words would be taken in another.
+        rows = np.ascontiguousarray(unknown_rows(ids[at]))
+        distinct, places = np.unique(rows.view(f"V{rows[0].nbytes}").ravel(), return_inverse=True)
+        unknown = distinct.view(np.int16).reshape(len(distinct), -1)
+        ids = ids.copy()
+        ids[at] = n_known + places
+    words = marks.distinct(ids)
+    types, classes, place = characters.gather(words[: len(words) - len(unknown)], unknown)
+    return types, classes, place.take(marks.place.take(ids)).reshape(inputs.shape)

@@ -32,24 +32,30 @@ class Negatives:
     tries: int
 
 
-def draw_negatives(seed: int, step: int, direction: int, n_words: int, count: int) -> Negatives:
+def draw_negatives(
+    seed: int, step: int, direction: int, n_words: int, count: int, table: NDArray[np.int64] | None = None
+) -> Negatives:
     """Log-uniform negatives without replacement, a pure function of its arguments.
 
     As TensorFlow's log_uniform_candidate_sampler(unique=True): draw ids with p(k) = log((k+2)/(k+1)) / log(V+1) one
     after another, keep the first `count` distinct ones; `tries` is the index of the last of them plus one. Needs
-    count <= n_words (checked with the configuration).
+    count <= n_words (checked with the configuration). table: [n_words], to be written over.
     """
     random = np.random.Generator(np.random.Philox(key=[seed, 2 * step + direction]))
     draws = np.zeros(0, np.int64)
+    # of each drawn id its first place among the draws: ten times as fast as sorting them
+    first = np.empty(n_words, np.int64) if table is None else table
     size = 4 * count + 64
     while True:
         uniform = random.random(size)
         more = np.expm1(uniform * math.log1p(n_words)).astype(np.int64)  # exp(u log(V+1)) - 1, rounded down
         draws = np.concatenate([draws, np.minimum(more, n_words - 1)])
-        _, first = np.unique(draws, return_index=True)
-        if len(first) >= count:
-            first.sort()
-            return Negatives(draws[first[:count]], int(first[count - 1]) + 1)
+        places = np.arange(len(draws))
+        first[draws] = len(draws)
+        np.minimum.at(first, draws, places)
+        kept = np.flatnonzero(first[draws] == places)
+        if len(kept) >= count:
+            return Negatives(draws[kept[:count]], int(kept[count - 1]) + 1)
         size = len(draws)
 
 

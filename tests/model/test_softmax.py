@@ -125,6 +125,22 @@ def test_as_many_negatives_as_words(n_words: int) -> None:
     assert sorted(drawn.ids.tolist()) == list(range(n_words)) and drawn.tries >= n_words
 
 
+def test_negatives_are_the_first_distinct_draws() -> None:
+    """One draw after another, also where many more than usual are needed, and in a table that was used before."""
+    n_words, table = 200, np.full(200, -7)
+    for step, count in ((0, 1), (1, 30), (2, 150), (3, 200)):
+        random = np.random.Generator(np.random.Philox(key=[5, 2 * step + 1]))
+        found: list[int] = []
+        tries = 0
+        while len(found) < count:
+            draw = int(np.expm1(random.random() * math.log1p(n_words)))
+            tries += 1
+            if draw not in found:
+                found.append(draw)
+        for drawn in (draw_negatives(5, step, 1, n_words, count, table), draw_negatives(5, step, 1, n_words, count)):
+            assert drawn.ids.tolist() == found and drawn.tries == tries
+
+
 def test_draws_follow_the_log_uniform_law() -> None:
     n_words, n = 50, 40_000
     first = np.array([draw_negatives(1, step, 0, n_words, 1).ids[0] for step in range(n // 10)])
