@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from elmo_ray.config import LstmConfig
 from elmo_ray.model.lstm import BiLstm
-from elmo_ray.model.side_by_side import side_by_side
+from elmo_ray.model.side_by_side import Parted, side_by_side, threads_for_parts
 
 CPU = torch.device("cpu")
 
@@ -46,3 +48,39 @@ def test_an_error_in_a_direction_is_the_callers(threads) -> None:
         threads(count)
         with pytest.raises(ValueError, match="of direction 1"):
             side_by_side(work, 2, CPU)
+
+
+def test_between_parts_there_is_one_thread_and_parts_have_all(threads) -> None:
+    threads(2)
+    seen = {}
+    with threads_for_parts():
+        seen["between"] = torch.get_num_threads()
+        names: list[str] = ["", ""]
+
+        def work(part: int) -> None:
+            names[part] = threading.current_thread().name
+
+        side_by_side(work, 2, CPU)
+    assert seen["between"] == 1 and torch.get_num_threads() == 2
+    assert len(set(names)) == 2, "each part has its own thread"
+
+
+def test_parted_gives_values_and_gradients_of_the_parts(threads) -> None:
+    threads(2)
+    generator = torch.Generator().manual_seed(1)
+    weight, frozen = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight.requires_grad_()
+    xs = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+
+    def work(part: int) -> torch.Tensor:
+        return torch.tanh(xs[part] @ weight) + xs[part] @ frozen
+
+    whole = torch.tanh(xs @ weight) + xs @ frozen
+    parts = torch.stack(Parted.apply(work, 2, weight, frozen))
+    assert torch.equal(parts, whole)
+    (expected,) = torch.autograd.grad(whole.square().sum(), weight)
+    loss = parts.square().sum()
+    (once,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (twice,) = torch.autograd.grad(loss, weight)
+    torch.testing.assert_close(once, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(once, twice)
