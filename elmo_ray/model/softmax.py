@@ -17,7 +17,7 @@ from torch import Tensor
 from elmo_ray.model.fused_product import FusedProduct
 from elmo_ray.model.side_by_side import side_by_side
 
-CHUNK, TILE = 2048, 512
+CHUNK, TILE = 2048, 256
 """Vocabulary rows and positions per product in evaluation: the logits stay in a CPU core's cache, and a [positions, V]
 tensor never exists."""
 

@@ -29,7 +29,7 @@ from elmo_ray.model.bilm import BiLM
 from elmo_ray.source import open_source
 from elmo_ray.training.perplexity import FixedModel, character_table, stream_losses
 
-POSITIONS_PER_BATCH = 2048
+POSITIONS_PER_BATCH = 4096
 """About how many positions of a direction are computed at a time: enough for efficient products, and little memory."""
 
 _LOOK_AHEAD = 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -66,12 +67,18 @@ class FixedModel:
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None):
         self.model, self.dtype = model, dtype
         self.words = WordCache(model, dtype)
-        self._few_rows = PackedLstm(model.lstm, dtype)
-        self._many_rows = CpuLstm(model.lstm, dtype) if self.words.device.type == "cpu" else None
 
     def lstm(self, rows: int) -> PackedLstm | CpuLstm:
         """For windows of so many rows."""
-        return self._few_rows if self._many_rows is None or rows < _MANY_ROWS else self._many_rows
+        return self._many_rows if rows >= _MANY_ROWS and self.words.device.type == "cpu" else self._few_rows
+
+    @cached_property
+    def _many_rows(self) -> CpuLstm:
+        return CpuLstm(self.model.lstm, self.dtype)
+
+    @cached_property
+    def _few_rows(self) -> PackedLstm:
+        return PackedLstm(self.model.lstm, self.dtype)
 
 
 def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
