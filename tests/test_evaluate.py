@@ -193,6 +193,11 @@ def test_the_result_does_not_depend_on_rows_or_parts(reset: str, texts: list[Pat
         compare(all_measures(first, corpus), reference)
 
 
+def test_many_rows_are_computed_in_another_way_and_give_the_same(texts: list[Path]) -> None:
+    many, few = (measured(MODELS["characters"], texts, rows, streams=45) for rows in (45, 5))
+    compare(many, few)
+
+
 def test_more_streams_than_positions(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("the dog\n")

@@ -26,6 +26,10 @@ class LstmState(NamedTuple):
     def detach(self) -> LstmState:
         return LstmState(self.hidden.detach(), self.cell.detach())
 
+    def rows(self, order_B: Tensor) -> LstmState:
+        """The state with its rows in another order."""
+        return LstmState(self.hidden[:, :, order_B], self.cell[:, :, order_B])
+
     def zero_rows(self, rows_B: Tensor) -> LstmState:
         """The state with zeros in the rows where `rows_B` (bool) is set."""
         keep = ~rows_B[None, None, :, None]

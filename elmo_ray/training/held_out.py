@@ -26,11 +26,10 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import CheckpointError
 from elmo_ray.machine import available_cores, keep_freed_memory
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.model.word_cache import WordCache
 from elmo_ray.source import open_source
-from elmo_ray.training.perplexity import character_table, stream_losses
+from elmo_ray.training.perplexity import FixedModel, character_table, stream_losses
 
-POSITIONS_PER_BATCH = 2048
+POSITIONS_PER_BATCH = 4096
 """About how many positions of a direction are computed at a time: enough for efficient products, and little memory."""
 
 _LOOK_AHEAD = 4
@@ -128,7 +127,7 @@ class Scorer:
         self.model, self.vocabulary, self.corpus, self.on_error = model, vocabulary, corpus, on_error
         self.characters = character_table(model, vocabulary)
         self.counter = PositionCounter(vocabulary)
-        self.words = WordCache(model)
+        self.fixed = FixedModel(model)
 
     def streams(self, streams: range, n_streams: int, rows: int) -> Tally:
         """Of some of the text's `n_streams` streams, at most `rows` at a time."""
@@ -153,9 +152,9 @@ class Scorer:
 
         try:
             for group in sentence_groups(labelled(), self.vocabulary, rows):
-                window = _window(len(group.lengths))
+                window = window_of(len(group.lengths))
                 batches = group.windows(window, self.vocabulary, self.characters, self.model.directions)
-                for batch, losses in stream_losses(self.model, batches, self.words):
+                for batch, losses in stream_losses(self.fixed, batches):
                     valid = np.arange(batch.targets.shape[2]) < batch.lengths[:, None]
                     self._add(tally, np.broadcast_to(group.labels[:, None], valid.shape), valid, losses)
         finally:
@@ -171,7 +170,7 @@ class Scorer:
 
     def _stream_group(self, plan: StreamPlan, streams: range) -> Tally:
         tally = self._zero()
-        window = _window(len(streams))
+        window = window_of(len(streams))
         start = StreamCursors.start(len(streams))
         labels: list[deque[NDArray[np.int64]]] = [deque() for _ in streams]
 
@@ -192,7 +191,7 @@ class Scorer:
             plan, streams, start, source, self.vocabulary, window, self.characters, self.model.directions
         )
         try:
-            for batch, losses in stream_losses(self.model, iter(loader), self.words):
+            for batch, losses in stream_losses(self.fixed, iter(loader)):
                 valid, labels_BT = _take_labels(batch, labels)
                 self._add(tally, labels_BT, valid, losses)
         finally:
@@ -205,7 +204,7 @@ class Scorer:
         tally.add_losses(labels_BT[valid_BT], values[:, valid_BT])
 
 
-def _window(rows: int) -> int:
+def window_of(rows: int) -> int:
     return max(16, min(_LONGEST_WINDOW, POSITIONS_PER_BATCH // rows))
 
 

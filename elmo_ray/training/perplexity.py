@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elmo_ray.data.streams import Batch, BlockSource, StreamCursors, StreamLoader, StreamPlan
@@ -18,8 +20,14 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.metrics import perplexity
 from elmo_ray.model.bilm import BiLM
+from elmo_ray.model.cpu_lstm import CpuLstm
+from elmo_ray.model.lstm import LstmState
+from elmo_ray.model.packed_lstm import PackedLstm
 from elmo_ray.model.softmax import full_losses_in_chunks
 from elmo_ray.model.word_cache import WordCache
+
+_MANY_ROWS = 32
+"""From so many rows on the input's part of the gates is best computed with the recurrent one."""
 
 
 @dataclass
@@ -53,31 +61,60 @@ def character_table(model: BiLM, vocabulary: Vocabulary) -> TypeTable | None:
     return TypeTable(vocabulary, model.config.char_cnn.max_characters, model.char_cnn.widest)
 
 
-def stream_losses(
-    model: BiLM, batches: Iterator[Batch], words: WordCache, dtype: torch.dtype | None = None
-) -> Iterator[tuple[Batch, Tensor]]:
+class FixedModel:
+    """A model as it is now, for measuring: word vectors and packed weights are made once. dtype: of the products."""
+
+    def __init__(self, model: BiLM, dtype: torch.dtype | None = None):
+        self.model, self.dtype = model, dtype
+        self.words = WordCache(model, dtype)
+
+    def lstm(self, rows: int) -> PackedLstm | CpuLstm:
+        """For windows of so many rows."""
+        return self._many_rows if rows >= _MANY_ROWS and self.words.device.type == "cpu" else self._few_rows
+
+    @cached_property
+    def _many_rows(self) -> CpuLstm:
+        return CpuLstm(self.model.lstm, self.dtype)
+
+    @cached_property
+    def _few_rows(self) -> PackedLstm:
+        return PackedLstm(self.model.lstm, self.dtype)
+
+
+def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
     """Yields each batch with its [D, B, T] losses in nats (in the model's own type, 0 where there is no position).
 
-    State is carried from batch to batch, from zero. words: of this model as it is now. The model's training flag,
-    parameters and noise are not touched. Sums over positions belong into float64.
+    State is carried from batch to batch, from zero. The model's training flag, parameters and noise are not touched.
+    Sums over positions belong into float64.
     """
-    state = None
-    bias = model.softmax_bias
+    table, bias = model.model.output_weight, model.model.softmax_bias
     if bias is None:
         raise ValueError("this model has no softmax")
+    state: LstmState | None = None
     for batch in batches:
         with torch.no_grad():  # a generator's decorator does not hold between its yields
-            types_UP = words.vectors(batch.types, batch.type_classes)
-            device = types_UP.device
-            inputs, targets, lengths = (
-                torch.from_numpy(a).to(device) for a in (batch.inputs, batch.targets, batch.lengths)
-            )
+            types_UP = model.words.vectors(batch.types, batch.type_classes)
+            losses = types_UP.new_zeros(batch.targets.shape)
+            directions, rows, window = losses.shape
             if state is None:
-                state = model.lstm.zero_state(inputs.shape[1], like=types_UP)
-            outputs, state = model.layers(types_UP, inputs, state, lengths, dtype)
-            valid = targets >= 0
-            losses = types_UP.new_zeros(targets.shape)
-            losses[valid] = full_losses_in_chunks(outputs[-1][valid], model.output_weight, bias, targets[valid], dtype)
+                state = model.model.lstm.zero_state(rows, like=types_UP)
+            # positions time by time, and at each time the rows that go on, longest first
+            by_length = np.argsort(-batch.lengths, kind="stable")
+            goes_on_TB = np.arange(window)[:, None] < batch.lengths[by_length]
+            times, places = np.nonzero(goes_on_TB)
+            if len(times):
+                at = by_length[places], times
+                inputs_DN, targets_DN = (
+                    torch.from_numpy(a[:, at[0], at[1]]).to(losses.device) for a in (batch.inputs, batch.targets)
+                )
+                counts = goes_on_TB.sum(axis=1)
+                x_DNP = F.embedding(inputs_DN, types_UP)
+                order = torch.from_numpy(by_length).to(losses.device)
+                outputs, ended = model.lstm(rows).run(x_DNP, counts[counts > 0].tolist(), state.rows(order))
+                state = ended.rows(torch.argsort(order))
+                x_NP, targets_N = outputs[-1].flatten(0, 1), targets_DN.flatten()
+                found_N = full_losses_in_chunks(x_NP, table, bias, targets_N, model.dtype)
+                losses[:, at[0], at[1]] = found_N.view(directions, -1)
         yield batch, losses
 
 
@@ -121,7 +158,7 @@ class Validation:
             )
             try:
                 batches = (loader.next_batch() for _ in range(self.windows))
-                for batch, losses in stream_losses(self.model, batches, WordCache(self.model, self.dtype), self.dtype):
+                for batch, losses in stream_losses(FixedModel(self.model, self.dtype), batches):
                     totals += losses.sum(dim=(1, 2), dtype=torch.float64).cpu().numpy()
                     positions += batch.positions
             finally:

@@ -28,9 +28,8 @@ from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.model.word_cache import WordCache
-from elmo_ray.training.held_out import POSITIONS_PER_BATCH
-from elmo_ray.training.perplexity import character_table, stream_losses
+from elmo_ray.training.held_out import window_of
+from elmo_ray.training.perplexity import FixedModel, character_table, stream_losses
 from elmo_ray.training.step import TrainStep
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -45,7 +44,7 @@ def model_of(vocabulary: Vocabulary) -> BiLM:
 
 
 def batches(model: BiLM, corpus: Corpus, vocabulary: Vocabulary, rows: int) -> Iterator[Batch]:
-    window = max(1, POSITIONS_PER_BATCH // rows)
+    window = window_of(rows)
     plan = StreamPlan(corpus, rows, shuffle=False)
     source = partial(thread_source, vocabulary=vocabulary)
     table = character_table(model, vocabulary)
@@ -55,7 +54,7 @@ def batches(model: BiLM, corpus: Corpus, vocabulary: Vocabulary, rows: int) -> I
 
 
 def ours(model: BiLM, corpus: Corpus, vocabulary: Vocabulary, rows: int, dtype: torch.dtype | None) -> Run:
-    results = stream_losses(model, batches(model, corpus, vocabulary, rows), WordCache(model, dtype), dtype)
+    results = stream_losses(FixedModel(model, dtype), batches(model, corpus, vocabulary, rows))
 
     def run(steps: int) -> dict[str, float]:
         positions, total = 0, 0.0
@@ -72,7 +71,7 @@ def change_of_bf16(model: BiLM, corpus: Corpus, vocabulary: Vocabulary, rows: in
     """Perplexity with bf16 products over that with fp32, of 20 batches."""
     means = []
     for dtype in DTYPES.values():
-        found = stream_losses(model, batches(model, corpus, vocabulary, rows), WordCache(model, dtype), dtype)
+        found = stream_losses(FixedModel(model, dtype), batches(model, corpus, vocabulary, rows))
         some = list(itertools.islice(found, 20))
         nats = sum(float(losses.double().sum()) for _, losses in some)
         means.append(nats / (model.directions * sum(batch.positions for batch, _ in some)))

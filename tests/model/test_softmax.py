@@ -85,6 +85,8 @@ def test_chunks_of_evaluation_give_the_full_softmax(words: int) -> None:
     big = full_losses_in_chunks(x * 1e4, weight, bias, targets)
     assert bool(big.isfinite().all()), "logits beyond exp's range"
     close(big, full_losses(x * 1e4, weight, bias, targets), 1e-12)
+    single = full_losses_in_chunks(x.float(), weight.float(), bias.float(), targets)
+    close(single.double(), full_losses(x, weight, bias, targets), 1e-5)
     low = full_losses_in_chunks(x.float(), weight.float(), bias.float(), targets, torch.bfloat16)
     assert low.dtype == torch.float32
     close(low.double(), full_losses(x, weight, bias, targets), 0.05)
