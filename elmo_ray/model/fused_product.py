@@ -6,11 +6,12 @@ Shapes: M rows, K width of the input, N width of the result.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from elmo_ray.model.products import can_pack, packed
 
 Activation = Literal["none", "sigmoid", "tanh"]
 
@@ -35,8 +36,8 @@ class FusedProduct:
     ):
         self._bias, self._activation = bias_N, activation
         self._packed: Tensor | None = None
-        if rows >= _WORTH_LAYOUT and _has_layout(weight_NK.device.type, weight_NK.dtype):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), rows)
+        if rows >= _WORTH_LAYOUT and can_pack(weight_NK):
+            self._packed = packed(weight_NK.contiguous(), rows)
         else:
             self._weight_NK = weight_NK
 
@@ -50,19 +51,3 @@ class FusedProduct:
         if self._bias is not None:
             result = result.add_(self._bias)
         return result if self._activation == "none" else _IN_PLACE[self._activation](result)
-
-
-@lru_cache
-def _has_layout(device: str, dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there and is fast in this type; not every build of PyTorch has all of it."""
-    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return False
-        weight, x, bias = torch.zeros(16, 8, dtype=dtype), torch.zeros(2, 8, dtype=dtype), torch.zeros(16)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 2)
-        torch.ops.mkldnn._linear_pointwise(x, packed, bias, "tanh", [], "")
-    except (AttributeError, RuntimeError):
-        return False
-    return True

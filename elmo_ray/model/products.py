@@ -6,6 +6,7 @@ anew for every product. oneDNN's packed weights, which torch has, are put into t
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,18 +28,34 @@ def factor_of(weight: Tensor, rows: int, transposed: bool = False) -> Factor:
     """`weight` [K, N] or [D, K, N], or its transpose where `transposed`, for products of so many rows."""
     if weight.numel() >= _WORTH_PACKING and can_pack(weight):
         # a linear layer's weight, which is what is packed, is the transpose of the factor
-        return Factor(torch.ops.mkldnn._reorder_linear_weight(weight if transposed else weight.t(), rows), True)
+        return Factor(packed(weight if transposed else weight.t(), rows), True)
     # a copy: products of few rows with a transposed view run at a fraction of the speed on CPUs
     return Factor(weight.transpose(-1, -2).contiguous() if transposed else weight, False)
 
 
+def packed(weight_NK: Tensor, rows: int) -> Tensor:
+    """The weight of a linear layer, which is a factor's transpose, in oneDNN's order for products of so many rows."""
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK, rows)
+    return result
+
+
 def can_pack(weight: Tensor) -> bool:
-    """Whether torch has packed products for this matrix here."""
-    if weight.device.type != "cpu" or weight.dim() != 2 or not torch.backends.mkldnn.is_available():
+    """Whether torch has packed products for this matrix here, and they are fast in its type."""
+    return weight.dim() == 2 and _packs(weight.device.type, weight.dtype)
+
+
+@lru_cache
+def _packs(device: str, dtype: torch.dtype) -> bool:
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+    try:  # not every build of torch has all of it
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        weight, x, bias = torch.zeros(16, 8, dtype=dtype), torch.zeros(2, 8, dtype=dtype), torch.zeros(16)
+        torch.ops.mkldnn._linear_pointwise(x, packed(weight, 2), bias, "tanh", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
