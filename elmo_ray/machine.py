@@ -27,20 +27,19 @@ def memory_in_use(device: torch.device) -> int:
         return most if sys.platform == "darwin" else most * 1024
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> None:
     """Lets this process keep memory that it frees, instead of giving it back to the system to ask for it anew.
 
     A step of training takes and frees the same blocks every time, and glibc gives big ones back at once: at the
-    original's sizes the system cleared a gigabyte a step, a fifth of its time. One arena, so that the threads of
-    `side_by_side` find what another has freed. Does nothing where the C library is not glibc; a user's own setting
-    (MALLOC_ARENA_MAX and the like) for other allocators stays.
+    original's sizes the system cleared a gigabyte a step, a fifth of its time. Threads keep arenas of their own (with
+    one for all, those of `side_by_side` wait for its lock). Does nothing where the C library is not glibc.
     """
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             mallopt(parameter, value)
