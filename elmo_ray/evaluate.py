@@ -82,6 +82,8 @@ class EvaluateResult:
             else []
         )
         how = "each sentence alone" if values["reset"] == "sentence" else f"{values['streams']} streams"
+        if values["precision"] == "bf16":
+            how += ", bf16 products"
         return "\n".join(
             [
                 self.title,
@@ -147,6 +149,7 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
         "vocabulary": source.vocabulary.size,
         "streams": how.streams if how.reset == "never" else None,
         "reset": how.reset,
+        "precision": how.precision,
         "replaced": found.replaced,
         "seconds": seconds,
         "note": NOTE,

@@ -193,6 +193,18 @@ def test_the_result_does_not_depend_on_rows_or_parts(reset: str, texts: list[Pat
         compare(all_measures(first, corpus), reference)
 
 
+def test_bf16_products_change_little(texts: list[Path]) -> None:
+    vocabulary = Vocabulary.from_words(WORDS)
+    corpus = Corpus.from_shards([index_shard(str(path), 4096) for path in texts])
+    nats = []
+    for precision in ("fp32", "bf16"):
+        job = Job("unused", None, corpus, EvalConfig.model_validate({"streams": 3, "precision": precision}), "fail")
+        tally = job.measure(job.parts(1)[0], random_model(MODELS["characters"], len(WORDS)).float(), vocabulary)
+        nats.append(all_measures(tally, corpus)["nats_per_word"])
+    assert nats[0] != nats[1], "the setting has an effect"
+    assert nats[0] == pytest.approx(nats[1], rel=0.01)
+
+
 def test_many_rows_are_computed_in_another_way_and_give_the_same(texts: list[Path]) -> None:
     many, few = (measured(MODELS["characters"], texts, rows, streams=45) for rows in (45, 5))
     compare(many, few)

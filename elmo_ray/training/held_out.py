@@ -101,7 +101,8 @@ class Job:
     def measure(self, part: range, model: BiLM, vocabulary: Vocabulary) -> Tally:
         """Of one of the parts; the model is on its device."""
         keep_freed_memory()
-        scorer = Scorer(model, vocabulary, self.corpus, self.on_error)
+        dtype = torch.bfloat16 if self.settings.precision == "bf16" else None
+        scorer = Scorer(model, vocabulary, self.corpus, self.on_error, dtype)
         if self.settings.reset == "sentence":
             return scorer.sentences(part, self.settings.rows)
         return scorer.streams(part, self.settings.streams, self.settings.rows)
@@ -121,13 +122,20 @@ def measure_part(job: Job, part: range, device: str, threads: int | None, share:
 
 
 class Scorer:
-    """A model and a text. The model must have a softmax and is used as it is, on its device."""
+    """A model and a text. The model must have a softmax and is used as it is, on its device. dtype: of the products."""
 
-    def __init__(self, model: BiLM, vocabulary: Vocabulary, corpus: Corpus, on_error: OnError = "fail"):
+    def __init__(
+        self,
+        model: BiLM,
+        vocabulary: Vocabulary,
+        corpus: Corpus,
+        on_error: OnError = "fail",
+        dtype: torch.dtype | None = None,
+    ):
         self.model, self.vocabulary, self.corpus, self.on_error = model, vocabulary, corpus, on_error
         self.characters = character_table(model, vocabulary)
         self.counter = PositionCounter(vocabulary)
-        self.fixed = FixedModel(model)
+        self.fixed = FixedModel(model, dtype)
 
     def streams(self, streams: range, n_streams: int, rows: int) -> Tally:
         """Of some of the text's `n_streams` streams, at most `rows` at a time."""
