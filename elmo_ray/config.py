@@ -234,7 +234,9 @@ class EvalConfig(Section):
     )
     reset: Literal["never", "sentence"] = Field("never", description="sentence: zero states at each sentence")
     rows: Int = Field(128, ge=1, le=1 << 20, description="streams computed at a time; the result does not depend on it")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: products only, faster where CPU or GPU has it")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: products only; faster where there are units for it"
+    )
 
     def _unused(self) -> dict[str, str]:
         return {"streams": "evaluate.reset=sentence depends on no stream"} if self.reset == "sentence" else {}

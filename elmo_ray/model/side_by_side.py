@@ -90,8 +90,10 @@ def without_lock(function: Callable[..., None]) -> Callable[[], Callable[..., No
     develops it no further: where it is gone, the answer is the function itself. Compiled when it is first asked for.
     """
 
+    lock = threading.Lock()  # parts may be the first to ask, both at once
+
     @functools.cache
-    def compiled() -> Callable[..., None]:
+    def compiled_once() -> Callable[..., None]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -100,6 +102,10 @@ def without_lock(function: Callable[..., None]) -> Callable[[], Callable[..., No
             logger.debug("no TorchScript here; %s runs in Python", function.__name__, exc_info=True)
             return function
         return script
+
+    def compiled() -> Callable[..., None]:
+        with lock:
+            return compiled_once()
 
     return compiled
 
