@@ -26,6 +26,7 @@ import train_step
 from cases import SIZES, arguments_of, cut_vocabulary, our_config, read_corpus
 
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.machine import keep_freed_memory
 from elmo_ray.metrics import read_metrics
 
 _EMPTY = """
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
+    keep_freed_memory()  # as the verbs do
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = SIZES["small"]

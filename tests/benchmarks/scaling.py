@@ -44,6 +44,7 @@ from elmo_ray.data.encode import thread_source
 from elmo_ray.data.shards import Corpus, index_shard
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.training import step as step_module
 from elmo_ray.training.exchange import Exchange, Flags
@@ -150,6 +151,7 @@ def config_of(case: dict[str, Any]) -> PretrainConfig:
 def worker(rank: int, case: dict[str, Any], folder: str) -> None:
     world = case["workers"]
     torch.set_num_threads(case["threads"])
+    keep_freed_memory()  # as training does
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
                                 timeout=datetime.timedelta(seconds=300))  # fmt: skip
