@@ -235,7 +235,7 @@ class EvalConfig(Section):
     reset: Literal["never", "sentence"] = Field("never", description="sentence: zero states at each sentence")
     rows: Int = Field(128, ge=1, le=1 << 20, description="streams computed at a time; the result does not depend on it")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: products only; faster where there are units for it"
+        "fp32", description="bf16: products only; of `evaluate` and of the final test text"
     )
 
     def _unused(self) -> dict[str, str]:

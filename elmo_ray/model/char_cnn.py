@@ -4,6 +4,7 @@ output."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from elmo_ray.config import CharCnnConfig
 from elmo_ray.data.characters import N_CHARACTERS
-from elmo_ray.model.side_by_side import Parted, side_by_side
+from elmo_ray.model.side_by_side import Parted
 
 CARRY_BIAS = -2.0
 
@@ -20,6 +21,10 @@ _JUST_BELOW = -1e-37
 
 _WORTH_PARTING = 64
 """Words: fewer are not computed in halves."""
+
+
+Weights = Mapping[str, Tensor]
+"""A CharCnn's parameters by their names, or what stands for them."""
 
 
 class Highway(nn.Module):
@@ -40,12 +45,15 @@ class Highway(nn.Module):
             self.carry_bias.fill_(CARRY_BIAS)
             self.transform_bias.zero_()
 
-    def forward(self, x_UF: Tensor, dtype: torch.dtype | None) -> Tensor:
-        # one product for both: a big one is faster, and the gradient of x comes from it without a sum
-        both_weights = torch.cat([self.carry_weight, self.transform_weight], dim=1)
-        both = _affine(x_UF, both_weights, torch.cat([self.carry_bias, self.transform_bias]), dtype)
-        carry, transform = both.chunk(2, dim=1)
-        return torch.lerp(x_UF, torch.relu(transform), torch.sigmoid(carry))
+
+def _highway(x_UF: Tensor, weights: Weights, name: str, dtype: torch.dtype | None) -> Tensor:
+    # one product for both: a big one is faster, and the gradient of x comes from it without a sum
+    both_weights, both_biases = (
+        torch.cat([weights[f"{name}.carry_{kind}"], weights[f"{name}.transform_{kind}"]], dim=-1)
+        for kind in ("weight", "bias")
+    )
+    carry, transform = _affine(x_UF, both_weights, both_biases, dtype).chunk(2, dim=1)
+    return torch.lerp(x_UF, torch.relu(transform), torch.sigmoid(carry))
 
 
 class _LargestOfWindows(torch.autograd.Function):
@@ -131,7 +139,7 @@ class CharCnn(nn.Module):
         if classes is None:
             classes = ((types_UC.shape[0], types_UC.shape[1]),)
         if types_UC.device.type != "cpu" or len(types_UC) < _WORTH_PARTING:
-            return self._encode(types_UC, classes, dtype)
+            return self._encode(types_UC, classes, dtype, dict(self.named_parameters()))
         return self._in_halves(types_UC, classes, dtype)
 
     def _in_halves(self, types_UC: Tensor, classes: tuple[tuple[int, int], ...], dtype: torch.dtype | None) -> Tensor:
@@ -142,56 +150,58 @@ class CharCnn(nn.Module):
                 half.append(some)
         sizes = [[len(words) for words in half] for half in halves]
 
-        def encode(part: int) -> Tensor:
-            own = tuple((size, columns) for size, (_, columns) in zip(sizes[part], classes, strict=True) if size)
-            return self._encode(torch.cat(halves[part]), own, dtype)
+        names = [name for name, _ in self.named_parameters()]
 
-        if torch.is_grad_enabled():
-            found = Parted.apply(encode, 2, *self.parameters())
-        else:
-            found = [self.embedding, self.embedding]
-            side_by_side(lambda part: found.__setitem__(part, encode(part)), 2, types_UC.device)
+        def encode(part: int, parameters: Sequence[Tensor]) -> Tensor:
+            own = tuple((size, columns) for size, (_, columns) in zip(sizes[part], classes, strict=True) if size)
+            return self._encode(torch.cat(halves[part]), own, dtype, dict(zip(names, parameters, strict=True)))
+
+        found = Parted.apply(encode, 2, *self.parameters())
         parts = [result.split(size) for result, size in zip(found, sizes, strict=True)]
         return torch.cat([some for pair in zip(*parts, strict=True) for some in pair])
 
-    def _encode(self, types_UC: Tensor, classes: tuple[tuple[int, int], ...], dtype: torch.dtype | None) -> Tensor:
+    def _encode(
+        self, types_UC: Tensor, classes: tuple[tuple[int, int], ...], dtype: torch.dtype | None, weights: Weights
+    ) -> Tensor:
         groups, start = [], 0
         for count, columns in classes:
-            groups.append(self._convolve(types_UC[start : start + count, :columns], dtype))
+            groups.append(self._convolve(types_UC[start : start + count, :columns], dtype, weights))
             start += count
         x = groups[0] if len(groups) == 1 else torch.cat(groups)
-        for highway in self.highways:
-            x = highway(x, dtype)
-        if self.projection_weight is not None and self.projection_bias is not None:
-            x = _affine(x, self.projection_weight, self.projection_bias, dtype)
+        for number in range(len(self.highways)):
+            x = _highway(x, weights, f"highways.{number}", dtype)
+        if self.projection_weight is not None:
+            x = _affine(x, weights["projection_weight"], weights["projection_bias"], dtype)
         return x
 
-    def _convolve(self, types_UN: Tensor, dtype: torch.dtype | None) -> Tensor:
-        widest, columns = self.widest, types_UN.shape[1]
+    def _convolve(self, types_UN: Tensor, dtype: torch.dtype | None, weights: Weights) -> Tensor:
+        widest, columns, numbers = self.widest, types_UN.shape[1], range(len(self.filters))
+        embedding, filters = weights["embedding"], [weights[f"filters.{number}"] for number in numbers]
         if columns < self.config.max_characters:
             # Words that leave `widest` columns of padding: the windows that begin at their ids and the first of padding
             # alone hold every filter's maximum, so one product serves all filters, the narrow ones padded with zeros.
-            weight = torch.cat([F.pad(w, (0, widest - w.shape[2])) for w in self.filters])
-            x = self._windows(types_UN, widest, weight, dtype)
+            weight = torch.cat([F.pad(w, (0, widest - w.shape[2])) for w in filters])
+            x = _windows(types_UN, widest, embedding, weight, dtype)
         else:
-            x = torch.cat([self._windows(types_UN, w.shape[2], w, dtype) for w in self.filters], dim=1)
+            x = torch.cat([_windows(types_UN, w.shape[2], embedding, w, dtype) for w in filters], dim=1)
         # bias and activation are monotone, so they may come after the maximum, on far fewer numbers
-        x = x + torch.cat(list(self.filter_biases))
+        x = x + torch.cat([weights[f"filter_biases.{number}"] for number in numbers])
         return torch.relu(x) if self.config.activation == "relu" else torch.tanh(x)
 
-    def _windows(self, types_UN: Tensor, width: int, weight_FEW: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """[U, F] maximum over all windows of `width` characters of their products with the filters."""
-        low = self.embedding.dtype if dtype is None else dtype
-        windows_UMW = types_UN.int().unfold(1, width, 1)
-        u, m, _ = windows_UMW.shape
-        x = F.embedding(windows_UMW, self.embedding.to(low)).view(u * m, width * self.config.embedding_dim)
-        product = torch.mm(x, weight_FEW.permute(2, 1, 0).reshape(-1, weight_FEW.shape[0]).to(low))
-        product_UMF = product.view(u, m, -1)
-        if product_UMF.device.type == "cpu":
-            largest_UF: Tensor = _LargestOfWindows.apply(product_UMF)
-        else:
-            largest_UF = product_UMF.max(dim=1).values
-        return largest_UF.to(self.embedding.dtype)
+
+def _windows(types_UN: Tensor, width: int, embedding: Tensor, weight_FEW: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """[U, F] maximum over all windows of `width` characters of their products with the filters."""
+    low = embedding.dtype if dtype is None else dtype
+    windows_UMW = types_UN.int().unfold(1, width, 1)
+    u, m, _ = windows_UMW.shape
+    x = F.embedding(windows_UMW, embedding.to(low)).view(u * m, width * embedding.shape[1])
+    product = torch.mm(x, weight_FEW.permute(2, 1, 0).reshape(-1, weight_FEW.shape[0]).to(low))
+    product_UMF = product.view(u, m, -1)
+    if product_UMF.device.type == "cpu":
+        largest_UF: Tensor = _LargestOfWindows.apply(product_UMF)
+    else:
+        largest_UF = product_UMF.max(dim=1).values
+    return largest_UF.to(embedding.dtype)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -19,7 +19,7 @@ from elmo_ray.model.recurrence import FORGET_BIAS
 from elmo_ray.model.side_by_side import side_by_side
 
 _ROWS = 8
-"""Products have a multiple of so many rows, so that there are not too many kinds of them."""
+"""Products with the gates' kernel have a multiple of so many rows, so that there are not too many kinds of them."""
 
 
 class CpuLstm:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elmo_ray.model.lstm import BiLstm, LstmLayer, LstmState
 from elmo_ray.model.recurrence import FORGET_BIAS
-from elmo_ray.model.side_by_side import side_by_side
+from elmo_ray.model.side_by_side import by_direction
 
 _GATE_BYTES = 16 << 20
 """Of the gates at a time: few enough for a CPU's cache, enough for products of full speed."""
@@ -50,7 +50,7 @@ class PackedLstm:
     def run(self, x_DNP: Tensor, rows: Sequence[int], state: LstmState) -> tuple[list[Tensor], LstmState]:
         """Outputs of every layer [D, N, P], skip connections added, and each row's state after its last position.
 
-        rows: how many rows each time step has, never rising; N is their sum. state: of `rows[0]` rows.
+        rows: how many rows each time step has, never rising; N is their sum. state: of at least `rows[0]` rows.
         """
         config = self.lstm.config
         outputs, hiddens, cells = [], [], []
@@ -77,10 +77,7 @@ class PackedLstm:
             with torch.inference_mode():
                 self._steps(x_DNP[part], rows, weights.of(part), outputs[part], hidden[part], cell[part])
 
-        if x_DNP.device.type == "cpu":
-            side_by_side(run, len(x_DNP), x_DNP.device)
-        else:
-            run(slice(None))
+        by_direction(run, len(x_DNP), x_DNP.device)
         return outputs, hidden, cell
 
     def _steps(

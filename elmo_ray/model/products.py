@@ -58,7 +58,7 @@ def _packs(device: str, dtype: torch.dtype) -> bool:
     return True
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:  # TorchScript compiles this and sum_into for time_steps.py
     """a @ b of two matrices or two batches of them."""
     return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from elmo_ray.model.products import Factor, factor_of, product_into, sum_into
-from elmo_ray.model.side_by_side import side_by_side, without_lock
+from elmo_ray.model.side_by_side import by_direction, without_lock
 from elmo_ray.model.time_steps import backward_steps, forward_steps
 
 FORGET_BIAS = 1.0
@@ -136,13 +136,10 @@ class Recurrence(torch.autograd.Function):
             empty(d, t, b, hidden_DBP.shape[-1]),
         )
 
-        def run(k: int) -> None:
+        def run(k: int | slice) -> None:
             run_forward(window.of(k), hidden_DBP[k], cell_DBH[k], weights.of(k), clips)
 
-        if x_DTBI.device.type == "cpu":
-            side_by_side(run, d, x_DTBI.device)
-        else:
-            run_forward(window, hidden_DBP, cell_DBH, weights, clips)
+        by_direction(run, d, x_DTBI.device)
         ctx.save_for_backward(hidden_DBP, cell_DBH, *weights, *window)
         ctx.clips = clips
         ctx.mark_non_differentiable(window.cells)
@@ -169,11 +166,7 @@ class Recurrence(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 product_into(d_x[k].flatten(-3, -2), d_gates, with_weights.input.transpose(-1, -2))
 
-        if d_outputs.device.type == "cpu":
-            side_by_side(run, len(d_outputs), d_outputs.device)
-        else:
-            with torch.no_grad():
-                run(slice(None))
+        by_direction(run, len(d_outputs), d_outputs.device)
         return d_x if ctx.needs_input_grad[0] else None, None, None, *d_weights, None, None
 
 
@@ -184,6 +177,7 @@ def _weight_gradients(into: Weights, d_gates: Tensor, d_raw: Tensor, window: Win
     previous = torch.cat([hidden.unsqueeze(-3), window.outputs[..., :-1, :, :]], dim=-3).flatten(-3, -2).to(low)
     product_into(into.input, window.x.transpose(-1, -2), d_gates)
     product_into(into.hidden, previous.transpose(-1, -2), d_gates)
+    # of gates as they are multiplied: the rounding of each to bf16 is of no matter for their sum
     torch.sum(d_gates, dim=-2, dtype=into.bias.dtype, out=into.bias)
     if into.projection is not None:
         gated = window.gated.flatten(-3, -2).to(low)

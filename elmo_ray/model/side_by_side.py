@@ -10,21 +10,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger(__name__)
 
 _pools: dict[tuple[int, int], list[ThreadPoolExecutor]] = {}
 """By threads of all together and parts: one thread of Python's for each part."""
 
+_starting = threading.Lock()
 _asking = threading.local()
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads, and starts its own
+    os.register_at_fork(after_in_child=_pools.clear)
 
 
 @contextlib.contextmanager
@@ -32,30 +38,33 @@ def threads_for_parts() -> Iterator[None]:
     """Within this, parts have the threads of torch, and what is computed between them has one where a part would have
     no more.
 
-    Between them is little work for each operation: waking a second thread costs more than it does.
+    For work that is little for each operation between the parts: waking a second thread costs more than it does.
     """
     threads = torch.get_num_threads()
     if threads >= 4:
         yield
         return
-    _asking.threads = threads
+    before = getattr(_asking, "threads", None)
+    _asking.threads = before or threads
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        del _asking.threads
+        _asking.threads = before
 
 
 def side_by_side(work: Callable[[int], None], parts: int, device: torch.device) -> None:
     """Calls work(part) for every part, without gradients; side by side where the device is a CPU with threads for it.
 
-    A part's results depend on how many threads its products have, and not on what runs beside it.
+    A part's results depend on how many threads its products have, and not on what runs beside it. All parts have ended
+    when this ends, also where one raises an error, which is the caller's then.
     """
     threads = getattr(_asking, "threads", None) or torch.get_num_threads()
     if device.type == "cpu" and parts > 1 and threads >= parts:
         pools = _pools.get((threads, parts)) or _started(threads, parts)
         futures = [pool.submit(_without_gradients, work, part) for part, pool in enumerate(pools)]
+        wait(futures)
         for future in futures:
             future.result()
     else:
@@ -63,19 +72,31 @@ def side_by_side(work: Callable[[int], None], parts: int, device: torch.device) 
             _without_gradients(work, part)
 
 
-def _without_gradients(work: Callable[[int], None], part: int) -> None:
+def by_direction(work: Callable[[int | slice], None], directions: int, device: torch.device) -> None:
+    """Calls work for each direction, side by side, on a CPU, and elsewhere once for all as one batch."""
+    if device.type == "cpu":
+        side_by_side(work, directions, device)
+    else:
+        _without_gradients(work, slice(None))
+
+
+def _without_gradients(work: Callable[..., None], part: int | slice) -> None:
     with torch.no_grad():  # a thread does not know the mode of the one that asks
         work(part)
 
 
 def _started(threads: int, parts: int) -> list[ThreadPoolExecutor]:
-    before = torch.get_num_threads()
-    pools = [ThreadPoolExecutor(1, f"part-{part}") for part in range(parts)]
-    for pool in pools:
-        pool.submit(_take_threads, threads // parts).result()
-    torch.set_num_threads(before)  # what a thread sets is its own from here on, but it is also what new threads take
-    _pools[threads, parts] = pools
-    return pools
+    with _starting:
+        if (threads, parts) in _pools:
+            return _pools[threads, parts]
+        before = torch.get_num_threads()
+        pools = [ThreadPoolExecutor(1, f"part-{part}") for part in range(parts)]
+        for pool in pools:
+            pool.submit(_take_threads, threads // parts).result()
+        # what a thread sets is its own from here on, but it is also what new threads take
+        torch.set_num_threads(before)
+        _pools[threads, parts] = pools
+        return pools
 
 
 def _take_threads(count: int) -> None:
@@ -99,7 +120,7 @@ def without_lock(function: Callable[..., None]) -> Callable[[], Callable[..., No
                 warnings.simplefilter("ignore")
                 script: Callable[..., None] = torch.jit.script(function)
         except Exception:
-            logger.debug("no TorchScript here; %s runs in Python", function.__name__, exc_info=True)
+            logger.warning("no TorchScript here; %s runs in Python, and two threads slower", function.__name__)
             return function
         return script
 
@@ -110,28 +131,36 @@ def without_lock(function: Callable[..., None]) -> Callable[[], Callable[..., No
     return compiled
 
 
-class Parted(torch.autograd.Function):
-    """(work, parts, parameters...) -> work(0), work(1), ...: Tensors computed side by side, and so are their gradients.
+PartOf = Callable[[int, Sequence[Tensor]], Tensor]
 
-    `work` may use the parameters given and no other tensor that has a gradient. The graph of each part is its own, so
-    that each runs in its part's thread; gradients of the parts are added in their order.
+
+class Parted(torch.autograd.Function):
+    """(work, parts, parameters...) -> work(0, parameters), work(1, parameters), ...: Tensors computed side by side, and
+    so are their gradients.
+
+    `work` may use the parameters that it is given (others than the caller's, so that hooks on those see one gradient)
+    and no other tensor that has a gradient. The graph of each part is its own, so that each runs in its part's thread;
+    gradients of the parts are added in their order.
     """
 
     @staticmethod
-    def forward(ctx: Any, work: Callable[[int], Tensor], parts: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, work: PartOf, parts: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        leaves = [p.detach().requires_grad_(needed) for p, needed in zip(parameters, wanted, strict=True)]
         results: list[Tensor] = [parameters[0]] * parts
 
         def run(part: int) -> None:
-            with torch.enable_grad():
-                results[part] = work(part)
+            with torch.set_grad_enabled(any(wanted)):
+                results[part] = work(part, leaves)
 
         side_by_side(run, parts, parameters[0].device)
-        ctx.results, ctx.parameters = results, parameters
+        ctx.results, ctx.leaves = results, leaves
         return tuple(result.detach() for result in results)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [p for p, needed in zip(ctx.parameters, ctx.needs_input_grad[2:], strict=True) if needed]
+        wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         found: list[Sequence[Tensor]] = [wanted] * len(grads)
 
@@ -142,6 +171,6 @@ class Parted(torch.autograd.Function):
         side_by_side(run, len(grads), grads[0].device)
         total = list(found[0])
         for more in found[1:]:
-            torch._foreach_add_(total, list(more))
+            total = list(torch._foreach_add(total, list(more)))
         given = iter(total)
         return None, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[2:])

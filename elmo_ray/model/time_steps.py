@@ -12,23 +12,23 @@ from typing import List, Optional, Union  # noqa: UP035  (what TorchScript knows
 import torch
 from torch import Tensor
 
+from elmo_ray.model.products import product, sum_into
+
 
 def _product(x: Tensor, factor: Tensor, packed: bool) -> Tensor:
     x = x.to(factor.dtype)
     if packed:
         nothing: List[Optional[Union[int, float, complex]]] = []  # noqa: UP006, UP007, UP045
         return torch.ops.mkldnn._linear_pointwise(x, factor, None, "none", nothing, "")
-    return torch.mm(x, factor) if x.dim() == 2 else torch.bmm(x, factor)
+    return product(x, factor)
 
 
 def _add_product(out: Tensor, c: Tensor, x: Tensor, factor: Tensor, packed: bool) -> None:
     """out = c + x @ factor; out may be c."""
-    if packed or factor.dtype != out.dtype:
+    if packed:
         torch.add(c, _product(x, factor, packed).to(out.dtype), out=out)
-    elif x.dim() == 2:
-        torch.addmm(c, x, factor, out=out)
     else:
-        torch.baddbmm(c, x, factor, out=out)
+        sum_into(out, c, x.to(factor.dtype), factor)
 
 
 def _sigmoid_backward(gradient: Tensor, result: Tensor, out: Tensor) -> None:
@@ -120,7 +120,7 @@ def backward_steps(
     gates, cells, tanh_cells = gates_TBG.unbind(-3), cells_TBH.unbind(-3), tanh_cells_TBH.unbind(-3)
     outputs, d_outputs = outputs_TBP.unbind(-3), d_outputs_TBP.unbind(-3)
     d_gates, d_raw = d_gates_TBG.unbind(-3), d_raw_TBP.unbind(-3)
-    d_c, product, d_cell = torch.empty_like(cell_BH), torch.empty_like(cell_BH), torch.empty_like(cell_BH)
+    d_c, room, d_cell = torch.empty_like(cell_BH), torch.empty_like(cell_BH), torch.empty_like(cell_BH)
     h = cell_BH.shape[-1]
     in_place = d_gates_TBG.dtype == gates_TBG.dtype
     gate = gates[0] if in_place else torch.empty_like(gates[0])
@@ -148,11 +148,11 @@ def backward_steps(
             d_c.add_(d_cell)
         if cell_clip is not None:
             _clip_backward(d_c, cells[step], cell_clip)
-        _sigmoid_backward(torch.mul(d_m, tanh_cells[step], out=product), o, o)
+        _sigmoid_backward(torch.mul(d_m, tanh_cells[step], out=room), o, o)
         torch.mul(d_c, i, out=d_cell)  # room that is free until the cell's own gradient goes there
-        _sigmoid_backward(torch.mul(d_c, j, out=product), i, i)
+        _sigmoid_backward(torch.mul(d_c, j, out=room), i, i)
         _tanh_backward(d_cell, j, j)
         torch.mul(d_c, f, out=d_cell)
-        _sigmoid_backward(torch.mul(d_c, cells[step - 1] if step > 0 else cell_BH, out=product), f, f)
+        _sigmoid_backward(torch.mul(d_c, cells[step - 1] if step > 0 else cell_BH, out=room), f, f)
         if not in_place:
             d_gates[step].copy_(gate)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from elmo_ray import __version__
 from elmo_ray.config import PretrainConfig
 from elmo_ray.training.checkpoint import Checkpoint
 from elmo_ray.training.identity import changes
@@ -26,6 +27,7 @@ def conditions(device: torch.device, precision: str) -> dict[str, Any]:
         "precision": precision,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "elmo_ray": __version__,
     }
 
 

@@ -183,7 +183,9 @@ class TrainStep:
 
     def run(self, batch: StepInput) -> StepOutput:
         """A whole step. Where the gradient is not finite neither the parameters nor the state change."""
-        with threads_for_parts():
+        # nearly all is done in parts then
+        in_parts = self.sampled and self.model.directions > 1
+        with threads_for_parts() if in_parts else contextlib.nullcontext():
             return self._run(batch)
 
     def _run(self, batch: StepInput) -> StepOutput:

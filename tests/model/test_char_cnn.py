@@ -175,8 +175,8 @@ def test_halves_side_by_side_give_the_whole() -> None:
         cnn.highways[0].carry_bias.requires_grad_(False)
         types = random_types(150, 20)
         classes = ((51, 12), (1, 14), (len(types) - 52, 20))
-        types = types[np.argsort((types != 260).sum(axis=1), kind="stable")]
-        whole = cnn._encode(types, classes, None)
+        types = types[torch.argsort((types != 260).sum(dim=1), stable=True)]
+        whole = cnn._encode(types, classes, None, dict(cnn.named_parameters()))
         halves = cnn(types, classes)
         close(halves, whole)
         trained = [p for p in cnn.parameters() if p.requires_grad]

@@ -50,3 +50,8 @@ def test_gradient_passes_through_what_is_kept() -> None:
     Dropout(0.4, 1, 2, 3, CPU)(x).sum().backward()
     mask = Dropout(0.4, 1, 2, 3, CPU)(torch.ones(50, dtype=torch.float64))
     assert torch.equal(torch.as_tensor(x.grad), mask)
+
+
+def test_the_two_directions_have_masks_of_their_own() -> None:
+    kept = (Dropout(0.5, 3, 0, 0, CPU)(torch.ones(2, 20_000)) > 0).double()
+    assert abs(float(torch.corrcoef(kept)[0, 1])) < 0.04

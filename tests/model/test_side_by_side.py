@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -72,7 +74,8 @@ def test_parted_gives_values_and_gradients_of_the_parts(threads) -> None:
     weight.requires_grad_()
     xs = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
 
-    def work(part: int) -> torch.Tensor:
+    def work(part: int, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        weight, frozen = parameters
         return torch.tanh(xs[part] @ weight) + xs[part] @ frozen
 
     whole = torch.tanh(xs @ weight) + xs @ frozen
@@ -84,3 +87,34 @@ def test_parted_gives_values_and_gradients_of_the_parts(threads) -> None:
     (twice,) = torch.autograd.grad(loss, weight)
     torch.testing.assert_close(once, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(once, twice)
+
+
+def test_a_hook_of_a_parameter_sees_one_gradient(threads) -> None:
+    threads(2)
+    weight = torch.ones(3, requires_grad=True)
+    calls = []
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(threading.current_thread())
+        return gradient * 0.1
+
+    weight.register_hook(hook)
+    parts = Parted.apply(lambda part, parameters: (part + 1.0) * parameters[0], 2, weight)
+    (parts[0].sum() + parts[1].sum()).backward()
+    assert calls == [threading.current_thread()]
+    torch.testing.assert_close(weight.grad, torch.full((3,), 0.3))
+
+
+def test_all_parts_have_ended_when_one_fails(threads) -> None:
+    threads(2)
+    ended = []
+
+    def work(part: int) -> None:
+        if part == 0:
+            raise ValueError("of part 0")
+        time.sleep(0.2)
+        ended.append(part)
+
+    with pytest.raises(ValueError, match="of part 0"):
+        side_by_side(work, 2, CPU)
+    assert ended == [1]
