@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from elmo_ray.data.encode import EncodedBlock
 from elmo_ray.data.streams import Batch, IntArray, StreamCursors, block_positions
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.data.word_types import TypeTable, distinct_types
+from elmo_ray.data.word_types import Marks, TypeTable, distinct_types
 
 GATHERED_POSITIONS = 1 << 17
 """Positions that are gathered before their sentences are sorted by length."""
@@ -38,6 +38,7 @@ class SentenceGroup:
         self, unroll: int, vocabulary: Vocabulary, characters: TypeTable | None, directions: int
     ) -> Iterator[Batch]:
         """The rows' positions, `unroll` at a time; a row that has ended has length 0 and targets of -1."""
+        marks = Marks(vocabulary.size + directions * len(self.lengths) * unroll)
         for first in range(0, int(self.lengths.max()), unroll):
             width = min(unroll, int(self.lengths.max()) - first)
             lengths = np.clip(self.lengths - first, 0, width)
@@ -51,6 +52,7 @@ class SentenceGroup:
                 vocabulary,
                 characters,
                 lambda numbers: self.unknown[numbers - vocabulary.size],
+                marks,
             )
             yield Batch(
                 types,
