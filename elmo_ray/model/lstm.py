@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from elmo_ray.config import LstmConfig
+from elmo_ray.model.cpu_kernels import for_tensor
+from elmo_ray.model.cpu_recurrence import CpuRecurrence
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.recurrence import Clips, Recurrence, Weights
 
@@ -70,7 +72,8 @@ class LstmLayer(nn.Module):
         self, x_DTBI: Tensor, hidden_DBP: Tensor, cell_DBH: Tensor, dtype: torch.dtype | None, weights: Weights
     ) -> tuple[Tensor, Tensor]:
         """All outputs [D, T, B, P] and all cells [D, T, B, H] of a window."""
-        outputs, cells = Recurrence.apply(x_DTBI, hidden_DBP, cell_DBH, *weights, self.clips, dtype)
+        function = CpuRecurrence if for_tensor(x_DTBI) else Recurrence
+        outputs, cells = function.apply(x_DTBI, hidden_DBP, cell_DBH, *weights, self.clips, dtype)
         return outputs, cells
 
 
