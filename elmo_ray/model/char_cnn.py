@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from elmo_ray.config import CharCnnConfig
 from elmo_ray.data.characters import N_CHARACTERS
+from elmo_ray.model.cpu_char_cnn import CpuHighway, LargestProducts
+from elmo_ray.model.cpu_kernels import for_tensor
 from elmo_ray.model.side_by_side import Parted
 
 CARRY_BIAS = -2.0
@@ -47,6 +49,12 @@ class Highway(nn.Module):
 
 
 def _highway(x_UF: Tensor, weights: Weights, name: str, dtype: torch.dtype | None) -> Tensor:
+    if for_tensor(x_UF):
+        parts = (
+            weights[f"{name}.{part}"] for part in ("carry_weight", "carry_bias", "transform_weight", "transform_bias")
+        )
+        y_UF: Tensor = CpuHighway.apply(x_UF, *parts, dtype)
+        return y_UF
     # one product for both: a big one is faster, and the gradient of x comes from it without a sum
     both_weights, both_biases = (
         torch.cat([weights[f"{name}.carry_{kind}"], weights[f"{name}.transform_{kind}"]], dim=-1)
@@ -191,11 +199,15 @@ class CharCnn(nn.Module):
 
 def _windows(types_UN: Tensor, width: int, embedding: Tensor, weight_FEW: Tensor, dtype: torch.dtype | None) -> Tensor:
     """[U, F] maximum over all windows of `width` characters of their products with the filters."""
+    weight = weight_FEW.permute(2, 1, 0).reshape(-1, weight_FEW.shape[0])
+    if for_tensor(embedding):
+        result_UF: Tensor = LargestProducts.apply(types_UN, embedding, weight, width, dtype)
+        return result_UF
     low = embedding.dtype if dtype is None else dtype
     windows_UMW = types_UN.int().unfold(1, width, 1)
     u, m, _ = windows_UMW.shape
     x = F.embedding(windows_UMW, embedding.to(low)).view(u * m, width * embedding.shape[1])
-    product = torch.mm(x, weight_FEW.permute(2, 1, 0).reshape(-1, weight_FEW.shape[0]).to(low))
+    product = torch.mm(x, weight.to(low))
     product_UMF = product.view(u, m, -1)
     if product_UMF.device.type == "cpu":
         largest_UF: Tensor = _LargestOfWindows.apply(product_UMF)

@@ -252,3 +252,84 @@ def backward_gates(
             _in_place(d_gated_BH[b], i, j, f, o, cell_BH[b], before_BH[b], d_cell_BH[b], clip)
         else:
             _to_other(d_gated_BH[b], i, j, f, o, cell_BH[b], before_BH[b], d_cell_BH[b], clip, d_gates_BG[b])
+
+
+@_compiled
+def _first(row: Any, largest: Any, which: Any) -> None:
+    for f in range(len(largest)):
+        largest[f], which[f] = _wide(row[f]), np.uint8(0)
+
+
+@_compiled
+def _larger(row: Any, largest: Any, which: Any, number: Any) -> None:
+    for f in range(len(largest)):
+        x = _wide(row[f])
+        better = not x <= largest[f]
+        largest[f], which[f] = x if better else largest[f], number if better else which[f]
+
+
+@_compiled
+def largest_of_windows(products_UMF: Any, largest_UF: Any, which_UF: Any) -> None:
+    """The maximum over the windows, and the first window that has it; there are at most 256."""
+    for u in range(len(products_UMF)):
+        products, largest, which = products_UMF[u], largest_UF[u], which_UF[u]
+        _first(products[0], largest, which)
+        for m in range(1, len(products)):
+            _larger(products[m], largest, which, np.uint8(m))
+
+
+@_compiled
+def _where(gradient: Any, which: Any, number: Any, row: Any) -> None:
+    for f in range(len(row)):
+        row[f] = _stored(gradient[f] if which[f] == number else _f(0.0), row[f])
+
+
+@_compiled
+def spread_to_windows(gradient_UF: Any, which_UF: Any, gradient_UMF: Any) -> None:
+    """The gradient of `largest_of_windows`: to the window that was chosen, and 0 to the others."""
+    for u in range(len(gradient_UMF)):
+        for m in range(gradient_UMF.shape[1]):
+            _where(gradient_UF[u], which_UF[u], np.uint8(m), gradient_UMF[u, m])
+
+
+@_compiled
+def _mix(x: Any, carry: Any, transform: Any, b_carry: Any, b_transform: Any, gate: Any, other: Any, y: Any) -> None:
+    for f in range(len(x)):
+        g, t = _sigmoid(_wide(carry[f]) + b_carry[f]), _wide(transform[f]) + b_transform[f]
+        t = _f(0.0) if t < _f(0.0) else t
+        gate[f], other[f], y[f] = g, t, x[f] + g * (t - x[f])
+
+
+@_compiled
+def forward_highway(
+    x_UF: Any,
+    carry_UF: Any,
+    transform_UF: Any,
+    b_carry: Any,
+    b_transform: Any,
+    gate_UF: Any,
+    other_UF: Any,
+    y_UF: Any,
+) -> None:
+    """From two products of x: the gate sigmoid(carry), the other relu(transform), and gate * other + (1 - gate) * x."""
+    for u in range(len(x_UF)):
+        _mix(x_UF[u], carry_UF[u], transform_UF[u], b_carry, b_transform, gate_UF[u], other_UF[u], y_UF[u])
+
+
+@_compiled
+def _unmix(dy: Any, x: Any, gate: Any, other: Any, d_carry: Any, d_transform: Any, d_x: Any) -> None:
+    one = _f(1.0)
+    for f in range(len(x)):
+        g, t = gate[f], other[f]
+        d_carry[f] = _stored(dy[f] * (t - x[f]) * g * (one - g), d_carry[f])
+        d_transform[f] = _stored(dy[f] * g if t > _f(0.0) else _f(0.0), d_transform[f])
+        d_x[f] = dy[f] * (one - g)
+
+
+@_compiled
+def backward_highway(
+    dy_UF: Any, x_UF: Any, gate_UF: Any, other_UF: Any, d_carry_UF: Any, d_transform_UF: Any, d_x_UF: Any
+) -> None:
+    """The gradients of both products with their biases, and the part of x's that does not come through them."""
+    for u in range(len(x_UF)):
+        _unmix(dy_UF[u], x_UF[u], gate_UF[u], other_UF[u], d_carry_UF[u], d_transform_UF[u], d_x_UF[u])

@@ -51,7 +51,7 @@ class CpuRecurrence(torch.autograd.Function):
 
         def run(k: int | slice) -> None:
             given_DTBK[k, ..., :i], given_DTBK[k, 0, :, i:] = x_DTBI[k], hidden_DBP[k]
-            kernel = factor_of(torch.cat([w_input[k], w_hidden[k]]).to(low), b)
+            kernel = factor_of(torch.cat([w_input[k].t(), w_hidden[k].t()], dim=1).to(low), b, transposed=True)
             projection = None if w_projection is None else factor_of(w_projection[k].to(low), b)
             windows = given_DTBK[k], gates_DTBG[k], cells_DTBH[k], gated_DTBH[k], outputs_DTBP[k]
             _forward_steps(*windows, cell_DBH[k], kernel, bias[k], projection, clips)
@@ -91,7 +91,7 @@ class CpuRecurrence(torch.autograd.Function):
             d_x_NI = linear(d_gates_NG, w_input[k].to(low).t()).to(w_input.dtype) if ctx.needs_input_grad[0] else None
             d_projection_HP = None
             if w_projection is not None:
-                d_projection_HP = linear(gated_TBH.flatten(0, 1).t(), d_raw_TBP.flatten(0, 1)).to(w_input.dtype)
+                d_projection_HP = torch.mm(gated_TBH.flatten(0, 1).t(), d_raw_TBP.flatten(0, 1)).to(w_input.dtype)
             d_x_TBI = None if d_x_NI is None else d_x_NI.view(*given_DTBK.shape[1:3], i)
             found[k] = [d_x_TBI, d_kernel_KG[:i], d_kernel_KG[i:], d_bias_G, d_projection_HP]
 

@@ -177,7 +177,8 @@ class Parted(torch.autograd.Function):
                 gradients = torch.autograd.grad(ctx.results[part], wanted[part], grads[part], retain_graph=again)
             for into, gradient in zip(whole, gradients[shared:], strict=True):
                 into[part] = gradient[0]
-            found[part] = gradients[:shared]
+            # of a transposed weight it may not be, and DDP's buckets want it so
+            found[part] = [gradient.contiguous() for gradient in gradients[:shared]]
 
         side_by_side(run, len(grads), grads[0].device)
         total = list(found[0])
