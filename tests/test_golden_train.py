@@ -6,6 +6,7 @@ Runs every NAME.npz with NAME.options.json in the folder that ELMO_GOLDEN names;
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -47,6 +48,7 @@ def _rank(rank: int, path: Path, world: int, store: str) -> None:
     try:
         run_case(path, rank, world)
     finally:
+        gc.collect()  # DDP holds the group, whose threads must have ended before the interpreter does
         dist.destroy_process_group()
 
 
