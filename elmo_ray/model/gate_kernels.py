@@ -251,10 +251,12 @@ def steps_on(device: torch.device) -> Steps:
 def choose_steps(fused: bool, device: torch.device, dtype: torch.dtype | None) -> Steps:
     """From here on this process takes the fused steps on such devices, or not.
 
-    Only where Triton is at hand, and computes the same on a small random window; otherwise a line in the log says why
-    not. dtype: of the products, None: float32.
+    Only on a GPU, where Triton is at hand and computes the same on a small random window; otherwise a line in the log
+    says why not. dtype: of the products, None: float32, the type of states.
     """
     chosen = PLAIN
+    if device.type != "cuda":
+        return chosen
     if fused and triton is None:
         logger.info("no Triton here: the gates of a time step are several kernels")
     elif fused:

@@ -93,10 +93,11 @@ def test_on_a_gpu(low: str, clip: float | None) -> None:
 
 
 class TestChoice:
-    DEVICE = torch.device("meta")  # nobody's
+    DEVICE = torch.device("cuda")
 
     def test_plain_steps_unless_asked(self) -> None:
-        assert steps_on(self.DEVICE) == PLAIN
+        assert steps_on(self.DEVICE) == steps_on(torch.device("cpu")) == PLAIN
+        assert choose_steps(True, torch.device("cpu"), None) == PLAIN
         assert choose_steps(False, self.DEVICE, None) == PLAIN
 
     @needs_triton
