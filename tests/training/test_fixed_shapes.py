@@ -42,7 +42,11 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, Vocabulary]:
-    folder: Path = tmp_path_factory.mktemp("text")
+    return make_text(tmp_path_factory.mktemp("text"))
+
+
+def make_text(folder: Path) -> tuple[Corpus, Vocabulary]:
+    """With many words in the vocabulary that it has not."""
     index, words = write_corpus(folder / "text", [40, 30])
     known = Vocabulary.read(words).words
     return Corpus.load(index), Vocabulary([*known, *(f"never{n}seen" for n in range(150))])
