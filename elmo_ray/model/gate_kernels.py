@@ -2,8 +2,8 @@
 
 In `time_steps.py` the gates of a step are a dozen operations, each of which reads and writes memory that a GPU could
 have kept in registers, and starts a kernel of its own. Here a step is four kernels: two products, the gates, and the
-clip of the projection; backward as well. What they compute is the same, and `usable` compares it before first use.
-Triton comes with torch's CUDA build; where it is missing, nothing here is used.
+clip of the projection; backward as well. What they compute is the same, and `choose_steps` compares it before first
+use. Triton comes with torch's CUDA build; where it is missing, nothing here is used.
 
 Shapes: D directions, T window, B rows, P output of a cell, H cell. Tensors may lack the leading D; the last dimension
 is contiguous, the others have any strides. Gates in the order i, j, f, o.

@@ -24,6 +24,7 @@ from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader
 from elmo_ray.data.word_types import Marks
 from elmo_ray.errors import ElmoRayError
 from elmo_ray.model.softmax import draw_negatives, log_expected_count
+from elmo_ray.training.accumulation import divided
 from elmo_ray.training.exchange import Exchange, Flags, Gathered
 from elmo_ray.training.fixed_shapes import FixedShapes
 from elmo_ray.training.step import StepInput
@@ -171,8 +172,10 @@ class Feeder:
                     exchange.gather(np.zeros(0, np.int64), capacity, 0, 0, self.flags(), error, step)
                     raise
                 result, flags = self.assembler(batch, step, self.flags())
-                sent = self.transfer(result if self.shapes is None else self.shapes(result))
-                self._put(_Coming(sent, batch.cursors, flags))
+                if self.shapes is not None:
+                    result = self.shapes(result)
+                result = divided(result, self.assembler.config.train.accumulate)
+                self._put(_Coming(self.transfer(result), batch.cursors, flags))
                 if flags.stop or self._closed.is_set():
                     break
             self._put(None)

@@ -58,13 +58,14 @@ class TrainStep:
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         self.sampled = config.softmax.kind == "sampled"
         tables = {name: p for name, p in model.named_parameters() if name in TABLES}
-        self.optimizer = Optimizer(config.optim, model.dense_parameters(), {n: p.detach() for n, p in tables.items()})
+        # Triton takes numbers, such as a clip's bound, as float32
+        fused = config.train.gpu_kernels == "auto" and config.train.precision != "fp64"
+        own = {name: p.detach() for name, p in tables.items()}
+        self.optimizer = Optimizer(config.optim, model.dense_parameters(), own, fused)
         self.state = model.lstm.zero_state(rows, like=next(model.parameters()).detach())
         self.forward: torch.nn.Module = model
         self.trained: frozenset[str] = frozenset()
         self.dropout: Dropout | None = None  # that of a graph, where one is captured
-        # Triton takes a clip's bound as a float32
-        fused = config.train.gpu_kernels == "auto" and config.train.precision != "fp64"
         choose_steps(fused, self.device, self.dtype)
         self.graphs = graphs_for(self)
         self.begin(0)

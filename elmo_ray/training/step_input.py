@@ -23,6 +23,7 @@ class StepInput:
     With a sampled softmax: rows [R] of the softmax table (all ranks have the same), target_rows [D, B, T] and
     negative_rows [D, K] index into them, with the log expected counts of both; input_rows: rows of an untied word
     embedding. scale: the factor of the losses' sum, where it is on the device; None: worked out from `positions`.
+    parts: rows and inputs of the parts that it is computed in, where they are ready (`accumulation.py`).
     """
 
     step: int
@@ -40,6 +41,7 @@ class StepInput:
     negative_log_count: Tensor | None = None
     input_rows: Tensor | None = None
     scale: Tensor | None = None
+    parts: tuple[tuple[range, StepInput], ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the fields that are there, by their names."""
@@ -50,6 +52,7 @@ class StepInput:
         result = copy.copy(self)
         for name, value in self.tensors().items():
             setattr(result, name, function(value))
+        result.parts = tuple((rows, part.each(function)) for rows, part in self.parts)
         return result
 
     def to(self, device: torch.device) -> StepInput:

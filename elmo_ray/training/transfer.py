@@ -25,9 +25,10 @@ class Sent:
         if self.arrived is not None:
             stream = torch.cuda.current_stream(self.batch.inputs.device)
             stream.wait_event(self.arrived)
-            for tensor in self.batch.tensors().values():
-                # its memory belongs to the stream of copies, and is not to be used again before this one is done
-                tensor.record_stream(stream)
+            for batch in (self.batch, *(part for _, part in self.batch.parts)):
+                for tensor in batch.tensors().values():
+                    # its memory belongs to the stream of copies, and is not to be used again before this one is done
+                    tensor.record_stream(stream)
         return self.batch
 
 

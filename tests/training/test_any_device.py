@@ -49,11 +49,12 @@ def model_of(config):
 """
 
 _STEPS = """
+from elmo_ray.training.accumulation import divided
 from elmo_ray.training.step import TrainStep
 
 for case in CASES:
     config = tiny_config(**case)
-    batches = [batch for pair in inputs(config, text) for batch in pair]
+    batches = [divided(batch, config.train.accumulate) for pair in inputs(config, text) for batch in pair]
     with FakeTensorMode(allow_non_fake_inputs=False):
         step = TrainStep(config, model_of(config), config.data.streams)
         for batch in batches[:2]:
@@ -113,6 +114,7 @@ CASES: list[dict[str, Any]] = [
     {"model__bidirectional": False},
     {"model__lstm": {"dim": 8, "projection_dim": 8}, "train__precision": "bf16"},
     {"optim__name": "adamw"},
+    {"train__accumulate": 3},
     {"train__freeze": ["char_cnn", "lstm.0"]},
     FULL,
     WORDS,
