@@ -58,9 +58,7 @@ class FixedShapes:
         self._steps_of_rows = [max(1, _rounded_up(most / _ROWS_STEPS)) for most in most_rows]
 
     @classmethod
-    def of(
-        cls, config: PretrainConfig, n_words: int, characters: TypeTable | None, rows: int, world: int = 1
-    ) -> FixedShapes:
+    def of(cls, config: PretrainConfig, n_words: int, characters: TypeTable | None, rows: int) -> FixedShapes:
         """For a worker with so many streams. Words are expected as often as the sampled softmax expects them, by their
         place in the vocabulary."""
         directions = 2 if config.model.bidirectional else 1
@@ -73,7 +71,7 @@ class FixedShapes:
             classes, columns = characters.classes.astype(np.int64), characters.columns
         expected = np.bincount(classes, present, minlength=len(columns)).astype(np.float64)
         rare = np.bincount(classes[n_words // 2 :], minlength=len(columns))
-        targets = directions * world * -(-config.data.streams // world) * config.train.unroll
+        targets = directions * config.data.streams * config.train.unroll  # of all ranks
         negatives = directions * config.softmax.negatives
         inputs = targets if config.softmax.tied else 0
         most_rows = min(n_words, targets + negatives + inputs), min(n_words, targets)
