@@ -156,7 +156,7 @@ class CharCnn(nn.Module):
             own = tuple((size, columns) for size, (_, columns) in zip(sizes[part], classes, strict=True) if size)
             return self._encode(torch.cat(halves[part]), own, dtype, dict(zip(names, parameters, strict=True)))
 
-        found = Parted.apply(encode, 2, *self.parameters())
+        found = Parted.apply(encode, 2, len(names), *self.parameters())
         parts = [result.split(size) for result, size in zip(found, sizes, strict=True)]
         return torch.cat([some for pair in zip(*parts, strict=True) for some in pair])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ class Dropout:
 
     A fresh mask for every element, so for every time step too, as in bilm-tf.
     """
+
+    generators: list[torch.Generator]
 
     def __init__(self, probability: float, seed: int, step: int, rank: int, device: torch.device):
         self.probability = probability
@@ -26,10 +30,16 @@ class Dropout:
         for half, generator in enumerate(self.generators):
             generator.manual_seed((base + half * 15_485_863) % (1 << 63))
 
+    def of(self, half: int) -> Dropout:
+        """For that half alone: the masks that it has as a part of the whole."""
+        alone = copy.copy(self)
+        alone.generators = [self.generators[half]]
+        return alone
+
     def __call__(self, x: Tensor) -> Tensor:
         keep = 1.0 - self.probability
         mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        halves = mask.view(-1).chunk(2)
+        halves = mask.view(-1).chunk(len(self.generators))
 
         def draw(half: int) -> None:
             halves[half].bernoulli_(keep, generator=self.generators[half]).div_(keep)

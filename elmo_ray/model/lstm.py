@@ -7,14 +7,20 @@ f, o as in TensorFlow's LSTMCell (BILM.md, Model).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from elmo_ray.config import LstmConfig
+from elmo_ray.model.cpu_kernels import for_tensor
+from elmo_ray.model.cpu_recurrence import CpuRecurrence
 from elmo_ray.model.dropout import Dropout
-from elmo_ray.model.recurrence import Clips, Recurrence
+from elmo_ray.model.recurrence import Clips, Recurrence, Weights
+
+_NAMES = ("input_kernel", "hidden_kernel", "bias", "projection")
+"""A layer's parameters in the order of `Weights`."""
 
 
 class LstmState(NamedTuple):
@@ -63,20 +69,11 @@ class LstmLayer(nn.Module):
                 self.projection.uniform_(-bound, bound, generator=generator)
 
     def forward(
-        self, x_DTBI: Tensor, hidden_DBP: Tensor, cell_DBH: Tensor, dtype: torch.dtype | None
+        self, x_DTBI: Tensor, hidden_DBP: Tensor, cell_DBH: Tensor, dtype: torch.dtype | None, weights: Weights
     ) -> tuple[Tensor, Tensor]:
         """All outputs [D, T, B, P] and all cells [D, T, B, H] of a window."""
-        outputs, cells = Recurrence.apply(
-            x_DTBI,
-            hidden_DBP,
-            cell_DBH,
-            self.input_kernel,
-            self.hidden_kernel,
-            self.bias,
-            self.projection,
-            self.clips,
-            dtype,
-        )
+        function = CpuRecurrence if for_tensor(x_DTBI) else Recurrence
+        outputs, cells = function.apply(x_DTBI, hidden_DBP, cell_DBH, *weights, self.clips, dtype)
         return outputs, cells
 
 
@@ -107,18 +104,22 @@ class BiLstm(nn.Module):
         lengths_B: Tensor | None = None,
         dropout: Dropout | None = None,
         dtype: torch.dtype | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
     ) -> tuple[list[Tensor], LstmState]:
         """Run a window.
 
+        parameters: what stands for this module's own, by their names; of one direction where x has one.
         lengths_B: valid positions of each row (its first ones); the state returned is that after the last valid one,
         and the state given where a row has none. None: all are valid.
         Returns the output of every layer, [D, T, B, P] each, skip connections added, and the new state (detached).
         """
         outputs, hiddens, cells = [], [], []
+        given = dict(self.named_parameters()) if parameters is None else parameters
         x = x_DTBP
         for index, layer in enumerate(self.layers):
             dropped = x if dropout is None else dropout(x)
-            h, c = layer(dropped, state.hidden[index], state.cell[index], dtype)
+            weights = Weights(*(given.get(f"layers.{index}.{name}") for name in _NAMES))  # type: ignore[arg-type]
+            h, c = layer(dropped, state.hidden[index], state.cell[index], dtype, weights)
             hiddens.append(_at_length(h.detach(), state.hidden[index], lengths_B))
             cells.append(_at_length(c, state.cell[index], lengths_B))
             # The residual adds the dropped input: dropout is outside of the skip connection (BILM.md, Model).

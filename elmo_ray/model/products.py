@@ -27,8 +27,9 @@ class Factor(NamedTuple):
 def factor_of(weight: Tensor, rows: int, transposed: bool = False) -> Factor:
     """`weight` [K, N] or [D, K, N], or its transpose where `transposed`, for products of so many rows."""
     if weight.numel() >= _WORTH_PACKING and can_pack(weight):
-        # a linear layer's weight, which is what is packed, is the transpose of the factor
-        return Factor(packed(weight if transposed else weight.t(), rows), True)
+        # A linear layer's weight, which is what is packed, is the transpose of the factor. From a view it would take
+        # twice as long as from a copy, with it.
+        return Factor(packed(weight if transposed else weight.t().contiguous(), rows), True)
     # a copy: products of few rows with a transposed view run at a fraction of the speed on CPUs
     return Factor(weight.transpose(-1, -2).contiguous() if transposed else weight, False)
 
@@ -56,6 +57,18 @@ def _packs(device: str, dtype: torch.dtype) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return True
+
+
+def linear(x_MK: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x @ weight + bias, in the dtype of x and the weight; without gradients.
+
+    On some CPUs oneDNN's float32 products are a tenth faster than those of torch.mm, but the first one of a shape takes
+    half a millisecond more.
+    """
+    if x_MK.dtype == torch.float32 and can_pack(x_MK):
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, weight_KN.t(), bias_N, "none", [], "")
+        return result
+    return torch.mm(x_MK, weight_KN) if bias_N is None else torch.addmm(bias_N, x_MK, weight_KN)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:  # TorchScript compiles this and sum_into for time_steps.py

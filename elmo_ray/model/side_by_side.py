@@ -135,42 +135,53 @@ PartOf = Callable[[int, Sequence[Tensor]], Tensor]
 
 
 class Parted(torch.autograd.Function):
-    """(work, parts, parameters...) -> work(0, parameters), work(1, parameters), ...: Tensors computed side by side, and
-    so are their gradients.
+    """(work, parts, shared, parameters...) -> work(0, parameters), work(1, parameters), ...: Tensors computed side by
+    side, and so are their gradients.
 
-    `work` may use the parameters that it is given (others than the caller's, so that hooks on those see one gradient)
-    and no other tensor that has a gradient. The graph of each part is its own, so that each runs in its part's thread;
-    gradients of the parts are added in their order.
+    The first `shared` parameters are every part's; of the others a part gets its own slice of the first dimension, kept
+    as one of length 1. `work` may use the parameters that it is given (others than the caller's, so that hooks on those
+    see one gradient) and no other tensor that has a gradient. The graph of each part is its own, so that each runs in
+    its part's thread; gradients of what is shared are added in the order of the parts.
     """
 
     @staticmethod
-    def forward(ctx: Any, work: PartOf, parts: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        wanted = ctx.needs_input_grad[2:]
-        leaves = [p.detach().requires_grad_(needed) for p, needed in zip(parameters, wanted, strict=True)]
+    def forward(ctx: Any, work: PartOf, parts: int, shared: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        wanted = ctx.needs_input_grad[3:]
+        leaves: list[list[Tensor]] = [[] for _ in range(parts)]
+        for number, (parameter, needed) in enumerate(zip(parameters, wanted, strict=True)):
+            for part, own in enumerate(leaves):
+                of_part = parameter if number < shared else parameter[part : part + 1]
+                own.append(of_part.detach().requires_grad_(needed))
         results: list[Tensor] = [parameters[0]] * parts
 
         def run(part: int) -> None:
             with torch.set_grad_enabled(any(wanted)):
-                results[part] = work(part, leaves)
+                results[part] = work(part, leaves[part])
 
         side_by_side(run, parts, parameters[0].device)
-        ctx.results, ctx.leaves = results, leaves
+        ctx.results, ctx.leaves, ctx.shared = results, leaves, shared
         return tuple(result.detach() for result in results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
+        wanted = [[leaf for leaf in leaves if leaf.requires_grad] for leaves in ctx.leaves]
+        shared = sum(leaf.requires_grad for leaf in ctx.leaves[0][: ctx.shared])
         again = torch._C._autograd._get_current_graph_task_keep_graph()
-        found: list[Sequence[Tensor]] = [wanted] * len(grads)
+        # of slices: each part puts its own in its place
+        whole = [leaf.new_empty(len(grads), *leaf.shape[1:]) for leaf in wanted[0][shared:]]
+        found: list[Sequence[Tensor]] = [wanted[0]] * len(grads)
 
         def run(part: int) -> None:
             with torch.enable_grad():
-                found[part] = torch.autograd.grad(ctx.results[part], wanted, grads[part], retain_graph=again)
+                gradients = torch.autograd.grad(ctx.results[part], wanted[part], grads[part], retain_graph=again)
+            for into, gradient in zip(whole, gradients[shared:], strict=True):
+                into[part] = gradient[0]
+            found[part] = gradients[:shared]
 
         side_by_side(run, len(grads), grads[0].device)
         total = list(found[0])
         for more in found[1:]:
-            total = list(torch._foreach_add(total, list(more)))
-        given = iter(total)
-        return None, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[2:])
+            torch._foreach_add_(total, list(more))
+        given = iter((*total, *whole))
+        return None, None, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[3:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elmo_ray.config import PretrainConfig
-from elmo_ray.model.bilm import TABLES, BiLM
+from elmo_ray.model.bilm import TABLES, BiLM, Head
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.gate_kernels import choose_steps
 from elmo_ray.model.lstm import LstmState
@@ -153,7 +154,7 @@ class TrainStep:
         dropout = self.dropout
         if dropout is None and config.train.dropout > 0.0:
             dropout = Dropout(config.train.dropout, config.run.seed, batch.step, noise, self.device)
-        x_DBTP, state = self.forward(
+        losses_DN, state = self.forward(
             batch.types,
             batch.type_classes,
             batch.inputs,
@@ -162,30 +163,38 @@ class TrainStep:
             dropout,
             self.dtype,
             leaves.get("word_embedding"),
+            self._head(batch, leaves),
         )
-        return self._losses(batch, x_DBTP.flatten(1, 2), leaves).sum(dim=1), state
+        return losses_DN.sum(dim=1), state
 
-    def _losses(self, batch: StepInput, x_DNP: Tensor, leaves: dict[str, Tensor]) -> Tensor:
-        """[D, B*T] losses in nats, 0 where there is no position."""
-        targets_DN = batch.targets.flatten(1)
-        if not self.sampled:
-            weight, bias = self.model.output_weight, self.model.softmax_bias
-            assert bias is not None
-            each = zip(x_DNP, targets_DN, strict=True)
-            return torch.stack([full_losses(x, weight, bias, targets, self.dtype) for x, targets in each])
-        assert batch.target_rows is not None and batch.target_log_count is not None
-        assert batch.negative_rows is not None and batch.negative_log_count is not None
-        losses_DN = sampled_losses(
-            x_DNP,
-            leaves["word_embedding" if self.model.tied else "softmax_weight"],
-            leaves["softmax_bias"],
-            batch.target_rows.flatten(1),
-            batch.target_log_count.flatten(1),
-            batch.negative_rows,
-            batch.negative_log_count,
-            self.dtype,
-        )
-        return torch.where(targets_DN >= 0, losses_DN, 0.0)
+    def _head(self, batch: StepInput, leaves: dict[str, Tensor]) -> Head:
+        """To losses in nats, 0 where there is no position."""
+        bias = leaves["softmax_bias"] if self.sampled else self.model.softmax_bias
+        assert bias is not None
+        weight = self.model.output_weight
+        if self.sampled:
+            weight = leaves["word_embedding" if self.model.tied else "softmax_weight"]
+
+        def losses(of: slice, x_DNP: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+            weight, bias, targets_DN = tables["weight"], tables["bias"], batch.targets[of].flatten(1)
+            if not self.sampled:
+                each = zip(x_DNP, targets_DN, strict=True)
+                return torch.stack([full_losses(x, weight, bias, targets, self.dtype) for x, targets in each])
+            assert batch.target_rows is not None and batch.target_log_count is not None
+            assert batch.negative_rows is not None and batch.negative_log_count is not None
+            losses_DN = sampled_losses(
+                x_DNP,
+                weight,
+                bias,
+                batch.target_rows[of].flatten(1),
+                batch.target_log_count[of].flatten(1),
+                batch.negative_rows[of],
+                batch.negative_log_count[of],
+                self.dtype,
+            )
+            return torch.where(targets_DN >= 0, losses_DN, 0.0)
+
+        return Head(losses, {"weight": weight, "bias": bias})
 
     def run(self, batch: StepInput) -> StepOutput:
         """A whole step. Where the gradient is not finite neither the parameters nor the state change."""

@@ -79,7 +79,7 @@ def test_parted_gives_values_and_gradients_of_the_parts(threads) -> None:
         return torch.tanh(xs[part] @ weight) + xs[part] @ frozen
 
     whole = torch.tanh(xs @ weight) + xs @ frozen
-    parts = torch.stack(Parted.apply(work, 2, weight, frozen))
+    parts = torch.stack(Parted.apply(work, 2, 2, weight, frozen))
     assert torch.equal(parts, whole)
     (expected,) = torch.autograd.grad(whole.square().sum(), weight)
     loss = parts.square().sum()
@@ -99,7 +99,7 @@ def test_a_hook_of_a_parameter_sees_one_gradient(threads) -> None:
         return gradient * 0.1
 
     weight.register_hook(hook)
-    parts = Parted.apply(lambda part, parameters: (part + 1.0) * parameters[0], 2, weight)
+    parts = Parted.apply(lambda part, parameters: (part + 1.0) * parameters[0], 2, 1, weight)
     (parts[0].sum() + parts[1].sum()).backward()
     assert calls == [threading.current_thread()]
     torch.testing.assert_close(weight.grad, torch.full((3,), 0.3))

@@ -1,0 +1,178 @@
+"""What `recurrence.py` does, on a CPU in float32 or with bf16 products: made for the way through its caches.
+
+A window's gates are megabytes that come from memory at a fraction of the products' speed. So each time step has one
+product of its input and hidden state together, whose result is used while a cache still holds it, and the gates' loops
+(`cpu_kernels.py`) pass over it once. No call holds Python's lock while it works, and the directions run side by side.
+
+Shapes: D directions, T window, B rows, I input, P output of a cell, K = I + P, H cell, G = 4H gates i, j, f, o.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elmo_ray.model.cpu_kernels import (
+    as_array,
+    backward_gates,
+    backward_projection,
+    bound_of,
+    forward_gates,
+    forward_projection,
+)
+from elmo_ray.model.products import Factor, factor_of, linear
+from elmo_ray.model.recurrence import FORGET_BIAS, Clips
+from elmo_ray.model.side_by_side import by_direction
+
+
+class CpuRecurrence(torch.autograd.Function):
+    """A layer over a window, with the arguments and results of `recurrence.Recurrence`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_DTBI: Tensor,
+        hidden_DBP: Tensor,
+        cell_DBH: Tensor,
+        w_input: Tensor,
+        w_hidden: Tensor,
+        bias: Tensor,
+        w_projection: Tensor | None,
+        clips: Clips,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        d, t, b, i = x_DTBI.shape
+        p, h, low = hidden_DBP.shape[-1], cell_DBH.shape[-1], x_DTBI.dtype if dtype is None else dtype
+        empty = x_DTBI.new_empty
+        given_DTBK, gated_DTBH = empty(d, t, b, i + p, dtype=low), empty(d, t, b, h, dtype=low)
+        gates_DTBG, cells_DTBH, outputs_DTBP = empty(d, t, b, 4 * h), empty(d, t, b, h), empty(d, t, b, p)
+
+        def run(k: int | slice) -> None:
+            given_DTBK[k, ..., :i], given_DTBK[k, 0, :, i:] = x_DTBI[k], hidden_DBP[k]
+            kernel = factor_of(torch.cat([w_input[k], w_hidden[k]]).to(low), b)
+            projection = None if w_projection is None else factor_of(w_projection[k].to(low), b)
+            windows = given_DTBK[k], gates_DTBG[k], cells_DTBH[k], gated_DTBH[k], outputs_DTBP[k]
+            _forward_steps(*windows, cell_DBH[k], kernel, bias[k], projection, clips)
+
+        by_direction(run, d, x_DTBI.device)
+        ctx.save_for_backward(
+            cell_DBH, w_input, w_hidden, w_projection, given_DTBK, gates_DTBG, cells_DTBH, gated_DTBH, outputs_DTBP
+        )
+        ctx.clips = clips
+        ctx.mark_non_differentiable(cells_DTBH)
+        return outputs_DTBP, cells_DTBH
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cell_DBH, w_input, w_hidden, w_projection, given_DTBK, gates_DTBG, *windows = ctx.saved_tensors
+        low, i = given_DTBK.dtype, w_input.shape[1]
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        found: list[list[Tensor | None]] = [[] for _ in cell_DBH]
+
+        def run(k: int | slice) -> None:
+            assert isinstance(k, int)
+            gates_TBG, hidden_PG = gates_DTBG[k].clone() if again else gates_DTBG[k], w_hidden[k].to(low)
+            # in float32 in place of the gates, for the caches' sake
+            d_gates_TBG = gates_TBG if low == gates_TBG.dtype else torch.empty_like(gates_TBG, dtype=low)
+            cells_TBH, gated_TBH, outputs_TBP = (window[k] for window in windows)
+            d_raw_TBP = torch.empty_like(outputs_TBP, dtype=low)
+            kernel = factor_of(hidden_PG, len(cell_DBH[k]), transposed=True)
+            projection = None
+            if w_projection is not None:
+                projection = factor_of(w_projection[k].to(low), len(cell_DBH[k]), transposed=True)
+            states = gates_TBG, cells_TBH, outputs_TBP, cell_DBH[k]
+            d_bias_G = _backward_steps(
+                grads[0][k].contiguous(), *states, kernel, projection, ctx.clips, d_gates_TBG, d_raw_TBP
+            )
+            d_gates_NG, given_NK = d_gates_TBG.flatten(0, 1), given_DTBK[k].flatten(0, 1)
+            d_kernel_KG = linear(given_NK.t(), d_gates_NG).to(w_input.dtype)
+            d_x_NI = linear(d_gates_NG, w_input[k].to(low).t()).to(w_input.dtype) if ctx.needs_input_grad[0] else None
+            d_projection_HP = None
+            if w_projection is not None:
+                d_projection_HP = linear(gated_TBH.flatten(0, 1).t(), d_raw_TBP.flatten(0, 1)).to(w_input.dtype)
+            d_x_TBI = None if d_x_NI is None else d_x_NI.view(*given_DTBK.shape[1:3], i)
+            found[k] = [d_x_TBI, d_kernel_KG[:i], d_kernel_KG[i:], d_bias_G, d_projection_HP]
+
+        by_direction(run, len(cell_DBH), cell_DBH.device)
+        d_x, d_input, d_hidden, d_bias, d_projection = (_stacked(each) for each in zip(*found, strict=True))
+        return d_x, None, None, d_input, d_hidden, d_bias, d_projection, None, None
+
+
+def _stacked(of_directions: tuple[Tensor | None, ...]) -> Tensor | None:
+    tensors = [tensor for tensor in of_directions if tensor is not None]
+    if len(tensors) < 2:
+        return tensors[0].unsqueeze(0) if tensors else None
+    return torch.stack(tensors)
+
+
+def _times(x: Tensor, factor: Factor) -> Tensor:
+    if factor.packed:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, factor.matrix, None, "none", [], "")
+        return result
+    return torch.mm(x, factor.matrix)
+
+
+def _forward_steps(
+    given_TBK: Tensor,
+    gates_TBG: Tensor,
+    cells_TBH: Tensor,
+    gated_TBH: Tensor,
+    outputs_TBP: Tensor,
+    cell_BH: Tensor,
+    kernel: Factor,
+    bias_G: Tensor,
+    projection: Factor | None,
+    clips: Clips,
+) -> None:
+    """Fills the windows; `given` comes with the inputs and the first hidden state, and gets the other ones."""
+    h = cell_BH.shape[1]
+    bias_G = bias_G.clone()
+    bias_G[2 * h : 3 * h] += FORGET_BIAS
+    cell_bound = bound_of(clips.cell)
+    # the original has no clip of it where there is no projection
+    output_bound = bound_of(None if projection is None else clips.projection)
+    bias, before, gates, cells = as_array(bias_G), as_array(cell_BH), as_array(gates_TBG), as_array(cells_TBH)
+    gated, outputs, given = as_array(gated_TBH), as_array(outputs_TBP), as_array(given_TBK)
+    unused = as_array(torch.empty_like(given_TBK[0]))
+    for step, (given_BK, gated_BH) in enumerate(zip(given_TBK.unbind(0), gated_TBH.unbind(0), strict=True)):
+        sums, cell = as_array(_times(given_BK, kernel)), cells[step]
+        forward_gates(sums, bias, before, gates[step], cell, gated[step], cell_bound)
+        before = cell
+        result = gated[step] if projection is None else as_array(_times(gated_BH, projection))
+        forward_projection(result, outputs[step], given[step + 1] if step + 1 < len(given) else unused, output_bound)
+
+
+def _backward_steps(
+    d_outputs_TBP: Tensor,
+    gates_TBG: Tensor,
+    cells_TBH: Tensor,
+    outputs_TBP: Tensor,
+    cell_BH: Tensor,
+    kernel: Factor,
+    projection: Factor | None,
+    clips: Clips,
+    d_gates_TBG: Tensor,
+    d_raw_TBP: Tensor,
+) -> Tensor:
+    """Fills the gradients of the gates before their activations, and of the projection's result before its clip.
+
+    kernel, projection: transposed. d_gates_TBG may be gates_TBG. The state at the window's end has no gradient.
+    Returns the gradient of the bias [G].
+    """
+    cell_bound = bound_of(clips.cell)
+    output_bound = bound_of(None if projection is None else clips.projection)
+    d_outputs, gates, cells = as_array(d_outputs_TBP), as_array(gates_TBG), as_array(cells_TBH)
+    outputs, first, d_raw = as_array(outputs_TBP), as_array(cell_BH), as_array(d_raw_TBP)
+    d_gates = None if d_gates_TBG is gates_TBG else as_array(d_gates_TBG)
+    d_cell = as_array(torch.zeros_like(cell_BH))
+    recurrent = as_array(torch.zeros_like(d_raw_TBP[0]))
+    for step in reversed(range(len(gates))):
+        backward_projection(d_outputs[step], recurrent, outputs[step], d_raw[step], output_bound)
+        d_gated = d_raw[step] if projection is None else as_array(_times(d_raw_TBP[step], projection))
+        before, into = cells[step - 1] if step else first, None if d_gates is None else d_gates[step]
+        backward_gates(d_gated, gates[step], before, cells[step], d_cell, into, cell_bound)
+        if step:
+            recurrent = as_array(_times(d_gates_TBG[step], kernel))
+    return torch.sum(d_gates_TBG.flatten(0, 1), dim=0, dtype=cell_BH.dtype)
