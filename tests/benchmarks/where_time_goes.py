@@ -2,7 +2,7 @@
 
 Kernels are assigned to parts by what asked for them: ranges around the char CNN, the layers and the optimizer, and for
 backward the operation that a gradient belongs to. On a CPU it is the operations' own time, and what the directions do
-in threads of their own is seen from outside only: products and gates are one part there.
+in threads of their own is seen from outside only: layers and softmax are one part there.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def milliseconds_of_parts(step: TrainStep, run: Callable[[], None], steps: int) 
         if time:
             totals[_part(event, of_cnn)] += time / 1e3 / steps
     if not on_gpu:
-        totals["recurrent products and gates"] = totals.pop("recurrent products") + totals.pop("gates")
+        totals["layers and softmax"] = sum(totals.pop(part) for part in ("recurrent products", "gates", "softmax"))
     return {part: round(total, 3) for part, total in totals.items()}
 
 
@@ -117,4 +117,4 @@ def _part(event: Any, of_cnn: set[int]) -> str:
         if event.name.startswith("autograd::engine::evaluate_function") and event.sequence_nr in of_cnn:
             return "CNN"
         event = event.cpu_parent
-    return "rest"
+    return "gates" if "Parted" in text else "rest"  # Parted: a CPU's directions
