@@ -156,6 +156,9 @@ class TrainConfig(Section):
     gradients: Literal["full", "bf16"] = Field(
         "full", description="how gradients travel between workers; bf16: half the bytes, rounded"
     )
+    gpu_kernels: Literal["auto", "off"] = Field(
+        "auto", description="on a GPU: fused kernels and CUDA graphs where they compute the same; off: PyTorch's own"
+    )
     duration: Duration = Field(Duration(10, "epochs"), description="how long to train")
     validate_every: Duration | None = Field(Duration(1000, "steps"), description="how often to validate; null: never")
     validate_positions: Int = Field(200_000, ge=1, le=10**15, description="most positions of a validation")

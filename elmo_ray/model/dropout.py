@@ -20,9 +20,13 @@ class Dropout:
 
     def __init__(self, probability: float, seed: int, step: int, rank: int, device: torch.device):
         self.probability = probability
+        self.generators = [torch.Generator(device) for _ in range(2)]
+        self.seed(seed, step, rank)
+
+    def seed(self, seed: int, step: int, rank: int) -> None:
+        """Begin with the masks of a step."""
         # Fixed multipliers keep (seed, step, rank, half) apart; the generator mixes the bits.
         base = seed * 1_000_003 + step * 7_919 + rank * 104_729
-        self.generators = [torch.Generator(device) for _ in range(2)]
         for half, generator in enumerate(self.generators):
             generator.manual_seed((base + half * 15_485_863) % (1 << 63))
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from elmo_ray.model.gate_kernels import steps_on
 from elmo_ray.model.products import Factor, factor_of, product_into, sum_into
 from elmo_ray.model.side_by_side import by_direction, without_lock
 from elmo_ray.model.time_steps import backward_steps, forward_steps
@@ -79,7 +80,8 @@ def run_forward(window: Window, hidden: Tensor, cell: Tensor, weights: Weights, 
     bias[..., 2 * h : 3 * h] += FORGET_BIAS
     sum_into(window.gates.flatten(-3, -2), bias.unsqueeze(-2), window.x, weights.input)
     kernel, projection = _factors(weights, rows, transposed=False)
-    steps: Callable[..., None] = _forward_steps() if window.x.device.type == "cpu" else forward_steps
+    device = window.x.device
+    steps: Callable[..., None] = _forward_steps() if device.type == "cpu" else steps_on(device).forward
     steps(*window[1:], hidden, cell, *kernel, *projection, *clips)
 
 
@@ -92,7 +94,8 @@ def run_backward(
     gates, low = window.gates, window.x.dtype
     d_gates = gates if low == gates.dtype else torch.empty_like(gates, dtype=low)
     d_raw = torch.empty_like(window.outputs)
-    steps: Callable[..., None] = _backward_steps() if window.x.device.type == "cpu" else backward_steps
+    device = window.x.device
+    steps: Callable[..., None] = _backward_steps() if device.type == "cpu" else steps_on(device).backward
     saved = (gates, window.cells, window.tanh_cells, window.outputs, cell)
     steps(d_outputs, *saved, *kernel, *projection, *clips, d_gates, d_raw)
     return d_gates, d_raw

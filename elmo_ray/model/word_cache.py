@@ -49,7 +49,7 @@ class WordCache:
         if new:
             self._reserve(first, first + len(new))
             self._table[first : first + len(new)] = self._encode(types_UC, classes, new)
-        return self._table[torch.tensor([self._rows[key] for key in keys], device=self.device)]
+        return self._table[torch.tensor([self._rows[key] for key in keys]).to(self.device)]
 
     def _encode(self, types_UC: np.ndarray, classes: tuple[tuple[int, int], ...], chosen: list[int]) -> Tensor:
         # types come class by class, so those that are chosen do, too

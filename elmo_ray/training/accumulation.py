@@ -22,8 +22,18 @@ _BY_ROWS = {"inputs": 1, "targets": 1, "target_rows": 1, "target_log_count": 1, 
 """The fields of a StepInput that have a row for each stream, and the dimension of it."""
 
 
+def divided(batch: StepInput, parts: int) -> StepInput:
+    """A copy with its parts, found where the batch is made: on a GPU, how many words a part has would be waited for."""
+    result = copy.copy(batch)
+    result.parts = tuple(parts_of(batch, parts)) if parts > 1 else ()
+    return result
+
+
 def parts_of(batch: StepInput, parts: int) -> Iterator[tuple[range, StepInput]]:
     """The rows of each part, and its input, with the words of its rows only. One part is the batch itself."""
+    if batch.parts:
+        yield from batch.parts
+        return
     rows = len(batch.lengths)
     if parts == 1 or rows == 1:
         yield range(rows), batch

@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,11 @@ from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader
 from elmo_ray.data.word_types import Marks
 from elmo_ray.errors import ElmoRayError
 from elmo_ray.model.softmax import draw_negatives, log_expected_count
+from elmo_ray.training.accumulation import divided
 from elmo_ray.training.exchange import Exchange, Flags, Gathered
+from elmo_ray.training.fixed_shapes import FixedShapes
 from elmo_ray.training.step import StepInput
+from elmo_ray.training.transfer import Sent, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,12 @@ class Fed:
     cursors: StreamCursors
     flags: Flags
     waited: float = 0.0
+
+
+class _Coming(NamedTuple):
+    sent: Sent
+    cursors: StreamCursors
+    flags: Flags
 
 
 def reset_rows(
@@ -131,7 +141,8 @@ class StepAssembler:
 class Feeder:
     """Runs loader and assembler in a thread, `ahead` steps before the training thread, and yields `Fed`.
 
-    flags: called in the thread for this rank's flags. An error of any rank comes out of the iterator on every rank.
+    flags: called in the thread for this rank's flags. shapes: pads what a step is given. An error of any rank comes out
+    of the iterator on every rank.
     """
 
     def __init__(
@@ -142,9 +153,11 @@ class Feeder:
         flags: Callable[[], Flags],
         device: torch.device,
         ahead: int = 2,
+        shapes: FixedShapes | None = None,
     ):
-        self.loader, self.assembler, self.steps, self.flags, self.device = loader, assembler, steps, flags, device
-        self._queue: queue.Queue[Fed | BaseException | None] = queue.Queue(maxsize=ahead)
+        self.loader, self.assembler, self.steps, self.flags, self.shapes = loader, assembler, steps, flags, shapes
+        self.transfer = Transfer(device)
+        self._queue: queue.Queue[_Coming | BaseException | None] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="elmo-loader", daemon=True)
 
@@ -159,10 +172,10 @@ class Feeder:
                     exchange.gather(np.zeros(0, np.int64), capacity, 0, 0, self.flags(), error, step)
                     raise
                 result, flags = self.assembler(batch, step, self.flags())
-                if self.device.type == "cuda":
-                    with torch.cuda.device(self.device):  # a new thread begins with device 0
-                        result = _pinned(result).to(self.device)
-                self._put(Fed(result, batch.cursors, flags))
+                if self.shapes is not None:
+                    result = self.shapes(result)
+                result = divided(result, self.assembler.config.train.accumulate)
+                self._put(_Coming(self.transfer(result), batch.cursors, flags))
                 if flags.stop or self._closed.is_set():
                     break
             self._put(None)
@@ -171,7 +184,7 @@ class Feeder:
         finally:
             self.loader.close()
 
-    def _put(self, item: Fed | BaseException | None) -> None:
+    def _put(self, item: _Coming | BaseException | None) -> None:
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=0.2)
@@ -179,7 +192,7 @@ class Feeder:
             except queue.Full:
                 continue
 
-    def _next(self, start: float) -> Fed | BaseException | None:
+    def _next(self, start: float) -> _Coming | BaseException | None:
         """The next item; a wait for text that goes on and on is said, for only the user can know what holds it up."""
         while True:
             try:
@@ -201,15 +214,8 @@ class Feeder:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                item.waited = time.perf_counter() - start
-                yield item
+                waited = time.perf_counter() - start
+                yield Fed(item.sent.received(), item.cursors, item.flags, waited)
         finally:
             self._closed.set()
             self._thread.join(timeout=30)
-
-
-def _pinned(batch: StepInput) -> StepInput:
-    for name, value in vars(batch).items():
-        if isinstance(value, torch.Tensor):
-            setattr(batch, name, value.pin_memory())
-    return batch

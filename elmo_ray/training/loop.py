@@ -22,6 +22,7 @@ from elmo_ray.training.checkpoint import Checkpoint
 from elmo_ray.training.checkpoint_store import Committed
 from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
+from elmo_ray.training.fixed_shapes import FixedShapes
 from elmo_ray.training.identity import identity
 from elmo_ray.training.optim import learning_rate
 from elmo_ray.training.outbox import Outbox
@@ -174,6 +175,7 @@ class _Run:
             return self._result(stopped=False)
         if self.start_checkpoint is not None and self.validation is not None:
             self._measure_start(self.start_checkpoint)
+        characters = character_table(self.model, self.vocabulary)
         loader = StreamLoader(
             self.streams_plan,
             self.streams,
@@ -181,11 +183,13 @@ class _Run:
             self.worker.source,
             self.vocabulary,
             self.unroll,
-            character_table(self.model, self.vocabulary),
+            characters,
             self.model.directions,
         )
         assembler = StepAssembler(config, self.vocabulary.size, self.streams, Exchange(self.ranks))
-        feeder = Feeder(loader, assembler, range(progress.step, self.total_steps), self._flags, self.worker.device)
+        steps, n_words = range(progress.step, self.total_steps), self.vocabulary.size
+        shapes = FixedShapes.of(config, n_words, characters, len(self.streams)) if self.step.graphs else None
+        feeder = Feeder(loader, assembler, steps, self._flags, self.worker.device, shapes=shapes)
         validate_every = self._steps(config.train.validate_every) if config.train.validate_every else 0
         checkpoint_every = self._steps(config.train.checkpoint_every)
         stopped, first = False, True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from elmo_ray.config import OptimConfig
 from elmo_ray.model.parts import part_of
 from elmo_ray.model.side_by_side import side_by_side
+from elmo_ray.training.adagrad_kernel import adagrad_, usable
 
 TABLE_LR = 0.2
 
@@ -57,14 +58,18 @@ class Optimizer:
 
     Row-sparse equals dense for Adagrad because a row without gradient does not move, so the tables keep Adagrad (with
     `optim.table_lr`) when the dense part is trained by AdamW. Parameters that get no gradient keep value and slots.
+    fused: Adagrad's updates in one pass each on a GPU, where that is possible.
     """
 
-    def __init__(self, config: OptimConfig, dense: Mapping[str, nn.Parameter], tables: Mapping[str, Tensor]):
+    def __init__(
+        self, config: OptimConfig, dense: Mapping[str, nn.Parameter], tables: Mapping[str, Tensor], fused: bool = False
+    ):
         self.config = config
         self.dense = dict(dense)
         self.tables = dict(tables)
         self.rates = part_rates(config, self.dense, self.tables)
         self.accumulators = {name: torch.full_like(table, config.initial_accumulator) for name, table in tables.items()}
+        self.fused = fused and usable(next(iter([*self.dense.values(), *self.tables.values()])).device)
         self.inner: torch.optim.Optimizer | None = None
         if self.dense:
             parameters = list(self.dense.values())
@@ -105,15 +110,24 @@ class Optimizer:
         norm = global_norm([*dense_gradients.values(), *row_gradients.values()])
         finite = torch.isfinite(norm)
         divisor = norm.clamp_min(self.config.clip_norm) / self.config.clip_norm
+        safe = torch.where(finite, divisor, 0.0) if self.fused else divisor  # as `adagrad_` takes it
         divisor = torch.where(finite, divisor, 1.0)
 
         def update(part: int) -> None:
-            if part == 0 and self.inner is not None and dense_gradients:
+            if part == 0 and self.fused and self.config.name == "adagrad":
+                for name, gradient in dense_gradients.items():
+                    rate = learning_rate(self.config, self.rates[name], step, total_steps)
+                    parameter = self.dense[name]
+                    adagrad_(parameter.detach(), self._inner_state(parameter)["sum"], gradient, None, safe, rate)
+            elif part == 0 and self.inner is not None and dense_gradients:
                 self._update_dense(dense_gradients, divisor, finite, step, total_steps)
             if part == 1:
                 for name, gradient in row_gradients.items():
-                    g = torch.where(finite, gradient / divisor, 0.0)
                     rate = learning_rate(self.config, self.rates[name], step, total_steps)
+                    if self.fused:
+                        adagrad_(self.tables[name], self.accumulators[name], gradient, rows.get(name), safe, rate)
+                        continue
+                    g = torch.where(finite, gradient / divisor, 0.0)
                     self._update_rows(name, rows.get(name), g, rate)
 
         side_by_side(update, 2, norm.device)

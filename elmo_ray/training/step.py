@@ -18,12 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 from elmo_ray.config import PretrainConfig
 from elmo_ray.model.bilm import TABLES, BiLM, Head
 from elmo_ray.model.dropout import Dropout
+from elmo_ray.model.gate_kernels import choose_steps
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.parts import trained_at
 from elmo_ray.model.sampled_softmax import sampled_losses
 from elmo_ray.model.side_by_side import threads_for_parts
 from elmo_ray.model.softmax import full_losses
 from elmo_ray.training.accumulation import average, parts_of, send_as_bf16
+from elmo_ray.training.gradients import Computed, Gradients
+from elmo_ray.training.graphs import graphs_for
 from elmo_ray.training.optim import Optimizer
 from elmo_ray.training.step_input import StepInput
 
@@ -31,15 +34,6 @@ __all__ = ["DTYPES", "Gradients", "StepInput", "StepOutput", "TrainStep"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Of parameters, states and sums; bf16 is for the products only."""
-
-
-@dataclass
-class Gradients:
-    """Gradients of the mean loss over all ranks, times unroll. `tables`: of the touched rows, or of whole tables."""
-
-    dense: dict[str, Tensor]
-    tables: dict[str, Tensor]
-    rows: dict[str, Tensor]
 
 
 @dataclass
@@ -65,10 +59,16 @@ class TrainStep:
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         self.sampled = config.softmax.kind == "sampled"
         tables = {name: p for name, p in model.named_parameters() if name in TABLES}
-        self.optimizer = Optimizer(config.optim, model.dense_parameters(), {n: p.detach() for n, p in tables.items()})
+        # Triton takes numbers, such as a clip's bound, as float32
+        fused = config.train.gpu_kernels == "auto" and config.train.precision != "fp64"
+        own = {name: p.detach() for name, p in tables.items()}
+        self.optimizer = Optimizer(config.optim, model.dense_parameters(), own, fused)
         self.state = model.lstm.zero_state(rows, like=next(model.parameters()).detach())
         self.forward: torch.nn.Module = model
         self.trained: frozenset[str] = frozenset()
+        self.dropout: Dropout | None = None  # that of a graph, where one is captured
+        choose_steps(fused, self.device, self.dtype)
+        self.graphs = graphs_for(self)
         self.begin(0)
         if world > 1:
             for parameter in model.parameters():  # DDP knows neither the tables nor, where nothing else trains, any
@@ -83,6 +83,8 @@ class TrainStep:
         if names == self.trained:
             return False
         self.trained = names
+        if self.graphs is not None:
+            self.graphs.forget()
         dense = self.optimizer.dense
         for name, parameter in self.model.named_parameters():
             # of a table with sampled softmax the gradients are taken at copies of the touched rows
@@ -98,7 +100,7 @@ class TrainStep:
                     send_as_bf16(self.forward)
         return True
 
-    def gradients(self, batch: StepInput) -> tuple[Gradients, Tensor, LstmState]:
+    def gradients(self, batch: StepInput) -> Computed:
         """Forward and backward: gradients averaged over all positions of all ranks, [D] loss sums of this rank, new
         state."""
         config, model = self.config, self.model
@@ -113,7 +115,7 @@ class TrainStep:
         sums: list[Tensor] = []
         states: list[LstmState] = []
         reset = self.state.zero_rows(batch.reset)
-        scale = config.train.unroll * self.world / (model.directions * max(1, batch.positions))
+        scale = self.scale_of(batch) if batch.scale is None else batch.scale
         parts = list(parts_of(batch, config.train.accumulate))
         for number, (rows_of_part, part) in enumerate(parts):
             whole = len(parts) == 1
@@ -130,9 +132,13 @@ class TrainStep:
             if self.world > 1:
                 average(gradient, self.world, config.train.gradients)
         if len(parts) == 1:
-            return Gradients(dense, tables, rows), sums[0], states[0]
+            return Computed(Gradients(dense, tables, rows), sums[0], states[0])
         joined = LstmState(*(torch.cat(values, dim=2) for values in zip(*states, strict=True)))
-        return Gradients(dense, tables, rows), torch.stack(sums).sum(0), joined
+        return Computed(Gradients(dense, tables, rows), torch.stack(sums).sum(0), joined)
+
+    def scale_of(self, batch: StepInput) -> float:
+        """From the sum of this rank's losses to what is differentiated."""
+        return self.config.train.unroll * self.world / (self.model.directions * max(1, batch.positions))
 
     def _sending(self, now: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients travel with the last part."""
@@ -145,8 +151,8 @@ class TrainStep:
     ) -> tuple[Tensor, LstmState]:
         """[D] sums of losses, and the new state."""
         config = self.config
-        dropout = None
-        if config.train.dropout > 0.0:
+        dropout = self.dropout
+        if dropout is None and config.train.dropout > 0.0:
             dropout = Dropout(config.train.dropout, config.run.seed, batch.step, noise, self.device)
         losses_DN, state = self.forward(
             batch.types,
@@ -198,7 +204,7 @@ class TrainStep:
             return self._run(batch)
 
     def _run(self, batch: StepInput) -> StepOutput:
-        gradients, sums, state = self.gradients(batch)
+        gradients, sums, state = (self.gradients if self.graphs is None else self.graphs.gradients)(batch)
         norm, finite = self.optimizer.apply(
             gradients.dense, gradients.rows, gradients.tables, batch.step, self.total_steps
         )

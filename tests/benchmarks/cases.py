@@ -39,13 +39,20 @@ Run = Callable[[int], dict[str, float]]
 """Does so many steps, batches or blocks; positions, seconds and cpu_seconds of them."""
 
 
-def our_config(size: dict[str, Any], precision: str, streams: int, dropout: float = 0.1) -> PretrainConfig:
+def our_config(
+    size: dict[str, Any], precision: str, streams: int, dropout: float = 0.1, gpu_kernels: str = "auto"
+) -> PretrainConfig:
     return PretrainConfig.from_dict(
         {
             "data": {"train": "given", "streams": streams},
             "model": {"char_cnn": size["char_cnn"], "lstm": size["lstm"]},
             "softmax": {"negatives": size["negatives"]},
-            "train": {"precision": precision, "validate_every": None, "dropout": dropout},
+            "train": {
+                "precision": precision,
+                "validate_every": None,
+                "dropout": dropout,
+                "gpu_kernels": gpu_kernels,
+            },
             "cluster": {"workers": 0},
         }
     )

@@ -1,11 +1,13 @@
 """The training step on a GPU at the original's sizes: checked against float64 first, then timed, then taken apart.
 
     python tests/benchmarks/gpu_step.py [--device cuda] [--sizes original] [--words 793471] [--rows 128 512]
-        [--precision fp32 bf16] [--steps 50] [--rounds 5]
+        [--precision fp32 bf16] [--gpu-kernels off auto] [--steps 50] [--rounds 5]
 
-Made-up batches, without Ray. One JSON line a case: positions per second (median of rounds), the time of the ten
-costliest kernels, and what `torch.nn.LSTM(proj_size=...)` (cuDNN, without clips) takes for the same window alone.
-With --device cpu --sizes small it runs anywhere, to try it.
+Made-up batches, without Ray. One JSON line a case: positions per second (median of rounds), their share of what the
+device's product units could do (`limit`: the products of a step by counting, `where_time_goes.py`), milliseconds of a
+step by part and what is left between kernels (`gaps`), the ten costliest kernels, and what
+`torch.nn.LSTM(proj_size=...)` (cuDNN, without clips) takes for the same window alone. With --device cpu --sizes small
+--words 0 it runs anywhere, to try it.
 """
 
 from __future__ import annotations
@@ -15,15 +17,20 @@ import json
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from cases import SIZES, made_up_batch, our_config
 from torch.profiler import ProfilerActivity, profile
+from where_time_goes import flops_of, milliseconds_of_parts, peak_of
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.step import TrainStep
+from elmo_ray.model.gate_kernels import FUSED, steps_on
+from elmo_ray.training.fixed_shapes import FixedShapes
+from elmo_ray.training.step import StepInput, TrainStep
 
 UNROLL = 20
 TYPES_OF_POSITIONS = 0.2
@@ -42,19 +49,26 @@ def step_of(config: PretrainConfig, words: int, rows: int, device: torch.device)
     return TrainStep(config, model.to(device, dtype), rows)
 
 
-def batches(size: dict[str, Any], words: int, rows: int, device: torch.device) -> list[Any]:
+def batches(size: dict[str, Any], words: int, rows: int) -> list[StepInput]:
     types = max(1, int(2 * rows * UNROLL * TYPES_OF_POSITIONS))
-    made = [made_up_batch(n, rows, UNROLL, types, min(words, 100_000), size["negatives"]) for n in range(4)]
-    return [batch.to(device) for batch in made]
+    return [made_up_batch(n, rows, UNROLL, types, min(words, 100_000), size["negatives"]) for n in range(4)]
 
 
-def error_to_float64(size: dict[str, Any], precision: str, device: torch.device) -> float:
+def padded(given: list[StepInput], size: dict[str, Any], words: int, rows: int) -> list[StepInput]:
+    """As in training with graphs: so that few shapes occur."""
+    ((types, columns),) = given[0].type_classes
+    most = min(words, 2 * rows * UNROLL + 2 * size["negatives"])
+    shapes = FixedShapes([columns], np.array([float(types)]), np.array([1]), words, (most, most))
+    return [shapes(batch) for batch in given]
+
+
+def error_to_float64(size: dict[str, Any], precision: str, device: torch.device, kernels: str) -> float:
     """Largest difference of a step's gradients from float64's, to each tensor's largest value; without dropout."""
     found = []
     for kind in (precision, "fp64"):
-        config = our_config(size, kind, 8, dropout=0.0)
+        config = our_config(size, kind, 8, dropout=0.0, gpu_kernels=kernels)
         step = step_of(config, size["words"], 8, device)
-        (batch, *_) = batches(size, size["words"], 8, device)
+        batch = batches(size, size["words"], 8)[0].to(device)
         if kind == "fp64":
             batch.target_log_count, batch.negative_log_count = (
                 x.double() for x in (batch.target_log_count, batch.negative_log_count)
@@ -86,12 +100,19 @@ def cudnn_milliseconds(size: dict[str, Any], rows: int, dtype: torch.dtype, devi
     return (time.perf_counter() - start) / 5 * 1e3
 
 
-def case(arguments: argparse.Namespace, precision: str, rows: int) -> dict[str, Any]:
+def case(arguments: argparse.Namespace, precision: str, rows: int, kernels: str) -> dict[str, Any]:
     device, size = torch.device(arguments.device), SIZES[arguments.sizes]
     words = arguments.words or size["words"]
-    config = our_config(size, precision, rows)
+    config = our_config(size, precision, rows, gpu_kernels=kernels)
+    error = error_to_float64(SIZES["small"], precision, device, kernels)
     step = step_of(config, words, rows, device)
-    given = batches(size, words, rows, device)
+    given = batches(size, words, rows)
+    flops = flops_of(config, given[0])
+    if step.graphs is not None:
+        given = padded(given, size, words, rows)
+    given = [batch.to(device) for batch in given]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
     def run(steps: int) -> float:
         wait(device)
@@ -101,27 +122,44 @@ def case(arguments: argparse.Namespace, precision: str, rows: int) -> dict[str, 
         wait(device)
         return rows * UNROLL * steps / (time.perf_counter() - start)
 
-    run(3)
-    speeds = [run(arguments.steps) for _ in range(arguments.rounds)]
+    run(16 if device.type == "cuda" else 3)  # each shape's graph is captured and compared in its first steps
+    speed = statistics.median(run(arguments.steps) for _ in range(arguments.rounds))
+    milliseconds = rows * UNROLL / speed * 1e3
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = peak_of(name, precision)
+    parts = milliseconds_of_parts(step, lambda: [run(1) for _ in range(3)] and None, 3)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return {
+        "device": name,
+        "sizes": arguments.sizes,
+        "words": words,
+        "batch": f"{rows} x {UNROLL}",
+        "precision": precision,
+        "gpu_kernels": kernels,
+        "graphs": step.graphs is not None and not step.graphs.failed,
+        "fused_gates": steps_on(device) == FUSED,
+        "fused_adagrad": step.optimizer.fused,
+        "error_to_float64": error,
+        "per_second": round(speed),
+        "milliseconds": round(milliseconds, 2),
+        "teraflop": round(flops / 1e12, 3),
+        "limit_per_second": peak and round(rows * UNROLL * peak / flops),
+        "share_of_limit": peak and round(flops / peak / milliseconds * 1e3, 3),
+        "parts_milliseconds": {**parts, "gaps": round(max(0.0, milliseconds - sum(parts.values())), 3)},
+        "lstm_of_torch_milliseconds": round(cudnn_milliseconds(size, rows, dtype, device), 2),
+        "kernels": costliest(run, device),
+        "memory_GB": round(torch.cuda.max_memory_allocated(device) / 1e9, 2) if device.type == "cuda" else None,
+    }
+
+
+def costliest(run: Callable[[int], float], device: torch.device) -> dict[str, float]:
+    """Milliseconds of a step in each of ten kernels."""
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiled:
         run(3)
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     costs = sorted(((getattr(e, key) / 3e3, e.key) for e in profiled.key_averages()), reverse=True)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "sizes": arguments.sizes,
-        "words": words,
-        "batch": f"{rows} x {UNROLL}",
-        "precision": precision,
-        "error_to_float64": error_to_float64(SIZES["small"], precision, device),
-        "per_second": round(statistics.median(speeds)),
-        "milliseconds": round(rows * UNROLL / statistics.median(speeds) * 1e3, 2),
-        "lstm_of_torch_milliseconds": round(cudnn_milliseconds(size, rows, dtype, device), 2),
-        "kernels": {name[:60]: round(cost, 3) for cost, name in costs[:10]},
-        "memory_GB": round(torch.cuda.max_memory_allocated(device) / 1e9, 2) if device.type == "cuda" else None,
-    }
+    return {name[:60]: round(cost, 3) for cost, name in costs[:10]}
 
 
 def main() -> None:
@@ -131,6 +169,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=793_471, help="0: those of the sizes")
     parser.add_argument("--rows", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--gpu-kernels", nargs="+", choices=["off", "auto"], default=["off", "auto"])
     parser.add_argument("--steps", type=int, default=50, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -139,7 +178,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*oneDNN.*")
     for precision in arguments.precision:
         for rows in arguments.rows:
-            print(json.dumps(case(arguments, precision, rows)), flush=True)
+            for kernels in arguments.gpu_kernels:
+                print(json.dumps(case(arguments, precision, rows, kernels)), flush=True)
 
 
 if __name__ == "__main__":

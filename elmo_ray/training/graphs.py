@@ -1,0 +1,218 @@
+"""The forward and backward of a step as CUDA graphs: thousands of small kernels become one launch.
+
+A graph repeats the same kernels on the same memory. So it has tensors of its own for what a step is given (input,
+state, scale of the loss), into which each step's are copied, and one is captured for each shape of the input
+(`fixed_shapes.py` makes those few). Dropout keeps being a function of (seed, step, rank): a graph's generators are
+seeded before each replay, and torch hands a registered generator's seed and offset to the graph when it is replayed.
+The optimizer runs outside of the graphs, for its rate changes from step to step.
+
+Whatever goes wrong while a graph is captured leaves plain steps, and a line in the log. The first steps of a graph are
+computed plainly as well, and must agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from elmo_ray.model.dropout import Dropout
+from elmo_ray.model.lstm import LstmState
+from elmo_ray.training.gradients import Computed
+from elmo_ray.training.step_input import StepInput
+from elmo_ray.training.transfer import device_quiet
+
+if TYPE_CHECKING:
+    from elmo_ray.training.step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+_MOST_GRAPHS = 8
+"""Each holds gradients of the whole model."""
+
+_CHECKED = 2
+"""Steps of a graph that are compared: the one it was captured with, and one that all its inputs differ in."""
+
+_WARM_UPS = 2
+
+Record = Callable[[Callable[[], Computed], list[torch.Generator]], tuple[Computed, Callable[[], None]]]
+"""Captures a function that draws from these generators: its result, and what repeats it into the same tensors."""
+
+
+def graphs_for(step: TrainStep) -> StepGraphs | None:
+    """Those of this step, where it is to have any; a line in the log says why not where that could be a surprise."""
+    train = step.config.train
+    if step.device.type != "cuda" or train.gpu_kernels == "off":
+        return None
+    if step.world > 1:
+        logger.info("no CUDA graphs with several workers: gradients are summed between them while others are computed")
+        return None
+    if train.accumulate > 1:
+        logger.info("no CUDA graphs with train.accumulate=%d: the shapes of parts change", train.accumulate)
+        return None
+    return StepGraphs(step, _CudaRecord(step.device))
+
+
+@dataclass
+class _Graph:
+    """inputs, state: what it reads; result: what `replay` fills anew. uses: how often it was."""
+
+    inputs: StepInput
+    state: LstmState
+    result: Computed
+    replay: Callable[[], None]
+    uses: int = 0
+
+
+class StepGraphs:
+    """Stands for `TrainStep.gradients`. Results are overwritten by the next call, but for the loss sums."""
+
+    def __init__(self, step: TrainStep, record: Record):
+        self.step, self.record = step, record
+        self.failed = False
+        self._graphs: dict[tuple, _Graph] = {}
+        self._full = False
+        config = step.config
+        self._dropout: Dropout | None = None
+        if config.train.dropout > 0.0:
+            self._dropout = Dropout(config.train.dropout, config.run.seed, 0, step.rank, step.device)
+
+    def forget(self) -> None:
+        """Other parameters are trained from here on."""
+        self._graphs.clear()
+        self._full = False
+
+    def gradients(self, batch: StepInput) -> Computed:
+        """As `TrainStep.gradients`."""
+        if self.failed:
+            return self.step.gradients(batch)
+        key = _shape(batch)
+        graph = self._graphs.get(key)
+        if graph is None:
+            return self._first(key, batch)
+        if graph.uses >= _CHECKED:
+            return self._replayed(graph, batch)
+        expected = self.step.gradients(batch)
+        self._check(self._replayed(graph, batch), expected)
+        return expected
+
+    def _first(self, key: tuple, batch: StepInput) -> Computed:
+        expected = self.step.gradients(batch)
+        if len(self._graphs) >= _MOST_GRAPHS:
+            if not self._full:
+                logger.warning("more than %d shapes of step inputs: those of the others have no graph", _MOST_GRAPHS)
+            self._full = True
+            return expected
+        try:
+            graph = self._captured(batch)
+            self._check(self._replayed(graph, batch), expected)
+            self._graphs[key] = graph
+        except Exception as error:  # of many kinds, from torch, the driver or Triton; the plain step needs none of it
+            self._fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            for parameter in self.step.model.parameters():
+                parameter.grad = None  # of a backward that did not end
+        return expected
+
+    def _captured(self, batch: StepInput) -> _Graph:
+        step = self.step
+        inputs = batch.each(torch.clone)
+        inputs.scale = torch.zeros((), dtype=step.state.cell.dtype, device=step.device)
+        state = LstmState(*(x.clone() for x in step.state))
+        self._fill(inputs, state, batch)
+
+        def compute() -> Computed:
+            return step.gradients(inputs)
+
+        with self._standing_in(state), device_quiet:
+            result, replay = self.record(compute, [] if self._dropout is None else self._dropout.generators)
+        return _Graph(inputs, state, result, replay)
+
+    @contextlib.contextmanager
+    def _standing_in(self, state: LstmState) -> Iterator[None]:
+        """The step begins with this state and with the graphs' generators."""
+        step, before = self.step, self.step.state
+        step.state, step.dropout = state, self._dropout
+        try:
+            yield
+        finally:
+            step.state, step.dropout = before, None
+
+    def _replayed(self, graph: _Graph, batch: StepInput) -> Computed:
+        self._fill(graph.inputs, graph.state, batch)
+        graph.uses += 1
+        graph.replay()
+        gradients, loss_sums, state = graph.result
+        return Computed(gradients, loss_sums.clone(), state)
+
+    def _fill(self, inputs: StepInput, state: LstmState, batch: StepInput) -> None:
+        if self._dropout is not None:
+            self._dropout.seed(self.step.config.run.seed, batch.step, self.step.rank)
+        given = batch.tensors()
+        into = inputs.tensors()
+        torch._foreach_copy_([into[name] for name in given] + [*state], [*given.values(), *self.step.state])
+        assert inputs.scale is not None
+        inputs.scale.fill_(self.step.scale_of(batch))
+
+    def _check(self, found: Computed, expected: Computed) -> None:
+        name, worst = largest_difference(found, expected)
+        if worst > _tolerance(self.step.dtype):
+            self._fail(f"{name} differs by {worst:.2g} from the plain step's")
+
+    def _fail(self, why: str) -> None:
+        logger.warning("no CUDA graphs from here on: %s", why)
+        self.failed = True
+        self._graphs.clear()
+
+
+def largest_difference(found: Computed, expected: Computed) -> tuple[str, float]:
+    """Of all tensors, relative to the largest value of each, and the tensor's name."""
+    worst: dict[str, Tensor] = {}
+    ours = found.tensors()
+    for name, theirs in expected.tensors().items():
+        # a step may be one that is not finite: then both are, in the same places
+        a, b = (x.double().nan_to_num(nan=1e30, posinf=1e31, neginf=-1e31) for x in (ours[name], theirs))
+        worst[name] = (a - b).abs().max() / b.abs().max().clamp_min(1e-30)
+    values = torch.stack(list(worst.values())).tolist()
+    return max(zip(worst, values, strict=True), key=lambda pair: pair[1])
+
+
+def _tolerance(dtype: torch.dtype | None) -> float:
+    """The same kernels on the same numbers; but some add in the order in which threads come."""
+    return 0.02 if dtype == torch.bfloat16 else 1e-3
+
+
+def _shape(batch: StepInput) -> tuple:
+    shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in batch.tensors().items()]
+    return (batch.type_classes, *shapes)
+
+
+class _CudaRecord:
+    """Captures on a stream of its own, after warming up there. Graphs share their memory, for never do two run."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(
+        self, function: Callable[[], Computed], generators: list[torch.Generator]
+    ) -> tuple[Computed, Callable[[], None]]:
+        with torch.cuda.device(self.device):
+            if self._stream is None:
+                self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):  # what is made once: handles, workspaces, compiled kernels
+                    function()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            for generator in generators:
+                graph.register_generator_state(generator)
+            # errors of this thread only: others may ask the driver for what is no business of the graph
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = function()
+        return result, graph.replay
