@@ -21,9 +21,10 @@ from elmo_ray.data.word_types import TypeTable
 from elmo_ray.metrics import perplexity
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.cpu_lstm import CpuLstm
+from elmo_ray.model.full_softmax import FullSoftmax
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.packed_lstm import PackedLstm
-from elmo_ray.model.softmax import full_losses_in_chunks
+from elmo_ray.model.side_by_side import threads_for_parts
 from elmo_ray.model.word_cache import WordCache
 
 _MANY_ROWS = 32
@@ -62,7 +63,7 @@ def character_table(model: BiLM, vocabulary: Vocabulary) -> TypeTable | None:
 
 
 class FixedModel:
-    """A model as it is now, for measuring: word vectors and packed weights are made once. dtype: of the products."""
+    """A model as it is now, for measuring: word vectors and converted weights are made once. dtype: of the products."""
 
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None):
         self.model, self.dtype = model, dtype
@@ -71,6 +72,13 @@ class FixedModel:
     def lstm(self, rows: int) -> PackedLstm | CpuLstm:
         """For windows of so many rows."""
         return self._many_rows if rows >= _MANY_ROWS and self.words.device.type == "cpu" else self._few_rows
+
+    @cached_property
+    def softmax(self) -> FullSoftmax:
+        bias = self.model.softmax_bias
+        if bias is None:
+            raise ValueError("this model has no softmax")
+        return FullSoftmax(self.model.output_weight, bias, self.dtype)
 
     @cached_property
     def _many_rows(self) -> CpuLstm:
@@ -87,12 +95,10 @@ def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple
     State is carried from batch to batch, from zero. The model's training flag, parameters and noise are not touched.
     Sums over positions belong into float64.
     """
-    table, bias = model.model.output_weight, model.model.softmax_bias
-    if bias is None:
-        raise ValueError("this model has no softmax")
+    softmax = model.softmax
     state: LstmState | None = None
     for batch in batches:
-        with torch.no_grad():  # a generator's decorator does not hold between its yields
+        with torch.no_grad(), threads_for_parts():  # a generator's decorator does not hold between its yields
             types_UP = model.words.vectors(batch.types, batch.type_classes)
             losses = types_UP.new_zeros(batch.targets.shape)
             directions, rows, window = losses.shape
@@ -113,7 +119,7 @@ def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple
                 outputs, ended = model.lstm(rows).run(x_DNP, counts[counts > 0].tolist(), state.rows(order))
                 state = ended.rows(torch.argsort(order))
                 x_NP, targets_N = outputs[-1].flatten(0, 1), targets_DN.flatten()
-                found_N = full_losses_in_chunks(x_NP, table, bias, targets_N, model.dtype)
+                found_N = softmax.losses(x_NP, targets_N)
                 losses[:, at[0], at[1]] = found_N.view(directions, -1)
         yield batch, losses
 
