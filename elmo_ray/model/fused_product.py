@@ -43,6 +43,13 @@ def fused_product(
     return FusedProduct(weight_NK, bias_N, activation, False)
 
 
+def apply_and_add(product: FusedProduct, x_MK: Tensor, c_MN: Tensor) -> Tensor:
+    """c + x @ weight, in the type of c, which is that of the weight, for a product without bias and activation."""
+    if product.packed:
+        return torch.ops.mkldnn._linear_pointwise(x_MK, c_MN, product.weight, None, "add")
+    return torch.addmm(c_MN, x_MK, product.weight.t())
+
+
 def apply(product: FusedProduct, x_MK: Tensor) -> Tensor:
     """[M, N], M at least 1."""
     bias = product.bias

@@ -69,9 +69,15 @@ class FixedModel:
         self.model, self.dtype = model, dtype
         self.words = WordCache(model, dtype)
 
-    def lstm(self, rows: int) -> PackedLstm | CpuLstm:
-        """For windows of so many rows."""
-        return self._many_rows if rows >= _MANY_ROWS and self.words.device.type == "cpu" else self._few_rows
+    def outputs(
+        self, words_UP: Tensor, places_DN: Tensor, rows: list[int], state: LstmState
+    ) -> tuple[Tensor, LstmState]:
+        """[D, N, P] of the top layer, and the state after it; arguments as of `CpuLstm.run`."""
+        if rows[0] >= _MANY_ROWS and words_UP.device.type == "cpu":
+            outputs, after = self._many_rows.run(words_UP, places_DN, rows, state)
+        else:
+            outputs, after = self._few_rows.run(F.embedding(places_DN, words_UP), rows, state)
+        return outputs[-1], after
 
     @cached_property
     def softmax(self) -> FullSoftmax:
@@ -114,12 +120,10 @@ def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple
                     torch.from_numpy(a[:, at[0], at[1]]).to(losses.device) for a in (batch.inputs, batch.targets)
                 )
                 counts = goes_on_TB.sum(axis=1)
-                x_DNP = F.embedding(inputs_DN, types_UP)
                 order = torch.from_numpy(by_length).to(losses.device)
-                outputs, ended = model.lstm(rows).run(x_DNP, counts[counts > 0].tolist(), state.rows(order))
+                x_DNP, ended = model.outputs(types_UP, inputs_DN, counts[counts > 0].tolist(), state.rows(order))
                 state = ended.rows(torch.argsort(order))
-                x_NP, targets_N = outputs[-1].flatten(0, 1), targets_DN.flatten()
-                found_N = softmax.losses(x_NP, targets_N)
+                found_N = softmax.losses(x_DNP.flatten(0, 1), targets_DN.flatten())
                 losses[:, at[0], at[1]] = found_N.view(directions, -1)
         yield batch, losses
 
