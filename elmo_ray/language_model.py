@@ -20,9 +20,9 @@ from torch import Tensor
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.model.bilm import BiLM
+from elmo_ray.model.full_softmax import FullSoftmax
 from elmo_ray.model.sentence_encoder import SentenceEncoder
 from elmo_ray.model.sentence_words import encode_sentences
-from elmo_ray.model.softmax import full_losses_in_chunks
 
 _MOST_LOGITS = 1 << 24
 
@@ -129,9 +129,9 @@ class LanguageModel:
         unknown = targets < 0
         targets[unknown] = self.vocabulary.unk
         at = torch.from_numpy(targets).to(top.device)
+        softmax = FullSoftmax(self.model.output_weight, self._bias, rows=len(words))
         nats = {
-            name: full_losses_in_chunks(x, self.model.output_weight, self._bias, at).float().cpu().numpy()
-            for name, x in self._predicting(top, len(words)).items()
+            name: softmax.losses(x, at).float().cpu().numpy() for name, x in self._predicting(top, len(words)).items()
         }
         if len(nats) == 2:
             nats["both"] = (nats["forward"] + nats["backward"]) / 2

@@ -54,6 +54,7 @@ def _packs(device: str, dtype: torch.dtype) -> bool:
             return False
         weight, x, bias = torch.zeros(16, 8, dtype=dtype), torch.zeros(2, 8, dtype=dtype), torch.zeros(16)
         torch.ops.mkldnn._linear_pointwise(x, packed(weight, 2), bias, "tanh", [], "")
+        torch.ops.mkldnn._linear_pointwise(x, torch.zeros(2, 16, dtype=dtype), packed(weight, 2), None, "add")
     except (AttributeError, RuntimeError):
         return False
     return True

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from elmo_ray.model.bilm import BiLM
+from elmo_ray.model.fixed_char_cnn import FixedCharCnn
 
 _MOST_BYTES = 1 << 30
 
@@ -26,6 +27,9 @@ class WordCache:
         self._most_rows = max(1, most_bytes // (width * reference.element_size()))
         self._rows: dict[bytes, int] = {}
         self._table = reference.detach().new_empty(0, width)
+        self._fixed: FixedCharCnn | None = None
+        if model.char_cnn is not None and self.device.type == "cpu" and FixedCharCnn.serves(model.char_cnn):
+            self._fixed = FixedCharCnn(model.char_cnn, dtype)
 
     @torch.no_grad()
     def vectors(self, types: np.ndarray, classes: tuple[tuple[int, int], ...]) -> Tensor:
@@ -56,6 +60,8 @@ class WordCache:
         ends = np.cumsum([count for count, _ in classes])
         counts = np.bincount(np.searchsorted(ends, chosen, side="right"), minlength=len(classes))
         kept = tuple((int(n), columns) for n, (_, columns) in zip(counts, classes, strict=True) if n)
+        if self._fixed is not None:
+            return self._fixed.encode(types_UC[chosen], kept)
         return self.model.encode_types(torch.from_numpy(types_UC[chosen]).to(self.device), kept, dtype=self.dtype)
 
     def _reserve(self, used: int, wanted: int) -> None:

@@ -21,9 +21,10 @@ from elmo_ray.data.word_types import TypeTable
 from elmo_ray.metrics import perplexity
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.cpu_lstm import CpuLstm
+from elmo_ray.model.full_softmax import FullSoftmax
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.packed_lstm import PackedLstm
-from elmo_ray.model.softmax import full_losses_in_chunks
+from elmo_ray.model.side_by_side import threads_for_parts
 from elmo_ray.model.word_cache import WordCache
 
 _MANY_ROWS = 32
@@ -62,15 +63,28 @@ def character_table(model: BiLM, vocabulary: Vocabulary) -> TypeTable | None:
 
 
 class FixedModel:
-    """A model as it is now, for measuring: word vectors and packed weights are made once. dtype: of the products."""
+    """A model as it is now, for measuring: word vectors and converted weights are made once. dtype: of the products."""
 
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None):
         self.model, self.dtype = model, dtype
         self.words = WordCache(model, dtype)
 
-    def lstm(self, rows: int) -> PackedLstm | CpuLstm:
-        """For windows of so many rows."""
-        return self._many_rows if rows >= _MANY_ROWS and self.words.device.type == "cpu" else self._few_rows
+    def outputs(
+        self, words_UP: Tensor, places_DN: Tensor, rows: list[int], state: LstmState
+    ) -> tuple[Tensor, LstmState]:
+        """[D, N, P] of the top layer, and the state after it; arguments as of `CpuLstm.run`."""
+        if rows[0] >= _MANY_ROWS and words_UP.device.type == "cpu":
+            outputs, after = self._many_rows.run(words_UP, places_DN, rows, state)
+        else:
+            outputs, after = self._few_rows.run(F.embedding(places_DN, words_UP), rows, state)
+        return outputs[-1], after
+
+    @cached_property
+    def softmax(self) -> FullSoftmax:
+        bias = self.model.softmax_bias
+        if bias is None:
+            raise ValueError("this model has no softmax")
+        return FullSoftmax(self.model.output_weight, bias, self.dtype)
 
     @cached_property
     def _many_rows(self) -> CpuLstm:
@@ -87,12 +101,10 @@ def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple
     State is carried from batch to batch, from zero. The model's training flag, parameters and noise are not touched.
     Sums over positions belong into float64.
     """
-    table, bias = model.model.output_weight, model.model.softmax_bias
-    if bias is None:
-        raise ValueError("this model has no softmax")
+    softmax = model.softmax
     state: LstmState | None = None
     for batch in batches:
-        with torch.no_grad():  # a generator's decorator does not hold between its yields
+        with torch.no_grad(), threads_for_parts():  # a generator's decorator does not hold between its yields
             types_UP = model.words.vectors(batch.types, batch.type_classes)
             losses = types_UP.new_zeros(batch.targets.shape)
             directions, rows, window = losses.shape
@@ -108,12 +120,10 @@ def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple
                     torch.from_numpy(a[:, at[0], at[1]]).to(losses.device) for a in (batch.inputs, batch.targets)
                 )
                 counts = goes_on_TB.sum(axis=1)
-                x_DNP = F.embedding(inputs_DN, types_UP)
                 order = torch.from_numpy(by_length).to(losses.device)
-                outputs, ended = model.lstm(rows).run(x_DNP, counts[counts > 0].tolist(), state.rows(order))
+                x_DNP, ended = model.outputs(types_UP, inputs_DN, counts[counts > 0].tolist(), state.rows(order))
                 state = ended.rows(torch.argsort(order))
-                x_NP, targets_N = outputs[-1].flatten(0, 1), targets_DN.flatten()
-                found_N = full_losses_in_chunks(x_NP, table, bias, targets_N, model.dtype)
+                found_N = softmax.losses(x_DNP.flatten(0, 1), targets_DN.flatten())
                 losses[:, at[0], at[1]] = found_N.view(directions, -1)
         yield batch, losses
 

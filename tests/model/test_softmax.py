@@ -10,12 +10,11 @@ import pytest
 import torch
 from naive_bilm import close
 
-from elmo_ray.model import softmax
+from elmo_ray.model.full_softmax import CHUNK, FullSoftmax
 from elmo_ray.model.sampled_softmax import sampled_losses
 from elmo_ray.model.softmax import (
     draw_negatives,
     full_losses,
-    full_losses_in_chunks,
     log_expected_count,
 )
 
@@ -77,17 +76,18 @@ def test_full_losses_and_gradients() -> None:
         close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("words", [5, softmax.CHUNK, softmax.CHUNK + 1, 2 * softmax.CHUNK + 77])
+@pytest.mark.parametrize("words", [5, CHUNK, CHUNK + 1, 2 * CHUNK + 77])
 def test_chunks_of_evaluation_give_the_full_softmax(words: int) -> None:
     x, weight, bias = (t.detach() for t in (random(9, 6, seed=1), random(words, 6, seed=2), random(words, seed=3)))
     targets = torch.tensor([0, words - 1, -1, words // 2, 1, 2, 3, -1, 4])
-    close(full_losses_in_chunks(x, weight, bias, targets), full_losses(x, weight, bias, targets), 1e-12)
-    big = full_losses_in_chunks(x * 1e4, weight, bias, targets)
+    softmax = FullSoftmax(weight, bias)
+    close(softmax.losses(x, targets), full_losses(x, weight, bias, targets), 1e-12)
+    big = softmax.losses(x * 1e4, targets)
     assert bool(big.isfinite().all()), "logits beyond exp's range"
     close(big, full_losses(x * 1e4, weight, bias, targets), 1e-12)
-    single = full_losses_in_chunks(x.float(), weight.float(), bias.float(), targets)
+    single = FullSoftmax(weight.float(), bias.float()).losses(x.float(), targets)
     close(single.double(), full_losses(x, weight, bias, targets), 1e-5)
-    low = full_losses_in_chunks(x.float(), weight.float(), bias.float(), targets, torch.bfloat16)
+    low = FullSoftmax(weight.float(), bias.float(), torch.bfloat16).losses(x.float(), targets)
     assert low.dtype == torch.float32
     close(low.double(), full_losses(x, weight, bias, targets), 0.05)
 
