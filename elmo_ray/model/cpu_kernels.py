@@ -52,7 +52,7 @@ def for_tensor(tensor: Tensor) -> bool:
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory, without a copy; bfloat16 as uint16."""
-    tensor = tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     array: NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
 
@@ -63,14 +63,21 @@ def bound_of(clip: float | None) -> np.float32:
 
 
 def _compiled(function: Function) -> Function:
-    if numba is None:
-        return function
-    result: Function
-    try:
-        result = numba.njit(**_OPTIONS)(function)  # type: ignore[assignment]
-    except RuntimeError:  # no folder to keep what is compiled in
-        result = numba.njit(**{**_OPTIONS, "cache": False})(function)  # type: ignore[assignment]
-    return result
+    return _compiled_with(_OPTIONS)(function)
+
+
+def _compiled_with(options: dict[str, Any]) -> Callable[[Function], Function]:
+    def compiled(function: Function) -> Function:
+        if numba is None:
+            return function
+        result: Function
+        try:
+            result = numba.njit(**options)(function)  # type: ignore[assignment]
+        except RuntimeError:  # no folder to keep what is compiled in
+            result = numba.njit(**{**options, "cache": False})(function)  # type: ignore[assignment]
+        return result
+
+    return compiled
 
 
 def _wide(x: Any) -> Any:
@@ -217,30 +224,61 @@ def _gradients_of(d_m: Any, i: Any, j: Any, f: Any, o: Any, c: Any, before: Any,
 
 
 @_compiled
-def _in_place(d_gated: Any, i: Any, j: Any, f: Any, o: Any, c: Any, before: Any, d_cell: Any, clip: Any) -> None:
-    for h in range(len(c)):
+def _in_place(
+    d_gated: Any, i: Any, j: Any, f: Any, o: Any, c: Any, before: Any, d_cell: Any, d_bias: Any, clip: Any
+) -> None:
+    n = len(c)
+    of_i, of_j, of_f, of_o = d_bias[:n], d_bias[n : 2 * n], d_bias[2 * n : 3 * n], d_bias[3 * n :]
+    for h in range(n):
         found = _gradients_of(_wide(d_gated[h]), i[h], j[h], f[h], o[h], c[h], before[h], d_cell[h], clip)
         i[h], j[h], f[h], o[h], d_cell[h] = found
+        of_i[h] += found[0]
+        of_j[h] += found[1]
+        of_f[h] += found[2]
+        of_o[h] += found[3]
 
 
 @_compiled
 def _to_other(
-    d_gated: Any, i: Any, j: Any, f: Any, o: Any, c: Any, before: Any, d_cell: Any, clip: Any, d: Any
+    d_gated: Any,
+    i: Any,
+    j: Any,
+    f: Any,
+    o: Any,
+    c: Any,
+    before: Any,
+    d_cell: Any,
+    d: Any,
+    d_bias: Any,
+    clip: Any,
 ) -> None:
     n = len(c)
+    of_i, of_j, of_f, of_o = d_bias[:n], d_bias[n : 2 * n], d_bias[2 * n : 3 * n], d_bias[3 * n :]
     to_i, to_j, to_f, to_o = d[:n], d[n : 2 * n], d[2 * n : 3 * n], d[3 * n :]
     for h in range(n):
         found = _gradients_of(_wide(d_gated[h]), i[h], j[h], f[h], o[h], c[h], before[h], d_cell[h], clip)
         to_i[h], to_j[h] = _stored(found[0], to_i[h]), _stored(found[1], to_j[h])
         to_f[h], to_o[h] = _stored(found[2], to_f[h]), _stored(found[3], to_o[h])
         d_cell[h] = found[4]
+        of_i[h] += found[0]
+        of_j[h] += found[1]
+        of_f[h] += found[2]
+        of_o[h] += found[3]
 
 
 @_compiled
 def backward_gates(
-    d_gated_BH: Any, gates_BG: Any, before_BH: Any, cell_BH: Any, d_cell_BH: Any, d_gates_BG: Any, clip: Any
+    d_gated_BH: Any,
+    gates_BG: Any,
+    before_BH: Any,
+    cell_BH: Any,
+    d_cell_BH: Any,
+    d_gates_BG: Any,
+    d_bias_G: Any,
+    clip: Any,
 ) -> None:
-    """The gradients of the gates before their activations, in d_gates or, where that is None, in place of the gates.
+    """The gradients of the gates before their activations, in d_gates or, where that is None, in place of the gates;
+    their sums are added to d_bias.
 
     d_cell is that of the cell, and becomes that of `before`. No gradient passes where the cell is at its bound.
     """
@@ -249,9 +287,10 @@ def backward_gates(
         gates = gates_BG[b]
         i, j, f, o = gates[:n], gates[n : 2 * n], gates[2 * n : 3 * n], gates[3 * n :]
         if d_gates_BG is None:
-            _in_place(d_gated_BH[b], i, j, f, o, cell_BH[b], before_BH[b], d_cell_BH[b], clip)
+            _in_place(d_gated_BH[b], i, j, f, o, cell_BH[b], before_BH[b], d_cell_BH[b], d_bias_G, clip)
         else:
-            _to_other(d_gated_BH[b], i, j, f, o, cell_BH[b], before_BH[b], d_cell_BH[b], clip, d_gates_BG[b])
+            d = d_gates_BG[b]
+            _to_other(d_gated_BH[b], i, j, f, o, cell_BH[b], before_BH[b], d_cell_BH[b], d, d_bias_G, clip)
 
 
 @_compiled
@@ -333,3 +372,28 @@ def backward_highway(
     """The gradients of both products with their biases, and the part of x's that does not come through them."""
     for u in range(len(x_UF)):
         _unmix(dy_UF[u], x_UF[u], gate_UF[u], other_UF[u], d_carry_UF[u], d_transform_UF[u], d_x_UF[u])
+
+
+@_compiled_with({**_OPTIONS, "fastmath": {"contract", "reassoc"}})  # a sum in any order, so many numbers at a time
+def _powers(logits: Any, top: Any) -> Any:
+    total = _f(0.0)
+    for k in range(len(logits)):
+        x = logits[k] - top
+        power = _f(0.0) if x < -_LARGEST else _exp(x)
+        logits[k] = power
+        total += power
+    return total
+
+
+@_compiled
+def to_powers(logits_NK: Any, top_N: Any, total_N: Any) -> None:
+    """exp(logit - top) in place of the logits, and their sums."""
+    for n in range(len(logits_NK)):
+        total_N[n] = _powers(logits_NK[n], top_N[n])
+
+
+@_compiled
+def drop(x_N: Any, random_N: Any, threshold: Any, scale: Any, y_N: Any) -> None:
+    """x * scale where the random number is below the threshold, elsewhere 0."""
+    for n in range(len(x_N)):
+        y_N[n] = x_N[n] * scale if random_N[n] < threshold else _f(0.0)

@@ -51,7 +51,7 @@ class CpuRecurrence(torch.autograd.Function):
 
         def run(k: int | slice) -> None:
             given_DTBK[k, ..., :i], given_DTBK[k, 0, :, i:] = x_DTBI[k], hidden_DBP[k]
-            kernel = factor_of(torch.cat([w_input[k].t(), w_hidden[k].t()], dim=1).to(low), b, transposed=True)
+            kernel = factor_of(torch.cat([w_input[k], w_hidden[k]]).to(low), b)
             projection = None if w_projection is None else factor_of(w_projection[k].to(low), b)
             windows = given_DTBK[k], gates_DTBG[k], cells_DTBH[k], gated_DTBH[k], outputs_DTBP[k]
             _forward_steps(*windows, cell_DBH[k], kernel, bias[k], projection, clips)
@@ -167,12 +167,13 @@ def _backward_steps(
     outputs, first, d_raw = as_array(outputs_TBP), as_array(cell_BH), as_array(d_raw_TBP)
     d_gates = None if d_gates_TBG is gates_TBG else as_array(d_gates_TBG)
     d_cell = as_array(torch.zeros_like(cell_BH))
+    d_bias = as_array(cell_BH.new_zeros(gates_TBG.shape[2]))
     recurrent = as_array(torch.zeros_like(d_raw_TBP[0]))
     for step in reversed(range(len(gates))):
         backward_projection(d_outputs[step], recurrent, outputs[step], d_raw[step], output_bound)
         d_gated = d_raw[step] if projection is None else as_array(_times(d_raw_TBP[step], projection))
         before, into = cells[step - 1] if step else first, None if d_gates is None else d_gates[step]
-        backward_gates(d_gated, gates[step], before, cells[step], d_cell, into, cell_bound)
+        backward_gates(d_gated, gates[step], before, cells[step], d_cell, into, d_bias, cell_bound)
         if step:
             recurrent = as_array(_times(d_gates_TBG[step], kernel))
-    return torch.sum(d_gates_TBG.flatten(0, 1), dim=0, dtype=cell_BH.dtype)
+    return torch.from_numpy(d_bias)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elmo_ray.model.cpu_kernels import as_array, for_tensor, to_powers
+from elmo_ray.model.products import linear
 from elmo_ray.model.side_by_side import side_by_side
 
 _embedding_backward = torch.ops.aten.embedding_dense_backward  # adds in a fixed order with several threads
@@ -65,38 +67,42 @@ class _SampledLosses(torch.autograd.Function):
         d, n, _ = x_DNP.shape
         k = negative_rows_DK.shape[1]
         # exp(logit - the position's largest); with `total` of each position all that a gradient needs
-        powers_DNK, others_DN, total_DN = x_DNP.new_empty(d, n, k), x_DNP.new_empty(d, n), x_DNP.new_empty(d, n)
+        powers_NK: list[Tensor] = [x_DNP] * d
+        others_DN, total_DN = x_DNP.new_empty(d, n), x_DNP.new_empty(d, n)
         losses_DN = torch.empty_like(total_DN)
         numbers_K = torch.arange(k, device=x_DNP.device)
 
         def run(direction: int) -> None:
             x, targets, negatives = x_DNP[direction], target_rows_DN[direction], negative_rows_DK[direction]
             true = (x * F.embedding(targets, rows_RP)).sum(dim=1) + bias_R[targets] - target_log_count_DN[direction]
-            logits = powers_DNK[direction]
             weight, offset = rows_RP.index_select(0, negatives), bias_R[negatives] - negative_log_count_DK[direction]
             if dtype is None:
-                torch.addmm(offset, x, weight.t(), out=logits)
+                logits = linear(x, weight.t(), offset)
             else:
-                torch.add(torch.mm(x.to(dtype), weight.to(dtype).t()), offset, out=logits)
+                logits = torch.mm(x.to(dtype), weight.to(dtype).t()) + offset
+            powers_NK[direction] = logits
             if mask_hits:
                 column_of_row = negatives.new_full((len(rows_RP),), -1).index_copy_(0, negatives, numbers_K)
                 hit = column_of_row[targets][:, None]
                 column = hit.clamp_min(0)
                 logits.scatter_(1, column, logits.gather(1, column).masked_fill_(hit >= 0, -math.inf))
             top = torch.maximum(logits.amax(dim=1), true)
-            logits.sub_(top[:, None]).exp_()
-            others = torch.sum(logits, dim=1, out=others_DN[direction])
+            others = others_DN[direction]
+            if for_tensor(logits):
+                to_powers(as_array(logits), as_array(top), as_array(others))
+            else:
+                torch.sum(logits.sub_(top[:, None]).exp_(), dim=1, out=others)
             total = torch.add(others, torch.exp(true - top), out=total_DN[direction])
             torch.sub(top + total.log(), true, out=losses_DN[direction])
 
         side_by_side(run, d, x_DNP.device)
-        ctx.save_for_backward(x_DNP, rows_RP, target_rows_DN, negative_rows_DK, powers_DNK, others_DN, total_DN)
+        ctx.save_for_backward(x_DNP, rows_RP, target_rows_DN, negative_rows_DK, others_DN, total_DN, *powers_NK)
         ctx.low = x_DNP.dtype if dtype is None else dtype
         return losses_DN
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_DNP, rows_RP, target_rows_DN, negative_rows_DK, powers_DNK, others_DN, total_DN = ctx.saved_tensors
+        x_DNP, rows_RP, target_rows_DN, negative_rows_DK, others_DN, total_DN, *powers_NK = ctx.saved_tensors
         g_DN, low, full = grads[0], ctx.low, x_DNP.dtype
         d_x = torch.empty_like(x_DNP)
         d_rows: list[Tensor] = [rows_RP] * len(x_DNP)
@@ -106,12 +112,13 @@ class _SampledLosses(torch.autograd.Function):
             x, targets, negatives = x_DNP[direction], target_rows_DN[direction], negative_rows_DK[direction]
             scale = (g_DN[direction] / total_DN[direction])[:, None]
             d_true = -(others_DN[direction][:, None] * scale)
-            powers, powers_low = powers_DNK[direction], powers_DNK[direction].to(low)
+            powers, powers_low = powers_NK[direction], powers_NK[direction].to(low)
             # the scale goes to the short side of each product, not to the logits
             weight = rows_RP.index_select(0, negatives).to(low)
-            into = torch.mul(torch.mm(powers_low, weight), scale, out=d_x[direction])
+            into = torch.mul(linear(powers_low, weight), scale, out=d_x[direction])
             into.addcmul_(F.embedding(targets, rows_RP), d_true)
-            of_negatives = torch.mm(powers_low.t(), (x * scale).to(low)).to(full)
+            # its transpose: faster than a product that begins with the transpose of the bigger one
+            of_negatives = linear((x * scale).to(low).t().contiguous(), powers_low).t().to(full)
             count = len(rows_RP)
             d_rows[direction] = _embedding_backward(x * d_true, targets, count, -1, False)
             d_rows[direction].index_add_(0, negatives, of_negatives)

@@ -182,7 +182,13 @@ class Parted(torch.autograd.Function):
 
         side_by_side(run, len(grads), grads[0].device)
         total = list(found[0])
-        for more in found[1:]:
-            torch._foreach_add_(total, list(more))
+
+        def add(part: int) -> None:
+            own = slice(part, None, len(grads))
+            for more in found[1:]:
+                if total[own]:
+                    torch._foreach_add_(total[own], list(more[own]))
+
+        side_by_side(add, len(grads), grads[0].device)
         given = iter((*total, *whole))
         return None, None, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[3:])

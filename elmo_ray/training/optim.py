@@ -7,7 +7,7 @@ changes nothing, decided on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,14 @@ def part_rates(config: OptimConfig, dense: Iterable[str], tables: Iterable[str])
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
     """0-d norm of all gradients together."""
-    return torch.stack(torch._foreach_norm(gradients)).square_().sum().sqrt_()
+    norms: list[Sequence[Tensor]] = [[], []]
+
+    def run(part: int) -> None:
+        if gradients[part::2]:
+            norms[part] = torch._foreach_norm(gradients[part::2])
+
+    side_by_side(run, 2, gradients[0].device)
+    return torch.stack([*norms[0], *norms[1]]).square_().sum().sqrt_()
 
 
 class Optimizer:
