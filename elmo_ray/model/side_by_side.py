@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger(__name__)
+
+_SWITCH_INTERVAL = 0.0005
+"""Seconds after which a thread gives Python's lock to one that waits for it."""
 
 _pools: dict[tuple[int, int], list[ThreadPoolExecutor]] = {}
 """By threads of all together and parts: one thread of Python's for each part."""
@@ -93,6 +97,8 @@ def _started(threads: int, parts: int) -> list[ThreadPoolExecutor]:
         pools = [ThreadPoolExecutor(1, f"part-{part}") for part in range(parts)]
         for pool in pools:
             pool.submit(_take_threads, threads // parts).result()
+        # A thread that runs Python, such as the one that loads text, otherwise keeps a part waiting for 5 ms.
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
         # what a thread sets is its own from here on, but it is also what new threads take
         torch.set_num_threads(before)
         _pools[threads, parts] = pools
