@@ -171,49 +171,61 @@ class CharCnn(nn.Module):
     def _encode(
         self, types_UC: Tensor, classes: tuple[tuple[int, int], ...], dtype: torch.dtype | None, weights: Weights
     ) -> Tensor:
-        groups, start = [], 0
-        for count, columns in classes:
-            groups.append(self._convolve(types_UC[start : start + count, :columns], dtype, weights))
-            start += count
-        x = groups[0] if len(groups) == 1 else torch.cat(groups)
+        groups = types_UC.split([count for count, _ in classes])
+        x = self._convolve(
+            [words[:, :columns] for words, (_, columns) in zip(groups, classes, strict=True)], dtype, weights
+        )
         for number in range(len(self.highways)):
             x = _highway(x, weights, f"highways.{number}", dtype)
         if self.projection_weight is not None:
             x = _affine(x, weights["projection_weight"], weights["projection_bias"], dtype)
         return x
 
-    def _convolve(self, types_UN: Tensor, dtype: torch.dtype | None, weights: Weights) -> Tensor:
-        widest, columns, numbers = self.widest, types_UN.shape[1], range(len(self.filters))
-        embedding, filters = weights["embedding"], [weights[f"filters.{number}"] for number in numbers]
-        if columns < self.config.max_characters:
-            # Words that leave `widest` columns of padding: the windows that begin at their ids and the first of padding
-            # alone hold every filter's maximum, so one product serves all filters, the narrow ones padded with zeros.
-            weight = torch.cat([F.pad(w, (0, widest - w.shape[2])) for w in filters])
-            x = _windows(types_UN, widest, embedding, weight, dtype)
-        else:
-            x = torch.cat([_windows(types_UN, w.shape[2], embedding, w, dtype) for w in filters], dim=1)
+    def _convolve(self, groups: Sequence[Tensor], dtype: torch.dtype | None, weights: Weights) -> Tensor:
+        """[U, F] of words in groups [., N], each with its own number of characters."""
+        numbers, embedding = range(len(self.filters)), weights["embedding"]
+        filters = [weights[f"filters.{number}"] for number in numbers]
+        # Words that leave `widest` columns of padding: the windows that begin at their ids and the first of padding
+        # alone hold every filter's maximum, so one product serves all filters, the narrow ones padded with zeros.
+        narrow = [words for words in groups if words.shape[1] < self.config.max_characters]
+        found: list[Tensor] = []
+        if narrow:
+            weight = torch.cat([F.pad(w, (0, self.widest - w.shape[2])) for w in filters])
+            found = _windows(narrow, self.widest, embedding, weight, dtype)
+        of_narrow = iter(found)
+        results = [
+            next(of_narrow)
+            if words.shape[1] < self.config.max_characters
+            else torch.cat([_windows([words], w.shape[2], embedding, w, dtype)[0] for w in filters], dim=1)
+            for words in groups
+        ]
+        x = results[0] if len(results) == 1 else torch.cat(results)
         # bias and activation are monotone, so they may come after the maximum, on far fewer numbers
         x = x + torch.cat([weights[f"filter_biases.{number}"] for number in numbers])
         return torch.relu(x) if self.config.activation == "relu" else torch.tanh(x)
 
 
-def _windows(types_UN: Tensor, width: int, embedding: Tensor, weight_FEW: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """[U, F] maximum over all windows of `width` characters of their products with the filters."""
+def _windows(
+    groups: Sequence[Tensor], width: int, embedding: Tensor, weight_FEW: Tensor, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """Of each group [U, F], the maximum over all windows of `width` characters of their products with the filters."""
     weight = weight_FEW.permute(2, 1, 0).reshape(-1, weight_FEW.shape[0])
     if for_tensor(embedding):
-        result_UF: Tensor = LargestProducts.apply(types_UN, embedding, weight, width, dtype)
-        return result_UF
+        together: Tensor = LargestProducts.apply(embedding, weight, width, dtype, *groups)
+        return list(together.split([len(words) for words in groups]))
     low = embedding.dtype if dtype is None else dtype
-    windows_UMW = types_UN.int().unfold(1, width, 1)
-    u, m, _ = windows_UMW.shape
-    x = F.embedding(windows_UMW, embedding.to(low)).view(u * m, width * embedding.shape[1])
-    product = torch.mm(x, weight.to(low))
-    product_UMF = product.view(u, m, -1)
-    if product_UMF.device.type == "cpu":
-        largest_UF: Tensor = _LargestOfWindows.apply(product_UMF)
-    else:
-        largest_UF = product_UMF.max(dim=1).values
-    return largest_UF.to(embedding.dtype)
+    embedding_low, weight_low, found = embedding.to(low), weight.to(low), []
+    for types_UN in groups:
+        windows_UMW = types_UN.int().unfold(1, width, 1)
+        u, m, _ = windows_UMW.shape
+        x = F.embedding(windows_UMW, embedding_low).view(u * m, width * embedding.shape[1])
+        product_UMF = torch.mm(x, weight_low).view(u, m, -1)
+        if product_UMF.device.type == "cpu":
+            largest_UF: Tensor = _LargestOfWindows.apply(product_UMF)
+        else:
+            largest_UF = product_UMF.max(dim=1).values
+        found.append(largest_UF.to(embedding.dtype))
+    return found
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elmo_ray.model.cpu_kernels import (
+    add_from_windows,
     as_array,
     backward_highway,
     forward_highway,
+    gather_windows,
     largest_of_windows,
     spread_to_windows,
 )
@@ -25,53 +26,48 @@ _WORDS = 32
 
 
 class LargestProducts(torch.autograd.Function):
-    """(types [U, N], embedding [C, E], weight [W * E, F], W, the products' dtype) -> [U, F]: the maximum over all
-    windows of W characters of their products with the filters; the gradient goes to the first that has it."""
+    """(embedding [C, E], weight [W * E, F], W, the products' dtype, types [U, N] ...) -> [U of all, F]: the maximum
+    over all windows of W characters of their products with the filters; the gradient goes to the first that has it."""
 
     @staticmethod
     def forward(
-        ctx: Any, types_UN: Tensor, embedding: Tensor, weight: Tensor, width: int, dtype: torch.dtype | None
+        ctx: Any, embedding: Tensor, weight: Tensor, width: int, dtype: torch.dtype | None, *types: Tensor
     ) -> Tensor:
         low = weight.dtype if dtype is None else dtype
-        embedding_low, weight_low = embedding.to(low), weight.to(low)
-        windows_UMW = types_UN.int().unfold(1, width, 1)
-        largest_UF = weight.new_empty(len(types_UN), weight.shape[1])
+        embedding_low, weight_low = as_array(embedding.to(low)), weight.to(low)
+        largest_UF = weight.new_empty(sum(map(len, types)), weight.shape[1])
         which_UF = torch.empty_like(largest_UF, dtype=torch.uint8)
-        given = []
-        pieces = zip(windows_UMW.split(_WORDS), largest_UF.split(_WORDS), which_UF.split(_WORDS), strict=True)
-        for windows, largest, which in pieces:
-            x = F.embedding(windows, embedding_low).flatten(2)
-            products = torch.mm(x.flatten(0, 1), weight_low).view(*x.shape[:2], -1)
-            largest_of_windows(as_array(products), as_array(largest), which.numpy())
-            given.append(x)
-        ctx.save_for_backward(windows_UMW, weight_low, which_UF, *given)
-        ctx.like = embedding
+        ctx.pieces, start = [], 0
+        for words_UN in types:
+            for some_UN in words_UN.split(_WORDS):
+                stop = start + len(some_UN)
+                x_UMK = weight.new_empty(len(some_UN), some_UN.shape[1] - width + 1, len(weight), dtype=low)
+                gather_windows(as_array(some_UN), embedding_low, as_array(x_UMK))
+                products = torch.mm(x_UMK.flatten(0, 1), weight_low).view(*x_UMK.shape[:2], -1)
+                largest_of_windows(as_array(products), as_array(largest_UF[start:stop]), which_UF[start:stop].numpy())
+                ctx.pieces.append((start, stop, some_UN, x_UMK))
+                start = stop
+        ctx.save_for_backward(embedding, weight_low, which_UF)
         return largest_UF
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        windows_UMW, weight_low, which_UF, *given = ctx.saved_tensors
-        count, size = ctx.like.shape
-        low, full = weight_low.dtype, grads[0].dtype
-        d_weight = torch.zeros_like(weight_low, dtype=full)
-        d_given = []
-        pieces = zip(given, grads[0].contiguous().split(_WORDS), which_UF.split(_WORDS), strict=True)
-        for x, gradient, which in pieces:
-            u, m, _ = x.shape
-            spread = torch.empty(u, m, weight_low.shape[1], dtype=low)
-            spread_to_windows(as_array(gradient), which.numpy(), as_array(spread))
-            spread_NF, x_NK = spread.flatten(0, 1), x.flatten(0, 1)
-            if low == full:
+        embedding, weight_low, which_UF = ctx.saved_tensors
+        gradient_UF, which, low = grads[0].contiguous(), which_UF.numpy(), weight_low.dtype
+        d_weight = torch.zeros_like(weight_low, dtype=gradient_UF.dtype)
+        d_embedding = torch.zeros_like(embedding) if ctx.needs_input_grad[0] else None
+        for start, stop, some_UN, x_UMK in ctx.pieces:
+            spread = x_UMK.new_empty(*x_UMK.shape[:2], weight_low.shape[1])
+            spread_to_windows(as_array(gradient_UF[start:stop]), which[start:stop], as_array(spread))
+            spread_NF, x_NK = spread.flatten(0, 1), x_UMK.flatten(0, 1)
+            if low == d_weight.dtype:
                 d_weight.addmm_(x_NK.t(), spread_NF)
             else:
                 d_weight += torch.mm(x_NK.t(), spread_NF)
-            if ctx.needs_input_grad[1]:
-                d_given.append(torch.mm(spread_NF, weight_low.t()).view(u, m, -1, size))
-        d_embedding = None
-        if d_given:
-            of_characters = torch.cat(d_given).to(full)
-            d_embedding = torch.ops.aten.embedding_dense_backward(of_characters, windows_UMW, count, -1, False)
-        return None, d_embedding, d_weight, None, None
+            if d_embedding is not None:
+                d_x = torch.mm(spread_NF, weight_low.t()).view(x_UMK.shape)
+                add_from_windows(as_array(some_UN), as_array(d_x), as_array(d_embedding))
+        return d_embedding, d_weight, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 class CpuHighway(torch.autograd.Function):

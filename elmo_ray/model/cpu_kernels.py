@@ -294,6 +294,34 @@ def backward_gates(
 
 
 @_compiled
+def gather_windows(types_UN: Any, embedding: Any, x_UMK: Any) -> None:
+    """The vectors of each window's characters beside each other."""
+    size = embedding.shape[1]
+    for u in range(x_UMK.shape[0]):
+        for m in range(x_UMK.shape[1]):
+            x = x_UMK[u, m]
+            for w in range(len(x) // size):
+                x[w * size : (w + 1) * size] = embedding[types_UN[u, m + w]]
+
+
+@_compiled
+def _add(x: Any, into: Any) -> None:
+    for e in range(len(into)):
+        into[e] += _wide(x[e])
+
+
+@_compiled
+def add_from_windows(types_UN: Any, d_x_UMK: Any, d_embedding: Any) -> None:
+    """The gradient of `gather_windows`, added to what is there."""
+    size = d_embedding.shape[1]
+    for u in range(d_x_UMK.shape[0]):
+        for m in range(d_x_UMK.shape[1]):
+            d_x = d_x_UMK[u, m]
+            for w in range(len(d_x) // size):
+                _add(d_x[w * size : (w + 1) * size], d_embedding[types_UN[u, m + w]])
+
+
+@_compiled
 def _first(row: Any, largest: Any, which: Any) -> None:
     for f in range(len(largest)):
         largest[f], which[f] = _wide(row[f]), np.uint8(0)
