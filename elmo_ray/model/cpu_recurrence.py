@@ -22,7 +22,7 @@ from elmo_ray.model.cpu_kernels import (
     forward_gates,
     forward_projection,
 )
-from elmo_ray.model.products import Factor, factor_of, linear
+from elmo_ray.model.products import Factor, factor_of, linear, times
 from elmo_ray.model.recurrence import FORGET_BIAS, Clips
 from elmo_ray.model.side_by_side import by_direction
 
@@ -107,13 +107,6 @@ def _stacked(of_directions: tuple[Tensor | None, ...]) -> Tensor | None:
     return torch.stack(tensors)
 
 
-def _times(x: Tensor, factor: Factor) -> Tensor:
-    if factor.packed:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, factor.matrix, None, "none", [], "")
-        return result
-    return torch.mm(x, factor.matrix)
-
-
 def _forward_steps(
     given_TBK: Tensor,
     gates_TBG: Tensor,
@@ -137,10 +130,10 @@ def _forward_steps(
     gated, outputs, given = as_array(gated_TBH), as_array(outputs_TBP), as_array(given_TBK)
     unused = as_array(torch.empty_like(given_TBK[0]))
     for step, (given_BK, gated_BH) in enumerate(zip(given_TBK.unbind(0), gated_TBH.unbind(0), strict=True)):
-        sums, cell = as_array(_times(given_BK, kernel)), cells[step]
+        sums, cell = as_array(times(given_BK, kernel)), cells[step]
         forward_gates(sums, bias, before, gates[step], cell, gated[step], cell_bound)
         before = cell
-        result = gated[step] if projection is None else as_array(_times(gated_BH, projection))
+        result = gated[step] if projection is None else as_array(times(gated_BH, projection))
         forward_projection(result, outputs[step], given[step + 1] if step + 1 < len(given) else unused, output_bound)
 
 
@@ -171,9 +164,9 @@ def _backward_steps(
     recurrent = as_array(torch.zeros_like(d_raw_TBP[0]))
     for step in reversed(range(len(gates))):
         backward_projection(d_outputs[step], recurrent, outputs[step], d_raw[step], output_bound)
-        d_gated = d_raw[step] if projection is None else as_array(_times(d_raw_TBP[step], projection))
+        d_gated = d_raw[step] if projection is None else as_array(times(d_raw_TBP[step], projection))
         before, into = cells[step - 1] if step else first, None if d_gates is None else d_gates[step]
         backward_gates(d_gated, gates[step], before, cells[step], d_cell, into, d_bias, cell_bound)
         if step:
-            recurrent = as_array(_times(d_gates_TBG[step], kernel))
+            recurrent = as_array(times(d_gates_TBG[step], kernel))
     return torch.from_numpy(d_bias)
