@@ -17,21 +17,20 @@ _WORTH_PACKING = 1 << 17
 
 
 class Factor(NamedTuple):
-    """The right factor of products. matrix: [K, N], for batches of products [D, K, N], or, packed, its transpose in
-    oneDNN's order."""
+    """The right factor of products. matrix: [K, N] or, packed, its transpose in oneDNN's order."""
 
     matrix: Tensor
     packed: bool
 
 
 def factor_of(weight: Tensor, rows: int, transposed: bool = False) -> Factor:
-    """`weight` [K, N] or [D, K, N], or its transpose where `transposed`, for products of so many rows."""
+    """`weight` [K, N], or its transpose where `transposed`, for products of so many rows."""
     if weight.numel() >= _WORTH_PACKING and can_pack(weight):
         # A linear layer's weight, which is what is packed, is the transpose of the factor. From a view it would take
         # twice as long as from a copy, with it.
         return Factor(packed(weight if transposed else weight.t().contiguous(), rows), True)
     # a copy: products of few rows with a transposed view run at a fraction of the speed on CPUs
-    return Factor(weight.transpose(-1, -2).contiguous() if transposed else weight, False)
+    return Factor(weight.t().contiguous() if transposed else weight, False)
 
 
 def packed(weight_NK: Tensor, rows: int) -> Tensor:
@@ -72,7 +71,7 @@ def linear(x_MK: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None) -> Ten
     return torch.mm(x_MK, weight_KN) if bias_N is None else torch.addmm(bias_N, x_MK, weight_KN)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:  # TorchScript compiles this and sum_into for time_steps.py
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two matrices or two batches of them."""
     return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
 

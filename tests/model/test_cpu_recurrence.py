@@ -128,8 +128,7 @@ def test_frozen_weights_and_inputs_change_no_other_gradient(dtype: torch.dtype |
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["x", "hidden", "cell", "weight", "projection", "bias"])
 def test_what_is_not_finite_is_seen(where: str, bad: float, clips: str, dtype: torch.dtype | None, plain) -> None:
-    """NaN goes to all that it reaches, and what the plain path makes not finite is so here, but for a gate that is 0
-    there and 1e-35 here."""
+    """NaN goes where it goes on the plain path. Infinities go on but from gates that are 0 there, and 1e-35 here."""
     model = random_lstm(37, 11, clips, 2)
     x, state = random_inputs(model, 3, 5)
     with torch.no_grad():
@@ -145,10 +144,14 @@ def test_what_is_not_finite_is_seen(where: str, bad: float, clips: str, dtype: t
             getattr(model.layers[0], "projection" if where == "projection" else "hidden_kernel")[1, 3, 5] = bad
     ours, reference = results(model, x, state, dtype), plain(model, x, state, dtype)
     for name, expected in reference.items():
+        assert bool(ours[name][0].isfinite().all()) or name in ("hidden", "cell"), "the other direction"
         if bad != bad:
             assert torch.equal(ours[name].isnan(), expected.isnan()), name
-        assert bool(ours[name].isfinite().all()) == bool(expected.isfinite().all()), name
-        assert bool(ours[name].isfinite()[0].all()) or name in ("hidden", "cell"), "the other direction"
+    seen, expected_seen = (
+        any(not bool(found[name].isfinite().all()) for name in ("output 1", "d_x", *dict(model.named_parameters())))
+        for found in (ours, reference)
+    )
+    assert seen == expected_seen
     if bad != bad:
         assert all(bool(ours[name][1].isnan().any()) for name in ("output 1", "d_x", "layers.1.bias"))
 
