@@ -11,7 +11,10 @@ import logging
 import zlib
 from typing import Any
 
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+try:
+    from numba.core.caching import FunctionCache, IndexDataCacheFile
+except ImportError:  # insides of Numba, which it may change: nothing is kept then
+    FunctionCache = IndexDataCacheFile = object  # type: ignore[assignment,misc]
 
 logger = logging.getLogger(__name__)
 
