@@ -24,13 +24,13 @@ class Factor(NamedTuple):
 
 
 def factor_of(weight: Tensor, rows: int, transposed: bool = False) -> Factor:
-    """`weight` [K, N], or its transpose where `transposed`, for products of so many rows."""
+    """`weight` [K, N] or [D, K, N], or its transpose where `transposed`, for products of so many rows."""
     if weight.numel() >= _WORTH_PACKING and can_pack(weight):
         # A linear layer's weight, which is what is packed, is the transpose of the factor. From a view it would take
         # twice as long as from a copy, with it.
         return Factor(packed(weight if transposed else weight.t().contiguous(), rows), True)
     # a copy: products of few rows with a transposed view run at a fraction of the speed on CPUs
-    return Factor(weight.t().contiguous() if transposed else weight, False)
+    return Factor(weight.transpose(-1, -2).contiguous() if transposed else weight, False)
 
 
 def packed(weight_NK: Tensor, rows: int) -> Tensor:
