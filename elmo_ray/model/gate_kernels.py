@@ -164,9 +164,7 @@ def fused_forward_steps(
     hidden_DBP: Tensor,
     cell_DBH: Tensor,
     kernel: Tensor,
-    kernel_packed: bool,
     projection: Tensor | None,
-    projection_packed: bool,
     cell_clip: float | None,
     projection_clip: float | None,
 ) -> None:
@@ -201,9 +199,7 @@ def fused_backward_steps(
     outputs_DTBP: Tensor,
     cell_DBH: Tensor,
     kernel: Tensor,
-    kernel_packed: bool,
     projection: Tensor | None,
-    projection_packed: bool,
     cell_clip: float | None,
     projection_clip: float | None,
     d_gates_DTBG: Tensor,
@@ -308,14 +304,13 @@ def largest_difference(
         sizes = (4 * h, h, h, h, p)
         made = [torch.full((d, t, b, size), torch.nan, device=device, dtype=dtype) for size in sizes]
         made[0].copy_(gates)
-        steps.forward(*made, hidden, cell, kernel, False, projection, False, clip, clip)
+        steps.forward(*made, hidden, cell, kernel, projection, clip, clip)
         # backward of both from the same window: where one was clipped by a hair the other was too
         window = window or [x.clone() for x in made]
         saved = [window[k].clone() for k in (0, 1, 2, 4)]
         d_gates = saved[0] if low == dtype else torch.full_like(saved[0], torch.nan, dtype=low)
         d_raw = torch.full_like(d_outputs, torch.nan)
-        factors = (turned[0], False, turned[1], False)
-        steps.backward(d_outputs, *saved, cell, *factors, clip, clip, d_gates, d_raw)
+        steps.backward(d_outputs, *saved, cell, *turned, clip, clip, d_gates, d_raw)
         found = [*made, d_gates, d_raw]
         if steps is PLAIN:
             expected = found

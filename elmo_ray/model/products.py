@@ -19,8 +19,7 @@ _WORTH_PACKING_FLOAT32 = 1 << 20
 
 
 class Factor(NamedTuple):
-    """The right factor of products. matrix: [K, N], for batches of products [D, K, N], or, packed, its transpose in
-    oneDNN's order."""
+    """The right factor of products. matrix: [K, N] or, packed, its transpose in oneDNN's order."""
 
     matrix: Tensor
     packed: bool
@@ -85,7 +84,7 @@ def linear(x_MK: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None) -> Ten
     return torch.mm(x_MK, weight_KN) if bias_N is None else torch.addmm(bias_N, x_MK, weight_KN)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:  # TorchScript compiles this and sum_into for time_steps.py
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two matrices or two batches of them."""
     return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
 

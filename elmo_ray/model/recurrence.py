@@ -1,5 +1,6 @@
 """One LSTM layer over a window as an autograd function: the recurrent products, the gates, and both clips.
 
+For GPUs, and for what the CPU's compiled loops (`cpu_recurrence.py`) do not have: float64, a Python without Numba.
 Weight gradients are one product over all time steps instead of one a step. On a CPU the directions run beside each
 other (`side_by_side.py`); elsewhere they are one batched product. So the functions here take tensors with and without
 the leading D, and count dimensions from the last.
@@ -10,20 +11,16 @@ i, j, f, o of TensorFlow's LSTMCell; the forget bias of 1 is added here and neve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from elmo_ray.model.gate_kernels import steps_on
-from elmo_ray.model.products import Factor, factor_of, product_into, sum_into
-from elmo_ray.model.side_by_side import by_direction, without_lock
-from elmo_ray.model.time_steps import backward_steps, forward_steps
+from elmo_ray.model.products import product_into, sum_into
+from elmo_ray.model.side_by_side import by_direction
 
 FORGET_BIAS = 1.0
-
-_forward_steps, _backward_steps = without_lock(forward_steps), without_lock(backward_steps)
 
 
 class Weights(NamedTuple):
@@ -75,14 +72,12 @@ class Window(NamedTuple):
 
 def run_forward(window: Window, hidden: Tensor, cell: Tensor, weights: Weights, clips: Clips) -> None:
     """Fills `window` but for its x, from the state [D, B, P] and [D, B, H] at its start."""
-    rows, h = cell.shape[-2:]
+    h = cell.shape[-1]
     bias = weights.bias.clone()
     bias[..., 2 * h : 3 * h] += FORGET_BIAS
     sum_into(window.gates.flatten(-3, -2), bias.unsqueeze(-2), window.x, weights.input)
-    kernel, projection = _factors(weights, rows, transposed=False)
-    device = window.x.device
-    steps: Callable[..., None] = _forward_steps() if device.type == "cpu" else steps_on(device).forward
-    steps(*window[1:], hidden, cell, *kernel, *projection, *clips)
+    forward = steps_on(window.x.device).forward
+    forward(*window[1:], hidden, cell, weights.hidden, weights.projection, *clips)
 
 
 def run_backward(
@@ -90,22 +85,18 @@ def run_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the gates before their activations [D, T, B, 4H], in the products' dtype, and of the
     projection's result before its clip [D, T, B, P]. May overwrite `window.gates`."""
-    kernel, projection = _factors(weights, cell.shape[-2], transposed=True)
     gates, low = window.gates, window.x.dtype
     d_gates = gates if low == gates.dtype else torch.empty_like(gates, dtype=low)
     d_raw = torch.empty_like(window.outputs)
-    device = window.x.device
-    steps: Callable[..., None] = _backward_steps() if device.type == "cpu" else steps_on(device).backward
     saved = (gates, window.cells, window.tanh_cells, window.outputs, cell)
-    steps(d_outputs, *saved, *kernel, *projection, *clips, d_gates, d_raw)
+    factors = _transposed(weights.hidden), None if weights.projection is None else _transposed(weights.projection)
+    steps_on(window.x.device).backward(d_outputs, *saved, *factors, *clips, d_gates, d_raw)
     return d_gates, d_raw
 
 
-def _factors(weights: Weights, rows: int, transposed: bool) -> tuple[Factor, Factor | tuple[None, bool]]:
-    """Of the recurrent kernel and of the projection, if there is one."""
-    projection = weights.projection
-    kernel = factor_of(weights.hidden, rows, transposed)
-    return kernel, (None, False) if projection is None else factor_of(projection, rows, transposed)
+def _transposed(weight: Tensor) -> Tensor:
+    """A copy: products of few rows with a transposed view run at a fraction of the speed on CPUs."""
+    return weight.transpose(-1, -2).contiguous()
 
 
 class Recurrence(torch.autograd.Function):

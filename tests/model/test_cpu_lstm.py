@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from elmo_ray.config import LstmConfig
+from elmo_ray.model import cpu_lstm
 from elmo_ray.model.cpu_lstm import CpuLstm
 from elmo_ray.model.lstm import BiLstm, LstmState
 
@@ -79,3 +80,17 @@ def test_bf16_is_close_and_its_cells_are_not_rounded() -> None:
         assert a.dtype == torch.float32
         assert 0.0 < float((a - b).abs().max()) < 0.05
     assert not torch.equal(after.cell, after.cell.bfloat16().float())
+
+
+def test_torchscript_runs_here_and_gives_the_bits_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.jit, "script"):
+        pytest.skip("this torch has no TorchScript")
+    assert isinstance(cpu_lstm._steps(), torch.jit.ScriptFunction)
+    rows = [16, 11, 11, 3, 1]
+    lstm, x, state = case(rows, 2, torch.float32)
+    for dtype in (None, torch.bfloat16):
+        found, after = CpuLstm(lstm, dtype).run(*by_word(x), rows, state)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_lstm, "_steps", lambda: cpu_lstm._time_steps)
+            python, python_after = CpuLstm(lstm, dtype).run(*by_word(x), rows, state)
+        assert all(torch.equal(a, b) for a, b in zip([*found, *after], [*python, *python_after], strict=True))

@@ -118,3 +118,37 @@ def test_all_parts_have_ended_when_one_fails(threads) -> None:
     with pytest.raises(ValueError, match="of part 0"):
         side_by_side(work, 2, CPU)
     assert ended == [1]
+
+
+def test_parts_have_slices_of_their_own_of_what_is_not_shared(threads) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    shared, frozen, own, own_frozen = random(4, 3), random(3), random(2, 5, 4), random(2, 3)
+    shared.requires_grad_()
+    own.requires_grad_()
+
+    def work(part: int, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        shared, frozen, own, own_frozen = parameters
+        assert own.shape == (1, 5, 4) and own_frozen.shape == (1, 3)
+        assert [p.requires_grad for p in parameters] == [torch.is_grad_enabled(), False, torch.is_grad_enabled(), False]
+        return torch.tanh(own[0] @ shared + frozen) * own_frozen * (part + 1)
+
+    whole = torch.tanh(own @ shared + frozen) * own_frozen[:, None] * torch.tensor([1.0, 2.0])[:, None, None]
+    weights = random(2, 5, 3)
+    expected = torch.autograd.grad((whole * weights).sum(), [shared, own])
+    found = []
+    for count in (1, 2):
+        threads(count)
+        parts = torch.stack(Parted.apply(work, 2, 2, shared, frozen, own, own_frozen))
+        assert torch.equal(parts, whole)
+        loss = (parts * weights).sum()
+        found += [torch.autograd.grad(loss, [shared, own], retain_graph=True) for _ in range(2)]
+    for gradients in found:
+        for ours, first, reference in zip(gradients, found[0], expected, strict=True):
+            assert torch.equal(ours, first) and ours.is_contiguous()
+            torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(torch.stack(Parted.apply(work, 2, 2, shared, frozen, own, own_frozen)), whole)
