@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elmo_ray.model.cpu_kernels import (
+from elmo_ray.model.char_cnn_kernels import (
     add_from_windows,
-    as_array,
     backward_highway,
     forward_highway,
     gather_windows,
     largest_of_windows,
     spread_to_windows,
 )
+from elmo_ray.model.cpu_kernels import as_array
 from elmo_ray.model.products import linear
 
 _WORDS = 32
@@ -36,7 +36,7 @@ class LargestProducts(torch.autograd.Function):
         low = weight.dtype if dtype is None else dtype
         embedding_low, weight_low = as_array(embedding.to(low)), weight.to(low)
         largest_UF = weight.new_empty(sum(map(len, types)), weight.shape[1])
-        which_UF = torch.empty_like(largest_UF, dtype=torch.uint8)
+        which_UF = torch.empty_like(largest_UF, dtype=torch.uint16)
         ctx.pieces, start = [], 0
         for words_UN in types:
             for some_UN in words_UN.split(_WORDS):

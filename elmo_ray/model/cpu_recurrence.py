@@ -14,14 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elmo_ray.model.cpu_kernels import (
-    as_array,
-    backward_gates,
-    backward_projection,
-    bound_of,
-    forward_gates,
-    forward_projection,
-)
+from elmo_ray.model.cpu_kernels import as_array, bound_of
+from elmo_ray.model.lstm_kernels import backward_gates, backward_projection, forward_gates, forward_projection
 from elmo_ray.model.products import Factor, factor_of, linear, times
 from elmo_ray.model.recurrence import FORGET_BIAS, Clips
 from elmo_ray.model.side_by_side import by_direction

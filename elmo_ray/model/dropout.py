@@ -10,10 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elmo_ray.model.cpu_kernels import as_array, drop, for_tensor
+from elmo_ray.model.cpu_kernels import as_array, compiled, float32, for_tensor
 
 _STEPS = 1 << 32
 """Of the random numbers."""
+
+
+@compiled
+def _drop(x_N: Any, random_N: Any, threshold: Any, scale: Any, y_N: Any) -> None:
+    """x * scale where the random number is below the threshold, elsewhere 0."""
+    for n in range(len(x_N)):
+        y_N[n] = x_N[n] * scale if random_N[n] < threshold else float32(0.0)
 
 
 class Dropout:
@@ -81,5 +88,5 @@ def _dropped(x: Tensor, numbers: NDArray[np.uint32], kept: int) -> Tensor:
         return x * torch.from_numpy((numbers < kept) * scale).to(x.dtype).view(x.shape)
     x = x.contiguous()
     result = torch.empty_like(x)
-    drop(as_array(x).reshape(-1), numbers, np.uint64(kept), np.float32(scale), as_array(result).reshape(-1))
+    _drop(as_array(x).reshape(-1), numbers, np.uint64(kept), np.float32(scale), as_array(result).reshape(-1))
     return result

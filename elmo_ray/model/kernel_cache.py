@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from pathlib import Path
 from typing import Any
 
 try:
@@ -49,7 +50,10 @@ class _File(IndexDataCacheFile):
 class _Cache(FunctionCache):
     def __init__(self, function: Any):
         super().__init__(function)
-        self._cache_file = _File(self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
+        # what the functions of several modules call is compiled into them: when it changes they do
+        shared = Path(__file__).with_name("cpu_kernels.py").stat()
+        stamp = (self._impl.locator.get_source_stamp(), shared.st_mtime, shared.st_size)
+        self._cache_file = _File(self._cache_path, self._impl.filename_base, stamp)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:

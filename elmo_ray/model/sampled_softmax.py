@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elmo_ray.model.cpu_kernels import as_array, for_tensor, to_powers
+from elmo_ray.model.cpu_kernels import LARGEST, as_array, compiled, compiled_with, exp, float32, for_tensor
 from elmo_ray.model.products import linear
 from elmo_ray.model.side_by_side import side_by_side
 
@@ -48,6 +48,24 @@ def sampled_losses(
         mask_hits,
     )
     return losses
+
+
+@compiled_with(fastmath={"contract", "reassoc"})  # a sum in any order, so many numbers at a time
+def _powers(logits: Any, top: Any) -> Any:
+    total = float32(0.0)
+    for k in range(len(logits)):
+        x = logits[k] - top
+        power = float32(0.0) if x < -LARGEST else exp(x)
+        logits[k] = power
+        total += power
+    return total
+
+
+@compiled
+def _to_powers(logits_NK: Any, top_N: Any, total_N: Any) -> None:
+    """exp(logit - top) in place of the logits, and their sums."""
+    for n in range(len(logits_NK)):
+        total_N[n] = _powers(logits_NK[n], top_N[n])
 
 
 class _SampledLosses(torch.autograd.Function):
@@ -89,7 +107,7 @@ class _SampledLosses(torch.autograd.Function):
             top = torch.maximum(logits.amax(dim=1), true)
             others = others_DN[direction]
             if for_tensor(logits):
-                to_powers(as_array(logits), as_array(top), as_array(others))
+                _to_powers(as_array(logits), as_array(top), as_array(others))
             else:
                 torch.sum(logits.sub_(top[:, None]).exp_(), dim=1, out=others)
             total = torch.add(others, torch.exp(true - top), out=total_DN[direction])

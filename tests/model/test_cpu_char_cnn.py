@@ -117,8 +117,6 @@ def test_frozen_weights_change_no_other_gradient(dtype: torch.dtype | None, word
 )
 def test_what_is_not_finite_is_seen(where: str, bad: float, dtype: torch.dtype | None, plain) -> None:
     """Vectors that are not finite on the plain path are not finite here, and some gradient is not."""
-    if where == "embedding" and bad != bad:
-        pytest.xfail("a number of a later window replaces NaN")
     cnn = random_cnn()
     types, _ = random_types(70)
     with torch.no_grad():
@@ -143,15 +141,13 @@ def test_one_thread_and_two_give_the_same_bits(dtype: torch.dtype | None) -> Non
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.mark.parametrize(
-    "windows", [1, 256, *(pytest.param(n, marks=pytest.mark.xfail(strict=True, reason="a byte")) for n in (257, 998))]
-)
+@pytest.mark.parametrize("windows", [1, 256, 257, 998])
 def test_words_of_many_windows(windows: int) -> None:
     generator = torch.Generator().manual_seed(4)
     types = torch.randint(0, N_CHARACTERS, (3, windows + 2), generator=generator)
     embedding = torch.randn(N_CHARACTERS, 4, generator=generator).requires_grad_()
     weight = torch.randn(12, 300, generator=generator).requires_grad_()
-    found = LargestProducts.apply(types, embedding, weight, 3, None)
+    found = LargestProducts.apply(embedding, weight, 3, None, types)
     expected = (torch.nn.functional.embedding(types.unfold(1, 3, 1), embedding).flatten(2) @ weight).max(dim=1).values
     torch.testing.assert_close(found, expected)
     gradient = torch.randn(found.shape, generator=generator)

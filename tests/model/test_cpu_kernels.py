@@ -13,19 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from elmo_ray.model import cpu_kernels
-from elmo_ray.model.cpu_kernels import (
-    as_array,
-    backward_gates,
-    backward_highway,
-    backward_projection,
-    bound_of,
-    for_tensor,
-    forward_gates,
-    forward_highway,
-    forward_projection,
-    largest_of_windows,
-    spread_to_windows,
-)
+from elmo_ray.model.char_cnn_kernels import backward_highway, forward_highway, largest_of_windows, spread_to_windows
+from elmo_ray.model.cpu_kernels import as_array, bound_of, for_tensor
+from elmo_ray.model.lstm_kernels import backward_gates, backward_projection, forward_gates, forward_projection
 
 needs_numba = pytest.mark.skipif(cpu_kernels.numba is None, reason="Numba is not installed")
 
@@ -96,7 +86,7 @@ def test_activations_are_close_to_float64s() -> None:
 @needs_numba
 def test_the_exponential_is_right_to_its_last_places() -> None:
     for x in np.linspace(-79.9, 79.9, 20_001, dtype=np.float32):
-        assert abs(float(cpu_kernels._exp(x)) / np.exp(np.float64(x)) - 1) < 2.5e-7, x
+        assert abs(float(cpu_kernels.exp(x)) / np.exp(np.float64(x)) - 1) < 2.5e-7, x
 
 
 @needs_numba
@@ -174,7 +164,7 @@ def test_ties_go_to_the_first_window(low: torch.dtype) -> None:
     products = torch.randint(-1, 2, (5, 7, 33), generator=generator).to(low)
     products[0, :, 0], products[0, :, 1] = -torch.inf, torch.inf
     products[1, :, 0] = torch.tensor([-0.0, 0.0, -0.0, 0.0, 0.0, -0.0, 0.0])
-    largest, which = torch.empty(5, 33), torch.empty(5, 33, dtype=torch.uint8)
+    largest, which = torch.empty(5, 33), torch.empty(5, 33, dtype=torch.uint16)
     largest_of_windows(*map(as_array, (products, largest, which)))
     expected = products.float().numpy()
     assert np.array_equal(which.numpy(), expected.argmax(axis=1)) and np.array_equal(largest, expected.max(axis=1))
@@ -192,7 +182,7 @@ def test_a_window_that_is_not_a_number_is_the_maximum() -> None:
     products = torch.zeros(1, 4, 4)
     products[0].fill_diagonal_(torch.nan)
     products[0, 3] = 5.0
-    largest, which = torch.empty(1, 4), torch.empty(1, 4, dtype=torch.uint8)
+    largest, which = torch.empty(1, 4), torch.empty(1, 4, dtype=torch.uint16)
     largest_of_windows(*map(as_array, (products, largest, which)))
     assert largest.isnan().tolist() == [[True, True, True, False]] and which.tolist() == [[0, 1, 2, 3]]
 
