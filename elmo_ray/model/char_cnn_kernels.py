@@ -43,7 +43,7 @@ def add_from_windows(types_UN: Any, d_x_UMK: Any, d_embedding: Any) -> None:
 @compiled
 def _first(row: Any, largest: Any, which: Any) -> None:
     for f in range(len(largest)):
-        largest[f], which[f] = wide(row[f]), np.uint16(0)
+        largest[f], which[f] = wide(row[f]), np.int16(0)
 
 
 @compiled
@@ -61,7 +61,7 @@ def largest_of_windows(products_UMF: Any, largest_UF: Any, which_UF: Any) -> Non
         products, largest, which = products_UMF[u], largest_UF[u], which_UF[u]
         _first(products[0], largest, which)
         for m in range(1, len(products)):
-            _larger(products[m], largest, which, np.uint16(m))
+            _larger(products[m], largest, which, np.int16(m))
 
 
 @compiled
@@ -75,7 +75,7 @@ def spread_to_windows(gradient_UF: Any, which_UF: Any, gradient_UMF: Any) -> Non
     """The gradient of `largest_of_windows`: to the window that was chosen, and 0 to the others."""
     for u in range(len(gradient_UMF)):
         for m in range(gradient_UMF.shape[1]):
-            _where(gradient_UF[u], which_UF[u], np.uint16(m), gradient_UMF[u, m])
+            _where(gradient_UF[u], which_UF[u], np.int16(m), gradient_UMF[u, m])
 
 
 @compiled

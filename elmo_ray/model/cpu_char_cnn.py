@@ -36,9 +36,12 @@ class LargestProducts(torch.autograd.Function):
         low = weight.dtype if dtype is None else dtype
         embedding_low, weight_low = as_array(embedding.to(low)), weight.to(low)
         largest_UF = weight.new_empty(sum(map(len, types)), weight.shape[1])
-        which_UF = torch.empty_like(largest_UF, dtype=torch.uint16)
+        which_UF = torch.empty_like(largest_UF, dtype=torch.int16)
         ctx.pieces, start = [], 0
         for words_UN in types:
+            # the loops do not look
+            if words_UN.numel() and not 0 <= int(words_UN.min()) <= int(words_UN.max()) < len(embedding):
+                raise IndexError(f"character ids between {words_UN.min()} and {words_UN.max()}")
             for some_UN in words_UN.split(_WORDS):
                 stop = start + len(some_UN)
                 x_UMK = weight.new_empty(len(some_UN), some_UN.shape[1] - width + 1, len(weight), dtype=low)

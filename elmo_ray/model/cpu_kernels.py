@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -29,8 +30,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 try:
     import numba
     from numba.extending import overload
-except ImportError as error:  # a Python that it does not know yet
-    logger.warning("no Numba here (%s): training on the CPU is slower", error)
+except ImportError:  # a Python that it does not know yet
     numba = None  # type: ignore[assignment]
 
 _OPTIONS: dict[str, Any] = {
@@ -47,10 +47,17 @@ _TO_INTEGER = float32(1.5 * 2**23)
 """Added to a small float32 and taken off again it leaves the nearest integer."""
 LARGEST = float32(80.0)
 
+_to_warn = threading.Lock()
+"""Who takes it warns; it is never given back."""
+
 
 def for_tensor(tensor: Tensor) -> bool:
     """Whether the functions here do for this tensor and others of its type."""
-    return numba is not None and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        return False
+    if numba is None and _to_warn.acquire(blocking=False):
+        logger.warning("no Numba here: training on the CPU is slower")
+    return numba is not None
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:

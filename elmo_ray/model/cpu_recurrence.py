@@ -40,7 +40,9 @@ class CpuRecurrence(torch.autograd.Function):
         d, t, b, i = x_DTBI.shape
         p, h, low = hidden_DBP.shape[-1], cell_DBH.shape[-1], x_DTBI.dtype if dtype is None else dtype
         empty = x_DTBI.new_empty
-        given_DTBK, gated_DTBH = empty(d, t, b, i + p, dtype=low), empty(d, t, b, h, dtype=low)
+        given_DTBK = empty(d, t, b, i + p, dtype=low)
+        # what goes into a projection; without one it is the output, which is not rounded
+        gated_DTBH = empty(d, t, b, h, dtype=x_DTBI.dtype if w_projection is None else low)
         gates_DTBG, cells_DTBH, outputs_DTBP = empty(d, t, b, 4 * h), empty(d, t, b, h), empty(d, t, b, p)
 
         def run(k: int | slice) -> None:
