@@ -60,6 +60,11 @@ def for_tensor(tensor: Tensor) -> bool:
     return numba is not None
 
 
+def numba_version() -> str | None:
+    """Of the compiler; None where there is none."""
+    return None if numba is None else str(numba.__version__)
+
+
 def as_array(tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory, without a copy; bfloat16 as uint16."""
     tensor = tensor.detach() if tensor.requires_grad else tensor

@@ -8,6 +8,7 @@ import torch
 
 from elmo_ray import __version__
 from elmo_ray.config import PretrainConfig
+from elmo_ray.model.cpu_kernels import numba_version
 from elmo_ray.training.checkpoint import Checkpoint
 from elmo_ray.training.identity import changes
 
@@ -27,6 +28,7 @@ def conditions(device: torch.device, precision: str) -> dict[str, Any]:
         "precision": precision,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "numba": numba_version() if device.type == "cpu" else None,
         "elmo_ray": __version__,
     }
 
