@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from elmo_ray.model.char_cnn_kernels import (
     add_from_windows,
@@ -54,6 +55,7 @@ class LargestProducts(torch.autograd.Function):
         return largest_UF
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         embedding, weight_low, which_UF = ctx.saved_tensors
         gradient_UF, which, low = grads[0].contiguous(), which_UF.numpy(), weight_low.dtype
@@ -96,6 +98,7 @@ class CpuHighway(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, x_low, w_carry, w_transform, gate, other = ctx.saved_tensors
         dy, full = grads[0].contiguous(), x.dtype

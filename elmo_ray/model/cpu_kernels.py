@@ -32,6 +32,9 @@ try:
     from numba.extending import overload
 except ImportError:  # a Python that it does not know yet
     numba = None  # type: ignore[assignment]
+else:
+    if getattr(numba.config, "DISABLE_JIT", 0):  # NUMBA_DISABLE_JIT=1
+        numba = None  # type: ignore[assignment]
 
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -56,7 +59,7 @@ def for_tensor(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
         return False
     if numba is None and _to_warn.acquire(blocking=False):
-        logger.warning("no Numba here: training on the CPU is slower")
+        logger.warning("no Numba here, or NUMBA_DISABLE_JIT is set: training on the CPU is slower")
     return numba is not None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from elmo_ray.model.cpu_kernels import as_array, bound_of
 from elmo_ray.model.lstm_kernels import backward_gates, backward_projection, forward_gates, forward_projection
@@ -61,6 +62,7 @@ class CpuRecurrence(torch.autograd.Function):
         return outputs_DTBP, cells_DTBH
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cell_DBH, w_input, w_hidden, w_projection, given_DTBK, gates_DTBG, *windows = ctx.saved_tensors
         low, i = given_DTBK.dtype, w_input.shape[1]

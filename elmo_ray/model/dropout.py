@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from elmo_ray.model.cpu_kernels import as_array, compiled, float32, for_tensor
 
@@ -78,6 +79,7 @@ class _CpuDropout(torch.autograd.Function):
         return _dropped(x, numbers, kept)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _dropped(grads[0], ctx.numbers, ctx.kept), None, None
 
