@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,6 @@ from elmo_ray.model.cpu_kernels import for_tensor
 from elmo_ray.model.side_by_side import Parted
 
 CARRY_BIAS = -2.0
-
-_JUST_BELOW = -1e-37
 
 _WORTH_PARTING = 64
 """Words: fewer are not computed in halves."""
@@ -62,34 +59,6 @@ def _highway(x_UF: Tensor, weights: Weights, name: str, dtype: torch.dtype | Non
     )
     carry, transform = _affine(x_UF, both_weights, both_biases, dtype).chunk(2, dim=1)
     return torch.lerp(x_UF, torch.relu(transform), torch.sigmoid(carry))
-
-
-class _LargestOfWindows(torch.autograd.Function):
-    """[U, M, F] -> [U, F], the maximum over the M windows; the gradient goes to the first that has it.
-
-    Window by window, which a CPU does many numbers at a time; `max` of torch takes one after another.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, products_UMF: Tensor) -> Tensor:
-        first, *others = products_UMF.unbind(1)
-        largest_UF = first.clone()
-        for other in others:
-            torch.maximum(largest_UF, other, out=largest_UF)
-        ctx.save_for_backward(products_UMF, largest_UF)
-        return largest_UF
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        products_UMF, largest_UF = ctx.saved_tensors
-        gradient_UMF = torch.empty_like(products_UMF)
-        left_UF, below_UF = grads[0].clone(), torch.empty_like(largest_UF)
-        for product, gradient in zip(products_UMF.unbind(1), gradient_UMF.unbind(1), strict=True):
-            torch.sub(product, largest_UF, out=below_UF)
-            # the gradient where below_UF is 0, and what is given is given once
-            torch.ops.aten.threshold_backward.grad_input(left_UF, below_UF, _JUST_BELOW, grad_input=gradient)
-            left_UF -= gradient
-        return gradient_UMF
 
 
 class CharCnn(nn.Module):
@@ -220,11 +189,7 @@ def _windows(
         u, m, _ = windows_UMW.shape
         x = F.embedding(windows_UMW, embedding_low).view(u * m, width * embedding.shape[1])
         product_UMF = torch.mm(x, weight_low).view(u, m, -1)
-        if product_UMF.device.type == "cpu":
-            largest_UF: Tensor = _LargestOfWindows.apply(product_UMF)
-        else:
-            largest_UF = product_UMF.max(dim=1).values
-        found.append(largest_UF.to(embedding.dtype))
+        found.append(product_UMF.max(dim=1).values.to(embedding.dtype))
     return found
 
 
