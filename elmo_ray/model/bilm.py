@@ -116,13 +116,26 @@ class BiLM(nn.Module):
         types_UP = self.encode_types(types, classes, rows_RP, dtype)
         if head is not None and self.directions > 1 and types_UP.device.type == "cpu":
             return self._losses_by_direction(types_UP, inputs_DBT, state, lengths_B, dropout, dtype, head)
-        x_DTBP = F.embedding(inputs_DBT.transpose(1, 2), types_UP)
-        outputs, state = self.lstm(x_DTBP, state, lengths_B, dropout, dtype)
-        top = outputs[-1] if dropout is None else dropout(outputs[-1])
-        top_DBTP = top.transpose(1, 2)
+        top_DBTP, state = self._top(types_UP, inputs_DBT, state, lengths_B, dropout, dtype)
         if head is None:
             return top_DBTP, state
         return head.losses(slice(None), top_DBTP.flatten(1, 2), head.tables), state
+
+    def _top(
+        self,
+        types_UP: Tensor,
+        inputs_DBT: Tensor,
+        state: LstmState,
+        lengths_B: Tensor | None,
+        dropout: Dropout | None,
+        dtype: torch.dtype | None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, LstmState]:
+        """Top output [D, B, T, P] of all directions, or of those that the arguments are of; and the new state."""
+        x_DTBP = F.embedding(inputs_DBT.transpose(1, 2), types_UP)
+        outputs, state = self.lstm(x_DTBP, state, lengths_B, dropout, dtype, weights)
+        top = outputs[-1] if dropout is None else dropout(outputs[-1])
+        return top.transpose(1, 2), state
 
     def _losses_by_direction(
         self,
@@ -144,13 +157,12 @@ class BiLM(nn.Module):
             of = slice(direction, direction + 1)
             weights = dict(zip(names, given[shared:], strict=True))
             own_dropout = None if dropout is None else dropout.of(direction)
-            x_DTBP = F.embedding(inputs_DBT[of].transpose(1, 2), given[0])
             before = LstmState(state.hidden[:, of], state.cell[:, of])
-            outputs, (hidden, cell) = self.lstm(x_DTBP, before, lengths_B, own_dropout, dtype, weights)
+            top_DBTP, (hidden, cell) = self._top(
+                given[0], inputs_DBT[of], before, lengths_B, own_dropout, dtype, weights
+            )
             after.hidden[:, of], after.cell[:, of] = hidden, cell
-            top = outputs[-1] if own_dropout is None else own_dropout(outputs[-1])
-            x_DNP = top.transpose(1, 2).flatten(1, 2)
-            return head.losses(of, x_DNP, dict(zip(tables, given[1:shared], strict=True)))
+            return head.losses(of, top_DBTP.flatten(1, 2), dict(zip(tables, given[1:shared], strict=True)))
 
         losses = Parted.apply(run, self.directions, shared, types_UP, *head.tables.values(), *self.lstm.parameters())
         return torch.cat(losses), after
