@@ -18,7 +18,7 @@ from elmo_ray.config import ModelConfig, SoftmaxConfig
 from elmo_ray.model.char_cnn import CharCnn
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import BiLstm, LstmState
-from elmo_ray.model.side_by_side import Parted
+from elmo_ray.model.parted import Parted
 
 TABLES = ("softmax_weight", "softmax_bias", "word_embedding")
 """Parameters with a row for each vocabulary word. Training updates only the rows that a step touches."""
@@ -26,10 +26,12 @@ TABLES = ("softmax_weight", "softmax_bias", "word_embedding")
 
 class Head(NamedTuple):
     """What comes after the top layer. losses: (directions, their top output [d, B * T, P], tables) -> [d, B * T];
-    tables: the tensors with gradients that it works with, by their names."""
+    tables: the tensors with gradients that it works with, by their names. scale: what the losses' sum is multiplied
+    with before it is differentiated, where that is known beforehand (`parted.Parted`)."""
 
     losses: Callable[[slice, Tensor, Mapping[str, Tensor]], Tensor]
     tables: Mapping[str, Tensor]
+    scale: float | None = None
 
 
 class BiLM(nn.Module):
@@ -164,7 +166,8 @@ class BiLM(nn.Module):
             after.hidden[:, of], after.cell[:, of] = hidden, cell
             return head.losses(of, top_DBTP.flatten(1, 2), dict(zip(tables, given[1:shared], strict=True)))
 
-        losses = Parted.apply(run, self.directions, shared, types_UP, *head.tables.values(), *self.lstm.parameters())
+        given = (types_UP, *head.tables.values(), *self.lstm.parameters())
+        losses = Parted.apply(run, self.directions, shared, head.scale, *given)
         return torch.cat(losses), after
 
     @torch.no_grad()

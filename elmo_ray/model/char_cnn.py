@@ -14,7 +14,7 @@ from elmo_ray.config import CharCnnConfig
 from elmo_ray.data.characters import N_CHARACTERS
 from elmo_ray.model.cpu_char_cnn import CpuHighway, LargestProducts
 from elmo_ray.model.cpu_kernels import for_tensor
-from elmo_ray.model.side_by_side import Parted
+from elmo_ray.model.parted import Parted
 
 CARRY_BIAS = -2.0
 
@@ -133,7 +133,7 @@ class CharCnn(nn.Module):
             own = tuple((size, columns) for size, (_, columns) in zip(sizes[part], classes, strict=True) if size)
             return self._encode(torch.cat(halves[part]), own, dtype, dict(zip(names, parameters, strict=True)))
 
-        found = Parted.apply(encode, 2, len(names), *self.parameters())
+        found = Parted.apply(encode, 2, len(names), None, *self.parameters())
         parts = [result.split(size) for result, size in zip(found, sizes, strict=True)]
         return torch.cat([some for pair in zip(*parts, strict=True) for some in pair])
 

@@ -9,6 +9,7 @@ Shapes: D directions, T window, B rows, I input, P output of a cell, K = I + P, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from elmo_ray.model.cpu_kernels import as_array, bound_of
 from elmo_ray.model.lstm_kernels import backward_gates, backward_projection, forward_gates, forward_projection
+from elmo_ray.model.parted import place_for, put_off
 from elmo_ray.model.products import Factor, factor_of, linear, times
 from elmo_ray.model.recurrence import FORGET_BIAS, Clips
 from elmo_ray.model.side_by_side import by_direction
+
+_PIECES = 4
+"""Of a kernel's gradient, so that parts of a step that end at different times can share them."""
 
 
 class CpuRecurrence(torch.autograd.Function):
@@ -67,7 +72,10 @@ class CpuRecurrence(torch.autograd.Function):
         cell_DBH, w_input, w_hidden, w_projection, given_DTBK, gates_DTBG, *windows = ctx.saved_tensors
         low, i = given_DTBK.dtype, w_input.shape[1]
         again = torch._C._autograd._get_current_graph_task_keep_graph()
-        found: list[list[Tensor | None]] = [[] for _ in cell_DBH]
+        d_x_DTBI = grads[0].new_empty(*given_DTBK.shape[:3], i) if ctx.needs_input_grad[0] else None
+        d_input, d_hidden = place_for(w_input), place_for(w_hidden)
+        d_bias = w_input.new_empty(len(cell_DBH), w_input.shape[2])
+        d_projection = None if w_projection is None else place_for(w_projection)
 
         def run(k: int | slice) -> None:
             assert isinstance(k, int)
@@ -81,28 +89,35 @@ class CpuRecurrence(torch.autograd.Function):
             if w_projection is not None:
                 projection = factor_of(w_projection[k].to(low), len(cell_DBH[k]), transposed=True)
             states = gates_TBG, cells_TBH, outputs_TBP, cell_DBH[k]
-            d_bias_G = _backward_steps(
+            d_bias[k] = _backward_steps(
                 grads[0][k].contiguous(), *states, kernel, projection, ctx.clips, d_gates_TBG, d_raw_TBP
             )
-            d_gates_NG, given_NK = d_gates_TBG.flatten(0, 1), given_DTBK[k].flatten(0, 1)
-            d_kernel_KG = linear(given_NK.t(), d_gates_NG).to(w_input.dtype)
-            d_x_NI = linear(d_gates_NG, w_input[k].to(low).t()).to(w_input.dtype) if ctx.needs_input_grad[0] else None
-            d_projection_HP = None
-            if w_projection is not None:
-                d_projection_HP = torch.mm(gated_TBH.flatten(0, 1).t(), d_raw_TBP.flatten(0, 1)).to(w_input.dtype)
-            d_x_TBI = None if d_x_NI is None else d_x_NI.view(*given_DTBK.shape[1:3], i)
-            found[k] = [d_x_TBI, d_kernel_KG[:i], d_kernel_KG[i:], d_bias_G, d_projection_HP]
+            d_gates_NG, given_KN = d_gates_TBG.flatten(0, 1), given_DTBK[k].flatten(0, 1).t()
+            if d_projection is not None:
+                put_off(partial(_projection_gradient, d_projection[k], gated_TBH, d_raw_TBP))
+            columns = d_gates_NG.split(-(-d_gates_NG.shape[1] // _PIECES), dim=1)
+            for into_input, into_hidden, some in zip(
+                d_input[k].split(columns[0].shape[1], dim=1),
+                d_hidden[k].split(columns[0].shape[1], dim=1),
+                columns,
+                strict=True,
+            ):
+                put_off(partial(_kernel_gradient, into_input, into_hidden, given_KN, some))
+            if d_x_DTBI is not None:
+                d_x_DTBI[k].flatten(0, 1).copy_(linear(d_gates_NG, w_input[k].to(low).t()))
 
         by_direction(run, len(cell_DBH), cell_DBH.device)
-        d_x, d_input, d_hidden, d_bias, d_projection = (_stacked(each) for each in zip(*found, strict=True))
-        return d_x, None, None, d_input, d_hidden, d_bias, d_projection, None, None
+        return d_x_DTBI, None, None, d_input, d_hidden, d_bias, d_projection, None, None
 
 
-def _stacked(of_directions: tuple[Tensor | None, ...]) -> Tensor | None:
-    tensors = [tensor for tensor in of_directions if tensor is not None]
-    if len(tensors) < 2:
-        return tensors[0].unsqueeze(0) if tensors else None
-    return torch.stack(tensors)
+def _kernel_gradient(into_input: Tensor, into_hidden: Tensor, given_KN: Tensor, d_gates_NG: Tensor) -> None:
+    d_kernel_KG = linear(given_KN, d_gates_NG)
+    into_input.copy_(d_kernel_KG[: len(into_input)])
+    into_hidden.copy_(d_kernel_KG[len(into_input) :])
+
+
+def _projection_gradient(into: Tensor, gated_TBH: Tensor, d_raw_TBP: Tensor) -> None:
+    into.copy_(torch.mm(gated_TBH.flatten(0, 1).t(), d_raw_TBP.flatten(0, 1)))
 
 
 def _forward_steps(

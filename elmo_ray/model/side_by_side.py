@@ -14,13 +14,10 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +64,14 @@ def side_by_side(work: Callable[[int], None], parts: int, device: torch.device) 
     threads = getattr(_asking, "threads", None) or torch.get_num_threads()
     if device.type == "cpu" and parts > 1 and threads >= parts:
         pools = _pools.get((threads, parts)) or _started(threads, parts)
-        futures = [pool.submit(_without_gradients, work, part) for part, pool in enumerate(pools)]
-        wait(futures)
+        # where this thread has as many threads of torch as a part, it takes one itself: a wake less to wait for
+        here = torch.get_num_threads() == threads // parts
+        futures = [pool.submit(_without_gradients, work, part) for part, pool in enumerate(pools) if part or not here]
+        try:
+            if here:
+                _without_gradients(work, 0)
+        finally:
+            wait(futures)
         for future in futures:
             future.result()
     else:
@@ -135,66 +138,3 @@ def without_lock(function: Callable[..., None]) -> Callable[[], Callable[..., No
             return compiled_once()
 
     return compiled
-
-
-PartOf = Callable[[int, Sequence[Tensor]], Tensor]
-
-
-class Parted(torch.autograd.Function):
-    """(work, parts, shared, parameters...) -> work(0, parameters), work(1, parameters), ...: Tensors computed side by
-    side, and so are their gradients.
-
-    The first `shared` parameters are every part's; of the others a part gets its own slice of the first dimension, kept
-    as one of length 1. `work` may use the parameters that it is given (others than the caller's, so that hooks on those
-    see one gradient) and no other tensor that has a gradient. The graph of each part is its own, so that each runs in
-    its part's thread; gradients of what is shared are added in the order of the parts.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, work: PartOf, parts: int, shared: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        wanted = ctx.needs_input_grad[3:]
-        leaves: list[list[Tensor]] = [[] for _ in range(parts)]
-        for number, (parameter, needed) in enumerate(zip(parameters, wanted, strict=True)):
-            for part, own in enumerate(leaves):
-                of_part = parameter if number < shared else parameter[part : part + 1]
-                own.append(of_part.detach().requires_grad_(needed))
-        results: list[Tensor] = [parameters[0]] * parts
-
-        def run(part: int) -> None:
-            with torch.set_grad_enabled(any(wanted)):
-                results[part] = work(part, leaves[part])
-
-        side_by_side(run, parts, parameters[0].device)
-        ctx.results, ctx.leaves, ctx.shared = results, leaves, shared
-        return tuple(result.detach() for result in results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [[leaf for leaf in leaves if leaf.requires_grad] for leaves in ctx.leaves]
-        shared = sum(leaf.requires_grad for leaf in ctx.leaves[0][: ctx.shared])
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
-        # of slices: each part puts its own in its place
-        whole = [leaf.new_empty(len(grads), *leaf.shape[1:]) for leaf in wanted[0][shared:]]
-        found: list[Sequence[Tensor]] = [wanted[0]] * len(grads)
-
-        def run(part: int) -> None:
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(ctx.results[part], wanted[part], grads[part], retain_graph=again)
-            for into, gradient in zip(whole, gradients[shared:], strict=True):
-                into[part] = gradient[0]
-            # of a transposed weight it may not be, and DDP's buckets want it so
-            found[part] = [gradient.contiguous() for gradient in gradients[:shared]]
-
-        side_by_side(run, len(grads), grads[0].device)
-        total = list(found[0])
-
-        def add(part: int) -> None:
-            own = slice(part, None, len(grads))
-            for more in found[1:]:
-                if total[own]:
-                    torch._foreach_add_(total[own], list(more[own]))
-
-        side_by_side(add, len(grads), grads[0].device)
-        given = iter((*total, *whole))
-        return None, None, None, *(next(given) if needed else None for needed in ctx.needs_input_grad[3:])

@@ -121,7 +121,8 @@ class TrainStep:
             whole = len(parts) == 1
             before = reset if whole else LstmState(*(x[:, :, rows_of_part.start : rows_of_part.stop] for x in reset))
             with self._sending(number == len(parts) - 1):
-                loss_sums, state = self._losses_of(part, before, leaves, self.rank * config.train.accumulate + number)
+                noise = self.rank * config.train.accumulate + number
+                loss_sums, state = self._losses_of(part, before, leaves, noise, scale)
                 (loss_sums.sum() * scale).backward()
             sums.append(loss_sums.detach())
             states.append(state)
@@ -147,7 +148,7 @@ class TrainStep:
         return self.forward.no_sync()
 
     def _losses_of(
-        self, batch: StepInput, before: LstmState, leaves: dict[str, Tensor], noise: int
+        self, batch: StepInput, before: LstmState, leaves: dict[str, Tensor], noise: int, scale: float | Tensor
     ) -> tuple[Tensor, LstmState]:
         """[D] sums of losses, and the new state."""
         config = self.config
@@ -163,11 +164,11 @@ class TrainStep:
             dropout,
             self.dtype,
             leaves.get("word_embedding"),
-            self._head(batch, leaves),
+            self._head(batch, leaves, scale),
         )
         return losses_DN.sum(dim=1), state
 
-    def _head(self, batch: StepInput, leaves: dict[str, Tensor]) -> Head:
+    def _head(self, batch: StepInput, leaves: dict[str, Tensor], scale: float | Tensor) -> Head:
         """To losses in nats, 0 where there is no position."""
         bias = leaves["softmax_bias"] if self.sampled else self.model.softmax_bias
         assert bias is not None
@@ -194,7 +195,7 @@ class TrainStep:
             )
             return torch.where(targets_DN >= 0, losses_DN, 0.0)
 
-        return Head(losses, {"weight": weight, "bias": bias})
+        return Head(losses, {"weight": weight, "bias": bias}, scale if isinstance(scale, float) else None)
 
     def run(self, batch: StepInput) -> StepOutput:
         """A whole step. Where the gradient is not finite neither the parameters nor the state change."""

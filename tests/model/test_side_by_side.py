@@ -11,7 +11,8 @@ import torch
 
 from elmo_ray.config import LstmConfig
 from elmo_ray.model.lstm import BiLstm
-from elmo_ray.model.side_by_side import Parted, side_by_side, threads_for_parts
+from elmo_ray.model.parted import Parted
+from elmo_ray.model.side_by_side import side_by_side, threads_for_parts
 
 CPU = torch.device("cpu")
 
@@ -79,7 +80,7 @@ def test_parted_gives_values_and_gradients_of_the_parts(threads) -> None:
         return torch.tanh(xs[part] @ weight) + xs[part] @ frozen
 
     whole = torch.tanh(xs @ weight) + xs @ frozen
-    parts = torch.stack(Parted.apply(work, 2, 2, weight, frozen))
+    parts = torch.stack(Parted.apply(work, 2, 2, None, weight, frozen))
     assert torch.equal(parts, whole)
     (expected,) = torch.autograd.grad(whole.square().sum(), weight)
     loss = parts.square().sum()
@@ -99,7 +100,7 @@ def test_a_hook_of_a_parameter_sees_one_gradient(threads) -> None:
         return gradient * 0.1
 
     weight.register_hook(hook)
-    parts = Parted.apply(lambda part, parameters: (part + 1.0) * parameters[0], 2, 1, weight)
+    parts = Parted.apply(lambda part, parameters: (part + 1.0) * parameters[0], 2, 1, None, weight)
     (parts[0].sum() + parts[1].sum()).backward()
     assert calls == [threading.current_thread()]
     torch.testing.assert_close(weight.grad, torch.full((3,), 0.3))
@@ -142,7 +143,7 @@ def test_parts_have_slices_of_their_own_of_what_is_not_shared(threads) -> None:
     found = []
     for count in (1, 2):
         threads(count)
-        parts = torch.stack(Parted.apply(work, 2, 2, shared, frozen, own, own_frozen))
+        parts = torch.stack(Parted.apply(work, 2, 2, None, shared, frozen, own, own_frozen))
         assert torch.equal(parts, whole)
         loss = (parts * weights).sum()
         found += [torch.autograd.grad(loss, [shared, own], retain_graph=True) for _ in range(2)]
@@ -151,4 +152,4 @@ def test_parts_have_slices_of_their_own_of_what_is_not_shared(threads) -> None:
             assert torch.equal(ours, first) and ours.is_contiguous()
             torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
-        assert torch.equal(torch.stack(Parted.apply(work, 2, 2, shared, frozen, own, own_frozen)), whole)
+        assert torch.equal(torch.stack(Parted.apply(work, 2, 2, None, shared, frozen, own, own_frozen)), whole)
