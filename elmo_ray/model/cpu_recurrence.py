@@ -23,9 +23,6 @@ from elmo_ray.model.products import Factor, factor_of, linear, times
 from elmo_ray.model.recurrence import FORGET_BIAS, Clips
 from elmo_ray.model.side_by_side import by_direction
 
-_PIECES = 4
-"""Of a kernel's gradient, so that parts of a step that end at different times can share them."""
-
 
 class CpuRecurrence(torch.autograd.Function):
     """A layer over a window, with the arguments and results of `recurrence.Recurrence`."""
@@ -95,14 +92,9 @@ class CpuRecurrence(torch.autograd.Function):
             d_gates_NG, given_KN = d_gates_TBG.flatten(0, 1), given_DTBK[k].flatten(0, 1).t()
             if d_projection is not None:
                 put_off(partial(_projection_gradient, d_projection[k], gated_TBH, d_raw_TBP))
-            columns = d_gates_NG.split(-(-d_gates_NG.shape[1] // _PIECES), dim=1)
-            for into_input, into_hidden, some in zip(
-                d_input[k].split(columns[0].shape[1], dim=1),
-                d_hidden[k].split(columns[0].shape[1], dim=1),
-                columns,
-                strict=True,
-            ):
-                put_off(partial(_kernel_gradient, into_input, into_hidden, given_KN, some))
+            # not by columns of the gates: for those oneDNN has no fast product
+            for into, some in ((d_input[k], given_KN[:i]), (d_hidden[k], given_KN[i:])):
+                put_off(partial(_kernel_gradient, into, some, d_gates_NG))
             if d_x_DTBI is not None:
                 d_x_DTBI[k].flatten(0, 1).copy_(linear(d_gates_NG, w_input[k].to(low).t()))
 
@@ -110,10 +102,8 @@ class CpuRecurrence(torch.autograd.Function):
         return d_x_DTBI, None, None, d_input, d_hidden, d_bias, d_projection, None, None
 
 
-def _kernel_gradient(into_input: Tensor, into_hidden: Tensor, given_KN: Tensor, d_gates_NG: Tensor) -> None:
-    d_kernel_KG = linear(given_KN, d_gates_NG)
-    into_input.copy_(d_kernel_KG[: len(into_input)])
-    into_hidden.copy_(d_kernel_KG[len(into_input) :])
+def _kernel_gradient(into: Tensor, given_KN: Tensor, d_gates_NG: Tensor) -> None:
+    into.copy_(linear(given_KN, d_gates_NG))
 
 
 def _projection_gradient(into: Tensor, gated_TBH: Tensor, d_raw_TBP: Tensor) -> None:
