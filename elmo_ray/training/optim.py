@@ -60,6 +60,17 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     return torch.stack([*norms[0], *norms[1]]).square_().sum().sqrt_()
 
 
+def _in_two(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """Two parts of about as many numbers; the tables are updated beside the second, so that is not the bigger one."""
+    parts: list[dict[str, nn.Parameter]] = [{}, {}]
+    sizes = [0, 0]
+    for name, parameter in sorted(parameters.items(), key=lambda item: -item[1].numel()):
+        smaller = 1 if sizes[1] < sizes[0] else 0
+        parts[smaller][name] = parameter
+        sizes[smaller] += parameter.numel()
+    return parts if sizes[0] >= sizes[1] else parts[::-1]
+
+
 class Optimizer:
     """Holds the slots. dense: name -> parameter, updated whole. tables: name -> [V, ...] tensor, updated by rows.
 
@@ -77,28 +88,30 @@ class Optimizer:
         self.rates = part_rates(config, self.dense, self.tables)
         self.accumulators = {name: torch.full_like(table, config.initial_accumulator) for name, table in tables.items()}
         self.fused = fused and usable(next(iter([*self.dense.values(), *self.tables.values()])).device)
-        self.inner: torch.optim.Optimizer | None = None
-        if self.dense:
-            parameters = list(self.dense.values())
-            groups: dict[float, list[nn.Parameter]] = {}
-            for name, parameter in self.dense.items():
-                groups.setdefault(self.rates[name], []).append(parameter)
-            groups_of_rates = [{"params": members, "base": rate} for rate, members in groups.items()]
-            if config.name == "adagrad":
-                # fused: one pass over each tensor instead of five; torch has it for the CPU only, and divides by a
-                # float32
-                fused = parameters[0].device.type == "cpu" and parameters[0].dtype == torch.float32
-                self.inner = torch.optim.Adagrad(
-                    groups_of_rates,
-                    lr=config.lr,
-                    eps=0.0,
-                    fused=fused,
-                    initial_accumulator_value=config.initial_accumulator,
-                )
-            else:
-                self.inner = torch.optim.AdamW(
-                    groups_of_rates, lr=config.lr, weight_decay=config.weight_decay, fused=True
-                )
+        # on a CPU in two, each updated beside the other
+        parts = _in_two(self.dense) if all(p.device.type == "cpu" for p in self.dense.values()) else [self.dense]
+        self.inner = [self._inner_of(part) for part in parts if part]
+        self._inner_of_name = {
+            name: inner for inner, part in zip(self.inner, filter(None, parts), strict=True) for name in part
+        }
+
+    def _inner_of(self, dense: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        config, first = self.config, next(iter(dense.values()))
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in dense.items():
+            groups.setdefault(self.rates[name], []).append(parameter)
+        groups_of_rates = [{"params": members, "base": rate} for rate, members in groups.items()]
+        if config.name == "adagrad":
+            # fused: one pass over each tensor instead of five; torch has it for the CPU only, and divides by a float32
+            fused = first.device.type == "cpu" and first.dtype == torch.float32
+            return torch.optim.Adagrad(
+                groups_of_rates,
+                lr=config.lr,
+                eps=0.0,
+                fused=fused,
+                initial_accumulator_value=config.initial_accumulator,
+            )
+        return torch.optim.AdamW(groups_of_rates, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def apply(
         self,
@@ -121,13 +134,15 @@ class Optimizer:
         divisor = torch.where(finite, divisor, 1.0)
 
         def update(part: int) -> None:
-            if part == 0 and self.fused and self.config.name == "adagrad":
-                for name, gradient in dense_gradients.items():
+            if self.fused and self.config.name == "adagrad":
+                for name, gradient in dense_gradients.items() if part == 0 else ():
                     rate = learning_rate(self.config, self.rates[name], step, total_steps)
                     parameter = self.dense[name]
-                    adagrad_(parameter.detach(), self._inner_state(parameter)["sum"], gradient, None, safe, rate)
-            elif part == 0 and self.inner is not None and dense_gradients:
-                self._update_dense(dense_gradients, divisor, finite, step, total_steps)
+                    adagrad_(parameter.detach(), self._inner_state(name)["sum"], gradient, None, safe, rate)
+            else:
+                for inner in self.inner[part::2]:
+                    own = {name: g for name, g in dense_gradients.items() if self._inner_of_name[name] is inner}
+                    self._update_dense(inner, own, divisor, finite, step, total_steps)
             if part == 1:
                 for name, gradient in row_gradients.items():
                     rate = learning_rate(self.config, self.rates[name], step, total_steps)
@@ -141,20 +156,27 @@ class Optimizer:
         return norm, finite
 
     def _update_dense(
-        self, gradients: Mapping[str, Tensor], divisor: Tensor, finite: Tensor, step: int, total_steps: int
+        self,
+        inner: torch.optim.Optimizer,
+        gradients: Mapping[str, Tensor],
+        divisor: Tensor,
+        finite: Tensor,
+        step: int,
+        total_steps: int,
     ) -> None:
-        assert self.inner is not None
-        fused = bool(self.inner.param_groups[0].get("fused"))
+        if not gradients:
+            return
+        fused = bool(inner.param_groups[0].get("fused"))
         for name, g in gradients.items():
             # where there is no fused kernel to skip the update, gradients of zero do (Adagrad's rows do not move)
             self.dense[name].grad = g if fused else torch.where(finite, g / divisor, 0.0)
         if fused:
-            self.inner.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
-            self.inner.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
-        for group in self.inner.param_groups:
+            inner.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
+            inner.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+        for group in inner.param_groups:
             group["lr"] = learning_rate(self.config, group["base"], step, total_steps)
-        self.inner.step()
-        self.inner.zero_grad(set_to_none=True)
+        inner.step()
+        inner.zero_grad(set_to_none=True)
 
     def _update_rows(self, name: str, rows: Tensor | None, gradient: Tensor, rate: float) -> None:
         table, accumulator = self.tables[name], self.accumulators[name]
@@ -170,9 +192,9 @@ class Optimizer:
         """Slots by `<slot>.<parameter>`: `accumulator.*` for Adagrad, `exp_avg.*`, `exp_avg_sq.*`, `step.*` for
         AdamW."""
         state = {f"accumulator.{name}": slot for name, slot in self.accumulators.items()}
-        for name, parameter in self.dense.items():
+        for name in self.dense:
             for slot, key in self._slots().items():
-                value = self._inner_state(parameter).get(key)
+                value = self._inner_state(name).get(key)
                 if value is not None:
                     state[f"{slot}.{name}"] = value
         return state
@@ -185,7 +207,7 @@ class Optimizer:
         for name in self.accumulators:
             self.accumulators[name].copy_(state[f"accumulator.{name}"])
         for name, parameter in self.dense.items():
-            target = self._inner_state(parameter)
+            target = self._inner_state(name)
             kinds = ("accumulator", *self._slots())
             if self.config.name == "adamw" and not any(f"{kind}.{name}" in state for kind in kinds):
                 target.clear()
@@ -203,6 +225,5 @@ class Optimizer:
             return {"accumulator": "sum"}
         return {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "step"}
 
-    def _inner_state(self, parameter: nn.Parameter) -> dict:
-        assert self.inner is not None
-        return self.inner.state[parameter]
+    def _inner_state(self, name: str) -> dict:
+        return self._inner_of_name[name].state[self.dense[name]]
