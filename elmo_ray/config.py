@@ -208,6 +208,9 @@ class ClusterConfig(ComputeConfig):
     timeout_s: float = Field(
         300.0, ge=1, le=86400, description="seconds after which a worker that waits for another gives up"
     )
+    shared_memory: Literal["auto", "off"] = Field(
+        "auto", description="workers on the CPU of one machine add gradients up in memory they share; off: in messages"
+    )
     resize_every_s: float = Field(
         60.0, ge=1, le=86400, description="seconds between two looks for room for more of [min, max] workers"
     )

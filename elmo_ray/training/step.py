@@ -28,6 +28,7 @@ from elmo_ray.training.accumulation import average, parts_of, send_as_bf16
 from elmo_ray.training.gradients import Computed, Gradients
 from elmo_ray.training.graphs import graphs_for
 from elmo_ray.training.optim import Optimizer
+from elmo_ray.training.shared_sums import SharedSums, shared_sums
 from elmo_ray.training.step_input import StepInput
 
 __all__ = ["DTYPES", "Gradients", "StepInput", "StepOutput", "TrainStep"]
@@ -69,6 +70,9 @@ class TrainStep:
         self.dropout: Dropout | None = None  # that of a graph, where one is captured
         choose_steps(fused, self.device, self.dtype)
         self.graphs = graphs_for(self)
+        self.sums: SharedSums | None = None
+        if self.device.type == "cpu" and config.cluster.shared_memory == "auto" and config.train.gradients == "full":
+            self.sums = shared_sums(rank, world)
         self.begin(0)
         if world > 1:
             for parameter in model.parameters():  # DDP knows neither the tables nor, where nothing else trains, any
@@ -89,7 +93,7 @@ class TrainStep:
         for name, parameter in self.model.named_parameters():
             # of a table with sampled softmax the gradients are taken at copies of the touched rows
             parameter.requires_grad_(name in names and (name in dense or not self.sampled))
-        if self.world > 1:
+        if self.world > 1 and self.sums is None:
             self.forward = self.model
             gc.collect()  # the old wrapper's hooks go with it
             if names & dense.keys():  # DDP refuses a model in which nothing trains
@@ -129,17 +133,25 @@ class TrainStep:
         dense = {name: _taken(p) for name, p in self.optimizer.dense.items() if name in self.trained}
         of_tables = leaves if self.sampled else dict(model.named_parameters())
         tables = {name: _taken(of_tables[name]) for name in self.optimizer.tables if name in self.trained}
-        for gradient in tables.values():
-            if self.world > 1:
+        if self.sums is not None:
+            self.sums.add([*dense.values(), *tables.values()])
+        elif self.world > 1:
+            for gradient in tables.values():
                 average(gradient, self.world, config.train.gradients)
         if len(parts) == 1:
             return Computed(Gradients(dense, tables, rows), sums[0], states[0])
         joined = LstmState(*(torch.cat(values, dim=2) for values in zip(*states, strict=True)))
         return Computed(Gradients(dense, tables, rows), torch.stack(sums).sum(0), joined)
 
+    @property
+    def order_of_sums(self) -> str | None:
+        """What the bits of sums over workers depend on besides the number of workers; two add up in one way only."""
+        return "shared memory" if self.sums is not None and self.world > 2 else None
+
     def scale_of(self, batch: StepInput) -> float:
         """From the sum of this rank's losses to what is differentiated."""
-        return self.config.train.unroll * self.world / (self.model.directions * max(1, batch.positions))
+        averaged = 1 if self.sums is not None else self.world
+        return self.config.train.unroll * averaged / (self.model.directions * max(1, batch.positions))
 
     def _sending(self, now: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients travel with the last part."""

@@ -32,7 +32,13 @@ from elmo_ray.training.loop import train
 from elmo_ray.training.plan import TrainPlan
 
 WORLD = 2
-EXACT = {"train__precision": "fp64", "data__streams": 8, "train__duration": "12 steps", "train__log_every": 4}
+EXACT = {
+    "train__precision": "fp64",
+    "data__streams": 8,
+    "train__duration": "12 steps",
+    "train__log_every": 4,
+    "cluster__shared_memory": "off",
+}
 RUNS: dict[str, dict[str, Any]] = {
     "two parts": {**EXACT, "train__dropout": 0.3, "train__accumulate": 2},
     "full": {**EXACT, "train__precision": "fp32", "train__dropout": 0.0},
