@@ -6,8 +6,11 @@ changes nothing, decided on the device.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +63,16 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     return torch.stack([*norms[0], *norms[1]]).square_().sum().sqrt_()
 
 
-def _in_two(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
-    """Two parts of about as many numbers; the tables are updated beside the second, so that is not the bigger one."""
-    parts: list[dict[str, nn.Parameter]] = [{}, {}]
-    sizes = [0, 0]
+_PIECES = 4
+"""Of the dense part on a CPU: whichever thread is free takes the next."""
+
+
+def _in_pieces(parameters: Mapping[str, nn.Parameter], count: int) -> list[dict[str, nn.Parameter]]:
+    """At most `count` pieces of about as many numbers each."""
+    pieces: list[dict[str, nn.Parameter]] = [{} for _ in range(count)]
     for name, parameter in sorted(parameters.items(), key=lambda item: -item[1].numel()):
-        smaller = 1 if sizes[1] < sizes[0] else 0
-        parts[smaller][name] = parameter
-        sizes[smaller] += parameter.numel()
-    return parts if sizes[0] >= sizes[1] else parts[::-1]
+        min(pieces, key=lambda piece: sum(p.numel() for p in piece.values()))[name] = parameter
+    return [piece for piece in pieces if piece]
 
 
 class Optimizer:
@@ -88,12 +92,10 @@ class Optimizer:
         self.rates = part_rates(config, self.dense, self.tables)
         self.accumulators = {name: torch.full_like(table, config.initial_accumulator) for name, table in tables.items()}
         self.fused = fused and usable(next(iter([*self.dense.values(), *self.tables.values()])).device)
-        # on a CPU in two, each updated beside the other
-        parts = _in_two(self.dense) if all(p.device.type == "cpu" for p in self.dense.values()) else [self.dense]
-        self.inner = [self._inner_of(part) for part in parts if part]
-        self._inner_of_name = {
-            name: inner for inner, part in zip(self.inner, filter(None, parts), strict=True) for name in part
-        }
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self.dense.values())
+        pieces = _in_pieces(self.dense, _PIECES if on_cpu else 1)
+        self.inner = [self._inner_of(piece) for piece in pieces]
+        self._inner_of_name = {name: inner for inner, piece in zip(self.inner, pieces, strict=True) for name in piece}
 
     def _inner_of(self, dense: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         config, first = self.config, next(iter(dense.values()))
@@ -133,24 +135,34 @@ class Optimizer:
         safe = torch.where(finite, divisor, 0.0) if self.fused else divisor  # as `adagrad_` takes it
         divisor = torch.where(finite, divisor, 1.0)
 
-        def update(part: int) -> None:
-            if self.fused and self.config.name == "adagrad":
-                for name, gradient in dense_gradients.items() if part == 0 else ():
-                    rate = learning_rate(self.config, self.rates[name], step, total_steps)
-                    parameter = self.dense[name]
-                    adagrad_(parameter.detach(), self._inner_state(name)["sum"], gradient, None, safe, rate)
+        def rate(name: str) -> float:
+            return learning_rate(self.config, self.rates[name], step, total_steps)
+
+        def update_table(name: str) -> None:
+            gradient = row_gradients[name]
+            if self.fused:
+                adagrad_(self.tables[name], self.accumulators[name], gradient, rows.get(name), safe, rate(name))
             else:
-                for inner in self.inner[part::2]:
-                    own = {name: g for name, g in dense_gradients.items() if self._inner_of_name[name] is inner}
-                    self._update_dense(inner, own, divisor, finite, step, total_steps)
-            if part == 1:
-                for name, gradient in row_gradients.items():
-                    rate = learning_rate(self.config, self.rates[name], step, total_steps)
-                    if self.fused:
-                        adagrad_(self.tables[name], self.accumulators[name], gradient, rows.get(name), safe, rate)
-                        continue
-                    g = torch.where(finite, gradient / divisor, 0.0)
-                    self._update_rows(name, rows.get(name), g, rate)
+                self._update_rows(name, rows.get(name), torch.where(finite, gradient / divisor, 0.0), rate(name))
+
+        def update_dense(inner: torch.optim.Optimizer) -> None:
+            own = {name: g for name, g in dense_gradients.items() if self._inner_of_name[name] is inner}
+            if self.fused and self.config.name == "adagrad":
+                for name, gradient in own.items():
+                    adagrad_(
+                        self.dense[name].detach(), self._inner_state(name)["sum"], gradient, None, safe, rate(name)
+                    )
+            elif own:
+                self._update_dense(inner, own, divisor, finite, step, total_steps)
+
+        left = deque(
+            [*(partial(update_table, name) for name in row_gradients), *(partial(update_dense, i) for i in self.inner)]
+        )
+
+        def update(_: int) -> None:
+            while left:
+                with contextlib.suppress(IndexError):  # the other thread took the last one
+                    left.popleft()()
 
         side_by_side(update, 2, norm.device)
         return norm, finite
@@ -164,8 +176,6 @@ class Optimizer:
         step: int,
         total_steps: int,
     ) -> None:
-        if not gradients:
-            return
         fused = bool(inner.param_groups[0].get("fused"))
         for name, g in gradients.items():
             # where there is no fused kernel to skip the update, gradients of zero do (Adagrad's rows do not move)
