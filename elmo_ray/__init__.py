@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from elmo_ray.elmo_token_embedder import ElmoTokenEmbedder as ElmoTokenEmbedder
     from elmo_ray.scalar_mix import ScalarMix as ScalarMix
 
-__version__ = "0.3.0"
+__version__ = "0.3.1"
 
 _HOMES = {
     "Elmo": "elmo",
