@@ -71,6 +71,8 @@ def ensure_ray() -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster can be joined there: {_line(error)}") from None
         return
+    # Ray gives its workers a niceness of 15, so that its own processes would take the cores from training at any time.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Nothing is preempted here, and its watcher is a process more that logs an error of no meaning.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
