@@ -35,6 +35,11 @@ _MOST_WORKERS = 8
 """Each reads what all others wrote; for more, a ring would move less."""
 
 
+_PART = 8
+"""What is taken is at most this part of the folder's space, in which Ray keeps its objects too, and Ray's processes end
+where it is full."""
+
+
 class SharedSums:
     """memory: [2, workers, bytes of a piece], the same for all workers."""
 
@@ -109,10 +114,13 @@ def shared_sums(rank: int, world: int) -> SharedSums | None:
 
 
 def _made(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    size, space = shape[0] * shape[1] * shape[2], os.statvfs(path.parent)
+    if size * _PART > space.f_blocks * space.f_frsize:
+        raise OSError(f"{path.parent} is too small for {size} bytes")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        # what is not there now, such as in a container with little shared memory, would end the process when written
-        os.posix_fallocate(descriptor, 0, shape[0] * shape[1] * shape[2])
+        # what is not there now would end the process when written
+        os.posix_fallocate(descriptor, 0, size)
     finally:
         os.close(descriptor)
     return _mapped(path, shape)

@@ -49,6 +49,9 @@ def rank_main(rank: int, folder: Path) -> None:
         module.FOLDER = folder / ("memory" if rank else "nowhere")
         results["the first has no memory"] = shared_sums(rank, WORLD) is None
         module.FOLDER = folder / "memory"
+        module._PART = 1 << 60
+        results["little space"] = shared_sums(rank, WORLD) is None
+        module._PART = 1
         if rank == 2:
             module._mapped = lambda *_: (_ for _ in ()).throw(OSError("another machine"))  # type: ignore[assignment]
         results["the last has no memory"] = shared_sums(rank, WORLD) is None
@@ -81,7 +84,7 @@ def test_all_have_the_sum_with_the_same_bits(found: list[dict[str, Any]]) -> Non
 
 def test_messages_serve_all_where_one_has_no_memory(found: list[dict[str, Any]]) -> None:
     for of_rank in found:
-        assert of_rank["the first has no memory"] and of_rank["the last has no memory"]
+        assert of_rank["the first has no memory"] and of_rank["the last has no memory"] and of_rank["little space"]
 
 
 def test_no_file_is_left(found: list[dict[str, Any]]) -> None:
