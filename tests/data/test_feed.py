@@ -127,6 +127,37 @@ def test_the_look_ahead_is_bounded_and_closing_stops_the_work(text: Text) -> Non
     wait_until(lambda: source_threads() == [])
 
 
+def test_segments_grow_from_a_short_first_one(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run does not encode an hour's text before its first steps."""
+    from elmo_ray.data import feed
+
+    asked: list[int] = []
+
+    def blocks() -> Iterator[Block]:
+        for block in text.endless():
+            asked.append(block.end - block.start)
+            yield block
+
+    monkeypatch.setattr(feed, "_FIRST_SEGMENT_BYTES", 20_000)
+    sizes = {"segment_bytes": 80_000, "group_bytes": 5_000}
+    source = feed.ray_source(blocks(), text.path, text.vocabulary.sha256, 20, **sizes)  # type: ignore[arg-type]
+    n = 2 * len(text.corpus)
+    actual = [next(source)]
+    time.sleep(2)
+    at_first = sum(asked)
+    actual += itertools.islice(source, n - 1)
+    source.close()
+    assert_equal(actual, text.expected(n))
+    assert at_first <= 20_000 + 40_000 + 4096 + 10 * 5_000, "the second segment waits for half of the first"
+    groups = [
+        [sum(b.end - b.start for b in group) for group in segment]
+        for segment in itertools.islice(feed._segments(text.endless(), 80_000, 5_000), 5)
+    ]
+    lengths = [sum(segment) for segment in groups]
+    for length, most in zip(lengths, [20_000, 40_000, 80_000, 80_000, 80_000], strict=True):
+        assert most / 2 < length <= most
+
+
 def test_an_error_comes_in_its_place_as_a_data_error(text: Text) -> None:
     from elmo_ray.data.feed import ray_source
 
