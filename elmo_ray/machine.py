@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -44,3 +46,38 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             mallopt(parameter, value)
+
+
+@contextlib.contextmanager
+def starting_in_background() -> Iterator[None]:
+    """Processes and threads that are started within this get a core when one is free, or when their turn comes, and do
+    not take it at once from one that computes when they wake (Linux's SCHED_BATCH). Children of theirs do the same.
+
+    For Ray's own processes, a dozen, each of which looks a hundred times a second whether there is something to do.
+    Does nothing where the system has no such thing.
+    """
+    before = _scheduling()
+    if before != "SCHED_OTHER":
+        yield
+        return
+    _schedule("SCHED_BATCH")
+    try:
+        yield
+    finally:
+        _schedule(before)
+
+
+def leave_background() -> None:
+    """This thread, and those that it starts, as if no `starting_in_background` had been around its process."""
+    if _scheduling() == "SCHED_BATCH":
+        _schedule("SCHED_OTHER")
+
+
+def _scheduling() -> str | None:
+    names = {getattr(os, name, None): name for name in ("SCHED_OTHER", "SCHED_BATCH")}
+    return names.get(os.sched_getscheduler(0)) if hasattr(os, "sched_getscheduler") else None
+
+
+def _schedule(name: str) -> None:
+    with contextlib.suppress(OSError):  # a container may forbid it; all runs as well without
+        os.sched_setscheduler(0, getattr(os, name), os.sched_param(0))

@@ -1,11 +1,14 @@
-"""Freed memory that stays with the process."""
+"""Freed memory that stays with the process, and threads and processes that let others go before."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from elmo_ray.machine import starting_in_background
 
 SCRIPT = """
 import resource, sys, torch
@@ -34,3 +37,37 @@ def test_a_block_that_is_taken_again_is_not_cleared_again() -> None:
     if given_back < 1000:
         pytest.skip("this C library keeps big blocks by itself")
     assert page_faults("keep") < given_back / 100
+
+
+_POLICY = "import os; from elmo_ray.machine import leave_background; "
+_POLICY += "print(os.sched_getscheduler(0)); leave_background(); print(os.sched_getscheduler(0))"
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
+def test_what_starts_in_the_background_may_leave_it() -> None:
+    def started() -> list[int]:
+        done = subprocess.run([sys.executable, "-c", _POLICY], check=True, capture_output=True, text=True)
+        return [int(word) for word in done.stdout.split()]
+
+    with pytest.raises(KeyError), starting_in_background():
+        assert started() == [os.SCHED_BATCH, os.SCHED_OTHER]
+        with starting_in_background():
+            pass
+        assert started() == [os.SCHED_BATCH, os.SCHED_OTHER], "the outer one holds on"
+        raise KeyError
+    assert started() == [os.SCHED_OTHER, os.SCHED_OTHER], "an error does not keep it"
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
+def test_a_policy_that_a_user_chose_stays() -> None:
+    script = """
+import os
+from elmo_ray.machine import leave_background, starting_in_background
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+with starting_in_background():
+    print(os.sched_getscheduler(0))
+leave_background()
+print(os.sched_getscheduler(0))
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert [int(word) for word in done.stdout.split()] == [os.SCHED_IDLE] * 2

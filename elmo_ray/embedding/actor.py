@@ -9,6 +9,7 @@ from elmo_ray.embedding.job import EmbedJob
 from elmo_ray.embedding.texts import Unit
 from elmo_ray.embedding.worker import EmbedWorker
 from elmo_ray.errors import ElmoRayError
+from elmo_ray.machine import leave_background
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,6 +35,7 @@ class EmbedActor:
             row: dict[str, Any] = {"unit": unit.number, "words": 0, "seconds": 0.0, "error": ""}
             try:
                 if self.worker is None:
+                    leave_background()
                     self.worker = EmbedWorker(self.job)
                 row |= self.worker.make(unit)
             except ElmoRayError as mistake:

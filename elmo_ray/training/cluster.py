@@ -21,7 +21,7 @@ from elmo_ray.config import ClusterConfig
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError, ElmoRayError, TrainingError
-from elmo_ray.machine import available_cores
+from elmo_ray.machine import available_cores, leave_background, starting_in_background
 from elmo_ray.training.loop import train
 from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.relay import LogRelay, log_to_run
@@ -77,13 +77,14 @@ def ensure_ray() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     options = {"address": "local", "object_store_memory": min(1 << 30, memory // 5)}
-    try:
-        ray.init(**options, logging_level="ERROR", log_to_driver=False)
-    except Exception as error:
-        # Ray gives its own processes 30 s, which a busy machine may need for their imports alone.
-        logger.warning("Ray did not start (%s); trying once more", _line(error))
-        ray.shutdown()
-        ray.init(**options, logging_level="ERROR", log_to_driver=False)
+    with starting_in_background():
+        try:
+            ray.init(**options, logging_level="ERROR", log_to_driver=False)
+        except Exception as error:
+            # Ray gives its own processes 30 s, which a busy machine may need for their imports alone.
+            logger.warning("Ray did not start (%s); trying once more", _line(error))
+            ray.shutdown()
+            ray.init(**options, logging_level="ERROR", log_to_driver=False)
 
 
 def _check_address(address: str) -> None:
@@ -125,8 +126,12 @@ def check_resources(cluster: ClusterConfig) -> Device:
         raise ConfigError(
             f"{request} cannot be placed: the CPUs are {have}, and a worker or data task must be on one node"
         )
-    free = ray.available_resources().get("CPU", 0.0)
-    if n * (worker + task) > free + 1e-6:
+    for pause in (0.2, 0.8, 0.0):  # CPUs of tasks that have just ended are told of a moment later
+        free = ray.available_resources().get("CPU", 0.0)
+        if n * (worker + task) <= free + 1e-6:
+            break
+        time.sleep(pause)
+    else:
         logger.warning("%s: only %g CPUs are free; training waits for others to end", request, free)
     return device
 
@@ -331,6 +336,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     log_to_run(plan.run_dir, rank)
+    leave_background()
     # Ray allows one OpenMP thread for each process whatever the machine has.
     torch.set_num_threads(cluster.threads or max(1, available_cores() // context.get_local_world_size()))
     source = functools.partial(

@@ -24,7 +24,7 @@ from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.text import OnError
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import CheckpointError
-from elmo_ray.machine import available_cores, keep_freed_memory
+from elmo_ray.machine import available_cores, keep_freed_memory, leave_background
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.source import open_source
 from elmo_ray.training.perplexity import FixedModel, character_table, stream_losses
@@ -113,6 +113,7 @@ def measure_part(job: Job, part: range, device: str, threads: int | None, share:
 
     Raises CheckpointError where the checkpoint is no longer what it was for the driver.
     """
+    leave_background()
     cores = available_cores()
     torch.set_num_threads(threads or max(1, cores // share))
     source = open_source(job.checkpoint, options=job.options, vocab=job.vocab, verify=False)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -87,6 +88,36 @@ def test_resources_of_the_cluster(caplog: pytest.LogCaptureFixture) -> None:
         assert check(workers=2) == "cpu"
     remove_placement_group(others)
     assert "only 0.5 CPUs are free" in caplog.text
+
+
+_POLICIES = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_cluster import make_plan
+from elmo_ray.training.cluster import fit
+
+def policies(plan, worker):
+    return {"found": [os.sched_getscheduler(pid) for pid in (0, os.getpid(), os.getppid())]}
+
+if __name__ == "__main__":
+    found = fit(make_plan(Path(sys.argv[2]), workers=1), policies)["found"]
+    print(os.sched_getscheduler(0), *found, os.sched_getscheduler(0))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
+def test_training_is_more_urgent_than_the_other_processes_of_a_cluster_of_its_own(tmp_path: Path) -> None:
+    script = tmp_path / "policies.py"
+    script.write_text(_POLICIES, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # the driver, the thread that trains, its process's main thread, which takes Ray's messages, the raylet, the driver
+    expected = [os.SCHED_OTHER, os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_BATCH, os.SCHED_OTHER]
+    assert [int(word) for word in done.stdout.split()] == expected
 
 
 def test_an_address_where_nobody_listens() -> None:
