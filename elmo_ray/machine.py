@@ -56,28 +56,23 @@ def starting_in_background() -> Iterator[None]:
     For Ray's own processes, a dozen, each of which looks a hundred times a second whether there is something to do.
     Does nothing where the system has no such thing.
     """
-    before = _scheduling()
-    if before != "SCHED_OTHER":
-        yield
-        return
-    _schedule("SCHED_BATCH")
+    changed = _schedule("SCHED_BATCH", instead_of="SCHED_OTHER")
     try:
         yield
     finally:
-        _schedule(before)
+        if changed:
+            leave_background()
 
 
 def leave_background() -> None:
     """This thread, and those that it starts, as if no `starting_in_background` had been around its process."""
-    if _scheduling() == "SCHED_BATCH":
-        _schedule("SCHED_OTHER")
+    _schedule("SCHED_OTHER", instead_of="SCHED_BATCH")
 
 
-def _scheduling() -> str | None:
-    names = {getattr(os, name, None): name for name in ("SCHED_OTHER", "SCHED_BATCH")}
-    return names.get(os.sched_getscheduler(0)) if hasattr(os, "sched_getscheduler") else None
-
-
-def _schedule(name: str) -> None:
-    with contextlib.suppress(OSError):  # a container may forbid it; all runs as well without
-        os.sched_setscheduler(0, getattr(os, name), os.sched_param(0))
+def _schedule(policy: str, instead_of: str) -> bool:
+    """Whether this thread had the other of the system's policies and has this one now."""
+    with contextlib.suppress(AttributeError, OSError):  # no Linux, or a container that forbids it: all runs without
+        if os.sched_getscheduler(0) == getattr(os, instead_of):
+            os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
+            return True
+    return False

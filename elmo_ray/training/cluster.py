@@ -126,11 +126,11 @@ def check_resources(cluster: ClusterConfig) -> Device:
         raise ConfigError(
             f"{request} cannot be placed: the CPUs are {have}, and a worker or data task must be on one node"
         )
-    for pause in (0.2, 0.8, 0.0):  # CPUs of tasks that have just ended are told of a moment later
+    for pause in (0.0, 0.2, 0.8):  # CPUs of tasks that have just ended are told of a moment later
+        time.sleep(pause)
         free = ray.available_resources().get("CPU", 0.0)
         if n * (worker + task) <= free + 1e-6:
             break
-        time.sleep(pause)
     else:
         logger.warning("%s: only %g CPUs are free; training waits for others to end", request, free)
     return device

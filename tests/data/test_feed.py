@@ -45,6 +45,12 @@ class Text:
     def endless(self) -> Iterator[Block]:
         return itertools.cycle(self.corpus.blocks())
 
+    def watched(self, asked: list[int]) -> Iterator[Block]:
+        """`endless`, with the bytes of each block put down as it is asked for."""
+        for block in self.endless():
+            asked.append(block.end - block.start)
+            yield block
+
     def expected(self, n: int) -> list[EncodedBlock]:
         return list(itertools.islice(thread_source(self.endless(), self.vocabulary, 20), n))
 
@@ -102,14 +108,10 @@ def test_the_look_ahead_is_bounded_and_closing_stops_the_work(text: Text) -> Non
     from elmo_ray.data.feed import ray_source
 
     asked: list[int] = []
-
-    def blocks() -> Iterator[Block]:
-        for block in text.endless():
-            asked.append(block.end - block.start)
-            yield block
-
     segment, group = 60_000, 5_000
-    source = ray_source(blocks(), text.path, text.vocabulary.sha256, 20, segment_bytes=segment, group_bytes=group)
+    source = ray_source(
+        text.watched(asked), text.path, text.vocabulary.sha256, 20, segment_bytes=segment, group_bytes=group
+    )
     taken = next(source).positions
     assert taken > 0
     counts = []
@@ -121,7 +123,9 @@ def test_the_look_ahead_is_bounded_and_closing_stops_the_work(text: Text) -> Non
     source.close()
     assert source_threads() == []
     del source
-    dropped = ray_source(blocks(), text.path, text.vocabulary.sha256, 20, segment_bytes=segment, group_bytes=group)
+    dropped = ray_source(
+        text.watched(asked), text.path, text.vocabulary.sha256, 20, segment_bytes=segment, group_bytes=group
+    )
     next(dropped)
     del dropped
     wait_until(lambda: source_threads() == [])
@@ -132,15 +136,9 @@ def test_segments_grow_from_a_short_first_one(text: Text, monkeypatch: pytest.Mo
     from elmo_ray.data import feed
 
     asked: list[int] = []
-
-    def blocks() -> Iterator[Block]:
-        for block in text.endless():
-            asked.append(block.end - block.start)
-            yield block
-
     monkeypatch.setattr(feed, "_FIRST_SEGMENT_BYTES", 20_000)
     sizes = {"segment_bytes": 80_000, "group_bytes": 5_000}
-    source = feed.ray_source(blocks(), text.path, text.vocabulary.sha256, 20, **sizes)  # type: ignore[arg-type]
+    source = feed.ray_source(text.watched(asked), text.path, text.vocabulary.sha256, 20, **sizes)  # type: ignore[arg-type]
     n = 2 * len(text.corpus)
     actual = [next(source)]
     time.sleep(2)
@@ -149,11 +147,8 @@ def test_segments_grow_from_a_short_first_one(text: Text, monkeypatch: pytest.Mo
     source.close()
     assert_equal(actual, text.expected(n))
     assert at_first <= 20_000 + 40_000 + 4096 + 10 * 5_000, "the second segment waits for half of the first"
-    groups = [
-        [sum(b.end - b.start for b in group) for group in segment]
-        for segment in itertools.islice(feed._segments(text.endless(), 80_000, 5_000), 5)
-    ]
-    lengths = [sum(segment) for segment in groups]
+    segments = itertools.islice(feed._segments(text.endless(), 80_000, 5_000), 5)
+    lengths = [sum(block.end - block.start for group in segment for block in group) for segment in segments]
     for length, most in zip(lengths, [20_000, 40_000, 80_000, 80_000, 80_000], strict=True):
         assert most / 2 < length <= most
 
