@@ -15,6 +15,7 @@ from elmo_ray.data.characters import N_CHARACTERS
 from elmo_ray.model.cpu_char_cnn import CpuHighway, LargestProducts
 from elmo_ray.model.cpu_kernels import for_tensor
 from elmo_ray.model.parted import Parted
+from elmo_ray.model.side_by_side import has_threads_for
 
 CARRY_BIAS = -2.0
 
@@ -115,7 +116,7 @@ class CharCnn(nn.Module):
         """
         if classes is None:
             classes = ((types_UC.shape[0], types_UC.shape[1]),)
-        if types_UC.device.type != "cpu" or len(types_UC) < _WORTH_PARTING:
+        if types_UC.device.type != "cpu" or len(types_UC) < _WORTH_PARTING or not has_threads_for(2):
             return self._encode(types_UC, classes, dtype, dict(self.named_parameters()))
         return self._in_halves(types_UC, classes, dtype)
 

@@ -47,17 +47,30 @@ class CpuRecurrence(torch.autograd.Function):
         # what goes into a projection; without one it is the output, which is not rounded
         gated_DTBH = empty(d, t, b, h, dtype=x_DTBI.dtype if w_projection is None else low)
         gates_DTBG, cells_DTBH, outputs_DTBP = empty(d, t, b, 4 * h), empty(d, t, b, h), empty(d, t, b, p)
+        # in the type of products
+        kernel_DKG = empty(d, i + p, 4 * h, dtype=low)
+        projection_DHP = None if w_projection is None else w_projection.to(low)
 
         def run(k: int | slice) -> None:
             given_DTBK[k, ..., :i], given_DTBK[k, 0, :, i:] = x_DTBI[k], hidden_DBP[k]
-            kernel = factor_of(torch.cat([w_input[k], w_hidden[k]]).to(low), b)
-            projection = None if w_projection is None else factor_of(w_projection[k].to(low), b)
+            kernel_DKG[k, :i], kernel_DKG[k, i:] = w_input[k], w_hidden[k]
+            projection = None if projection_DHP is None else factor_of(projection_DHP[k], b)
             windows = given_DTBK[k], gates_DTBG[k], cells_DTBH[k], gated_DTBH[k], outputs_DTBP[k]
-            _forward_steps(*windows, cell_DBH[k], kernel, bias[k], projection, clips)
+            _forward_steps(*windows, cell_DBH[k], factor_of(kernel_DKG[k], b), bias[k], projection, clips)
 
         by_direction(run, d, x_DTBI.device)
         ctx.save_for_backward(
-            cell_DBH, w_input, w_hidden, w_projection, given_DTBK, gates_DTBG, cells_DTBH, gated_DTBH, outputs_DTBP
+            w_input,
+            w_hidden,
+            w_projection,
+            None if low == w_input.dtype else kernel_DKG,
+            projection_DHP,
+            cell_DBH,
+            given_DTBK,
+            gates_DTBG,
+            cells_DTBH,
+            gated_DTBH,
+            outputs_DTBP,
         )
         ctx.clips = clips
         ctx.mark_non_differentiable(cells_DTBH)
@@ -66,7 +79,8 @@ class CpuRecurrence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cell_DBH, w_input, w_hidden, w_projection, given_DTBK, gates_DTBG, *windows = ctx.saved_tensors
+        w_input, w_hidden, w_projection, kernel_DKG, projection_DHP, *windows = ctx.saved_tensors
+        cell_DBH, given_DTBK, gates_DTBG, *windows = windows
         low, i = given_DTBK.dtype, w_input.shape[1]
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         d_x_DTBI = grads[0].new_empty(*given_DTBK.shape[:3], i) if ctx.needs_input_grad[0] else None
@@ -76,15 +90,18 @@ class CpuRecurrence(torch.autograd.Function):
 
         def run(k: int | slice) -> None:
             assert isinstance(k, int)
-            gates_TBG, hidden_PG = gates_DTBG[k].clone() if again else gates_DTBG[k], w_hidden[k].to(low)
+            gates_TBG = gates_DTBG[k].clone() if again else gates_DTBG[k]
             # in float32 in place of the gates, for the caches' sake
             d_gates_TBG = gates_TBG if low == gates_TBG.dtype else torch.empty_like(gates_TBG, dtype=low)
             cells_TBH, gated_TBH, outputs_TBP = (window[k] for window in windows)
             d_raw_TBP = torch.empty_like(outputs_TBP, dtype=low)
+            input_IG, hidden_PG = w_input[k], w_hidden[k]
+            if kernel_DKG is not None:
+                input_IG, hidden_PG = kernel_DKG[k, :i], kernel_DKG[k, i:]
             kernel = factor_of(hidden_PG, len(cell_DBH[k]), transposed=True)
             projection = None
-            if w_projection is not None:
-                projection = factor_of(w_projection[k].to(low), len(cell_DBH[k]), transposed=True)
+            if projection_DHP is not None:
+                projection = factor_of(projection_DHP[k], len(cell_DBH[k]), transposed=True)
             states = gates_TBG, cells_TBH, outputs_TBP, cell_DBH[k]
             d_bias[k] = _backward_steps(
                 grads[0][k].contiguous(), *states, kernel, projection, ctx.clips, d_gates_TBG, d_raw_TBP
@@ -96,7 +113,7 @@ class CpuRecurrence(torch.autograd.Function):
             for into, some in ((d_input[k], given_KN[:i]), (d_hidden[k], given_KN[i:])):
                 put_off(partial(_kernel_gradient, into, some, d_gates_NG))
             if d_x_DTBI is not None:
-                d_x_DTBI[k].flatten(0, 1).copy_(linear(d_gates_NG, w_input[k].to(low).t()))
+                d_x_DTBI[k].flatten(0, 1).copy_(linear(d_gates_NG, input_IG.t()))
 
         by_direction(run, len(cell_DBH), cell_DBH.device)
         return d_x_DTBI, None, None, d_input, d_hidden, d_bias, d_projection, None, None

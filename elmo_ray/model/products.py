@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_WORTH_PACKING = 1 << 17
+_WORTH_PACKING = 1 << 16
 """Numbers of a matrix; smaller ones gain nothing."""
 _WORTH_PACKING_FLOAT32 = 1 << 20
 """oneDNN puts smaller float32 ones into its order at every product, in less time than once a window takes."""
+_WORTH_LINEAR = 1 << 17
+"""Numbers of a matrix from which products with few rows are faster by `linear`."""
 
 
 class Factor(NamedTuple):
@@ -67,7 +69,7 @@ def times(x_MK: Tensor, factor: Factor) -> Tensor:
     if factor.packed:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, factor.matrix, None, "none", [], "")
         return result
-    if factor.matrix.numel() >= _WORTH_PACKING:
+    if factor.matrix.numel() >= _WORTH_LINEAR:
         return linear(x_MK, factor.matrix)
     return torch.mm(x_MK, factor.matrix)
 

@@ -61,8 +61,8 @@ def side_by_side(work: Callable[[int], None], parts: int, device: torch.device) 
     A part's results depend on how many threads its products have, and not on what runs beside it. All parts have ended
     when this ends, also where one raises an error, which is the caller's then.
     """
-    threads = getattr(_asking, "threads", None) or torch.get_num_threads()
-    if device.type == "cpu" and parts > 1 and threads >= parts:
+    if device.type == "cpu" and has_threads_for(parts):
+        threads = _threads()
         pools = _pools.get((threads, parts)) or _started(threads, parts)
         # where this thread has as many threads of torch as a part, it takes one itself: a wake less to wait for
         here = torch.get_num_threads() == threads // parts
@@ -77,6 +77,15 @@ def side_by_side(work: Callable[[int], None], parts: int, device: torch.device) 
     else:
         for part in range(parts):
             _without_gradients(work, part)
+
+
+def has_threads_for(parts: int) -> bool:
+    """Whether a CPU's threads are enough for so many parts, or they would come one after the other."""
+    return 1 < parts <= _threads()
+
+
+def _threads() -> int:
+    return getattr(_asking, "threads", None) or torch.get_num_threads()
 
 
 def by_direction(work: Callable[[int | slice], None], directions: int, device: torch.device) -> None:

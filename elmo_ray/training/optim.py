@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from elmo_ray.config import OptimConfig
+from elmo_ray.model.cpu_kernels import for_tensor
 from elmo_ray.model.parts import part_of
 from elmo_ray.model.side_by_side import side_by_side
 from elmo_ray.training.adagrad_kernel import adagrad_, usable
+from elmo_ray.training.adagrad_rows import update_rows
 
 TABLE_LR = 0.2
 
@@ -142,6 +144,9 @@ class Optimizer:
             gradient = row_gradients[name]
             if self.fused:
                 adagrad_(self.tables[name], self.accumulators[name], gradient, rows.get(name), safe, rate(name))
+            elif name in rows and for_tensor(gradient):
+                if bool(finite):  # on a CPU nothing waits for it
+                    update_rows(self.tables[name], self.accumulators[name], rows[name], gradient, divisor, rate(name))
             else:
                 self._update_rows(name, rows.get(name), torch.where(finite, gradient / divisor, 0.0), rate(name))
 
