@@ -129,33 +129,32 @@ def test_what_is_not_finite_is_seen(where: str, bad: float, dtype: torch.dtype |
         assert any(bool(ours[name].isnan().any()) for name in ours if name != "vectors")
 
 
+def of_one_thread_and_two(dtype: torch.dtype | None) -> list[dict[str, torch.Tensor]]:
+    cnn, before, found = random_cnn(), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(results(cnn, 130, dtype))
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_halves_one_after_the_other_and_side_by_side_give_the_same_bits(
     dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(char_cnn, "has_threads_for", lambda _: True)
-    cnn, before, found = random_cnn(), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(results(cnn, 130, dtype))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    one, two = of_one_thread_and_two(dtype)
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_one_thread_takes_the_whole(dtype: torch.dtype | None) -> None:
-    cnn, before, found = random_cnn(), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(results(cnn, 130, dtype))
-    finally:
-        torch.set_num_threads(before)
-    for name, whole in found[0].items():
-        near = 1e-5 if dtype is None else 0.03
-        torch.testing.assert_close(found[1][name], whole, rtol=near, atol=near * float(whole.abs().max()))
+    one, two = of_one_thread_and_two(dtype)
+    near = 1e-5 if dtype is None else 0.03
+    for name, whole in one.items():
+        torch.testing.assert_close(two[name], whole, rtol=near, atol=near * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("windows", [1, 256, 257, 998])
