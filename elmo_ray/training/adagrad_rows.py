@@ -6,6 +6,7 @@ Shapes: V words, R touched rows, P numbers of a row.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def _update(value_P: Any, slot_P: Any, gradient_P: Any, divisor: Any, rate: Any)
         g = gradient_P[p] / divisor
         s = slot_P[p] + g * g
         slot_P[p] = s
-        value_P[p] -= rate * g / float32(s**0.5)
+        value_P[p] -= rate * g / math.sqrt(s)
 
 
 @compiled
