@@ -10,27 +10,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elmo_ray.elmo import Elmo as Elmo
-    from elmo_ray.elmo import batch_to_ids as batch_to_ids
-    from elmo_ray.elmo_embedder import ElmoEmbedder as ElmoEmbedder
-    from elmo_ray.elmo_token_embedder import ElmoTokenEmbedder as ElmoTokenEmbedder
-    from elmo_ray.scalar_mix import ScalarMix as ScalarMix
+    from elmo_ray.elmo.embedder import ElmoEmbedder as ElmoEmbedder
+    from elmo_ray.elmo.embedder import ElmoTokenEmbedder as ElmoTokenEmbedder
+    from elmo_ray.elmo.layer import Elmo as Elmo
+    from elmo_ray.elmo.layer import batch_to_ids as batch_to_ids
+    from elmo_ray.elmo.scalar_mix import ScalarMix as ScalarMix
 
 __version__ = "0.3.1"
 
 _HOMES = {
-    "Elmo": "elmo",
-    "ElmoEmbedder": "elmo_embedder",
-    "ElmoTokenEmbedder": "elmo_token_embedder",
+    "Elmo": "layer",
+    "ElmoEmbedder": "embedder",
+    "ElmoTokenEmbedder": "embedder",
     "ScalarMix": "scalar_mix",
-    "batch_to_ids": "elmo",
+    "batch_to_ids": "layer",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: with them comes torch, and the command line has no use for it.
     if name in _HOMES:
-        return getattr(importlib.import_module(f"elmo_ray.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(f"elmo_ray.elmo.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from elmo_ray import __version__
-from elmo_ray.command_line import VERBS, overview, print_errors
+from elmo_ray.config.command_line import VERBS, overview, print_errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,3 +23,14 @@ class FormatError(ElmoRayError):
 
 class TrainingError(ElmoRayError):
     """Training cannot go on: a loss or gradient is not finite, or checkpoints cannot be written."""
+
+
+def one_line(text: str) -> str:
+    """The text without line ends and runs of blanks, so that a message stays one line."""
+    return " ".join(text.split())
+
+
+def short(text: str, most: int = 200) -> str:
+    """The text on one line and cut to `most` characters."""
+    line = one_line(text)
+    return line if len(line) <= most else line[: most - 3] + "..."

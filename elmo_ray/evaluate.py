@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from elmo_ray import prepare
-from elmo_ray.command_line import Flags, run_verb
+from elmo_ray.checkpoints.source import Source, open_source
 from elmo_ray.config import ComputeConfig, EvaluateConfig
-from elmo_ray.data.shards import Corpus
+from elmo_ray.config.command_line import Flags, run_verb
+from elmo_ray.data.corpus import Corpus
+from elmo_ray.elmo.evaluation import Job, Tally, measure_part
+from elmo_ray.elmo.scoring import LossSums
 from elmo_ray.errors import ConfigError, DataError, ElmoRayError, FormatError
-from elmo_ray.source import Source, open_source
-from elmo_ray.training.held_out import Job, Tally, measure_part
-from elmo_ray.training.perplexity import LossSums
 
 logger = logging.getLogger("elmo_ray.evaluate")  # also where this module is __main__
 
@@ -220,7 +220,7 @@ def _measure_here(job: Job, source: Source, cluster: ComputeConfig) -> Tally:
 def _measure_on_ray(job: Job, cluster: ComputeConfig) -> Tally:
     import ray
 
-    from elmo_ray.training.cluster import ensure_ray
+    from elmo_ray.cluster.session import ensure_ray
 
     parts = job.parts(cluster.workers)
     if len(parts) < cluster.workers:

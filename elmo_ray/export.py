@@ -2,9 +2,11 @@
 
     python -m elmo_ray.export SOURCE OUT [key.path=value ...] [--json FILE]
 
-With export.format=checkpoint it writes an elmo_ray checkpoint instead, from whatever the SOURCE is.
+With format=checkpoint it writes an elmo_ray checkpoint instead, from whatever the SOURCE is.
 
 In a Ray job, or where RAY_ADDRESS names a cluster, a Ray task does it; else this process.
+
+A SOURCE of any kind as an elmo_ray checkpoint: weights, softmax and optimizer slots, as far as it has them.
 """
 
 from __future__ import annotations
@@ -21,19 +23,103 @@ from typing import Any
 
 import numpy as np
 
-from elmo_ray.command_line import Flags, run_verb
-from elmo_ray.config import ExportConfig
-from elmo_ray.data import index_file
+from elmo_ray.checkpoints.bilm_tf.hdf5 import obstacles, same_weights, write_weights
+from elmo_ray.checkpoints.bilm_tf.options import to_options
+from elmo_ray.checkpoints.identity import identity
+from elmo_ray.checkpoints.manifest import MANIFEST
+from elmo_ray.checkpoints.read import open_checkpoint
+from elmo_ray.checkpoints.source import BEST, OPTIONS, VOCABULARY, WEIGHTS, Source, open_source
+from elmo_ray.checkpoints.write import copy_best
+from elmo_ray.config import ExportConfig, PretrainConfig
+from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import ConfigError, DataError, ElmoRayError, FormatError
-from elmo_ray.formats.bilm_hdf5 import obstacles, same_weights, write_weights
-from elmo_ray.formats.bilm_options import to_options
-from elmo_ray.import_checkpoint import ImportResult
-from elmo_ray.mirror import local_folder, send
+from elmo_ray.elmo.encoder import embed_sentences
+from elmo_ray.errors import CheckpointError, ConfigError, DataError, ElmoRayError, FormatError
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.model.embedding import embed_sentences
-from elmo_ray.source import BEST, OPTIONS, VOCABULARY, WEIGHTS, Source, open_source
 from elmo_ray.storage import absolute
+from elmo_ray.storage.files import write_aside
+from elmo_ray.storage.local_copy import local_folder, send
+from elmo_ray.training.initialize import write_initial
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """has_softmax, has_slots: what the source had, and so what the checkpoint has."""
+
+    source: str
+    out_dir: Path
+    bytes: dict[str, int]
+    has_softmax: bool
+    has_slots: bool
+
+    def summary(self) -> str:
+        files = ", ".join(f"{name} {size:,} bytes" for name, size in self.bytes.items())
+        has = [f"{'with' if there else 'without'} {what}" for what, there in self._parts()]
+        return f"source: {self.source}\n{self.out_dir}: {files}\ncheckpoint {', '.join(has)}; verified by its hashes"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "out": str(self.out_dir),
+            "bytes": self.bytes,
+            **{what.replace(" ", "_"): there for what, there in self._parts()},
+        }
+
+    def _parts(self) -> list[tuple[str, bool]]:
+        return [("softmax", self.has_softmax), ("optimizer slots", self.has_slots)]
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str] | None,
+    out_dir: str | os.PathLike[str] | None,
+    checkpoint: str = BEST,
+    options: str | None = None,
+    vocab: str | None = None,
+) -> ImportResult:
+    """Write a checkpoint folder `out_dir`; arguments as `open_source`. A checkpoint of ours is copied as it is.
+
+    Raises ConfigError where `out_dir` is a folder of something else, CheckpointError where it cannot be written.
+    """
+    if out_dir is None:
+        raise ConfigError("out is empty: name the folder to write")
+    target = Path(os.path.abspath(os.path.expanduser(out_dir)))
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"out={out_dir}: exists and is no checkpoint; name a new folder")
+    opened = open_source(source, checkpoint, options, vocab)
+    save_as_checkpoint(opened, target)
+    written = open_checkpoint(target)
+    sizes = {name: int(entry["size"]) for name, entry in written.manifest["files"].items()}
+    logger.info("written to %s", target)
+    return ImportResult(opened.describe(), target, sizes, opened.has_softmax, opened.slots is not None)
+
+
+def save_as_checkpoint(source: Source, target: Path) -> None:
+    """The source as a checkpoint folder, which replaces one that is there."""
+    if (source.path / MANIFEST).is_file():
+        if source.path == target:
+            raise ConfigError(f"out={target}: is the SOURCE itself")
+        try:
+            copy_best(open_checkpoint(source.path, verify=False), target)
+        except OSError as error:
+            raise CheckpointError(f"{target}: cannot be written ({error.strerror or error})") from None
+        return
+    config = PretrainConfig.from_dict(
+        {
+            "data": {"streams": 1},
+            "model": source.config.to_dict(),
+            "softmax": source.softmax.to_dict(),
+        }
+    )
+    words = source.vocabulary
+    about = identity(config, "", words.sha256) | {"data.train": f"unknown: imported from {source.path.name}"}
+    slots = None if source.slots is None else source.slots()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_initial(
+        target, config, words, source.model, slots, about, source.step or 0, {"imported_from": str(source.path)}
+    )
+
 
 logger = logging.getLogger("elmo_ray.export")  # also where this module is __main__
 
@@ -96,18 +182,16 @@ def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult | Impo
         raise ConfigError(f"cluster.workers={config.cluster.workers}: export is one task; set 1, or 0 for this process")
     init = config.init
     # by its own name: this module may be __main__, which a task's process is not
-    from elmo_ray import export, import_checkpoint
-
-    work: Any = export.export_model
+    work: Any = export_model
     if config.export.format == "checkpoint":
-        work = import_checkpoint.import_checkpoint
+        work = import_checkpoint
     places = [_absolute(path) for path in (init.source, config.out, init.options, init.vocab)]
     arguments = (places[0], places[1], config.checkpoint, places[2], places[3])
     if config.cluster.workers == 0 or not _in_cluster():
         return work(*arguments)
     import ray
 
-    from elmo_ray.training.cluster import ensure_ray
+    from elmo_ray.cluster.session import ensure_ray
 
     ensure_ray()
     task = ray.remote(work).options(num_cpus=config.cluster.cpus_per_worker, max_retries=config.cluster.max_failures)
@@ -184,7 +268,7 @@ def _write(source: Source, folder: Path) -> None:
             "all_clip_norm_val": training.optim.clip_norm,
         }
     write_weights(folder / WEIGHTS, source.model)
-    index_file.write_aside(folder / OPTIONS, (json.dumps(options, indent=1) + "\n").encode())
+    write_aside(folder / OPTIONS, (json.dumps(options, indent=1) + "\n").encode())
     source.vocabulary.write(folder / VOCABULARY)
 
 

@@ -13,17 +13,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from elmo_ray.command_line import Flags, run_verb
+from elmo_ray.checkpoints.source import VOCABULARY, Source, open_source
 from elmo_ray.config import COUNTED, PretrainConfig
-from elmo_ray.config_finetune import SOFTMAX_FIRST, FinetuneConfig
-from elmo_ray.dry_run import DryRun, dry_run
+from elmo_ray.config.command_line import Flags, run_verb
+from elmo_ray.config.finetune import SOFTMAX_FIRST, FinetuneConfig
 from elmo_ray.errors import ConfigError
-from elmo_ray.mirror import local_folder
-from elmo_ray.pretrain import NO_FLAGS, PretrainResult, train_in
-from elmo_ray.run_folder import RunFolder, open_run
-from elmo_ray.source import VOCABULARY, Source, open_source
+from elmo_ray.pretrain import NO_FLAGS, PretrainResult, estimate, train_in
 from elmo_ray.storage import is_uri, join
+from elmo_ray.storage.local_copy import local_folder
+from elmo_ray.training.dry_run import DryRun
 from elmo_ray.training.plan import TrainPlan
+from elmo_ray.training.run_folder import RunFolder, open_run
 
 logger = logging.getLogger("elmo_ray.finetune")  # __name__ is __main__ as a command
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("elmo_ray.finetune")  # __name__ is __main__ as a com
 def run(config: FinetuneConfig, flags: Flags = NO_FLAGS) -> PretrainResult | DryRun:
     """The whole job. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
     if flags.dry_run:
-        return dry_run(settings(config, open_init(config)))
+        return estimate(settings(config, open_init(config)))
     folder = open_run(config, flags.resume, flags.fresh)
     if folder.newest is not None:
         return train_in(folder, settings_of_run(config, folder))
@@ -66,8 +66,8 @@ def settings(config: FinetuneConfig, source: Source) -> PretrainConfig:
 
 def settings_of_run(config: FinetuneConfig, folder: RunFolder) -> PretrainConfig:
     """The settings of a run that goes on: what came from the SOURCE at its start comes from its checkpoint."""
-    from elmo_ray.training.checkpoint_store import store_of
-    from elmo_ray.training.identity import saved_config
+    from elmo_ray.checkpoints.identity import saved_config
+    from elmo_ray.checkpoints.stores import store_of
 
     assert folder.newest is not None
     newest = store_of(folder.place).fetch(str(folder.newest.path))
@@ -91,14 +91,12 @@ def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> 
     """The source's model, for the run's vocabulary and with the slots that init.optimizer asks for, as a checkpoint."""
     import torch
 
-    from elmo_ray.data.shards import Corpus
+    from elmo_ray.checkpoints.identity import ORIGIN, identity
+    from elmo_ray.checkpoints.manifest import directory_name
+    from elmo_ray.checkpoints.object_store import publish
+    from elmo_ray.data.corpus import Corpus
     from elmo_ray.data.vocabulary import Vocabulary
-    from elmo_ray.training.carry_over import initial_model, initial_slots, source_rows
-    from elmo_ray.training.checkpoint import directory_name
-    from elmo_ray.training.identity import identity
-    from elmo_ray.training.initial import write_initial
-    from elmo_ray.training.object_checkpoints import publish
-    from elmo_ray.training.start import ORIGIN
+    from elmo_ray.training.initialize import initial_model, initial_slots, source_rows, write_initial
 
     training, words = plan.config, Vocabulary.read(plan.vocabulary_path)
     rows = None

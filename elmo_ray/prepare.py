@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray import storage
-from elmo_ray.command_line import Flags, run_verb
 from elmo_ray.config import SAMPLE, ClusterConfig, DataConfig, PrepareConfig, PretrainConfig
-from elmo_ray.data import index_file, sample, scan
+from elmo_ray.config.command_line import Flags, run_verb
+from elmo_ray.data import sample, scan
+from elmo_ray.data.corpus import Corpus, expand_paths, shard_fields
 from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.encode import read_block
-from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, run_here
-from elmo_ray.data.shards import Corpus, expand_paths, shard_fields
-from elmo_ray.data.tasks import perform_rows
+from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, perform_rows, run_here
 from elmo_ray.data.text import OnError, decode, file_status
 from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
-from elmo_ray.mirror import local_folder, mirror_of, origin, send
 from elmo_ray.storage import is_uri
+from elmo_ray.storage.files import write_aside
+from elmo_ray.storage.local_copy import local_folder, mirror_of, origin, send
 
 logger = logging.getLogger("elmo_ray.prepare")  # __name__ is __main__ as a command
 
@@ -189,7 +189,7 @@ def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
     )
     for name, corpus in result.corpora.items():
         corpus.save(directory / f"{name}.npz")
-    index_file.write_aside(directory / "prepare.json", (json.dumps(result.to_dict(), indent=1) + "\n").encode())
+    write_aside(directory / "prepare.json", (json.dumps(result.to_dict(), indent=1) + "\n").encode())
     try:
         send(directory)
     except OSError as error:
@@ -352,7 +352,7 @@ def _bytes_of(todo: Sequence[Task]) -> int:
 
 
 def _run_on_ray(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
-    from elmo_ray.training.cluster import ensure_ray
+    from elmo_ray.cluster.session import ensure_ray
 
     # First, because Ray Data takes its logging level from the environment when it is imported.
     ensure_ray()

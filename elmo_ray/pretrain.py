@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray import prepare
-from elmo_ray.command_line import Flags, run_verb, write_json
 from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
-from elmo_ray.console import shown
-from elmo_ray.dry_run import DryRun, dry_run
+from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.errors import ConfigError, FormatError
-from elmo_ray.mirror import local_folder, mirror_of, origin, send
-from elmo_ray.run_folder import RunFolder, open_run
 from elmo_ray.storage import is_uri, join, read_bytes
+from elmo_ray.storage.files import write_json
+from elmo_ray.storage.local_copy import local_folder, mirror_of, origin, send
+from elmo_ray.training.console import shown
+from elmo_ray.training.dry_run import DryRun, dry_run
 from elmo_ray.training.plan import TrainPlan
+from elmo_ray.training.run_folder import RunFolder, open_run
 
 logger = logging.getLogger("elmo_ray.pretrain")  # __name__ is __main__ as a command
 
@@ -111,15 +112,22 @@ def _against(training: dict[str, Any]) -> str:
 def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | DryRun:
     """The whole job. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
     if flags.dry_run:
-        return dry_run(config)
+        return estimate(config)
     return train_in(open_run(config, flags.resume, flags.fresh), config)
+
+
+def estimate(config: PretrainConfig) -> DryRun:
+    """Return what a run of this configuration would need; raises as `dry_run`."""
+    todo = prepare.plan(config)
+    directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
+    return dry_run(config, directory, todo.tasks, todo.bytes_to_read)
 
 
 def train_in(
     folder: RunFolder, config: PretrainConfig, begin: Callable[[TrainPlan], None] | None = None
 ) -> PretrainResult:
     """A run in its folder from whatever it has there to the end; `begin` writes what a new one starts from."""
-    from elmo_ray.training.cluster import check_cluster
+    from elmo_ray.cluster.session import check_cluster
 
     if folder.finished and (done := _finished(folder)) is not None:
         logger.info("%s: finished at step %d; nothing to do", folder.place, done.training["steps"])
@@ -144,7 +152,7 @@ def train_in(
 
 def fit_and_show(plan: TrainPlan, device: Any) -> dict[str, Any]:
     """Train, and show the metrics file's new lines meanwhile."""
-    from elmo_ray.training.cluster import fit
+    from elmo_ray.cluster.trainer import fit
 
     mirror = mirror_of(plan.run_dir) if is_uri(plan.run_dir) and plan.config.cluster.workers else None
     if mirror is not None:
@@ -163,7 +171,7 @@ def fit_and_show(plan: TrainPlan, device: Any) -> dict[str, Any]:
 def make_plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult) -> TrainPlan:
     """Everything that the workers read is copied to the run's folder: another run may prepare another corpus
     meanwhile."""
-    from elmo_ray.data.index_file import write_aside
+    from elmo_ray.storage.files import write_aside
 
     prepared.train.save(run_dir / "train.npz")
     if prepared.valid is not None:
@@ -188,10 +196,11 @@ def _finish(
     config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult, training: dict[str, Any]
 ) -> PretrainResult:
     from elmo_ray import evaluate, export, report
-    from elmo_ray.data.unigram import add_one_perplexity
+    from elmo_ray.checkpoints.source import open_source
+    from elmo_ray.data.measures import add_one_perplexity
     from elmo_ray.data.vocabulary import Vocabulary
-    from elmo_ray.model.neighbours import nearest_words
-    from elmo_ray.source import open_source
+    from elmo_ray.elmo.neighbours import nearest_words
+    from elmo_ray.report.curves import RunCurve, terminal_curve
 
     place = origin(run_dir)
     evaluation, unigram, export_dir = None, None, None
@@ -227,7 +236,7 @@ def _finish(
             unigram = add_one_perplexity(prepared.train, prepared.test, vocabulary, config.data.on_error)
     source = open_source(place)
     neighbours = nearest_words(source.model, source.vocabulary, SHOWN_WORDS)
-    curve = report.terminal_curve((report.RunCurve.read(place),))
+    curve = terminal_curve((RunCurve.read(place),))
     result = PretrainResult(place, training, evaluation, unigram, export_dir, neighbours, curve)
     write_json(run_dir / "result.json", result.to_dict())
     report.run(ReportConfig(runs=(place,)))
@@ -238,8 +247,8 @@ def _finish(
 def _check_same_run(config: PretrainConfig, newest: Any, prepared: prepare.PrepareResult | None) -> None:
     """Raise ConfigError before Ray starts, and before a file of the run is touched, if this is another run; before the
     text is prepared, by what does not depend on it."""
+    from elmo_ray.checkpoints.identity import TEXT_KEYS, check_identity, identity
     from elmo_ray.data.vocabulary import Vocabulary
-    from elmo_ray.training.identity import TEXT_KEYS, check_identity, identity
 
     if prepared is None:
         check_identity(newest, identity(config, "", ""), without=TEXT_KEYS)

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from elmo_ray.data.characters import encode_words
+from elmo_ray.data.corpus import Block
 from elmo_ray.data.lookup import MISSING, word_bounds
-from elmo_ray.data.shards import Block
 from elmo_ray.data.text import OnError, decode, has_wide_spaces, split_lines
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import DataError

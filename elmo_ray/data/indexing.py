@@ -2,25 +2,106 @@
 
 The state of each segment of a file is one small file in `state/`, and counts as long as the text's size and time of
 change, the cut of the blocks, and what was asked (word counts or not) are the same.
+
+The work of `prepare`, in tasks that know nothing of each other and can run in any process.
+
+A task is a dictionary of plain values; its result is bytes. Files are read and, for unpacking, written where the task
+runs, so the processes must see the same folders.
 """
 
+from __future__ import annotations
+
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elmo_ray import storage
-from elmo_ray.data import index_file, scan, unpack
+from elmo_ray.data import scan
+from elmo_ray.data.corpus import Corpus, Shard, pack_index, read_index_bytes, read_index_fields
 from elmo_ray.data.counts import WordCounter
-from elmo_ray.data.scan import LONG_LINE_WORDS, LONG_WORD_CHARACTERS, Segment, join_segments, segment_count
-from elmo_ray.data.shards import Corpus, Shard
-from elmo_ray.data.tasks import hash_task, perform, scan_task, unpack_task
+from elmo_ray.data.scan import (
+    LONG_LINE_WORDS,
+    LONG_WORD_CHARACTERS,
+    Segment,
+    hash_file,
+    join_segments,
+    scan_segment,
+    segment_count,
+)
 from elmo_ray.data.text import OnError, file_status
-from elmo_ray.errors import DataError
-from elmo_ray.mirror import origin
+from elmo_ray.data.unpack import check_space, compression, is_unpacked, unpack, unpacked_path
+from elmo_ray.errors import DataError, ElmoRayError
+from elmo_ray.storage.files import write_aside
+from elmo_ray.storage.local_copy import origin
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def unpack_task(source: str, target: str) -> dict[str, Any]:
+    """Writes the text of a compressed shard; the result is empty."""
+    return {"kind": "unpack", "source": source, "target": target}
+
+
+def scan_task(
+    path: str, number: int, block_bytes: int, on_error: str, cap: int | None, source: str | None = None
+) -> dict[str, Any]:
+    """Scans a segment, see `scan_segment`; the result is `Segment.pack()`."""
+    return {
+        "kind": "scan",
+        "path": path,
+        "number": number,
+        "block_bytes": block_bytes,
+        "on_error": on_error,
+        "cap": cap,
+        "source": source,
+    }
+
+
+def hash_task(path: str) -> dict[str, Any]:
+    """Hashes a file; the result is an index file with its `size`, `mtime_ns` and `sha256` (hexadecimal)."""
+    return {"kind": "hash", "path": path}
+
+
+def perform_rows(rows: pa.Table) -> pa.Table:
+    """Does the tasks in the JSON column `task` of an Arrow table, in a Ray Data process.
+
+    Returns the columns `number` (as given), `result` and `error`. A user's mistake is a value, because Ray wraps
+    exceptions and may retry them.
+    """
+    import pyarrow as pa
+
+    results: list[bytes] = []
+    errors: list[str] = []
+    for text in rows["task"].to_pylist():
+        result, error = b"", ""
+        try:
+            result = perform(json.loads(text))
+        except ElmoRayError as mistake:
+            error = str(mistake)
+        results.append(result)
+        errors.append(error)
+    return pa.table({"number": rows["number"], "result": pa.array(results, pa.large_binary()), "error": errors})
+
+
+def perform(task: dict[str, Any]) -> bytes:
+    """Does a task in this process. Raises DataError as the functions it stands for do."""
+    arguments = {name: value for name, value in task.items() if name != "kind"}
+    if task["kind"] == "unpack":
+        unpack(arguments["source"], arguments["target"])
+        return b""
+    if task["kind"] == "hash":
+        path = arguments["path"]
+        status = file_status(path)
+        fields = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": hash_file(path)}
+        return pack_index(fields, {})
+    return scan_segment(**arguments).pack()
+
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +211,7 @@ class Indexer:
         texts = [self._text(source) for source in sources]
         self._perform(self._unpack_tasks(sources), f"unpacking shards of {key}", lambda task, result: None)
         todo = self._scan_tasks(texts, sources, counter is not None)
-        self._perform(todo, f"indexing {key}", lambda task, result: index_file.write_aside(self._state(task), result))
+        self._perform(todo, f"indexing {key}", lambda task, result: write_aside(self._state(task), result))
         findings = Findings()
         shards = [self._shard(*names, findings, counter) for names in zip(texts, sources, strict=True)]
         findings.warn(key)
@@ -148,10 +229,10 @@ class Indexer:
         todo: list[Task] = []
         for source in sources:
             text = self._text(source)
-            if text != source and (self.fresh or not unpack.is_unpacked(source, text)):
+            if text != source and (self.fresh or not is_unpacked(source, text)):
                 todo.append(unpack_task(source, text))
         if todo:
-            unpack.check_space([task["source"] for task in todo], self.directory)
+            check_space([task["source"] for task in todo], self.directory)
         return todo
 
     def _scan_tasks(self, texts: Sequence[str], sources: Sequence[str], count: bool) -> list[Task]:
@@ -169,8 +250,8 @@ class Indexer:
         return todo
 
     def _text(self, source: str) -> str:
-        packed = unpack.compression(source) is not None
-        return unpack.unpacked_path(source, self.texts) if packed else source
+        packed = compression(source) is not None
+        return unpacked_path(source, self.texts) if packed else source
 
     def _perform(self, todo: Sequence[Task], what: str, keep: Callable[[Task, bytes], None]) -> None:
         if not todo:
@@ -191,7 +272,7 @@ class Indexer:
 
     def _is_known(self, task: Task) -> bool:
         try:
-            fields = index_file.read_fields(self._state(task))
+            fields = read_index_fields(self._state(task))
             status = storage.status(task["path"])
         except (DataError, OSError):
             return False
@@ -212,7 +293,7 @@ class Indexer:
         lines = 0
         for number in range(segment_count(file_status(text).st_size)):
             state = self._state(scan_task(text, number, self.block_bytes, self.on_error, None))
-            segment = Segment.unpack(index_file.read_bytes(state), str(state), SEGMENT_WORDS)
+            segment = Segment.unpack(read_index_bytes(state), str(state), SEGMENT_WORDS)
             findings.add(segment, source, lines + 1)
             lines += segment.sentences
             if counter is not None and segment.counts is not None:
@@ -221,7 +302,7 @@ class Indexer:
             segments.append(segment)
         sha256 = None
         if len(segments) > 1:
-            hashed = index_file.read_fields(self._state(hash_task(text)))
+            hashed = read_index_fields(self._state(hash_task(text)))
             if (hashed["size"], hashed["mtime_ns"]) != (segments[0].size, segments[0].mtime_ns):
                 raise DataError(f"{text}: changed while it was read; run prepare again")
             sha256 = hashed["sha256"]

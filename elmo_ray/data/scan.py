@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from elmo_ray import storage
-from elmo_ray.data import index_file
+from elmo_ray.data.corpus import Shard, pack_index, unpack_index
 from elmo_ray.data.counts import WordCounter
-from elmo_ray.data.shards import Shard
 from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_status, line_start, split_lines
 from elmo_ray.errors import DataError
 
@@ -63,12 +62,12 @@ class Segment:
         blocks = {name: np.array(getattr(self, name), dtype=np.int64) for name in _BLOCK_LISTS}
         fields = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         counts = self.counts.to_arrays() if self.counts is not None else {}
-        return index_file.pack({**fields, "counted": self.counts is not None}, {**blocks, **counts})
+        return pack_index({**fields, "counted": self.counts is not None}, {**blocks, **counts})
 
     @classmethod
     def unpack(cls, data: bytes, name: str, cap: int) -> "Segment":
         """The segment that `pack` was called on; DataError, naming `name`, when the bytes are damaged."""
-        fields, arrays = index_file.unpack(data, name)
+        fields, arrays = unpack_index(data, name)
         try:
             counts = WordCounter.from_arrays(arrays, cap) if fields.pop("counted") else None
             return cls(**fields, **{key: arrays[key].tolist() for key in _BLOCK_LISTS}, counts=counts)
@@ -209,3 +208,9 @@ def _find_long_lines(segment: Segment, text: str) -> None:
         if long_words and not segment.long_words:
             segment.long_word_line = before + number
         segment.long_words += long_words
+
+
+def index_shard(path: str, block_bytes: int = 131072, on_error: OnError = "fail") -> Shard:
+    """Indexes a text file in this process, a block in memory at a time. DataError as in `elmo_ray.data.scan`."""
+    place = storage.absolute(path)
+    return join_segments(place, place, list(scan_shard(path, block_bytes, on_error)))

@@ -18,8 +18,8 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from elmo_ray.data.corpus import Block, Corpus
 from elmo_ray.data.encode import EncodedBlock
-from elmo_ray.data.shards import Block, Corpus
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import Marks, TypeTable, distinct_types
 from elmo_ray.errors import DataError

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from elmo_ray import storage
-from elmo_ray.data import index_file
 from elmo_ray.data.characters import encode_words, sentence_marker_rows
 from elmo_ray.data.lookup import WordTable
 from elmo_ray.data.text import split_lines
 from elmo_ray.errors import DataError
 from elmo_ray.storage import is_uri
+from elmo_ray.storage.files import write_aside
 
 SENTENCE_BEGIN_WORD = "<S>"
 SENTENCE_END_WORD = "</S>"
@@ -86,7 +86,7 @@ class Vocabulary:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the words one a line, UTF-8; the file appears whole or not at all (else DataError)."""
-        index_file.write_aside(path, self._content())
+        write_aside(path, self._content())
 
     @property
     def size(self) -> int:

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elmo_ray.config import ModelConfig, SoftmaxConfig
+from elmo_ray.config import SoftmaxConfig
+from elmo_ray.config.model import ModelConfig
+from elmo_ray.kernels.threads import Parted
 from elmo_ray.model.char_cnn import CharCnn
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import BiLstm, LstmState
-from elmo_ray.model.parted import Parted
 
 TABLES = ("softmax_weight", "softmax_bias", "word_embedding")
 """Parameters with a row for each vocabulary word. Training updates only the rows that a step touches."""

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elmo_ray.config import CharCnnConfig
+from elmo_ray.config.model import CharCnnConfig
 from elmo_ray.data.characters import N_CHARACTERS
-from elmo_ray.model.cpu_char_cnn import CpuHighway, LargestProducts
-from elmo_ray.model.cpu_kernels import for_tensor
-from elmo_ray.model.parted import Parted
-from elmo_ray.model.side_by_side import has_threads_for
+from elmo_ray.kernels.cpu.char_cnn import CpuHighway, LargestProducts
+from elmo_ray.kernels.cpu.loops import for_tensor
+from elmo_ray.kernels.threads import Parted, has_threads_for
 
 CARRY_BIAS = -2.0
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from elmo_ray.model.cpu_kernels import as_array, compiled, float32, for_tensor
+from elmo_ray.kernels.cpu.loops import as_array, compiled, float32, for_tensor
 
 _STEPS = 1 << 32
 """Of the random numbers."""

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from elmo_ray.config import LstmConfig
-from elmo_ray.model.cpu_kernels import for_tensor
-from elmo_ray.model.cpu_recurrence import CpuRecurrence
+from elmo_ray.config.model import LstmConfig
+from elmo_ray.kernels.clips import Clips
+from elmo_ray.kernels.cpu.loops import for_tensor
+from elmo_ray.kernels.cpu.lstm import CpuRecurrence
+from elmo_ray.kernels.recurrence import Recurrence, Weights
 from elmo_ray.model.dropout import Dropout
-from elmo_ray.model.recurrence import Clips, Recurrence, Weights
 
 _NAMES = ("input_kernel", "hidden_kernel", "bias", "projection")
 """A layer's parameters in the order of `Weights`."""

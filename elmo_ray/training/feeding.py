@@ -24,11 +24,9 @@ from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader
 from elmo_ray.data.word_types import Marks
 from elmo_ray.errors import ElmoRayError
 from elmo_ray.model.softmax import draw_negatives, log_expected_count
-from elmo_ray.training.accumulation import divided
-from elmo_ray.training.exchange import Exchange, Flags, Gathered
-from elmo_ray.training.fixed_shapes import FixedShapes
-from elmo_ray.training.step import StepInput
-from elmo_ray.training.transfer import Sent, Transfer
+from elmo_ray.training.graphs import FixedShapes
+from elmo_ray.training.ranks import Exchange, Flags, Gathered
+from elmo_ray.training.step_input import Sent, StepInput, Transfer, divided
 
 logger = logging.getLogger(__name__)
 

@@ -9,31 +9,27 @@ from typing import Any
 
 import torch
 
-from elmo_ray.config import Duration
+from elmo_ray.checkpoints.identity import conditions, identity, is_initial, start_messages
+from elmo_ray.checkpoints.read import Checkpoint
+from elmo_ray.checkpoints.stores import Committed
+from elmo_ray.config.schema import Duration
+from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import thread_source
-from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.scoring import LossSums, Validation, character_table
 from elmo_ray.errors import ElmoRayError, TrainingError
 from elmo_ray.machine import keep_freed_memory, memory_in_use
-from elmo_ray.metrics import MetricsWriter
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.checkpoint import Checkpoint
-from elmo_ray.training.checkpoint_store import Committed
-from elmo_ray.training.exchange import Exchange, Flags
+from elmo_ray.storage.local_copy import Outbox
 from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
-from elmo_ray.training.fixed_shapes import FixedShapes
-from elmo_ray.training.identity import identity
-from elmo_ray.training.optim import learning_rate
-from elmo_ray.training.outbox import Outbox
-from elmo_ray.training.perplexity import LossSums, Validation, character_table
+from elmo_ray.training.graphs import FixedShapes, graphs_for
+from elmo_ray.training.metrics import MetricsWriter, not_finite, train_record, valid_record
+from elmo_ray.training.optimizer import learning_rate
 from elmo_ray.training.plan import TrainPlan, Worker
-from elmo_ray.training.progress import MOST_AMOUNT, Progress
-from elmo_ray.training.ranks import Ranks
-from elmo_ray.training.records import not_finite, train_record, valid_record
+from elmo_ray.training.ranks import Exchange, Flags, Ranks
 from elmo_ray.training.saver import Saver, claim_attempt
-from elmo_ray.training.snapshot import Snapshot
-from elmo_ray.training.start import conditions, is_initial, start_messages
+from elmo_ray.training.snapshot import MOST_AMOUNT, Progress, Snapshot
 from elmo_ray.training.step import DTYPES, TrainStep
 
 LAST_SAVE_PAUSES_S = (0.5, 5.0, 30.0)
@@ -112,6 +108,7 @@ class _Run:
         model.reset_parameters(config.run.seed)
         self.model = model.to(worker.device)
         step = TrainStep(config, self.model, len(self.streams), worker.rank, worker.world, self.total_steps)
+        step.graphs = graphs_for(step)
         self.validation: Validation | None = None
         if self.valid_plan is not None:
             # in this process and not by Ray tasks: the paused training pipeline holds their CPUs

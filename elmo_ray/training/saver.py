@@ -20,13 +20,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from elmo_ray import storage
+from elmo_ray.checkpoints.manifest import directory_name
+from elmo_ray.checkpoints.stores import Committed, store_of
+from elmo_ray.checkpoints.write import CheckpointWriter
 from elmo_ray.errors import CheckpointError, TrainingError
-from elmo_ray.metrics import metrics_path
 from elmo_ray.storage import Place, base_name, is_uri, join
-from elmo_ray.training.checkpoint import CheckpointWriter, directory_name
-from elmo_ray.training.checkpoint_store import Committed, store_of
-from elmo_ray.training.exchange import Flags
-from elmo_ray.training.ranks import Ranks
+from elmo_ray.training.metrics import metrics_path
+from elmo_ray.training.ranks import Flags, Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,8 @@
 """One training step: losses, gradients over all ranks, update, carried state.
 
 Shapes: D directions, B rows, T window, U distinct words, C characters, K negatives, R touched rows, P projection.
+
+What a step's forward and backward give.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import contextlib
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,20 +19,40 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elmo_ray.config import PretrainConfig
+from elmo_ray.kernels.cpu.softmax import sampled_losses
+from elmo_ray.kernels.gpu.lstm import choose_steps
+from elmo_ray.kernels.threads import threads_for_parts
 from elmo_ray.model.bilm import TABLES, BiLM, Head
+from elmo_ray.model.components import trained_at
 from elmo_ray.model.dropout import Dropout
-from elmo_ray.model.gate_kernels import choose_steps
 from elmo_ray.model.lstm import LstmState
-from elmo_ray.model.parts import trained_at
-from elmo_ray.model.sampled_softmax import sampled_losses
-from elmo_ray.model.side_by_side import threads_for_parts
 from elmo_ray.model.softmax import full_losses
-from elmo_ray.training.accumulation import average, parts_of, send_as_bf16
-from elmo_ray.training.gradients import Computed, Gradients
-from elmo_ray.training.graphs import graphs_for
-from elmo_ray.training.optim import Optimizer
+from elmo_ray.training.optimizer import Optimizer
 from elmo_ray.training.shared_sums import SharedSums, shared_sums
-from elmo_ray.training.step_input import StepInput
+from elmo_ray.training.step_input import StepInput, average, parts_of, send_as_bf16
+
+
+@dataclass
+class Gradients:
+    """Gradients of the mean loss over all ranks, times unroll. `tables`: of the touched rows, or of whole tables."""
+
+    dense: dict[str, Tensor]
+    tables: dict[str, Tensor]
+    rows: dict[str, Tensor]
+
+
+class Computed(NamedTuple):
+    """Gradients, [D] sums of this rank's losses in nats, and the state after the window."""
+
+    gradients: Gradients
+    loss_sums: Tensor
+    state: LstmState
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was computed, by name."""
+        found = {"loss": self.loss_sums, "hidden": self.state.hidden, "cell": self.state.cell}
+        return {**found, **self.gradients.dense, **self.gradients.tables}
+
 
 __all__ = ["DTYPES", "Gradients", "StepInput", "StepOutput", "TrainStep"]
 
@@ -44,6 +67,14 @@ class StepOutput:
     loss_sums: Tensor
     norm: Tensor
     finite: Tensor
+
+
+class CapturedGradients(Protocol):
+    """What may stand for `TrainStep.gradients` once it is captured (`graphs.StepGraphs`)."""
+
+    def gradients(self, batch: StepInput) -> Computed: ...
+
+    def forget(self) -> None: ...
 
 
 class TrainStep:
@@ -69,7 +100,7 @@ class TrainStep:
         self.trained: frozenset[str] = frozenset()
         self.dropout: Dropout | None = None  # that of a graph, where one is captured
         choose_steps(fused, self.device, self.dtype)
-        self.graphs = graphs_for(self)
+        self.graphs: CapturedGradients | None = None
         self.sums: SharedSums | None = None
         if self.device.type == "cpu" and config.cluster.shared_memory == "auto" and config.train.gradients == "full":
             self.sums = shared_sums(rank, world)

@@ -1,16 +1,29 @@
 """What one training step is given.
 
 Shapes: D directions, B rows, T window, U distinct words, C characters, K negatives, R touched rows.
+
+A step in parts, for more streams than memory holds at a time; and what travels between workers, in how many bytes.
+
+A part is some rows of the worker's batch. Their gradients are added up before anything is sent, so `train.accumulate`
+changes neither what a step is nor what it sends: W workers with A parts each compute what W * A workers compute, but
+for the order of sums.
+
+Step inputs on their way to the device: pinned memory, and copies beside the step that computes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from elmo_ray.data.streams import deal
 
 
 @dataclass
@@ -62,3 +75,106 @@ class StepInput:
     def pinned(self) -> StepInput:
         """A copy in pinned memory."""
         return self.each(Tensor.pin_memory)
+
+
+_BY_ROWS = {"inputs": 1, "targets": 1, "target_rows": 1, "target_log_count": 1, "lengths": 0, "reset": 0}
+"""The fields of a StepInput that have a row for each stream, and the dimension of it."""
+
+
+def divided(batch: StepInput, parts: int) -> StepInput:
+    """A copy with its parts, found where the batch is made: on a GPU, how many words a part has would be waited for."""
+    result = copy.copy(batch)
+    result.parts = tuple(parts_of(batch, parts)) if parts > 1 else ()
+    return result
+
+
+def parts_of(batch: StepInput, parts: int) -> Iterator[tuple[range, StepInput]]:
+    """The rows of each part, and its input, with the words of its rows only. One part is the batch itself."""
+    if batch.parts:
+        yield from batch.parts
+        return
+    rows = len(batch.lengths)
+    if parts == 1 or rows == 1:
+        yield range(rows), batch
+        return
+    for share in deal(rows, min(parts, rows)):
+        part = copy.copy(batch)
+        for name, dimension in _BY_ROWS.items():
+            value = getattr(batch, name)
+            if isinstance(value, Tensor):
+                setattr(part, name, value.narrow(dimension, share.start, len(share)))
+        used, part.inputs = torch.unique(part.inputs, return_inverse=True)  # sorted: classes stay together
+        part.types = batch.types[used]
+        if batch.type_classes:
+            ends = torch.tensor([count for count, _ in batch.type_classes], device=used.device).cumsum(0)
+            counts = torch.bincount(torch.searchsorted(ends, used, right=True), minlength=len(ends)).tolist()
+            columns = [width for _, width in batch.type_classes]
+            part.type_classes = tuple((n, width) for n, width in zip(counts, columns, strict=True) if n)
+        yield share, part
+
+
+def average(gradient: Tensor, world: int, sent_as: str) -> None:
+    """The mean over all workers, in place. sent_as: `full`, or `bf16`: half the bytes, 8 bits of precision."""
+    if sent_as == "bf16":
+        sent = (gradient / world).to(torch.bfloat16)
+        dist.all_reduce(sent)
+        gradient.copy_(sent)
+    else:
+        dist.all_reduce(gradient)
+        gradient /= world
+
+
+def send_as_bf16(model: Any) -> None:
+    """Let DistributedDataParallel do the same with the dense gradients."""
+    model.register_comm_hook(None, _as_bf16)
+
+
+def _as_bf16(state, bucket):  # type: ignore[no-untyped-def]  # torch looks at the annotations, and wants no strings
+    """torch's own hook by another name: with gloo that one is refused, though gloo adds up bf16."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    return default_hooks.bf16_compress_hook(state, bucket)
+
+
+device_quiet = threading.Lock()
+"""Held by who must be alone with the GPU for a moment: a graph that is captured bears no other thread's memory."""
+
+
+@dataclass
+class Sent:
+    """A step's input on its way; arrived: what the stream that uses it must wait for."""
+
+    batch: StepInput
+    arrived: torch.cuda.Event | None = None
+
+    def received(self) -> StepInput:
+        """The input, for operations that are asked for from here on; waits on the device and not here."""
+        if self.arrived is not None:
+            stream = torch.cuda.current_stream(self.batch.inputs.device)
+            stream.wait_event(self.arrived)
+            for batch in (self.batch, *(part for _, part in self.batch.parts)):
+                for tensor in batch.tensors().values():
+                    # its memory belongs to the stream of copies, and is not to be used again before this one is done
+                    tensor.record_stream(stream)
+        return self.batch
+
+
+class Transfer:
+    """Sends step inputs to a device, from the thread that made them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, batch: StepInput) -> Sent:
+        if self.device.type != "cuda":
+            return Sent(batch)
+        with device_quiet, torch.cuda.device(self.device):  # a new thread begins with device 0
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            with torch.cuda.stream(self._stream):
+                # torch keeps pinned memory until the copies out of it are done
+                sent = Sent(batch.pinned().to(self.device), torch.cuda.Event())
+            assert sent.arrived is not None
+            sent.arrived.record(self._stream)
+        return sent

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from elmo_ray.config import PretrainConfig
-from elmo_ray.data.shards import Corpus, index_shard
-from elmo_ray.training.step import StepInput
+from elmo_ray.data.corpus import Corpus
+from elmo_ray.data.scan import index_shard
+from elmo_ray.training.step_input import StepInput
 
 ORIGINAL_FILTERS = [[1, 32], [2, 32], [3, 64], [4, 128], [5, 256], [6, 512], [7, 1024]]
 SIZES: dict[str, dict[str, Any]] = {

@@ -22,9 +22,9 @@ import ray
 import torch
 from cases import SIZES, Run, Timed, arguments_of, cut_vocabulary, measured, peers, read_corpus, with_ratios
 
+from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import encode_block, read_block, thread_source
-from elmo_ray.data.feed import ray_source
-from elmo_ray.data.shards import Corpus
+from elmo_ray.data.ray_source import ray_source
 from elmo_ray.data.streams import BlockSource, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable

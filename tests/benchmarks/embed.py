@@ -103,10 +103,11 @@ def report(speeds: dict[str, list[tuple[float, float]]], vectors: dict[str, Any]
 def write_model(folder: Path) -> None:
     import torch
 
-    from elmo_ray.config import ModelConfig, SoftmaxConfig
+    from elmo_ray.checkpoints.bilm_tf.hdf5 import write_weights
+    from elmo_ray.checkpoints.bilm_tf.options import to_options
+    from elmo_ray.config import SoftmaxConfig
+    from elmo_ray.config.model import ModelConfig
     from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
-    from elmo_ray.formats.bilm_hdf5 import write_weights
-    from elmo_ray.formats.bilm_options import to_options
     from elmo_ray.model.bilm import BiLM
 
     config, vocabulary = ModelConfig(), Vocabulary.from_words(SPECIAL_WORDS)
@@ -152,7 +153,7 @@ def serve(arguments: argparse.Namespace) -> None:
 def in_elmo_ray(arguments: argparse.Namespace, precision: Any) -> Callable[[], Embed]:
     import torch
 
-    from elmo_ray import Elmo, batch_to_ids
+    from elmo_ray.elmo.layer import Elmo, batch_to_ids
 
     torch.set_num_threads(arguments.threads)
 

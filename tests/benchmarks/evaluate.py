@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from cases import SIZES, Run, Timed, arguments_of, cut_vocabulary, measured, our_config, peers, read_corpus, with_ratios
 
+from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import thread_source
-from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.evaluation import window_of
+from elmo_ray.elmo.scoring import FixedModel, character_table, stream_losses
 from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.held_out import window_of
-from elmo_ray.training.perplexity import FixedModel, character_table, stream_losses
 from elmo_ray.training.step import TrainStep
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}

@@ -27,10 +27,11 @@ from torch.profiler import ProfilerActivity, profile
 from where_time_goes import flops_of, milliseconds_of_parts, peak_of
 
 from elmo_ray.config import PretrainConfig
+from elmo_ray.kernels.gpu.lstm import FUSED, steps_on
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.model.gate_kernels import FUSED, steps_on
-from elmo_ray.training.fixed_shapes import FixedShapes
-from elmo_ray.training.step import StepInput, TrainStep
+from elmo_ray.training.graphs import FixedShapes, graphs_for
+from elmo_ray.training.step import TrainStep
+from elmo_ray.training.step_input import StepInput
 
 UNROLL = 20
 TYPES_OF_POSITIONS = 0.2
@@ -46,7 +47,9 @@ def step_of(config: PretrainConfig, words: int, rows: int, device: torch.device)
     model = BiLM(config.model, config.softmax, words)
     model.reset_parameters(1)
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
-    return TrainStep(config, model.to(device, dtype), rows)
+    step = TrainStep(config, model.to(device, dtype), rows)
+    step.graphs = graphs_for(step)
+    return step
 
 
 def batches(size: dict[str, Any], words: int, rows: int) -> list[StepInput]:

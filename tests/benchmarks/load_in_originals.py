@@ -67,9 +67,9 @@ def install(programs: Path) -> dict[str, str]:
 
 
 def compare(exports: list[Path], commands: dict[str, str], programs: Path, scratch: Path) -> int:
-    from elmo_ray.formats.bilm_hdf5 import obstacles
-    from elmo_ray.model.embedding import embed_sentences
-    from elmo_ray.source import open_source
+    from elmo_ray.checkpoints.bilm_tf.hdf5 import obstacles
+    from elmo_ray.checkpoints.source import open_source
+    from elmo_ray.elmo.encoder import embed_sentences
 
     wrong = 0
     for number, export in enumerate(exports):
@@ -112,10 +112,10 @@ def export_models(folder: Path) -> list[Path]:
     """One of every kind, with random weights and every second word of the text."""
     import torch
 
+    from elmo_ray.checkpoints.bilm_tf.hdf5 import write_weights
+    from elmo_ray.checkpoints.bilm_tf.options import to_options
     from elmo_ray.config import PretrainConfig
     from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
-    from elmo_ray.formats.bilm_hdf5 import write_weights
-    from elmo_ray.formats.bilm_options import to_options
     from elmo_ray.model.bilm import BiLM
 
     words = sorted({word for line in sentences() for word in line} - set(SPECIAL_WORDS))

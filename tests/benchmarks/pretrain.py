@@ -27,7 +27,7 @@ from cases import SIZES, arguments_of, cut_vocabulary, our_config, read_corpus
 
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.machine import keep_freed_memory
-from elmo_ray.metrics import read_metrics
+from elmo_ray.training.metrics import read_metrics
 
 _EMPTY = """
 import ray, ray.train

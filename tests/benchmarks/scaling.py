@@ -37,21 +37,21 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from traffic import Traffic, counted
+from helpers.traffic import Traffic, counted
 from train_step import SIZES
 
 from elmo_ray.config import PretrainConfig
+from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import thread_source
-from elmo_ray.data.shards import Corpus, index_shard
+from elmo_ray.data.scan import index_shard
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.scoring import character_table
 from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.training import step as step_module
-from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Feeder, StepAssembler
-from elmo_ray.training.perplexity import character_table
-from elmo_ray.training.ranks import Ranks
+from elmo_ray.training.ranks import Exchange, Flags, Ranks
 from elmo_ray.training.shared_sums import SharedSums
 from elmo_ray.training.step import TrainStep
 

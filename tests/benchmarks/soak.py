@@ -33,8 +33,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from same_runs import differences
-from soak_runs import KINDS, RunEnded, Soak, SoakError
+from helpers.same_runs import differences
+from helpers.soak_runs import KINDS, RunEnded, Soak, SoakError
 
 from elmo_ray.machine import available_cores
 

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from elmo_ray import ScalarMix
-from elmo_ray.elmo_bilm import ElmoBiLm
+from elmo_ray.checkpoints.source import Source, open_source
+from elmo_ray.elmo.bilm import ElmoBiLm
+from elmo_ray.elmo.scalar_mix import ScalarMix
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.source import Source, open_source
 
 Sentence = tuple[list[str], list[str]]
 SYSTEMS = {"a": "pre-trained biLM", "b": "untrained biLM", "c": "word embeddings"}
@@ -131,7 +131,7 @@ def untrained(source: Source, seed: int) -> BiLM:
 @torch.no_grad()
 def embed(model: BiLM, source: Source, sentences: Sequence[Sentence]) -> list[Tensor]:
     """[n, layers, 2 P] of each sentence in float16, every one from zero state."""
-    from elmo_ray import Elmo
+    from elmo_ray.elmo.layer import Elmo
 
     elmo = Elmo.from_model(model, 0, vocabulary=source.words, stateful=False)
     bilm: ElmoBiLm = elmo._elmo_lstm

@@ -24,15 +24,15 @@ import torch
 from cases import SIZES, Run, Timed, arguments_of, cut_vocabulary, measured, our_config, peers, read_corpus, with_ratios
 
 from elmo_ray.config import PretrainConfig
+from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import thread_source
-from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.scoring import character_table
 from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Feeder, StepAssembler
-from elmo_ray.training.perplexity import character_table
+from elmo_ray.training.ranks import Exchange, Flags
 from elmo_ray.training.step import TrainStep
 
 

@@ -16,7 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from elmo_ray.config import PretrainConfig
-from elmo_ray.training.step import StepInput, TrainStep
+from elmo_ray.training.step import TrainStep
+from elmo_ray.training.step_input import StepInput
 
 PARTS = ("recurrent products", "gates", "CNN", "softmax", "optimizer", "rest")
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elmo_ray.data.characters import encode_words
+from elmo_ray.data.corpus import Block, Corpus
 from elmo_ray.data.encode import EncodedBlock, encode_block, encode_text, load_block, read_block, thread_source
-from elmo_ray.data.shards import Block, Corpus, index_shard
+from elmo_ray.data.scan import index_shard
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzzing import DAMAGES, check_message, damaged, fuzz, plain_values
+from helpers.fuzzing import DAMAGES, check_message, damaged, fuzz, plain_values
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elmo_ray.data import index_file
+from elmo_ray.data.corpus import pack_index, read_index, read_index_fields
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
 
-WHOLE = index_file.pack({"version": 1, "paths": ["a", "b"]}, {"x": np.arange(99), "y": np.zeros((3, 4))})
+WHOLE = pack_index({"version": 1, "paths": ["a", "b"]}, {"x": np.arange(99), "y": np.zeros((3, 4))})
 
 
 def packed(values: Any) -> bytes:
@@ -44,7 +44,7 @@ def one_array(allow_pickle: bool) -> bytes:
 def test_damaged_indexes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.npz"
     path.write_bytes(data)
-    for read in (index_file.read, index_file.read_fields):
+    for read in (read_index, read_index_fields):
         try:
             found = read(path)
         except DataError as error:

@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import sentences, write_corpus
+from helpers.tiny_runs import sentences, write_corpus
 
-from elmo_ray.data.shards import Corpus, index_shard
+from elmo_ray.data.corpus import Corpus
+from elmo_ray.data.scan import index_shard
 from elmo_ray.data.vocabulary import Vocabulary
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def encode_all(index: str, words: str, sha256: str) -> int:
-    from elmo_ray.data.feed import ray_source
+    from elmo_ray.data.ray_source import ray_source
 
     source = ray_source(Corpus.load(index).blocks(), words, sha256, max_characters=16, group_bytes=1 << 16)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elmo_ray.data.encode import encode_text
-from elmo_ray.data.position_counts import PositionCounter
+from elmo_ray.data.measures import PositionCounter
 from elmo_ray.data.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(["<S>", "the", "</S>", "naïve", "<UNK>", "ox", "the"])

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from elmo_ray.data.prose import sentences, tokenise
-from elmo_ray.data.sample import SampleCorpus, gather
+from elmo_ray.data.sample import SampleCorpus, gather, sentences, tokenise
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_runs import sentences
+from helpers.tiny_runs import sentences
 
 from elmo_ray.data.encode import EncodedBlock, encode_text
 from elmo_ray.data.sentences import sentence_groups

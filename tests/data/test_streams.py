@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny_runs import sentences, write_corpus
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tiny_runs import sentences, write_corpus
 
 from elmo_ray.data.characters import N_CHARACTERS, PADDING
+from elmo_ray.data.corpus import Block, Corpus
 from elmo_ray.data.encode import EncodedBlock, thread_source
-from elmo_ray.data.shards import Block, Corpus, index_shard
+from elmo_ray.data.scan import index_shard
 from elmo_ray.data.streams import Batch, BlockSource, StreamCursors, StreamLoader, StreamPlan, deal, read_all
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.data.word_types import TypeTable

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import naive_bilm
 import numpy as np
 import pytest
 import torch
-from naive_bilm import close, stacked, state_of
+from helpers import naive_bilm
+from helpers.naive_bilm import close, stacked, state_of
 
-from elmo_ray.config import ModelConfig, PretrainConfig, SoftmaxConfig
+from elmo_ray.config import PretrainConfig, SoftmaxConfig
+from elmo_ray.config.model import ModelConfig
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.model.bilm import BiLM

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import naive_bilm
 import numpy as np
 import pytest
 import torch
-from naive_bilm import close
+from helpers import naive_bilm
+from helpers.naive_bilm import close
 
-from elmo_ray.config import CharCnnConfig, LstmConfig, ModelConfig
+from elmo_ray.config.model import CharCnnConfig, LstmConfig, ModelConfig
 from elmo_ray.data.characters import N_CHARACTERS
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.data.word_types import LENGTH_CLASSES, TypeTable

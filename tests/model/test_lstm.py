@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import naive_bilm
 import pytest
 import torch
-from naive_bilm import close, stacked, state_of
+from helpers import naive_bilm
+from helpers.naive_bilm import close, stacked, state_of
 
-from elmo_ray.config import LstmConfig, ModelConfig
+from elmo_ray.config.model import LstmConfig, ModelConfig
 from elmo_ray.model.lstm import BiLstm, LstmState
 
 CASES = {

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 
-import naive_bilm
 import numpy as np
 import pytest
 import torch
-from naive_bilm import close
+from helpers import naive_bilm
+from helpers.naive_bilm import close
 
-from elmo_ray.model.full_softmax import CHUNK, FullSoftmax
-from elmo_ray.model.sampled_softmax import sampled_losses
-from elmo_ray.model.softmax import (
-    draw_negatives,
-    full_losses,
-    log_expected_count,
-)
+from elmo_ray.kernels.cpu.softmax import sampled_losses
+from elmo_ray.kernels.full_softmax import CHUNK, FullSoftmax
+from elmo_ray.model.softmax import draw_negatives, full_losses, log_expected_count
 
 
 def one_direction(x, weight, bias, targets, target_logs, negatives, negative_logs, *more):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import write_corpus
+from helpers.tiny_runs import write_corpus
 
 Paths = tuple[Path, Path]
 

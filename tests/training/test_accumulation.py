@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from tiny_runs import (
+from helpers.tiny_runs import (
     WORDS_TIED,
     WORDS_UNTIED,
     everything,
@@ -24,7 +24,7 @@ from tiny_runs import (
     worker_of,
     write_corpus,
 )
-from traffic import counted
+from helpers.traffic import counted
 
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError

@@ -31,7 +31,7 @@ torch.utils.backend_registration._setup_privateuseone_for_python_backend("gpu")
 FOLDER, CASES = Path(sys.argv[1]), json.loads(sys.argv[2])
 
 from test_fixed_shapes import inputs, make_text
-from tiny_runs import tiny_config
+from helpers.tiny_runs import tiny_config
 from elmo_ray.model import dropout
 from elmo_ray.model.bilm import BiLM
 
@@ -49,7 +49,7 @@ def model_of(config):
 """
 
 _STEPS = """
-from elmo_ray.training.accumulation import divided
+from elmo_ray.training.step_input import divided
 from elmo_ray.training.step import TrainStep
 
 for case in CASES:
@@ -71,8 +71,8 @@ _HELD_OUT = """
 from functools import partial
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
-from elmo_ray.model import full_softmax
-from elmo_ray.training import perplexity
+from elmo_ray.kernels import full_softmax
+from elmo_ray.elmo import scoring as perplexity
 
 # whether a loss is out of exp's range is asked of the device, once a batch: here none is
 class Never:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from elmo_ray.errors import ConfigError
-from elmo_ray.training.exchange import Exchange, Flags
-from elmo_ray.training.ranks import Ranks
+from elmo_ray.training.ranks import Exchange, Flags, Ranks
 
 
 def test_one_process_gathers_its_own() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import (
+from helpers.tiny_runs import (
     everything,
     newest,
     plan_of,
@@ -22,9 +22,10 @@ from tiny_runs import (
     write_corpus,
 )
 
+from elmo_ray.checkpoints.read import Checkpoint
+from elmo_ray.checkpoints.write import commit, write_part
 from elmo_ray.errors import DataError, TrainingError
 from elmo_ray.training import loop
-from elmo_ray.training.checkpoint import Checkpoint, commit, write_part
 from elmo_ray.training.loop import train
 
 Paths = tuple[Path, Path]

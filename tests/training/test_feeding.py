@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config, write_corpus
+from helpers.tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config, write_corpus
 
 from elmo_ray.config import PretrainConfig
+from elmo_ray.data.corpus import Block, Corpus
 from elmo_ray.data.encode import EncodedBlock, thread_source
-from elmo_ray.data.shards import Block, Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import DataError
 from elmo_ray.model.softmax import draw_negatives, log_expected_count
-from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import Feeder, StepAssembler, reset_rows
+from elmo_ray.training.ranks import Exchange, Flags
 
 CPU = torch.device("cpu")
 

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config, write_corpus
+from helpers.tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config, write_corpus
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.characters import PADDING
+from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import thread_source
-from elmo_ray.data.shards import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.scoring import character_table
 from elmo_ray.model.bilm import TABLES, BiLM
-from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import StepAssembler
-from elmo_ray.training.fixed_shapes import FixedShapes
-from elmo_ray.training.perplexity import character_table
+from elmo_ray.training.graphs import FixedShapes
+from elmo_ray.training.ranks import Exchange, Flags
 from elmo_ray.training.step import DTYPES, TrainStep
 from elmo_ray.training.step_input import StepInput
 

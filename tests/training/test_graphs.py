@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_runs import WORDS_TIED, tiny_config
 from test_fixed_shapes import STEPS, inputs, model_of, text
-from tiny_runs import WORDS_TIED, tiny_config
 
 from elmo_ray.config import PretrainConfig
-from elmo_ray.data.shards import Corpus
+from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.training import graphs
-from elmo_ray.training.gradients import Computed
 from elmo_ray.training.graphs import StepGraphs, graphs_for
-from elmo_ray.training.step import TrainStep
+from elmo_ray.training.step import Computed, TrainStep
 from elmo_ray.training.step_input import StepInput
 
 __all__ = ["text"]

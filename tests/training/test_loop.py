@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import (
+from helpers.tiny_runs import (
     WORDS_TIED,
     WORDS_UNTIED,
     Stopper,
@@ -27,17 +27,17 @@ from tiny_runs import (
     write_corpus,
 )
 
-from elmo_ray.data.shards import Corpus
+from elmo_ray.checkpoints.read import Checkpoint, open_checkpoint
+from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.scoring import character_table
 from elmo_ray.errors import ConfigError
-from elmo_ray.metrics import read_metrics
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.softmax import full_losses
-from elmo_ray.training.checkpoint import Checkpoint, open_checkpoint
 from elmo_ray.training.loop import train
-from elmo_ray.training.perplexity import character_table
+from elmo_ray.training.metrics import read_metrics
 from elmo_ray.training.plan import TrainPlan
 
 Paths = tuple[Path, Path]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import naive_bilm
 import numpy as np
 import pytest
 import torch
-from naive_bilm import close, stacked
-from tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config
+from helpers import naive_bilm
+from helpers.naive_bilm import close, stacked
+from helpers.tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import Batch, StreamCursors
@@ -18,8 +18,8 @@ from elmo_ray.data.word_types import TypeTable
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.softmax import draw_negatives, log_expected_count
-from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.feeding import StepAssembler
+from elmo_ray.training.ranks import Exchange, Flags
 from elmo_ray.training.step import DTYPES, TrainStep
 
 VOCABULARY = Vocabulary([*SPECIAL_WORDS, *"a bb ccc dddd eeeee ffffff g hh iii".split()])

@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elmo_ray.training import transfer
-from elmo_ray.training.step_input import StepInput
-from elmo_ray.training.transfer import Sent, Transfer
+from elmo_ray.training.step_input import Sent, StepInput, Transfer, device_quiet
 
 
 def made() -> StepInput:
@@ -79,7 +77,7 @@ def test_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return self.clone()
 
     def to(self: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
-        assert non_blocking and cuda.inside == ["cuda:1", "stream"] and transfer.device_quiet.locked()
+        assert non_blocking and cuda.inside == ["cuda:1", "stream"] and device_quiet.locked()
         cuda.log.append("copy")
         return self
 
@@ -92,7 +90,7 @@ def test_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "cuda", cuda)
     sent = Transfer(torch.device("cuda:1"))(batch)
     assert isinstance(sent, Sent) and cuda.log == ["pin"] * count + ["copy"] * count + ["record"]
-    assert not cuda.inside and not transfer.device_quiet.locked()
+    assert not cuda.inside and not device_quiet.locked()
     cuda.log.clear()
     received = sent.received()
     assert cuda.log == ["wait"] + ["used"] * count

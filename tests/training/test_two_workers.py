@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from tiny_runs import (
+from helpers.tiny_runs import (
     WORDS_TIED,
     WORDS_UNTIED,
     Stopper,
@@ -35,10 +35,9 @@ from tiny_runs import (
 from elmo_ray.data.streams import StreamCursors
 from elmo_ray.errors import ConfigError, DataError
 from elmo_ray.training import loop
-from elmo_ray.training.exchange import Exchange, Flags
 from elmo_ray.training.loop import train
 from elmo_ray.training.plan import TrainPlan
-from elmo_ray.training.ranks import Ranks
+from elmo_ray.training.ranks import Exchange, Flags, Ranks
 
 WORLD = 2
 DEADLINE_S = 300

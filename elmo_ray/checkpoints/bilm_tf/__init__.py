@@ -1,0 +1,1 @@
+"""Files of bilm-tf: HDF5 weights, options and TensorFlow checkpoints."""

@@ -1,0 +1,200 @@
+"""bilm-tf's HDF5 weights (BILM.md, Files): written from a model, and read for one, ours or a stranger's.
+
+Names are those that bilm-tf, AllenNLP and simple_elmo look for, one-layer models included; the softmax is never in the
+file. Reading compares every dataset's kind and shape with the options before it takes memory for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from elmo_ray.checkpoints.bilm_tf.variables import from_variables, to_variables, variable_shapes
+from elmo_ray.config import SoftmaxConfig
+from elmo_ray.config.model import ModelConfig
+from elmo_ray.errors import FormatError
+from elmo_ray.model.bilm import BiLM
+
+ALLENNLP_CHARACTERS = 50
+"""Ids of a word in AllenNLP, a constant of its batch_to_ids."""
+
+BILM_TF_LAYERS = 8
+"""Most layers that bilm-tf has names for."""
+
+_CELL = re.compile(r"lm/RNN_(\d)/rnn/(?:multi_rnn_cell/cell_(\d+)/)?lstm_cell/(.+)")
+_CELL_PARTS = {"kernel": "W_0", "bias": "B", "projection/kernel": "W_P_0"}
+_EMBEDDING = "embedding"
+_MOST_SLACK = 1 << 24
+_DAMAGES = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError)
+
+
+def obstacles(model: ModelConfig) -> dict[str, list[str]]:
+    """Why bilm-tf and AllenNLP cannot load a model: reasons by the program's name, none where it can."""
+    cnn, lstm = model.char_cnn, model.lstm
+    n_filters = sum(count for _, count in cnn.filters)
+    bilm_tf, allennlp = [], []
+    if not model.bidirectional:
+        both = "it reads two directions, and the model is forward only (model.bidirectional=false)"
+        bilm_tf.append(both)
+        allennlp.append(both)
+    if lstm.n_layers > BILM_TF_LAYERS:
+        bilm_tf.append(f"it knows {BILM_TF_LAYERS} layers at most, model.lstm.n_layers={lstm.n_layers}")
+    if model.input == "words":
+        allennlp.append("it reads characters only (model.input=words)")
+    else:
+        if n_filters < lstm.projection_dim:
+            bilm_tf.append(f"its char CNN cannot grow from {n_filters} filters to projection_dim={lstm.projection_dim}")
+        if n_filters == lstm.projection_dim:
+            allennlp.append(f"it wants CNN_proj, and a char CNN of {n_filters} filters = projection_dim has none")
+        if cnn.max_characters != ALLENNLP_CHARACTERS:
+            allennlp.append(
+                f"its words have {ALLENNLP_CHARACTERS} ids, not model.char_cnn.max_characters={cnn.max_characters}"
+            )
+    if not lstm.use_skip_connections:
+        allennlp.append("it wants skip connections (model.lstm.use_skip_connections=false)")
+    if lstm.dim == lstm.projection_dim:
+        allennlp.append(f"it wants W_P_0, and an LSTM with dim = projection_dim = {lstm.dim} has none")
+    return {"bilm-tf": bilm_tf, "AllenNLP": allennlp}
+
+
+def write_weights(path: str | os.PathLike[str], model: BiLM) -> None:
+    """Write everything but the softmax, float32, no attributes; the caller writes aside and renames.
+
+    Raises FormatError for a forward-only model, which no other program loads, and for a disk that takes no more.
+    """
+    if model.directions != 2:
+        raise FormatError(f"{path}: a forward-only model has no place in bilm-tf's HDF5 form")
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax_")}
+    try:
+        with h5py.File(path, "w") as file:
+            for variable, array in to_variables(model, parameters).items():
+                values = np.ascontiguousarray(array, dtype=np.float32)
+                file.create_dataset(_dataset(variable), data=values, track_times=False)
+    except _DAMAGES as error:
+        raise FormatError(f"{path}: cannot be written: {_line(error)}") from None
+
+
+def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
+    """The model that a weights file and its options make: without a softmax, so for use and not for training.
+
+    Raises FormatError naming the dataset that is missing, no floats, or of another shape than the options ask for.
+    """
+    if not Path(path).is_file():
+        raise FormatError(f"{path}: no such file")
+    try:
+        with h5py.File(path, "r") as file:
+            n_words = 0
+            if model.input == "words":
+                n_words = _word_count(str(path), file, model.lstm.projection_dim)
+            with torch.device("meta"):
+                bilm = BiLM(model, SoftmaxConfig(), n_words)
+            bilm.softmax_weight = bilm.softmax_bias = None
+            arrays = _Datasets(str(path), file, variable_shapes(bilm))
+            tensors = from_variables(bilm, arrays, str(path))
+    except FormatError:
+        raise
+    except _DAMAGES as error:
+        raise FormatError(f"{path}: cannot be read as bilm-tf weights: {_line(error)}") from None
+    bilm.load_state_dict(tensors, assign=True)
+    return bilm.requires_grad_(False)
+
+
+def same_weights(model: BiLM, other: BiLM) -> list[str]:
+    """Names of parameters, the softmax aside, that are not bit-equal in float32."""
+    ours, theirs = _bits(model), _bits(other)
+    both = ours.keys() & theirs.keys()
+    return sorted((ours.keys() ^ theirs.keys()) | {name for name in both if not torch.equal(ours[name], theirs[name])})
+
+
+class _Datasets(Mapping[str, np.ndarray]):
+    """A file's arrays by TensorFlow names, each read when it is asked for and all checked before the first."""
+
+    def __init__(self, path: str, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]):
+        self.file, self.shapes = file, shapes
+        needed = sum(_check(path, file, _dataset(variable), shape) for variable, shape in shapes.items())
+        if needed > os.path.getsize(path):
+            raise FormatError(f"{path}: has {os.path.getsize(path)} bytes, but its arrays need {needed}")
+
+    def __getitem__(self, variable: str) -> np.ndarray:
+        return np.asarray(self.file[_dataset(variable)][...], dtype=np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _dataset(variable: str) -> str:
+    """`lm/RNN_0/rnn/lstm_cell/kernel` -> `RNN_0/RNN/MultiRNNCell/Cell0/LSTMCell/W_0`; others lose their `lm/`."""
+    match = _CELL.fullmatch(variable)
+    if match is None:
+        return variable.removeprefix("lm/")
+    direction, layer, part = match.groups()
+    return f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer or 0}/LSTMCell/{_CELL_PARTS[part]}"
+
+
+def _check(path: str, file: h5py.File, name: str, shape: tuple[int, ...]) -> int:
+    """The bytes of a dataset that may be read."""
+    dataset = _local(path, file, name)
+    if tuple(dataset.shape or ()) != shape:
+        raise FormatError(f"{path}: {name} has shape {list(dataset.shape or ())}, the options ask for {list(shape)}")
+    if dataset.dtype.kind != "f":
+        raise FormatError(f"{path}: {name} has numbers of type {dataset.dtype}, not floats")
+    _check_storage(path, dataset, name)
+    return int(dataset.nbytes)
+
+
+def _check_storage(path: str, dataset: h5py.Dataset, name: str) -> None:
+    """A few bytes can declare terabytes: what is read must lie in the file, number by number."""
+    stored, needed = dataset.id.get_storage_size(), dataset.nbytes
+    if dataset.id.get_create_plist().get_nfilters():
+        # compressed data grow by what their author wants, whatever their shape says
+        raise FormatError(f"{path}: {name} is compressed; unpack the file first: h5repack -f NONE IN OUT")
+    if stored < needed or stored > _MOST_SLACK + 2 * needed:
+        raise FormatError(f"{path}: {name} has {stored} bytes in the file, not the {needed} of its shape")
+    if dataset.chunks is not None and math.prod(dataset.chunks) * dataset.dtype.itemsize > _MOST_SLACK + 2 * needed:
+        raise FormatError(f"{path}: {name} is stored in chunks of {list(dataset.chunks)}, larger than itself")
+
+
+def _local(path: str, file: h5py.File, name: str) -> h5py.Dataset:
+    """A dataset that lies in this file: links and external storage could lead a stranger's file to others of ours."""
+    place = ""
+    for part in name.split("/"):
+        place += f"/{part}"
+        link = file.get(place, getlink=True)
+        if link is None:
+            raise FormatError(f"{path}: has no {name}; the options describe another model")
+        if not isinstance(link, h5py.HardLink):
+            raise FormatError(f"{path}: {place[1:]} is a link; copy the data into the file")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise FormatError(f"{path}: {name} is no array of numbers in this file")
+    return dataset
+
+
+def _word_count(path: str, file: h5py.File, width: int) -> int:
+    dataset = _local(path, file, _EMBEDDING)
+    n_words = dataset.shape[0] if dataset.ndim == 2 else 0
+    _check(path, file, _EMBEDDING, (n_words, width))
+    if not n_words:
+        raise FormatError(f"{path}: {_EMBEDDING} has shape {list(dataset.shape or ())}, which is no table of words")
+    return int(n_words)
+
+
+def _bits(model: BiLM) -> dict[str, Tensor]:
+    """The bits of each parameter as float32: unlike the numbers, they are equal to themselves where they are NaN."""
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax_")}
+    return {name: p.detach().cpu().float().contiguous().view(torch.int32) for name, p in parameters.items()}
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

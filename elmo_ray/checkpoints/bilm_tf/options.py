@@ -1,0 +1,169 @@
+"""bilm-tf's options.json as our configuration, and back.
+
+Absent keys mean what bilm-tf makes of them (BILM.md, Files): training takes `bidirectional` as false when absent, a
+published pair of weights and options is always bidirectional.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from elmo_ray.config import SoftmaxConfig
+from elmo_ray.config.model import ModelConfig
+from elmo_ray.config.schema import Section
+from elmo_ray.data.characters import N_CHARACTERS
+from elmo_ray.errors import ConfigError, FormatError, short
+
+_MOST_BYTES = 1 << 20
+_THEIR_NAMES = {
+    "embedding_dim": "embedding.dim",
+    "max_characters": "max_characters_per_token",
+    "negatives": "n_negative_samples_batch",
+    "tied": "share_embedding_softmax",
+}
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """The file's mapping. Raises FormatError where it is no JSON object, or one of more than a MiB."""
+    try:
+        if not Path(path).is_file():  # opening a pipe would wait for ever
+            raise FormatError(f"{path}: no such file")
+        with open(path, "rb") as raw:
+            data = raw.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise FormatError(f"{path}: is larger than {_MOST_BYTES >> 20} MiB, which no options are")
+        options = json.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: is not JSON: {short(str(error))}") from None
+    if not isinstance(options, dict):
+        raise FormatError(f"{path}: must be a JSON object")
+    return options
+
+
+def from_options(
+    options: Mapping[str, Any], source: str = "options.json", published: bool = False
+) -> tuple[ModelConfig, SoftmaxConfig]:
+    """Model and softmax of an options mapping.
+
+    published: it belongs to an HDF5 weights file, so it is bidirectional without saying so. Raises FormatError.
+    """
+    lstm = _mapping(options, "lstm", source)
+    if lstm is None:
+        raise FormatError(f"{source}: has no lstm; it is no options file of a biLM")
+    values: dict[str, Any] = {
+        "bidirectional": True if published else options.get("bidirectional", False),
+        "lstm": {
+            "dim": lstm.get("dim"),
+            "projection_dim": lstm.get("projection_dim"),
+            "n_layers": lstm.get("n_layers", 1),
+            # 0 and null both mean no clip: bilm-tf tests the option's truth
+            "cell_clip": lstm.get("cell_clip") or None,
+            "proj_clip": lstm.get("proj_clip") or None,
+            "use_skip_connections": lstm.get("use_skip_connections", False),
+        },
+    }
+    char_cnn = _mapping(options, "char_cnn", source)
+    if char_cnn is None:
+        values["input"] = "words"
+    else:
+        n_characters = char_cnn.get("n_characters", N_CHARACTERS)
+        if n_characters not in (N_CHARACTERS, N_CHARACTERS + 1):
+            raise FormatError(
+                f"{source}: char_cnn.n_characters is {_short(n_characters)}; a biLM has 261 in training, 262 for use"
+            )
+        embedding = _mapping(char_cnn, "embedding", source) or {}
+        values["char_cnn"] = {
+            "filters": char_cnn.get("filters"),
+            "activation": char_cnn.get("activation", "relu"),
+            "embedding_dim": embedding.get("dim"),
+            "max_characters": char_cnn.get("max_characters_per_token", 50),
+            "n_highway": char_cnn.get("n_highway") or 0,
+        }
+    sampled = options.get("sample_softmax", True)
+    if not isinstance(sampled, bool):
+        raise FormatError(f"{source}: sample_softmax is {_short(sampled)}; it must be true or false")
+    softmax: dict[str, Any] = {
+        "kind": "sampled" if sampled else "full",
+        "tied": options.get("share_embedding_softmax", False),
+    }
+    if "n_negative_samples_batch" in options and softmax["kind"] == "sampled":
+        softmax["negatives"] = options["n_negative_samples_batch"]
+    if softmax["tied"] and char_cnn is not None:
+        raise FormatError(f"{source}: share_embedding_softmax needs word input, but there is a char_cnn")
+    return _parse(ModelConfig, values, source), _parse(SoftmaxConfig, softmax, source)
+
+
+def to_options(
+    model: ModelConfig,
+    softmax: SoftmaxConfig,
+    n_words: int,
+    for_training: bool = False,
+    dropout: float = 0.0,
+    unroll: int = 20,
+    rows: int = 128,
+) -> dict[str, Any]:
+    """The options file of a model: 262 characters for use, which bilm-tf's inference insists on, or 261 for its
+    training."""
+    lstm: dict[str, Any] = {
+        "dim": model.lstm.dim,
+        "projection_dim": model.lstm.projection_dim,
+        "n_layers": model.lstm.n_layers,
+        "use_skip_connections": model.lstm.use_skip_connections,
+        # null is no clip to bilm-tf and to AllenNLP; the latter refuses a file where they are absent
+        "cell_clip": model.lstm.cell_clip,
+        "proj_clip": model.lstm.proj_clip,
+    }
+    options: dict[str, Any] = {
+        "bidirectional": model.bidirectional,
+        "lstm": lstm,
+        "dropout": dropout,
+        "n_tokens_vocab": n_words,
+        "unroll_steps": unroll,
+        "batch_size": rows,
+        "all_clip_norm_val": 10.0,
+        "sample_softmax": softmax.kind == "sampled",
+        "n_negative_samples_batch": softmax.negatives,
+    }
+    if model.input == "characters":
+        options["char_cnn"] = {
+            "activation": model.char_cnn.activation,
+            "embedding": {"dim": model.char_cnn.embedding_dim},
+            "filters": [list(f) for f in model.char_cnn.filters],
+            "max_characters_per_token": model.char_cnn.max_characters,
+            "n_characters": N_CHARACTERS if for_training else N_CHARACTERS + 1,
+            "n_highway": model.char_cnn.n_highway,
+        }
+    elif softmax.tied:
+        options["share_embedding_softmax"] = True
+    return options
+
+
+def _mapping(values: Mapping[str, Any], key: str, source: str) -> Mapping[str, Any] | None:
+    value = values.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise FormatError(f"{source}: {key} must be an object")
+    return value
+
+
+def _parse(section: type[Section], values: dict[str, Any], source: str) -> Any:
+    try:
+        parsed = section(**values)
+    except (ConfigError, ValueError) as error:
+        errors = getattr(error, "errors", None)
+        if errors is None:
+            raise FormatError(f"{source}: {error}") from None
+        first = errors()[0]
+        place = ".".join(_THEIR_NAMES.get(str(part), str(part)) for part in first["loc"]) or section.__name__
+        message = first["msg"].removeprefix("Value error, ").split("\n")[0]
+        raise FormatError(f"{source}: {place}: {message} (given {_short(first.get('input'))})") from None
+    return parsed
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

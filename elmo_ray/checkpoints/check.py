@@ -1,0 +1,74 @@
+"""Whether the tensors of a checkpoint have the form that a run needs: names, shapes, kinds of numbers, and cursors.
+
+Everything here treats what it is given as a stranger's: whatever the tensors are, only CheckpointError comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from elmo_ray.data.streams import StreamCursors
+from elmo_ray.errors import CheckpointError, short
+
+FLOATS = (torch.float32, torch.float64)
+_MOST = 1 << 62
+
+
+def check_forms(place: str, saved: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError, beginning with `place`, unless `saved` has floats of these shapes, by name."""
+    for name in sorted(saved.keys() | shapes.keys()):
+        found, expected = _shape(saved.get(name)), shapes.get(name)
+        if found != expected:
+            raise CheckpointError(
+                f"{place}: {short(name)} has shape {short(str(found))}, config.yaml and vocab.txt ask for {expected}"
+            )
+        if saved[name].dtype not in FLOATS:
+            raise CheckpointError(f"{place}: {name} has numbers of type {saved[name].dtype}, not float32 or float64")
+
+
+def check_slots(place: str, slots: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless each slot, `<kind>.<parameter>`, has its parameter's shape; a `step` is one number.
+
+    Which kinds there must be is the optimizer's to say.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, slot in slots.items():
+        kind, _, name = key.partition(".")
+        if name in parameters:
+            shapes[key] = () if kind == "step" else tuple(parameters[name].shape)
+            expected = torch.float32 if kind == "step" else parameters[name].dtype
+            if slot.dtype != expected:
+                raise CheckpointError(f"{place}: {key} has numbers of type {slot.dtype}, not {expected}")
+    check_forms(place, slots, shapes)
+
+
+def check_cursors(place: str, rows: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the cursors of some streams [B] can have come from reading a corpus.
+
+    A stream of n positions an epoch has consumed epoch * n + offset of them, 0 <= offset < n; the corpus itself is not
+    needed to see whether such an n exists.
+    """
+    for name in StreamCursors.start(0).arrays():
+        tensor = rows.get(name)
+        if tensor is None or tensor.ndim != 1 or tensor.dtype != torch.int64:
+            raise CheckpointError(f"{place}: {name} is missing or not a whole number for each stream")
+        if bool((tensor < 0).any()) or bool((tensor >= _MOST).any()):
+            raise CheckpointError(f"{place}: {name} has {_outlier(tensor)}, which is out of range")
+    columns = (rows[name].tolist() for name in ("epoch", "offset", "audit_positions"))
+    for epoch, offset, consumed in zip(*columns, strict=True):
+        size, rest = divmod(consumed - offset, epoch) if epoch else (0, 0)
+        if offset != consumed if epoch == 0 else rest or offset >= size:
+            raise CheckpointError(
+                f"{place}: a stream cannot be at epoch {epoch}, offset {offset} with {consumed} positions read"
+            )
+
+
+def _outlier(tensor: Tensor) -> int:
+    return int(tensor.min()) if int(tensor.min()) < 0 else int(tensor.max())
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)

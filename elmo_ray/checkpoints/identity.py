@@ -1,0 +1,154 @@
+"""What makes two starts the same run: what a checkpoint must share with the run that goes on from it, and what may
+change.
+
+The three starts of a run, as they are logged: fresh, initialised from a SOURCE, or resumed from a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from elmo_ray import __version__
+from elmo_ray.checkpoints.read import Checkpoint
+from elmo_ray.config import PretrainConfig
+from elmo_ray.config.schema import show
+from elmo_ray.config.yaml_reader import parse_yaml
+from elmo_ray.errors import CheckpointError, ConfigError, short
+from elmo_ray.kernels.cpu.loops import numba_version
+from elmo_ray.storage import base_name
+
+
+def identity(config: PretrainConfig, corpus_fingerprint: str, vocabulary_sha256: str) -> dict[str, Any]:
+    """What must be equal, by the key that would be to blame: the text, its order and division, and the model.
+
+    Another seed would order the rest of an epoch anew: some of its text would be read twice and some never.
+    """
+    return {
+        "data.train": f"text with sha256 {corpus_fingerprint}",
+        "data.vocab": f"words with sha256 {vocabulary_sha256}",
+        "data.streams": config.data.streams,
+        "data.shuffle": config.data.shuffle,
+        "run.seed": config.run.seed,
+        "optim.name": config.optim.name,
+        "softmax.tied": config.softmax.tied,
+        **dict(_flat(config.model.to_dict(), "model.")),
+    }
+
+
+TEXT_KEYS = ("data.train", "data.vocab")
+"""Those of `identity` that are known only when the text is prepared."""
+
+
+def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without: Collection[str] = ()) -> None:
+    """Raise ConfigError, a line for each key in which the checkpoint differs from this run's `identity`.
+
+    without: keys not to look at. CheckpointError if the checkpoint does not say of which run it is.
+    """
+    saved = checkpoint.manifest.get("identity")
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{checkpoint.path}: its manifest does not say of which run it is")
+    keys = [key for key in dict.fromkeys([*expected, *map(str, saved)]) if saved.get(key) != expected.get(key)]
+    keys = [key for key in keys if key not in without]
+    if "data.train" in keys and "data.vocab" in keys:
+        keys.remove("data.vocab")  # counted from the other text, most often
+    if keys:
+        raise ConfigError(
+            "\n".join(
+                f"{key} is {_shown(expected.get(key))}, but {base_name(str(checkpoint.path))} was made with "
+                f"{_shown(saved.get(key))}; use the same, or --fresh, or another run.name"
+                for key in keys
+            )
+        )
+
+
+def saved_config(checkpoint: Checkpoint) -> PretrainConfig:
+    """The configuration that a checkpoint was made with; CheckpointError if it has none that can be read."""
+    place = f"{checkpoint.path}/config.yaml"
+    try:
+        values = parse_yaml(checkpoint.text("config.yaml"), place)
+        if not isinstance(values, dict):
+            raise ConfigError("must be a mapping of sections")
+        return PretrainConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{place}: {short(str(error).removeprefix(f'{place}: '), 1000)}") from None
+
+
+def saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Dotted key -> plain value of the configuration that a checkpoint was made with; CheckpointError if it has none
+    that can be read."""
+    place = f"{checkpoint.path}/config.yaml"
+    try:
+        values = parse_yaml(checkpoint.text("config.yaml"), place)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{place}: has no settings")
+    return dict(_flat(values, ""))
+
+
+def changes(checkpoint: Checkpoint, config: PretrainConfig) -> list[str]:
+    """The settings that are not those of the run when it wrote the checkpoint, as "optim.lr 0.2 -> 0.1"."""
+    before, now = saved_settings(checkpoint), dict(_flat(config.to_dict(), ""))
+    return [
+        f"{key} {_shown(before.get(key))} -> {_shown(now.get(key))}"
+        for key in dict.fromkeys([*now, *before])
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _flat(values: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(value: Any) -> str:
+    return short(show(value), 200)
+
+
+ORIGIN = "initialised_from"
+"""The manifest's entry of a checkpoint at which a run begins that was initialised from another model."""
+
+
+def is_initial(checkpoint: Checkpoint) -> bool:
+    """Whether nothing has been trained since the model was taken from its SOURCE."""
+    return checkpoint.step == 0 and ORIGIN in checkpoint.manifest
+
+
+def conditions(device: torch.device, precision: str) -> dict[str, Any]:
+    """What must be equal for a resumed run to have the same bits as one never stopped, besides `identity`."""
+    return {
+        "device": device.type,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "numba": numba_version() if device.type == "cpu" else None,
+        "elmo_ray": __version__,
+    }
+
+
+def start_messages(
+    checkpoint: Checkpoint | None, config: PretrainConfig, total_steps: int, world: int, now: dict[str, Any]
+) -> list[str]:
+    """How the run starts, and what has changed since the checkpoint; now: the `conditions` of this process."""
+    workers = f"{world} worker{'s' if world > 1 else ''}"
+    if checkpoint is None:
+        return [f"start: fresh, seed {config.run.seed}, {total_steps} steps, {workers}"]
+    manifest = checkpoint.manifest
+    if is_initial(checkpoint):
+        return [f"start: initialised from {manifest[ORIGIN]}, {total_steps} steps, {workers}"]
+    messages = [f"start: resume from step {checkpoint.step} of {total_steps}, {workers} ({checkpoint.path})"]
+    now = {"workers": world, **now}
+    before = {**manifest, "workers": manifest["world"]}
+    moved = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if moved:
+        messages.append(f"changed since: {', '.join(moved)}; results will differ in rounding from an unbroken run's")
+    settings = changes(checkpoint, config)
+    if settings:
+        messages.append(f"settings changed since: {', '.join(settings)}")
+    return messages

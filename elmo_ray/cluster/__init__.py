@@ -1,0 +1,1 @@
+"""Ray: starting or joining it, tasks, training on workers, stopping, and the workers' logs."""

@@ -1,0 +1,212 @@
+"""Runs the training loop on Ray Train, or in this process: resources checked first, errors and signals brought home."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from elmo_ray import errors, storage
+from elmo_ray.cluster.logs import LogRelay, log_to_run
+from elmo_ray.cluster.session import _RAY_ENVIRONMENT, Device, _shown, check_cluster, first_line
+from elmo_ray.cluster.stopping import STOP_FILE, in_thread, leave_note, stop_check, stop_on_signals
+from elmo_ray.config import ClusterConfig
+from elmo_ray.data.encode import thread_source
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import ElmoRayError, TrainingError
+from elmo_ray.machine import available_cores, leave_background
+from elmo_ray.training.loop import train
+from elmo_ray.training.plan import TrainPlan, Worker
+
+logger = logging.getLogger(__name__)
+TrainFunction = Callable[[TrainPlan, Worker], dict[str, Any]]
+T = TypeVar("T")
+
+_START_FAILURES = 3
+
+
+# ---------------------------------------------------------------- running
+
+
+def fit(plan: TrainPlan, function: TrainFunction = train, device: Device | None = None) -> dict[str, Any]:
+    """Train as `plan` says, on Ray or (cluster.workers: 0) here; the result of rank 0.
+
+    device: what `check_cluster` said, where it has been asked already.
+    The first SIGINT or SIGTERM asks the workers to stop at the next step, with a checkpoint; a second one ends the
+    process. Lost workers are restarted up to cluster.max_failures times. ElmoRayErrors of the workers are raised here,
+    and never retried; TrainingError if workers or the cluster fail too often.
+    """
+    run_dir = storage.absolute(plan.run_dir)
+    stop_file = storage.join(run_dir, STOP_FILE)
+    device = device or check_cluster(plan.config.cluster)  # before our handlers: Ray sets one for SIGTERM
+    if plan.config.cluster.workers == 0:
+        worker = _local_worker(plan, device)
+        with stop_on_signals(stop_file) as asked:
+            worker.stop_requested = asked.is_set
+            return function(plan, worker)
+    relay = LogRelay(run_dir)
+    with stop_on_signals(stop_file) as asked:
+        left = -math.inf
+
+        def meanwhile() -> None:
+            nonlocal left
+            relay.poll()
+            if asked.is_set() and time.monotonic() - left >= (5.0 if storage.is_uri(stop_file) else 0.0):
+                leave_note(stop_file)  # again and again: storage may have been away
+                left = time.monotonic()
+
+        return in_thread(lambda: _fit_on_ray(plan, run_dir, device, function), meanwhile)
+
+
+def _local_worker(plan: TrainPlan, device: Device) -> Worker:
+    cluster = plan.config.cluster
+    if cluster.threads is not None:
+        torch.set_num_threads(cluster.threads)
+    source = functools.partial(
+        thread_source,
+        vocabulary=Vocabulary.read(plan.vocabulary_path),
+        max_characters=plan.config.model.char_cnn.max_characters,
+        on_error=plan.config.data.on_error,
+    )
+    place = torch.device("cuda" if device == "gpu" else "cpu")
+    return Worker(0, 1, place, source, lambda step, path, metrics: None, lambda: False)
+
+
+def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFunction) -> dict[str, Any]:
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster = plan.config.cluster
+    # Ray decides how many elastic workers there are and knows nothing of data tasks: the CPUs of a worker's task are
+    # reserved with the worker, or workers could take them all and wait for ever.
+    cpus = cluster.cpus_per_worker + (cluster.data_cpus if cluster.elastic else 0.0)
+    resources = {"CPU": cpus} | ({"GPU": 1.0} if device == "gpu" else {})
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "plan": plan.to_dict() | {"run_dir": run_dir},
+            "vocabulary_sha256": Vocabulary.read(plan.vocabulary_path).sha256,
+            "function": function,
+        },
+        torch_config=TorchConfig(timeout_s=math.ceil(cluster.timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=device == "gpu",
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
+        ),
+        run_config=RunConfig(
+            **_ray_storage(run_dir),
+            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=_START_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=None),
+            callbacks=[_failure_log(run_dir, cluster.max_failures)],
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        returned = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise _training_error(error, cluster) from error
+    if "error" in returned:
+        kind = getattr(errors, returned["error"], TrainingError)
+        raise kind(returned["message"])
+    return dict(returned["result"])
+
+
+def _ray_storage(run_dir: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own notes, which all nodes must see."""
+    name = storage.base_name(run_dir)
+    if not storage.is_uri(run_dir):
+        return {"name": name, "storage_path": os.path.dirname(run_dir)}
+    import pyarrow.fs
+
+    system, path = storage.file_system(run_dir)
+    arrow = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(system))
+    return {"name": name, "storage_path": path.rpartition("/")[0], "storage_filesystem": arrow}
+
+
+def _training_error(error: Exception, cluster: ClusterConfig) -> TrainingError:
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for rank, failure in failures.items():
+        logger.error("worker %d: %s", rank, "".join(traceback.format_exception(failure)).rstrip())
+    if failures:
+        rank, failure = next(iter(failures.items()))
+        return TrainingError(
+            f"workers failed more than cluster.max_failures={cluster.max_failures} times; last, worker {rank}: "
+            f"{first_line(failure)}; --resume goes on from the newest checkpoint"
+        )
+    return TrainingError(
+        f"Ray could not run cluster.workers={_shown(cluster)} with cluster.cpus_per_worker={cluster.cpus_per_worker}: "
+        f"{first_line(getattr(error, 'controller_failure', error))}"
+    )
+
+
+def _failure_log(run_dir: str, max_failures: int) -> Any:
+    from ray.train import UserCallback
+
+    class FailureLog(UserCallback):
+        """Says in the driver's terminal what Ray does in silence; lives in the controller process."""
+
+        count = 0
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if self.count == 0:
+                with contextlib.suppress(OSError):  # an error here would end training
+                    log_to_run(run_dir, None)
+            self.count += 1
+            lost = "; ".join(f"worker {rank}: {first_line(error)}" for rank, error in worker_exceptions.items())
+            then = "restarting all" if self.count <= max_failures else "giving up"
+            logging.getLogger("elmo_ray").warning("failure %d of %d: %s: %s", self.count, max_failures, then, lost)
+
+    return FailureLog()
+
+
+# ---------------------------------------------------------------- in a worker
+
+
+def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs in each worker process."""
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray.train
+    import ray.train.torch
+
+    from elmo_ray.data.ray_source import ray_source
+
+    plan = TrainPlan.from_dict(settings["plan"])
+    cluster = plan.config.cluster
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    log_to_run(plan.run_dir, rank)
+    leave_background()
+    # Ray allows one OpenMP thread for each process whatever the machine has.
+    torch.set_num_threads(cluster.threads or max(1, available_cores() // context.get_local_world_size()))
+    source = functools.partial(
+        ray_source,
+        vocabulary_path=plan.vocabulary_path,
+        vocabulary_sha256=settings["vocabulary_sha256"],
+        max_characters=plan.config.model.char_cnn.max_characters,
+        data_cpus=0.0 if cluster.elastic else cluster.data_cpus,
+        on_error=plan.config.data.on_error,
+    )
+
+    def register(step: int, path: str, metrics: dict[str, Any]) -> None:
+        # Not as a Checkpoint of Ray's: the loop finds, checks and prunes them itself, and Ray would write a list of
+        # them to the storage, where an error (a full disk) ends training and a missing directory the next start.
+        ray.train.report({**metrics, "checkpoint_path": path})
+
+    device = ray.train.torch.get_device()
+    worker = Worker(rank, context.get_world_size(), device, source, register, stop_check(plan.run_dir))
+    try:
+        return {"result": settings["function"](plan, worker)}
+    except ElmoRayError as error:
+        # As a value: Ray would retry an exception, and a user's mistake does not go away.
+        return {"error": type(error).__name__, "message": str(error)}

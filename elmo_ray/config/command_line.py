@@ -1,0 +1,373 @@
+"""From the command line to a configuration and back to an exit code; every verb's `main` is one call of `run_verb`.
+
+def run(config: PretrainConfig, flags: Flags = Flags()) -> PretrainResult: ...
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_verb("pretrain", PretrainConfig, run, argv)
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from elmo_ray import __version__
+from elmo_ray.config.schema import Key, Root, keys, unknown_key
+from elmo_ray.config.yaml_reader import parse_yaml
+from elmo_ray.errors import ConfigError, ElmoRayError, short
+from elmo_ray.storage.files import write_json
+
+RootT = TypeVar("RootT", bound=Root)
+
+_OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_.]*)=(.*)$", re.DOTALL)
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_FLAG_HELP = {
+    "dry-run": "print the resolved configuration and what the run would need, and stop",
+    "resume": "go on with the run of that name from its newest whole checkpoint",
+    "fresh": "start anew instead of going on with what exists",
+    "json": "FILE: also write the result as JSON",
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What is no setting: `json` is a file for the result or None."""
+
+    dry_run: bool = False
+    resume: bool = False
+    fresh: bool = False
+    json: str | None = None
+
+
+@dataclass(frozen=True)
+class Positional:
+    """An argument without a key: its name in the usage line and the key that it sets; `many` takes all that follow.
+
+    It is not expected where the key `unless` is given as key=value.
+    """
+
+    label: str
+    key: str
+    many: bool = False
+    unless: str | None = None
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a verb's command line looks like; `config` says whether CONFIG.yaml is required, optional or not taken."""
+
+    summary: str
+    config: str = "optional"
+    positionals: tuple[Positional, ...] = ()
+    flags: tuple[str, ...] = ()
+    sections: tuple[str, ...] = field(default=())  # only these are listed by --help; () = all
+
+
+_SOURCE = Positional("SOURCE", "init.from")
+VERBS: dict[str, Verb] = {
+    "prepare": Verb(
+        "count, index and check a corpus; build its vocabulary; or gather the sample corpus",
+        config="required", flags=("dry-run", "fresh", "json"), sections=("run", "data", "cluster"),
+    ),
+    "pretrain": Verb(
+        "train a bidirectional language model from scratch, validate and export it",
+        config="required", flags=("dry-run", "resume", "fresh", "json"),
+    ),
+    "finetune": Verb(
+        "go on training a model on other text: a run, a checkpoint, or bilm-tf's files",
+        config="required", flags=("dry-run", "resume", "fresh", "json"),
+    ),
+    "sweep": Verb(
+        "train with other settings, several trials at a time, and keep the best (Ray Tune)",
+        config="required", flags=("dry-run", "resume", "fresh", "json"),
+    ),
+    "evaluate": Verb(
+        "perplexity of a model on held-out text: forward, backward and both",
+        positionals=(_SOURCE,), flags=("dry-run", "json"),
+    ),
+    "export": Verb(
+        "write weights.hdf5, options.json and vocab.txt for bilm-tf, AllenNLP and simple_elmo",
+        positionals=(_SOURCE, Positional("OUT", "out")), flags=("json",),
+    ),
+    "embed": Verb(
+        "text to vectors of every word (HDF5, Parquet), most probable words, or surprisal",
+        positionals=(_SOURCE, Positional("IN", "in", unless="embed.tokens"), Positional("OUT", "out")),
+        flags=("dry-run", "resume", "fresh", "json"),
+    ),
+    "report": Verb(
+        "tables and perplexity curves of runs",
+        config="no", positionals=(Positional("RUN", "runs", many=True),), flags=("json",),
+    ),
+}  # fmt: skip
+
+
+@runtime_checkable
+class Result(Protocol):
+    """What a verb's `run` returns: text for the terminal, and plain values for `--json`."""
+
+    def summary(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def run_verb(
+    name: str, root: type[RootT], run: Callable[[RootT, Flags], object], argv: Sequence[str] | None = None
+) -> int:
+    """Parses `argv` (default: the process's), runs the verb, prints its result; returns the exit code.
+
+    0: done; 2: a user's mistake, one line each on stderr; 130: interrupted. Other exceptions are defects and go on.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(name, root))
+        return 0
+    if "--version" in arguments:
+        print(f"elmo_ray {__version__}")
+        return 0
+    try:
+        config, flags = parse(arguments, name, root)
+        set_up_logging()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that has not our curve's characters
+        result = run(config, flags)
+        if isinstance(result, Result):
+            print(result.summary(), flush=True)
+            if flags.json is not None:
+                write_json(flags.json, result.to_dict())
+    except ElmoRayError as error:
+        # Ray raises a mixture of its own error and ours, whose text is a remote traceback; ours is its cause.
+        cause = getattr(error, "cause", None)
+        print_errors(str(cause if isinstance(cause, ElmoRayError) else error))
+        return 2
+    except KeyboardInterrupt:
+        print_errors("interrupted")
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Flags]:
+    """The configuration and the flags that a verb's arguments say; raises ConfigError, one line for each mistake."""
+    verb = VERBS[name]
+    words, values = _split(argv, name, verb)
+    file: str | None = None
+    overrides: list[str] = []
+    places: dict[str, Any] = {}
+    given = {match[1] for match in map(_OVERRIDE.match, words) if match}
+    waiting = [place for place in verb.positionals if place.unless not in given]
+    problems: list[str] = []
+    for word in words:
+        if _OVERRIDE.match(word):
+            overrides.append(word)
+        elif waiting and waiting[0].many:
+            places.setdefault(waiting[0].key, []).append(word)
+        elif waiting:
+            places[waiting.pop(0).key] = word
+        elif verb.config != "no" and file is None and (word.endswith((".yaml", ".yml")) or os.path.exists(word)):
+            file = word
+        elif file is not None and word.endswith((".yaml", ".yml")):
+            problems.append(f"{word}: only one configuration file is read, and {file} is given already")
+        else:
+            problems.append(f"{word}: neither a file nor of the form key.path=value")
+    usage = _usage(name, verb)
+    problems.extend(
+        f"{place.label} is missing; usage: {usage}" for place in waiting if place.key not in {*places, *given}
+    )
+    if file is None and verb.config == "required" and not problems:
+        problems.append(f"CONFIG.yaml is missing; usage: {usage}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    config = load_config(file, overrides, root, places)
+    empty = [f"{key} is empty; {cure}" for key, cure in config.required().items()]
+    if empty:
+        raise ConfigError("\n".join(empty))
+    return config, Flags(**values)
+
+
+def load_config(
+    path: str | Path | None, overrides: Sequence[str], root: type[RootT], values: Mapping[str, Any] | None = None
+) -> RootT:
+    """Defaults, then the YAML file, dotted `values` and `key.path=value`; ${NAME} in strings is the environment's.
+
+    Raises ConfigError with one line for each unknown key, bad value, contradiction or variable that is not set.
+    """
+    tree: dict[str, Any] = {} if path is None else _read(Path(path))
+    problems: list[str] = []
+    for name, value in (values or {}).items():
+        _set(tree, name, value)
+    known = {key.name: key for key in keys(root)}
+    for text in overrides:
+        try:
+            _override(tree, text, root, known)
+        except ConfigError as error:
+            problems.append(str(error))
+    tree = _expand(tree, "", problems)
+    try:
+        config = root.from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError("\n".join([*problems, str(error)])) from None
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def help_text(name: str, root: type[Root]) -> str:
+    """Usage, flags and all keys of a verb with type, default and description."""
+    verb = VERBS[name]
+    lines = [f"usage: {_usage(name, verb)}", "", verb.summary[0].upper() + verb.summary[1:] + ".", "", "flags:"]
+    flags = [*verb.flags, "help", "version"]
+    texts = {**_FLAG_HELP, "help": "print this text", "version": "print the version"}
+    lines.extend(f"  --{flag:<10} {texts[flag]}" for flag in flags)
+    sets = {place.key: place.label for place in verb.positionals}
+    lines.extend(
+        ["", "keys (in CONFIG.yaml, or as key.path=value):" if verb.config != "no" else "keys (as key=value):"]
+    )
+    for key in keys(root):
+        if verb.sections and key.name.split(".")[0] not in verb.sections:
+            continue
+        where = f" (set by {sets[key.name]})" if key.name in sets else ""
+        lines.append(f"  {key.name}={key.default}{where}")
+        lines.append(f"      [{key.allowed}] {key.field.description}")
+    if verb.sections:
+        lines.extend(["", "The other keys of a pretrain file are checked and have no effect here."])
+    return "\n".join(lines)
+
+
+def overview() -> str:
+    """The verbs with a line each."""
+    lines = ["usage: python -m elmo_ray.VERB ...   (or: elmo-ray VERB ...)", ""]
+    lines.extend(f"  {name:<9} {verb.summary}" for name, verb in VERBS.items())
+    lines.extend(["", "python -m elmo_ray.VERB --help lists a verb's keys; --version prints the version."])
+    return "\n".join(lines)
+
+
+def print_errors(text: str) -> None:
+    """Each line of the text as an error on stderr."""
+    for line in text.split("\n"):
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def set_up_logging() -> None:
+    """Our log lines go to stderr for a person to read; a program that has its own handlers keeps them."""
+    logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("elmo_ray").setLevel(logging.INFO)
+
+
+def _usage(name: str, verb: Verb) -> str:
+    parts = [f"python -m elmo_ray.{name}"]
+    parts.extend(f"{place.label} [{place.label} ...]" if place.many else place.label for place in verb.positionals)
+    parts.extend({"required": ["CONFIG.yaml"], "optional": ["[CONFIG.yaml]"]}.get(verb.config, []))
+    return " ".join([*parts, "[key.path=value ...]", "[flags]"])
+
+
+def _split(argv: Sequence[str], name: str, verb: Verb) -> tuple[list[str], dict[str, Any]]:
+    """The arguments that are no flags, and the flags as fields of `Flags`."""
+    words: list[str] = []
+    values: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            words.append(word)
+            continue
+        flag, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or flag not in verb.flags:
+            near = difflib.get_close_matches(flag, verb.flags, n=1)
+            cure = f"did you mean --{near[0]}?" if near else f"{name} has {', '.join('--' + f for f in verb.flags)}"
+            raise ConfigError(f"unknown flag {word}; {cure}")
+        if flag != "json":
+            if equals:
+                raise ConfigError(f"--{flag} takes no value")
+            values[flag.replace("-", "_")] = True
+            continue
+        if not equals and rest and not rest[0].startswith("-"):
+            value = rest.pop(0)
+        if not value:
+            raise ConfigError("--json needs a file to write")
+        values["json"] = value
+    if values.get("resume") and values.get("fresh"):
+        raise ConfigError("--resume and --fresh exclude each other")
+    return words, values
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    tree = parse_yaml(text, str(path))
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} line 1: must be a mapping of sections (run:, data:, ...)")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _override(tree: dict[str, Any], text: str, root: type[Root], known: Mapping[str, Key]) -> None:
+    name, _, value = text.partition("=")
+    if not value.strip():
+        unset = f"; {name}=null unsets it" if name in known and known[name].optional else ""
+        raise ConfigError(f"{name}= has no value{unset}")
+    sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
+    if name not in known and name not in sections:
+        raise ConfigError(unknown_key(root, name))
+    key = known.get(name)
+    if key is not None and key.textual:
+        _set(tree, name, _text(value, key))
+    else:
+        parsed = parse_yaml(value, f"{name}={short(value, 100)}")
+        if key is not None:
+            _set(tree, name, None)  # a mapping that is one setting, as a sweep's space, is not merged with the file's
+        _set(tree, name, parsed)
+
+
+def _text(value: str, key: Key) -> Any:
+    """A path, glob or name as it stands, as `*.txt` and 2024 are no YAML strings; quotes and lists are still YAML."""
+    if key.optional and value in ("null", "none", "~"):
+        return None
+    if value[0] in "[\"'":
+        try:
+            parsed = parse_yaml(value, key.name)
+        except ConfigError:
+            return value
+        return parsed if isinstance(parsed, str | list) else value
+    return value
+
+
+def _set(tree: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        below = tree.get(part)
+        if not isinstance(below, dict):
+            below = tree[part] = {}
+        tree = below
+    if isinstance(value, dict) and isinstance(tree.get(last), dict):
+        for part, item in value.items():
+            _set(tree[last], str(part), item)
+    else:
+        tree[last] = value
+
+
+def _expand(value: Any, key: str, problems: list[str]) -> Any:
+    """Strings with ${NAME} replaced; a variable that is not set becomes a problem that names the key."""
+    if isinstance(value, dict):
+        return {name: _expand(item, f"{key}.{name}" if key else str(name), problems) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, key, problems) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name in dict.fromkeys(_VARIABLE.findall(value)):
+        if name not in os.environ:
+            shown = f"{short(key)}={short(value)}"
+            problems.append(f"{shown}: the environment variable {name} is not set; set it, or {short(key)}")
+    return _VARIABLE.sub(lambda match: os.environ.get(match[1], ""), value)

@@ -1,0 +1,184 @@
+"""The settings of the model itself: its sizes and kinds.
+
+Settings that take a number or something else: when states are reset, how many workers there are, rates of parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PlainValidator
+
+from elmo_ray.config.schema import Allowed, Int, Pairs, Section
+
+LARGE = 1e30
+"""Of a rate, clip or decay: still a float32."""
+
+
+def _reset(value: Any) -> float | str:
+    if value in ("never", "block"):
+        return str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ValueError("not a way to reset states")
+
+
+Reset = Annotated[
+    float | Literal["never", "block"], PlainValidator(_reset), Allowed("never, block or a probability from 0 to 1")
+]
+
+
+_MOST_WORKERS = 1 << 16
+
+
+def _workers(value: Any) -> int | tuple[int, int]:
+    """A number, or [min, max] with 1 <= min <= max."""
+    if isinstance(value, list | tuple):
+        least, most = map(_workers, value)  # ValueError for another length
+        if isinstance(least, int) and isinstance(most, int) and 1 <= least <= most:
+            return least, most
+    elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST_WORKERS:
+        if value == int(value):
+            return int(value)
+    raise ValueError("not a number of workers")
+
+
+Workers = Annotated[
+    int | tuple[int, int],
+    PlainValidator(_workers),
+    Allowed(f"an integer >= 0 and <= {_MOST_WORKERS}, or [min, max]"),
+]
+
+
+def _layer_rates(value: Any) -> float | tuple[float | None, ...] | None:
+    """A rate for all layers, or a list with one (or null) for each."""
+    if isinstance(value, list | tuple):
+        return tuple(None if item is None else _rate(item) for item in value)
+    return None if value is None else _rate(value)
+
+
+def _rate(value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LARGE and math.isfinite(value):
+        return float(value)
+    raise ValueError("not a rate")
+
+
+LayerRates = Annotated[
+    float | tuple[float | None, ...] | None,
+    PlainValidator(_layer_rates),
+    Allowed("a number > 0, a list of them or of null, or null"),
+]
+
+
+class PartRates(Section):
+    """Learning rates of the parts that have their own; the schedule acts on them all."""
+
+    path: ClassVar[str] = "optim.part_lr."
+    char_embedding: float | None = Field(None, gt=0, le=LARGE, description="of the characters' vectors; null: optim.lr")
+    char_cnn: float | None = Field(None, gt=0, le=LARGE, description="of the convolutions; null: optim.lr")
+    highway: float | None = Field(None, gt=0, le=LARGE, description="of the highway layers; null: optim.lr")
+    projection: float | None = Field(None, gt=0, le=LARGE, description="of the char CNN's projection; null: optim.lr")
+    word_embedding: float | None = Field(None, gt=0, le=LARGE, description="of the word table; null: optim.table_lr")
+    lstm: LayerRates = Field(None, description="of the LSTM layers, the lowest first; null: optim.lr")
+    softmax: float | None = Field(None, gt=0, le=LARGE, description="of the softmax; null: optim.table_lr")
+
+    def rate(self, part: str) -> float | None:
+        """Of a part by its name; None where it has none of its own."""
+        if not part.startswith("lstm."):
+            value: float | None = getattr(self, part, None)
+            return value
+        layer = int(part.removeprefix("lstm."))
+        if isinstance(self.lstm, tuple):
+            return self.lstm[layer] if layer < len(self.lstm) else None
+        return self.lstm
+
+
+_MOST_FILTERS = 1 << 16
+_MOST_PARAMETERS = 10**10  # 40 GB, a hundred times the original's
+
+
+class CharCnnConfig(Section):
+    path: ClassVar[str] = "model.char_cnn."
+    filters: Pairs = Field(
+        ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), description="[width, count] of each convolution"
+    )
+    activation: Literal["relu", "tanh"] = Field("relu", description="after the maximum over positions")
+    embedding_dim: Int = Field(16, ge=1, le=4096, description="size of a character's vector")
+    max_characters: Int = Field(50, ge=3, le=1000, description="ids of a word, its begin and end included")
+    n_highway: Int = Field(2, ge=0, le=100, description="highway layers after the convolutions")
+
+    def _contradictions(self) -> Iterator[str]:
+        if not self.filters:
+            yield "model.char_cnn.filters=[]: must have a [width, count] at least"
+        if len(self.filters) > 100:
+            yield f"model.char_cnn.filters has {len(self.filters)} widths: must be <= 100"
+            return
+        for width, count in self.filters:
+            if width < 1 or count < 1:
+                yield f"model.char_cnn.filters has [{width}, {count}]: width and count must be integers >= 1"
+            elif count > _MOST_FILTERS:
+                yield f"model.char_cnn.filters has [{width}, {count}]: count must be <= {_MOST_FILTERS}"
+            elif width > self.max_characters:
+                yield (
+                    f"model.char_cnn.filters has width {width}, but a word has only "
+                    f"model.char_cnn.max_characters={self.max_characters} ids; lower the one or raise the other"
+                )
+
+
+class LstmConfig(Section):
+    path: ClassVar[str] = "model.lstm."
+    dim: Int = Field(512, ge=1, le=1 << 16, description="cells of a layer and direction")
+    projection_dim: Int = Field(
+        128, ge=1, le=1 << 16, description="size of a layer's output; equal to dim: no projection"
+    )
+    n_layers: Int = Field(2, ge=1, le=100, description="layers of a direction")
+    cell_clip: float | None = Field(3.0, gt=0, le=LARGE, description="bound of the cell state; null: none")
+    proj_clip: float | None = Field(3.0, gt=0, le=LARGE, description="bound of the projected output; null: none")
+    use_skip_connections: bool = Field(True, description="add a layer's input to its output from the second layer on")
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.projection_dim > self.dim:
+            yield (
+                f"model.lstm.projection_dim={self.projection_dim} exceeds model.lstm.dim={self.dim}; "
+                "a projection makes smaller (equal: none)"
+            )
+
+
+class ModelConfig(Section):
+    path: ClassVar[str] = "model."
+    bidirectional: bool = Field(True, description="false: the forward direction only")
+    input: Literal["characters", "words"] = Field(
+        "characters", description="words: a table of the vocabulary, no char CNN"
+    )
+    char_cnn: CharCnnConfig = CharCnnConfig()
+    lstm: LstmConfig = LstmConfig()
+
+    def _unused(self) -> dict[str, str]:
+        return {"char_cnn": "model.input=words has no char CNN; remove one of them"} if self.input == "words" else {}
+
+    def _contradictions(self) -> Iterator[str]:
+        count = self.layer_parameters()
+        if count > _MOST_PARAMETERS:
+            yield f"model has {count} parameters in its layers: must be <= {_MOST_PARAMETERS}; lower its sizes"
+
+    def parts(self) -> tuple[str, ...]:
+        """The parts that can be frozen or have a learning rate of their own."""
+        parts = ["word_embedding"]
+        if self.input == "characters":
+            parts = ["char_embedding", "char_cnn"] + (["highway"] if self.char_cnn.n_highway else [])
+            if sum(count for _, count in self.char_cnn.filters) != self.lstm.projection_dim:
+                parts.append("projection")
+        return (*parts, *(f"lstm.{layer}" for layer in range(self.lstm.n_layers)), "softmax")
+
+    def layer_parameters(self) -> int:
+        """The number of parameters, tables of words and of characters left out, without making the model."""
+        cnn, lstm = self.char_cnn, self.lstm
+        cell, width, count = lstm.dim, lstm.projection_dim, 0
+        if self.input == "characters":
+            n = sum(filters for _, filters in cnn.filters)
+            count += sum(filters * (kernel * cnn.embedding_dim + 1) for kernel, filters in cnn.filters)
+            count += 2 * cnn.n_highway * n * (n + 1) + ((n + 1) * width if n != width else 0)
+        layer = (2 * width + 1) * 4 * cell + (cell * width if cell != width else 0)
+        return count + (2 if self.bidirectional else 1) * lstm.n_layers * layer

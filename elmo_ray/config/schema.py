@@ -1,0 +1,341 @@
+"""What every configuration has: strict frozen sections, a table of keys, errors of one line, plain dicts in and out."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+from elmo_ray.config.yaml_reader import check_size, dump_yaml, reads_as_text
+from elmo_ray.errors import ConfigError, one_line, short
+
+RootT = TypeVar("RootT", bound="Root")
+
+MOST_DURATION = 1e15
+"""In any unit: what is counted still fits an int64."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Annotation metadata: what a field takes, in words, for errors and `--help`."""
+
+    text: str
+
+
+def _integral(value: Any) -> Any:
+    """1e6 is an integer to a user, although YAML reads a float."""
+    return int(value) if isinstance(value, float) and math.isfinite(value) and value == int(value) else value
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_as_tuple(item) if isinstance(item, list) else item for item in value)
+    return value
+
+
+def _globs(value: Any) -> Any:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+Int = Annotated[int, BeforeValidator(_integral)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_globs), Allowed("a name or a list of names")]
+Globs = Annotated[tuple[str, ...], BeforeValidator(_globs), Allowed("a glob or a list of globs")]
+Pairs = Annotated[tuple[tuple[Int, Int], ...], BeforeValidator(_as_tuple), Allowed("[[integer, integer], ...]")]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: so many optimizer steps, epochs of the corpus, or positions (tokens plus sentences)."""
+
+    amount: float
+    unit: Literal["steps", "epochs", "positions"]
+
+    @classmethod
+    def parse(cls, text: str) -> Duration:
+        """From "3000 steps", "10 epochs", "1e9 positions"; raises ValueError."""
+        parts = text.split()
+        if len(parts) != 2:
+            raise ValueError(f"not a duration: {text}")
+        number, unit = parts[0].replace("_", ""), parts[1] if parts[1].endswith("s") else parts[1] + "s"
+        amount = float(number)
+        if not 0 < amount <= MOST_DURATION or unit not in ("steps", "epochs", "positions"):
+            raise ValueError(f"not a duration: {text}")
+        return cls(amount, unit)  # type: ignore[arg-type]
+
+    def steps(self, positions_per_step: int, positions_per_epoch: int) -> int:
+        """As optimizer steps, rounded up; positions of a step are all streams', positions of an epoch the corpus's."""
+        if self.unit == "steps":
+            return math.ceil(self.amount)
+        positions = self.amount * positions_per_epoch if self.unit == "epochs" else self.amount
+        return math.ceil(positions / positions_per_step)
+
+    def __str__(self) -> str:
+        return f"{int(self.amount) if self.amount == int(self.amount) else self.amount} {self.unit}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls._validate, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )
+
+    @classmethod
+    def _validate(cls, value: Any) -> Duration:
+        if isinstance(value, Duration):
+            return value
+        if not isinstance(value, str):
+            raise ValueError("not a duration")
+        return cls.parse(value)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting: its dotted name, its field, and the section class that holds it."""
+
+    name: str
+    field: FieldInfo
+
+    @property
+    def allowed(self) -> str:
+        return _allowed(self.field.annotation, self.field.metadata)
+
+    @property
+    def default(self) -> str:
+        return show(_plain(self.field.get_default(call_default_factory=True)))
+
+    @property
+    def optional(self) -> bool:
+        """Whether null is one of its values (no globs, for a list of globs)."""
+        return type(None) in get_args(self.field.annotation) or self._is_globs
+
+    @property
+    def textual(self) -> bool:
+        """Whether its value on the command line is taken as it stands: a path, a glob, a name, a duration."""
+        if get_origin(self.field.annotation) is dict:
+            return False
+        kinds = {_bare(part) for part in get_args(self.field.annotation) or (self.field.annotation,)}
+        return bool(kinds & {str, Duration}) or self._is_globs
+
+    @property
+    def _is_globs(self) -> bool:
+        return bool(_bare(self.field.annotation) == tuple[str, ...])
+
+
+class Section(BaseModel):
+    """A group of settings. `_unused` names those that the others make meaningless; setting one of them is an error."""
+
+    path: ClassVar[str] = ""  # the dotted prefix of its keys, with its dot
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False, validate_default=False
+    )
+
+    def _unused(self) -> dict[str, str]:
+        """Keys, dotted from this section on, that have no effect here, each with the reason."""
+        return {}
+
+    def _contradictions(self) -> Iterator[str]:
+        """Messages on settings that exclude each other."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _check(self) -> Section:
+        lines = [f"{self.path}{key} is set, but {why}" for key, why in self._unused().items() if _is_set(self, key)]
+        lines.extend(self._contradictions())
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, tuple) else [value])):
+                lines.append(f"{self.path}{field.alias or name} has a NUL character, which no path or name can have")
+        if lines:
+            raise ValueError("\n".join(map(one_line, lines)))
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON and YAML types; settings without effect are left out."""
+        result: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            result[field.alias or name] = value.to_dict() if isinstance(value, Section) else _plain(value)
+        for key in self._unused():
+            _remove(result, key.split("."))
+        return result
+
+
+class Root(Section):
+    """The configuration of one verb; raises ConfigError, with one line for each mistake."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_error_lines(type(self), error))) from None
+
+    def required(self) -> dict[str, str]:
+        """Keys that a command cannot do without and that are empty here, each with the cure."""
+        return {}
+
+    @classmethod
+    def from_dict(cls: type[RootT], values: Mapping[str, Any]) -> RootT:
+        """From nested plain values, as YAML gives them; raises ConfigError, a line for each bad key or value."""
+        try:
+            check_size(values)
+        except ValueError as error:
+            raise ConfigError(f"the configuration has {error}") from None
+        unknown, known = _known(cls, values)
+        lines = list(dict.fromkeys(unknown_key(cls, name) for name in unknown))
+        try:
+            config = cls(**known)
+        except ConfigError as error:
+            raise ConfigError("\n".join([*lines, str(error)])) from None
+        if lines:
+            raise ConfigError("\n".join(lines))
+        return config
+
+    def to_yaml(self) -> str:
+        return dump_yaml(self.to_dict())
+
+
+def keys(root: type[Section], prefix: str = "") -> Iterator[Key]:
+    """All keys below a section, in their order."""
+    for name, field in root.model_fields.items():
+        full = prefix + (field.alias or name)
+        section = _section(field)
+        if section is None:
+            yield Key(full, field)
+        else:
+            yield from keys(section, full + ".")
+
+
+def unknown_key(root: type[Section], name: str) -> str:
+    """The message for a key that does not exist, with the nearest one that does."""
+    name = short(name, 100)
+    names = [key.name for key in keys(root)]
+    last = name.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    near = near or [known for known in names if known.rsplit(".", 1)[-1] == last][:1]
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"unknown key {name}; did you mean {near[0]}?"
+    return f"unknown key {name}; --help lists the keys"
+
+
+def show(value: Any) -> str:
+    """A value as the user would write it, on one line."""
+    if isinstance(value, str):
+        text = value if reads_as_text(value) else f'"{value}"'
+    else:
+        try:
+            text = dump_yaml([value])[1:].strip().removesuffix("]")
+        except (ValueError, RecursionError, yaml.YAMLError):  # a number of thousands of digits, or no plain value
+            text = f"({type(value).__name__})"
+    return short(text, 100)
+
+
+def _known(root: type[Section], values: Mapping[str, Any], prefix: str = "") -> tuple[list[str], dict[str, Any]]:
+    """The dotted names that are no keys, and the values without them."""
+    unknown: list[str] = []
+    known: dict[str, Any] = {}
+    fields = {field.alias or name: field for name, field in root.model_fields.items()}
+    for name, value in values.items():
+        if name not in fields:
+            unknown.append(f"{prefix}{name}")
+            continue
+        section = _section(fields[name])
+        if section is not None and isinstance(value, Mapping):
+            more, value = _known(section, value, f"{prefix}{name}.")
+            unknown.extend(more)
+        known[name] = value
+    return unknown, known
+
+
+def _section(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _is_set(section: Section, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    if name not in section.model_fields_set:
+        return False
+    value = getattr(section, name)
+    return _is_set(value, rest) if rest else not (isinstance(value, Section) and not value.model_fields_set)
+
+
+def _remove(values: dict[str, Any], path: list[str]) -> None:
+    for name in path[:-1]:
+        values = values.get(name, {})
+    values.pop(path[-1], None)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Section):
+        return value.to_dict()
+    return str(value) if isinstance(value, Duration) else value
+
+
+def _bare(annotation: Any) -> Any:
+    return _bare(get_args(annotation)[0]) if get_origin(annotation) is Annotated else annotation
+
+
+def _allowed(annotation: Any, metadata: list[Any]) -> str:
+    for item in metadata:
+        if isinstance(item, Allowed):
+            return item.text
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _allowed(args[0], [*args[1:], *metadata])
+    if origin is Literal:
+        return " or ".join(str(value) for value in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else _allowed(part, metadata) for part in args)
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    if annotation is Duration:
+        return 'a duration like "3000 steps", "10 epochs" or "1e9 positions"'
+    text = words.get(annotation, str(annotation))
+    signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+    limits = [
+        f"{sign} {getattr(item, name)}"
+        for name, sign in signs
+        for item in metadata
+        if getattr(item, name, None) is not None
+    ]
+    return f"{text} {' and '.join(limits)}" if limits and annotation in (int, float) else text
+
+
+def _error_lines(root: type[Section], error: ValidationError) -> list[str]:
+    """Pydantic's findings in our words, one line a finding and key."""
+    lines: dict[str, None] = {}
+    for item in error.errors():
+        section: type[Section] | None = root
+        name, allowed, index = "", "", ""
+        for part in item["loc"]:
+            if section is None:
+                index += f"[{part}]" if isinstance(part, int) else ""
+                continue
+            field = next((f for n, f in section.model_fields.items() if part in (f.alias, n)), None)
+            if field is None:
+                name = f"{name}.{part}" if name else str(part)
+                break
+            name = f"{name}.{field.alias or part}" if name else str(field.alias or part)
+            allowed, section = Key(name, field).allowed, _section(field)
+        if item["type"] == "extra_forbidden":
+            lines[unknown_key(root, name)] = None
+        elif section is None:
+            lines[f"{name}{index}={show(_plain(item['input']))}: must be {allowed}"] = None
+        elif item["type"] == "value_error":
+            lines.update(dict.fromkeys(str(item["ctx"]["error"]).split("\n")))
+        else:
+            inside = ", ".join(field.alias or n for n, field in section.model_fields.items())
+            lines[f"{name or 'the configuration'}={show(item['input'])}: must be a mapping of {inside}"] = None
+    return list(lines)

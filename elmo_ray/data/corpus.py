@@ -1,0 +1,355 @@
+"""The index of a corpus: shards of text, cut into line-aligned blocks whose positions are counted.
+
+Index files: plain fields and arrays in an .npz, without pickle.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import logging
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from elmo_ray import storage
+from elmo_ray.errors import ConfigError, DataError
+from elmo_ray.storage import is_uri
+from elmo_ray.storage.files import write_aside
+
+# What zipfile and numpy raise for damaged bytes: also RuntimeError for encryption, TypeError for a file of one array.
+_DAMAGES = (
+    OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, struct.error,
+    RuntimeError, TypeError, AttributeError, OverflowError, MemoryError,
+)  # fmt: skip
+
+
+def pack_index(fields: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> bytes:
+    """Plain fields (as JSON) and arrays as the bytes of a compressed .npz."""
+    buffer = io.BytesIO()
+    text = np.frombuffer(json.dumps(fields).encode(), dtype=np.uint8)
+    np.savez_compressed(buffer, allow_pickle=False, fields=text, **arrays)
+    return buffer.getvalue()
+
+
+def unpack_index(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """The fields and arrays of what `pack` made; DataError, naming `name`, when they are damaged."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return _index_fields(arrays.pop("fields")), arrays
+    except _DAMAGES as error:
+        raise DataError(f"{name}: damaged index ({error}); delete it and run prepare again") from None
+
+
+def _index_fields(text: npt.NDArray[Any]) -> dict[str, Any]:
+    fields = json.loads(text.tobytes())
+    if not isinstance(fields, dict):
+        raise ValueError("no fields in it")
+    return fields
+
+
+def read_index(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """The fields and arrays of a file; DataError when it is missing or damaged."""
+    return unpack_index(read_index_bytes(path), os.fspath(path))
+
+
+def read_index_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The plain fields alone, without reading the arrays; DataError as in `read`."""
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(path)) if is_uri(path) else path, allow_pickle=False) as file:
+            return _index_fields(file["fields"])
+    except _DAMAGES as error:
+        raise DataError(f"{path}: no index ({error}); run prepare") from None
+
+
+def read_index_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A file's bytes; DataError when it cannot be read."""
+    try:
+        return storage.read_bytes(path)
+    except OSError as error:
+        raise DataError(f"{path}: no index ({error.strerror}); run prepare") from None
+
+
+logger = logging.getLogger(__name__)
+
+Int64 = npt.NDArray[np.int64]
+
+_FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Block:
+    """The lines in bytes [start, end) of a text file.
+
+    positions: words + sentences, in each direction. crc32: of the bytes (zlib), 0 to 2**32 - 1.
+    """
+
+    path: str
+    start: int
+    end: int
+    positions: int
+    crc32: int
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One text file and its blocks, which tile it from byte 0.
+
+    path:       absolute path, or URI, of the seekable text; `source` is the file it was unpacked from, or the same.
+    size, mtime_ns, sha256: of the file at `path`, in bytes, ns and hexadecimal.
+    characters: Unicode code points of all words.
+    block_*:    int64 [n]: the byte each block ends at; its positions, words and code points of its words; the CRC-32
+                of its bytes.
+    """
+
+    path: str
+    source: str
+    size: int
+    mtime_ns: int
+    sentences: int
+    tokens: int
+    characters: int
+    sha256: str
+    block_ends: Int64
+    block_positions: Int64
+    block_tokens: Int64
+    block_characters: Int64
+    block_crc32: Int64
+
+
+class Corpus:
+    """Blocks of text in order: all those of some shards, or a choice of them.
+
+    block_shard:  int32 [N], index into `shards`.
+    block_start, block_end: int64 [N], bytes.
+    block_positions, block_tokens, block_characters, block_crc32: int64 [N].
+    positions, tokens, sentences, characters: their sums over the corpus's blocks.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        block_shard: npt.NDArray[np.int32],
+        block_start: Int64,
+        block_end: Int64,
+        block_positions: Int64,
+        block_tokens: Int64,
+        block_characters: Int64,
+        block_crc32: Int64,
+    ) -> None:
+        self.shards = tuple(shards)
+        self.block_shard = block_shard
+        self.block_start = block_start
+        self.block_end = block_end
+        self.block_positions = block_positions
+        self.block_tokens = block_tokens
+        self.block_characters = block_characters
+        self.block_crc32 = block_crc32
+        self.positions = int(block_positions.sum())
+        self.tokens = int(block_tokens.sum())
+        self.sentences = self.positions - self.tokens
+        self.characters = int(block_characters.sum())
+
+    @classmethod
+    def from_shards(cls, shards: Sequence[Shard]) -> "Corpus":
+        """All blocks of all shards, in the order given. A shard may be empty."""
+        empty = np.zeros(0, dtype=np.int64)
+        starts = [np.concatenate((np.zeros(1, np.int64), shard.block_ends))[:-1] for shard in shards]
+        numbers = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.block_ends) for shard in shards])
+        return cls(
+            shards,
+            numbers,
+            np.concatenate([empty, *starts]),
+            np.concatenate([empty, *(shard.block_ends for shard in shards)]),
+            np.concatenate([empty, *(shard.block_positions for shard in shards)]),
+            np.concatenate([empty, *(shard.block_tokens for shard in shards)]),
+            np.concatenate([empty, *(shard.block_characters for shard in shards)]),
+            np.concatenate([empty, *(shard.block_crc32 for shard in shards)]),
+        )
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self.block_shard)
+
+    def block(self, index: int) -> Block:
+        """The block of this index."""
+        return Block(
+            self.shards[self.block_shard[index]].path,
+            int(self.block_start[index]),
+            int(self.block_end[index]),
+            int(self.block_positions[index]),
+            int(self.block_crc32[index]),
+        )
+
+    def blocks(self) -> Iterable[Block]:
+        """All blocks in order."""
+        return map(self.block, range(len(self)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the texts, their order, and the blocks; it does not depend on where the files are."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(shard.sha256.encode())
+        for array in (self.block_shard, self.block_start, self.block_end):
+            digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def choose(self, indices: Int64) -> "Corpus":
+        """The corpus of these blocks, in this order."""
+        return Corpus(
+            self.shards,
+            self.block_shard[indices],
+            self.block_start[indices],
+            self.block_end[indices],
+            self.block_positions[indices],
+            self.block_tokens[indices],
+            self.block_characters[indices],
+            self.block_crc32[indices],
+        )
+
+    def split(self, holdout: float, seed: int) -> tuple["Corpus", "Corpus"]:
+        """Sets whole blocks aside: (the rest, about `holdout` of all positions but at least one block).
+
+        A pure function of the blocks' positions, `holdout` and `seed`. Raises ConfigError when nothing would remain.
+        """
+        order = np.argsort(_scramble(np.arange(len(self), dtype=np.uint64), seed), kind="stable")
+        before = np.cumsum(self.block_positions[order]) - self.block_positions[order]
+        aside = np.zeros(len(self), dtype=bool)
+        aside[order] = before < holdout * self.positions
+        if aside.all():
+            raise ConfigError(
+                f"data.holdout={holdout} needs more blocks than the {len(self)} of this corpus; "
+                "lower data.block_bytes or name data.valid"
+            )
+        return self.choose(np.flatnonzero(~aside)), self.choose(np.flatnonzero(aside))
+
+    def check_files(self) -> None:
+        """Raises DataError when a file of the corpus is gone or is not the one that was indexed."""
+        for shard in self.shards:
+            try:
+                status = storage.status(shard.path)
+            except OSError as error:
+                raise DataError(f"{shard.path}: {error.strerror}; it was there when the corpus was indexed") from None
+            if status.st_size != shard.size:
+                raise DataError(f"{shard.path}: {status.st_size} bytes, {shard.size} when indexed; run prepare again")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the index as .npz (arrays and one JSON text, no pickle), whole or not at all."""
+        shards = [shard_fields(shard) for shard in self.shards]
+        arrays = {f"block_{name}": getattr(self, f"block_{name}") for name in _CORPUS_ARRAYS}
+        for number, shard in enumerate(self.shards):
+            arrays.update({f"shard{number}/{name}": getattr(shard, name) for name in _SHARD_ARRAYS})
+        write_aside(path, pack_index({"format_version": _FORMAT_VERSION, "shards": shards}, arrays))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Corpus":
+        """Reads what `save` wrote; DataError when it is not such a file."""
+        fields, arrays = read_index(path)
+        try:
+            if fields["format_version"] != _FORMAT_VERSION:
+                raise DataError(
+                    f"{path}: index format {fields['format_version']}, not {_FORMAT_VERSION}; run prepare again"
+                )
+            shards = [
+                Shard(**{**shard, **{name: arrays[f"shard{number}/{name}"] for name in _SHARD_ARRAYS}})
+                for number, shard in enumerate(fields["shards"])
+            ]
+            blocks = [arrays[f"block_{name}"] for name in _CORPUS_ARRAYS]
+            if not _fit_together(blocks, len(shards)):
+                raise KeyError("blocks")
+            return cls(shards, *blocks)
+        except (KeyError, TypeError):
+            raise DataError(f"{path}: not a corpus index; run prepare again") from None
+
+
+def _fit_together(blocks: Sequence[npt.NDArray[Any]], n_shards: int) -> bool:
+    """Whether these are arrays of `_CORPUS_ARRAYS`: one line of integers each, of the same blocks."""
+    shard, start, end, positions, tokens, *_ = blocks
+    if any(array.ndim != 1 or len(array) != len(shard) or array.dtype.kind != "i" for array in blocks):
+        return False
+    if len(shard) == 0:
+        return True
+    in_order = (0 <= start).all() and (start <= end).all() and (0 <= tokens).all() and (tokens <= positions).all()
+    return bool(in_order and shard.min() >= 0 and shard.max() < n_shards)
+
+
+_CORPUS_ARRAYS = ("shard", "start", "end", "positions", "tokens", "characters", "crc32")
+_SHARD_ARRAYS = ("block_ends", "block_positions", "block_tokens", "block_characters", "block_crc32")
+_SHARD_FIELDS = ("path", "source", "size", "mtime_ns", "sentences", "tokens", "characters", "sha256")
+
+
+def shard_fields(shard: Shard) -> dict[str, str | int]:
+    """The plain fields of a shard, as they go into JSON."""
+    return {name: getattr(shard, name) for name in _SHARD_FIELDS}
+
+
+def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
+    """The absolute paths, or URIs, of the files that `patterns` (files or globs, `**` too) name.
+
+    In the order of the patterns, sorted within each, every file once. Raises ConfigError, naming `key`, for a pattern
+    that matches nothing and for directories, DataError for a file that cannot be read.
+    """
+    paths: dict[str, None] = {}
+    for pattern in patterns:
+        if storage.is_uri(pattern):
+            paths.update(dict.fromkeys(_objects(pattern, key)))
+            continue
+        expanded = os.path.expanduser(pattern)
+        found = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
+        if not found:
+            raise ConfigError(f"{key}={pattern}: no file matches (looked in {os.getcwd()})")
+        for name in found:
+            path = os.path.abspath(name)
+            if os.path.isdir(path):
+                raise ConfigError(f"{key}={pattern}: {name} is a directory; name its files, as in {name}/*.txt")
+            reason = _why_unreadable(path)
+            if reason is not None:
+                raise DataError(f"{path}: {reason} ({key}={pattern}); mend or remove it, or name other files")
+            if path in paths:
+                logger.warning("%s: %s is named twice and is used once", key, path)
+            paths[path] = None
+    return list(paths)
+
+
+def _objects(pattern: str, key: str) -> list[str]:
+    """The URIs that a URI with or without a glob names."""
+    try:
+        found = storage.matches(storage.absolute(pattern))
+    except OSError as error:
+        raise DataError(f"{key}={pattern}: {error.strerror}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{key}={error}") from None
+    if not found:
+        raise ConfigError(f"{key}={pattern}: no object matches")
+    return found
+
+
+def _why_unreadable(path: str) -> str | None:
+    """What keeps a path from being read as a file. A pipe is never opened: that would wait for a writer."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        link = f"is a symbolic link to {os.readlink(path)}: " if os.path.islink(path) else ""
+        return f"{link}{error.strerror}"
+    if not stat.S_ISREG(mode):
+        return "is no regular file but a pipe or a device"
+    return None if os.access(path, os.R_OK) else "no permission to read it"
+
+
+def _scramble(values: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
+    """SplitMix64's output function of our own input, so that a split never changes with a library's generator."""
+    offset = np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    mixed = (values + offset) * np.uint64(0xD6E8FEB86659FD93)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

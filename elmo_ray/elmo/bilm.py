@@ -1,0 +1,313 @@
+"""The biLM inside the Elmo layer: tensors of character ids in, the activations of every layer out.
+
+What AllenNLP's code knows as `elmo._elmo_lstm`, with the attributes that programs reach for. Shapes: B sentences, T
+words of the longest, C characters, D directions, P projection, U distinct words.
+
+The LSTM state that a layer keeps from call to call, row by row, as AllenNLP's does without asking.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from elmo_ray.checkpoints.bilm_tf.hdf5 import read_weights
+from elmo_ray.checkpoints.bilm_tf.options import from_options, read_options
+from elmo_ray.config import SoftmaxConfig
+from elmo_ray.config.model import ModelConfig
+from elmo_ray.data.characters import N_CHARACTERS, PADDING, WORD_END, sentence_marker_rows
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.data.word_types import distinct_rows, encode_with_markers
+from elmo_ray.elmo.encoder import IntArray, SentenceEncoder
+from elmo_ray.errors import ConfigError, FormatError
+from elmo_ray.model.bilm import BiLM
+from elmo_ray.model.lstm import LstmState
+from elmo_ray.storage.url_cache import local_file
+
+
+class CarriedState:
+    """Row b of a batch goes on where row b of the batch before ended; `stateful=False` starts every sentence at zero.
+
+    A smaller batch uses and updates the first rows, the others wait; new rows of a larger batch begin at zero.
+    """
+
+    def __init__(self, stateful: bool = True):
+        self.stateful = stateful
+        self._states: LstmState | None = None
+
+    def start(self, rows: int, like: Tensor) -> LstmState | None:
+        """The state that `rows` rows begin with, on the device and in the type of `like`; None for zeros."""
+        if not self.stateful or self._states is None:
+            return None
+        kept = [tensor[:, :, :rows].to(like) for tensor in self._states]
+        missing = rows - kept[0].shape[2]
+        if missing > 0:
+            kept = [torch.cat([x, x.new_zeros(*x.shape[:2], missing, x.shape[3])], dim=2) for x in kept]
+        return LstmState(*kept)
+
+    def keep(self, after: LstmState) -> None:
+        """Takes the state at the end of a batch."""
+        if not self.stateful:
+            return
+        if self._states is not None and self._states.cell.shape[2] > after.cell.shape[2]:
+            rows = after.cell.shape[2]
+            after = LstmState(
+                *(
+                    torch.cat([new, old[:, :, rows:].to(new)], dim=2)
+                    for new, old in zip(after, self._states, strict=True)
+                )
+            )
+        self._states = after.detach()
+
+    def reset_states(self, mask: Tensor | None = None) -> None:
+        """Forgets all rows, or those where `mask` [rows] is set; raises ConfigError for another number of rows."""
+        if mask is None or self._states is None:
+            self._states = None
+            return
+        rows = self._states.cell.shape[2]
+        if mask.shape != (rows,):
+            raise ConfigError(f"reset_states: the mask has shape {list(mask.shape)}, the state has {rows} rows")
+        self._states = self._states.zero_rows(mask.to(self._states.cell.device, torch.bool))
+
+
+logger = logging.getLogger(__name__)
+
+Path = str | PathLike[str]
+Precision = Literal["fp32", "bf16"]
+_NO_CHARACTER = N_CHARACTERS
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+class ElmoBiLm(nn.Module):
+    """A biLM over batches of sentences.
+
+    options_file, weight_file: bilm-tf's pair, paths or URLs; or `model`, a BiLM in memory, which is used as it is.
+    vocabulary: of a model with word input. vocab_to_cache, requires_grad: as in `Elmo`. precision: bf16 for the
+    products. Raises FormatError for files that are not there or not a biLM's, ConfigError for settings that do not fit.
+    """
+
+    def __init__(
+        self,
+        options_file: Path | None,
+        weight_file: Path | None,
+        requires_grad: bool = False,
+        vocab_to_cache: Sequence[str] | None = None,
+        *,
+        model: BiLM | None = None,
+        vocabulary: Vocabulary | None = None,
+        stateful: bool = True,
+        precision: Precision = "fp32",
+    ):
+        super().__init__()
+        if precision not in _DTYPES:
+            raise ConfigError(f"precision={precision}: must be fp32 or bf16")
+        if model is None:
+            if options_file is None or weight_file is None:
+                raise ConfigError("options_file and weight_file are needed, or a module")
+            model = read_bilm(options_file, weight_file).requires_grad_(requires_grad)
+        if model.char_cnn is None and vocabulary is None:
+            raise ConfigError("a model with word input needs its vocabulary")
+        self.bilm, self.vocabulary = model, vocabulary
+        self.num_layers = model.config.lstm.n_layers + 1
+        self._encoder = SentenceEncoder(model, _DTYPES[precision])
+        self._elmo_lstm = CarriedState(stateful)
+        self._word_embedding: nn.Embedding | None = None
+        self._marker_embeddings: Tensor
+        self._requires_grad = requires_grad
+        if vocab_to_cache:
+            self.create_cached_cnn_embeddings(vocab_to_cache)
+
+    @property
+    def max_characters(self) -> int:
+        return self.bilm.config.char_cnn.max_characters
+
+    def get_output_dim(self) -> int:
+        """D * P."""
+        return self.bilm.directions * self.bilm.config.lstm.projection_dim
+
+    def reset_states(self, mask: Tensor | None = None) -> None:
+        """The next batch begins at zero, or those of its rows that `mask` names."""
+        self._elmo_lstm.reset_states(mask)
+
+    def forward(self, inputs: Tensor, word_inputs: Tensor | None = None) -> dict[str, Any]:
+        """`activations`, a list of [B, T + 2, D * P] for the word vectors and each LSTM layer, and `mask` [B, T + 2],
+        both with the sentence markers.
+
+        inputs: [B, T, C] as from `batch_to_ids`; for a model with word input [B, T] vocabulary ids plus one, 0 for
+        padding. word_inputs: [B, T] places in `vocab_to_cache`, 0 for padding, used instead of `inputs` where there is
+        such a list and they are in it. Raises ConfigError for ids that are none.
+        """
+        device = self._encoder.device
+        if self._word_embedding is not None and word_inputs is not None and self._has(word_inputs):
+            lengths = _lengths(word_inputs.cpu().numpy() > 0)
+            words, places = torch.unique(word_inputs.to(device), return_inverse=True)
+            cached = F.embedding(words, self._word_embedding.weight)
+            vectors = torch.cat([self._marker_embeddings.to(cached), cached])
+            return self._run(vectors, places + 2, lengths, 0, 1)
+        if self.bilm.word_embedding is not None:
+            return self._from_word_ids(inputs)
+        return self._from_characters(inputs)
+
+    def _from_characters(self, inputs: Tensor) -> dict[str, Any]:
+        chars_BTC, lengths = self._characters(inputs)
+        b, t, c = chars_BTC.shape
+        rows = np.concatenate([sentence_marker_rows(c), chars_BTC.reshape(-1, c)])
+        types, places = distinct_rows(rows)
+        vectors = self._vectors(types)
+        return self._run(vectors, torch.from_numpy(places[2:].reshape(b, t)), lengths, int(places[0]), int(places[1]))
+
+    def _from_word_ids(self, inputs: Tensor) -> dict[str, Any]:
+        if inputs.dim() != 2:
+            raise ConfigError(f"inputs have shape {list(inputs.shape)}; word input takes [sentences, words]")
+        table, vocabulary = self.bilm.word_embedding, self.vocabulary
+        if table is None or vocabulary is None:
+            raise ConfigError("a model with word input needs its embedding and vocabulary")
+        ids = inputs.cpu().numpy()
+        if ids.size and (ids.min() < 0 or ids.max() > len(table)):
+            raise ConfigError(f"inputs have word ids beyond 0 to {len(table)}")
+        places = (inputs - 1).clamp_min(0)
+        return self._run(table, places, _lengths(ids > 0), vocabulary.bos, vocabulary.eos)
+
+    def _run(self, vectors_UP: Tensor, places_BT: Tensor, lengths: IntArray, bos: int, eos: int) -> dict[str, Any]:
+        b, t = places_BT.shape
+        full = places_BT.new_full((b, t + 2), bos)
+        full[:, 1:-1] = places_BT
+        full.scatter_(1, torch.from_numpy(lengths + 1)[:, None].to(full.device), eos)
+        positions = lengths + 2
+        full = full.to(vectors_UP.device)
+        start = self._elmo_lstm.start(b, vectors_UP)
+        layers, after = self._encoder.layers(vectors_UP, full, positions, start)
+        self._elmo_lstm.keep(after)
+        mask = torch.arange(t + 2) < torch.from_numpy(positions)[:, None]
+        return {"activations": layers, "mask": mask.to(vectors_UP.device)}
+
+    def _characters(self, inputs: Tensor) -> tuple[NDArray[np.int16], IntArray]:
+        """[B, T, C] ids as in training, padding words as any, and the words of each sentence."""
+        if inputs.dim() != 3:
+            raise ConfigError(f"inputs have shape {list(inputs.shape)}; characters are [sentences, words, ids]")
+        ids = inputs.detach().cpu().numpy()
+        if ids.size and (ids.min() < 0 or ids.max() > N_CHARACTERS):
+            raise ConfigError(f"inputs have character ids beyond 0 to {N_CHARACTERS}; batch_to_ids makes them")
+        words_BT: NDArray[np.bool_] = np.asarray((ids > 0).any(axis=2))
+        # an id of 0 within a word is a character without a vector, see `_vectors`
+        chars = np.where(ids > 0, ids - 1, np.where(words_BT[:, :, None], _NO_CHARACTER, PADDING)).astype(np.int16)
+        return _to_width(chars, self.max_characters), _lengths(words_BT)
+
+    def _vectors(self, types_UC: NDArray[np.int16]) -> Tensor:
+        """[U, P]; also of words with characters whose vector is zero, as AllenNLP has them for ids of 0. Such words are
+        not made by `batch_to_ids`."""
+        if self.bilm.char_cnn is None or not (types_UC == _NO_CHARACTER).any():
+            return self._encoder.word_vectors(types_UC)
+        embedding = self.bilm.char_cnn.embedding
+        with_zero = {"embedding": torch.cat([embedding, embedding.new_zeros(1, embedding.shape[1])])}
+        types = torch.from_numpy(types_UC.astype(np.int64)).to(embedding.device)
+        return torch.func.functional_call(self.bilm.char_cnn, with_zero, (types, None, self._encoder.dtype))
+
+    def _has(self, word_inputs: Tensor) -> bool:
+        size = 0 if self._word_embedding is None else self._word_embedding.num_embeddings
+        return not word_inputs.numel() or (int(word_inputs.min()) >= 0 and int(word_inputs.max()) < size)
+
+    def create_cached_cnn_embeddings(self, tokens: Sequence[str]) -> None:
+        """Computes the vectors of `tokens` once; `word_inputs` are then places in this list, the first is padding."""
+        if self.bilm.char_cnn is None:
+            raise ConfigError("vocab_to_cache is for a model with characters; this one has a table of words")
+        if self._requires_grad:
+            logger.warning("the char CNN does not learn from words of vocab_to_cache, their vectors learn instead")
+        markers = sentence_marker_rows(self.max_characters)
+        types, places = distinct_rows(np.concatenate([markers, encode_with_markers(tokens, self.max_characters)]))
+        with torch.no_grad():
+            vectors = self._encoder.word_vectors(types)[torch.from_numpy(places).to(self._encoder.device)]
+        self.register_buffer("_marker_embeddings", vectors[:2].clone(), persistent=False)
+        words = vectors[2:].clone()
+        words[0] = 0
+        self._word_embedding = nn.Embedding.from_pretrained(words, freeze=not self._requires_grad)
+
+
+class ElmoCharacterEncoder(nn.Module):
+    """The context-independent part alone: [B, T, C] ids to `token_embedding` [B, T + 2, P] and `mask` [B, T + 2]."""
+
+    def __init__(self, options_file: Path, weight_file: Path, requires_grad: bool = False):
+        super().__init__()
+        self._bilm = ElmoBiLm(options_file, weight_file, requires_grad, stateful=False)
+        self.output_dim = self._bilm.bilm.config.lstm.projection_dim
+        self.requires_grad = requires_grad
+
+    def get_output_dim(self) -> int:
+        """P."""
+        return self.output_dim
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        output = self._bilm(inputs)
+        vectors = output["activations"][0][..., : self.output_dim]
+        return {"mask": output["mask"], "token_embedding": vectors}
+
+
+def read_bilm(options_file: Path, weight_file: Path) -> BiLM:
+    """The model of a published pair of files, each a path or a URL; without gradients. Raises FormatError."""
+    options, weights = local_file(options_file), local_file(weight_file)
+    config, _ = from_options(read_options(options), str(options), published=True)
+    return read_weights(weights, config)
+
+
+def without_softmax(model: BiLM) -> BiLM:
+    """The same parameters in a model that has no softmax table, which is most of a checkpoint and of no use here."""
+    return _rebuilt(model.config, model.state_dict(), 0 if model.word_embedding is None else len(model.word_embedding))
+
+
+def with_word_vectors(model: BiLM, vectors_VP: Tensor) -> BiLM:
+    """The model with a table of word vectors in the place of its char CNN, as bilm-tf runs from its token cache."""
+    config = ModelConfig(input="words", bidirectional=model.config.bidirectional, lstm=model.config.lstm)
+    tensors = {name: x for name, x in model.state_dict().items() if name.startswith("lstm.")}
+    return _rebuilt(config, {**tensors, "word_embedding": vectors_VP}, len(vectors_VP))
+
+
+def read_word_vectors(path: Path, width: int) -> Tensor:
+    """[V, P] of the `embedding` in a file that `embed` or bilm-tf's dump_token_embeddings wrote. Raises FormatError."""
+    local = local_file(path)
+    try:
+        with h5py.File(local, "r") as file:
+            values = np.asarray(file["embedding"][...], dtype=np.float32)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise FormatError(f"{path}: cannot be read as word vectors: {' '.join(str(error).split())}") from None
+    if values.ndim != 2 or values.shape[1] != width:
+        raise FormatError(f"{path}: embedding has shape {list(values.shape)}, the model needs [words, {width}]")
+    return torch.from_numpy(values)
+
+
+def _rebuilt(config: ModelConfig, tensors: dict[str, Tensor], n_words: int) -> BiLM:
+    with torch.device("meta"):
+        bare = BiLM(config, SoftmaxConfig(), n_words)
+    bare.softmax_weight = bare.softmax_bias = None
+    bare.load_state_dict({name: x for name, x in tensors.items() if not name.startswith("softmax_")}, assign=True)
+    return bare.requires_grad_(False)
+
+
+def _lengths(words_BT: NDArray[np.bool_]) -> IntArray:
+    lengths = words_BT.sum(axis=1).astype(np.int64)
+    if (words_BT != (np.arange(words_BT.shape[1]) < lengths[:, None])).any():
+        raise ConfigError("a sentence has padding between its words; padding comes after the last one")
+    return lengths
+
+
+def _to_width(chars_BTC: NDArray[np.int16], width: int) -> NDArray[np.int16]:
+    """Ids of words of another number of characters, such as encoding them anew would give: cut, or padded."""
+    given = chars_BTC.shape[2]
+    if given == width:
+        return chars_BTC
+    if given < width:
+        if given < 3 or (chars_BTC[..., -1] == WORD_END).any():
+            raise ConfigError(f"words have {given} ids and may be cut off; this model's words have {width}")
+        return np.pad(chars_BTC, ((0, 0), (0, 0), (0, width - given)), constant_values=PADDING)
+    cut = chars_BTC[..., :width].copy()
+    # what has neither ended nor is padding at the new last place was longer
+    cut[..., -1] = np.where(cut[..., -1] == PADDING, PADDING, WORD_END)
+    return cut

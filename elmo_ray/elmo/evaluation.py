@@ -1,0 +1,233 @@
+"""Losses of a whole held-out text by shard, with what is needed to turn them into measures.
+
+Two ways to read it: as S streams of contiguous text with carried state, or every sentence alone from zero state. Rows
+of a batch never see each other, so a result depends on model, text and (the first way) S; rows, windows and workers
+change the rounding, no more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from elmo_ray.checkpoints.source import open_source
+from elmo_ray.config import EvalConfig
+from elmo_ray.data.corpus import Block, Corpus
+from elmo_ray.data.encode import EncodedBlock, thread_source
+from elmo_ray.data.measures import PositionCounter, PositionCounts
+from elmo_ray.data.sentences import sentence_groups
+from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan, deal
+from elmo_ray.data.text import OnError
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.scoring import FixedModel, character_table, stream_losses
+from elmo_ray.errors import CheckpointError
+from elmo_ray.machine import available_cores, keep_freed_memory, leave_background
+from elmo_ray.model.bilm import BiLM
+
+POSITIONS_PER_BATCH = 4096
+"""About how many positions of a direction are computed at a time: enough for efficient products, and little memory."""
+
+_LOOK_AHEAD = 4
+_LONGEST_WINDOW = 256
+
+
+@dataclass
+class Tally:
+    """Sums over some positions of a text. Leading axis [2]: sentences with an unknown word, and without.
+
+    nats: float64 [2, D, shards].  positions, unknown, characters: int64 [2, shards]; characters are code points of
+    known words, so only those of sentences without an unknown word are complete.
+    """
+
+    nats: NDArray[np.float64]
+    positions: NDArray[np.int64]
+    unknown: NDArray[np.int64]
+    characters: NDArray[np.int64]
+
+    @classmethod
+    def zero(cls, directions: int, shards: int) -> Tally:
+        counts = (np.zeros((2, shards), np.int64) for _ in range(3))
+        return cls(np.zeros((2, directions, shards)), *counts)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.nats + other.nats,
+            self.positions + other.positions,
+            self.unknown + other.unknown,
+            self.characters + other.characters,
+        )
+
+    def add_losses(self, labels: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
+        """labels: [n] of positions, 2 * shard + known; losses: [D, n]."""
+        shards = self.nats.shape[2]
+        for direction, values in enumerate(losses):
+            sums = np.bincount(labels, values, minlength=2 * shards)
+            self.nats[:, direction] += sums.reshape(shards, 2).T
+
+    def add_counts(self, shard: int, counts: PositionCounts) -> None:
+        for known, chosen in enumerate((~counts.known, counts.known)):
+            self.positions[known, shard] += int(chosen.sum())
+            self.unknown[known, shard] += int(counts.unknown[chosen].sum())
+            self.characters[known, shard] += int(counts.characters[chosen].sum())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be measured, for any process that sees the files. checkpoint: a source with weights of fingerprint,
+    and the options and vocabulary that belong to it, where it is another program's."""
+
+    checkpoint: str
+    fingerprint: str | None
+    corpus: Corpus
+    settings: EvalConfig
+    on_error: OnError
+    options: str | None = None
+    vocab: str | None = None
+
+    def parts(self, workers: int) -> list[range]:
+        """Streams, or blocks with evaluate.reset=sentence, for up to `workers` processes; equal shares of the text."""
+        if self.settings.reset == "never":
+            return deal(self.settings.streams, min(workers, self.settings.streams))
+        ends = np.cumsum(self.corpus.block_positions)
+        cuts = np.searchsorted(ends, self.corpus.positions * np.arange(1, workers) / workers, side="left")
+        edges = [0, *cuts.tolist(), len(self.corpus)]
+        return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+
+    def measure(self, part: range, model: BiLM, vocabulary: Vocabulary) -> Tally:
+        """Of one of the parts; the model is on its device."""
+        keep_freed_memory()
+        dtype = torch.bfloat16 if self.settings.precision == "bf16" else None
+        scorer = Scorer(model, vocabulary, self.corpus, self.on_error, dtype)
+        if self.settings.reset == "sentence":
+            return scorer.sentences(part, self.settings.rows)
+        return scorer.streams(part, self.settings.streams, self.settings.rows)
+
+
+def measure_part(job: Job, part: range, device: str, threads: int | None, share: int) -> Tally:
+    """What a worker process does, one of `share` on its machine unless the number of its threads is given.
+
+    Raises CheckpointError where the checkpoint is no longer what it was for the driver.
+    """
+    leave_background()
+    cores = available_cores()
+    torch.set_num_threads(threads or max(1, cores // share))
+    source = open_source(job.checkpoint, options=job.options, vocab=job.vocab, verify=False)
+    if source.fingerprint != job.fingerprint:
+        raise CheckpointError(f"{job.checkpoint}: was replaced by another checkpoint while it was evaluated; try again")
+    return job.measure(part, source.model.to(device), source.vocabulary)
+
+
+class Scorer:
+    """A model and a text. The model must have a softmax and is used as it is, on its device. dtype: of the products."""
+
+    def __init__(
+        self,
+        model: BiLM,
+        vocabulary: Vocabulary,
+        corpus: Corpus,
+        on_error: OnError = "fail",
+        dtype: torch.dtype | None = None,
+    ):
+        self.model, self.vocabulary, self.corpus, self.on_error = model, vocabulary, corpus, on_error
+        self.characters = character_table(model, vocabulary)
+        self.counter = PositionCounter(vocabulary)
+        self.fixed = FixedModel(model, dtype)
+
+    def streams(self, streams: range, n_streams: int, rows: int) -> Tally:
+        """Of some of the text's `n_streams` streams, at most `rows` at a time."""
+        tally = self._zero()
+        plan = StreamPlan(self.corpus, n_streams, shuffle=False, epochs=1)
+        for first in range(streams.start, streams.stop, rows):
+            tally += self._stream_group(plan, range(first, min(first + rows, streams.stop)))
+        return tally
+
+    def sentences(self, blocks: range, rows: int) -> Tally:
+        """Of the sentences in some of the text's blocks, each from zero, at most `rows` at a time."""
+        tally = self._zero()
+        encoded = self._encode(self.corpus.block(i) for i in blocks)
+
+        def labelled() -> Iterator[tuple[EncodedBlock, NDArray[np.int64]]]:
+            for index, block in zip(blocks, encoded, strict=True):
+                shard = int(self.corpus.block_shard[index])
+                counts = self.counter.count(block)
+                tally.add_counts(shard, counts)
+                last_positions = np.cumsum(block.lengths.astype(np.int64) + 1) - 1
+                yield block, 2 * shard + counts.known[last_positions]
+
+        try:
+            for group in sentence_groups(labelled(), self.vocabulary, rows):
+                window = window_of(len(group.lengths))
+                batches = group.windows(window, self.vocabulary, self.characters, self.model.directions)
+                for batch, losses in stream_losses(self.fixed, batches):
+                    valid = np.arange(batch.targets.shape[2]) < batch.lengths[:, None]
+                    self._add(tally, np.broadcast_to(group.labels[:, None], valid.shape), valid, losses)
+        finally:
+            encoded.close()
+        return tally
+
+    def _zero(self) -> Tally:
+        return Tally.zero(self.model.directions, len(self.corpus.shards))
+
+    def _encode(self, blocks: Iterator[Block]) -> Generator[EncodedBlock, None, None]:
+        most = self.model.config.char_cnn.max_characters
+        return thread_source(blocks, self.vocabulary, most, _LOOK_AHEAD, self.on_error)
+
+    def _stream_group(self, plan: StreamPlan, streams: range) -> Tally:
+        tally = self._zero()
+        window = window_of(len(streams))
+        start = StreamCursors.start(len(streams))
+        labels: list[deque[NDArray[np.int64]]] = [deque() for _ in streams]
+
+        def source(blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
+            encoded = self._encode(blocks)
+            try:
+                # the loader asks for the same shares in the same order
+                for (_, share), block in zip(plan.requests(streams, start, window), encoded, strict=False):
+                    shard = int(self.corpus.block_shard[share.block])
+                    counts = self.counter.count(block).part(share.first, share.last)
+                    tally.add_counts(shard, counts)
+                    labels[share.stream - streams.start].append(2 * shard + counts.known)
+                    yield block
+            finally:
+                encoded.close()
+
+        loader = StreamLoader(
+            plan, streams, start, source, self.vocabulary, window, self.characters, self.model.directions
+        )
+        try:
+            for batch, losses in stream_losses(self.fixed, iter(loader)):
+                valid, labels_BT = _take_labels(batch, labels)
+                self._add(tally, labels_BT, valid, losses)
+        finally:
+            loader.close()
+        return tally
+
+    @staticmethod
+    def _add(tally: Tally, labels_BT: NDArray[np.int64], valid_BT: NDArray[np.bool_], losses_DBT: torch.Tensor) -> None:
+        values = losses_DBT.double().cpu().numpy()
+        tally.add_losses(labels_BT[valid_BT], values[:, valid_BT])
+
+
+def window_of(rows: int) -> int:
+    return max(16, min(_LONGEST_WINDOW, POSITIONS_PER_BATCH // rows))
+
+
+def _take_labels(batch: Batch, labels: list[deque[NDArray[np.int64]]]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """[B, T] which places of a batch are positions, and their labels, taken from each row's pieces."""
+    shape = batch.targets.shape[1:]
+    result = np.zeros(shape, np.int64)
+    for row, length in enumerate(batch.lengths.tolist()):
+        filled = 0
+        while filled < length:
+            piece = labels[row].popleft()
+            n = min(length - filled, len(piece))
+            result[row, filled : filled + n] = piece[:n]
+            filled += n
+            if n < len(piece):
+                labels[row].appendleft(piece[n:])
+    return np.arange(shape[1]) < batch.lengths[:, None], result

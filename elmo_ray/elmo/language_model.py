@@ -1,0 +1,148 @@
+"""What a biLM says of words in their place: the most probable ones (substitutes), and how unexpected each word is.
+
+A word is predicted by the forward direction from what comes before it and by the backward direction from what comes
+after; `both` multiplies the two and makes the products sum to 1. These need the softmax, which a run or a checkpoint
+has and a weights.hdf5 has not. Shapes: N words, P projection, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
+from elmo_ray.errors import ConfigError, FormatError
+from elmo_ray.kernels.full_softmax import FullSoftmax
+from elmo_ray.model.bilm import BiLM
+
+_MOST_LOGITS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Substitutes:
+    """For each of a sentence's n words the k most probable ones of the vocabulary, without `<S>`, `</S>` and `<UNK>`.
+
+    By direction (forward, backward, both; forward alone for such a model): ids [n, k], and their log probabilities in
+    nats, falling.
+    """
+
+    ids: dict[str, NDArray[np.int64]]
+    log_probabilities: dict[str, NDArray[np.float32]]
+    vocabulary: Vocabulary
+
+    def words(self, direction: str = "both") -> list[list[str]]:
+        return [[self.vocabulary.words[i] for i in row] for row in self.ids[direction].tolist()]
+
+
+@dataclass(frozen=True)
+class Surprisal:
+    """-log p of each of a sentence's n words, in nats: by direction [n]; `both` is the mean of the two directions'.
+
+    A word outside the vocabulary is scored as `<UNK>` and marked in `unknown` [n].
+    """
+
+    nats: dict[str, NDArray[np.float32]]
+    unknown: NDArray[np.bool_]
+
+
+class LanguageModel:
+    """A biLM with its softmax and vocabulary. Every sentence begins at zero state."""
+
+    def __init__(self, model: BiLM, vocabulary: Vocabulary):
+        """Raises FormatError for a model that has no softmax."""
+        if model.softmax_bias is None:
+            raise FormatError("this model holds no softmax, so it gives no word a probability")
+        if model.n_words != vocabulary.size:
+            raise ConfigError(f"the model has {model.n_words} words, the vocabulary {vocabulary.size}")
+        self.model, self.vocabulary, self._bias = model, vocabulary, model.softmax_bias
+        self.encoder = SentenceEncoder(model)
+        self._special = torch.tensor([vocabulary.bos, vocabulary.eos, vocabulary.unk])
+
+    @classmethod
+    def from_run(
+        cls, source: str | PathLike[str], checkpoint: str = "best", options: str | None = None, vocab: str | None = None
+    ) -> LanguageModel:
+        """Of a SOURCE that has a softmax: a run or a checkpoint; arguments as for `open_source`."""
+        from elmo_ray.checkpoints.source import open_source
+
+        opened = open_source(source, checkpoint, options, vocab)
+        if not opened.has_softmax:
+            raise FormatError(f"{opened.path}: holds no softmax, so it gives no word a probability; name the run")
+        return cls(opened.model, opened.vocabulary)
+
+    def substitutes(self, sentences: Iterable[Sequence[str]], k: int = 10) -> Iterator[Substitutes]:
+        """The `k` most probable words in every place of every tokenised sentence."""
+        for words in sentences:
+            yield self.substitutes_of(self._top(words), len(words), k)
+
+    def surprisal(self, sentences: Iterable[Sequence[str]]) -> Iterator[Surprisal]:
+        """How unexpected every word of every tokenised sentence is."""
+        for words in sentences:
+            yield self.surprisal_of(self._top(words), words)
+
+    def _top(self, words: Sequence[str]) -> Tensor:
+        batch = encode_sentences(self.encoder, self.vocabulary, [words])
+        with torch.no_grad():
+            return self.encoder.layers(*batch)[0][-1][0]
+
+    @torch.no_grad()
+    def substitutes_of(self, top: Tensor, n: int, k: int) -> Substitutes:
+        """From the top layer [n + 2 or more, D * P] of a sentence of n words, its markers included."""
+        k = min(k, self.vocabulary.size - 3)
+        predicting = self._predicting(top, n)
+        ids: dict[str, list[Tensor]] = {name: [] for name in self._names()}
+        values: dict[str, list[Tensor]] = {name: [] for name in self._names()}
+        tile = max(1, _MOST_LOGITS // self.vocabulary.size)
+        for first in range(0, max(n, 1), tile):
+            logits = {
+                name: torch.addmm(self._bias, x[first : first + tile], self.model.output_weight.t())
+                for name, x in predicting.items()
+            }
+            if len(logits) == 2:
+                # log p_f + log p_b differs from the sum of the logits by a constant, which the softmax takes away
+                logits["both"] = logits["forward"] + logits["backward"]
+            for name, of_place in logits.items():
+                log_p = torch.log_softmax(of_place, dim=1)
+                log_p[:, self._special.to(log_p.device)] = -math.inf
+                best = log_p.topk(k, dim=1)
+                ids[name].append(best.indices.cpu())
+                values[name].append(best.values.float().cpu())
+        return Substitutes(
+            {name: torch.cat(parts).numpy() for name, parts in ids.items()},
+            {name: torch.cat(parts).numpy() for name, parts in values.items()},
+            self.vocabulary,
+        )
+
+    @torch.no_grad()
+    def surprisal_of(self, top: Tensor, words: Sequence[str]) -> Surprisal:
+        """From the top layer of the sentence, as in `substitutes_of`."""
+        targets = np.array([self.vocabulary.ids.get(word, -1) for word in words], np.int64)
+        unknown = targets < 0
+        targets[unknown] = self.vocabulary.unk
+        at = torch.from_numpy(targets).to(top.device)
+        softmax = FullSoftmax(self.model.output_weight, self._bias, rows=len(words))
+        nats = {
+            name: softmax.losses(x, at).float().cpu().numpy() for name, x in self._predicting(top, len(words)).items()
+        }
+        if len(nats) == 2:
+            nats["both"] = (nats["forward"] + nats["backward"]) / 2
+        return Surprisal(nats, unknown)
+
+    def _predicting(self, top: Tensor, n: int) -> dict[str, Tensor]:
+        """[n, P] by direction: what stands before each word, and what stands after it."""
+        width = self.model.config.lstm.projection_dim
+        found = {"forward": top[:n, :width].contiguous()}
+        if self.model.directions == 2:
+            found["backward"] = top[2 : n + 2, width:].contiguous()
+        return found
+
+    def _names(self) -> list[str]:
+        return ["forward", "backward", "both"] if self.model.directions == 2 else ["forward"]

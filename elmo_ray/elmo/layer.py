@@ -1,0 +1,235 @@
+"""The ELMo layer for a task's model: `Elmo` and `batch_to_ids`, to be used where AllenNLP's were. Needs no Ray.
+
+State is carried from call to call, as AllenNLP's layer does without saying so: the vectors of a sentence then depend on
+what was in the same row of the batch before. `stateful=False` begins every sentence at zero.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.data.word_types import encode_with_markers
+from elmo_ray.elmo.bilm import (
+    ElmoBiLm,
+    ElmoCharacterEncoder,
+    Path,
+    Precision,
+    read_bilm,
+    read_word_vectors,
+    with_word_vectors,
+    without_softmax,
+)
+from elmo_ray.elmo.scalar_mix import ScalarMix
+from elmo_ray.errors import ConfigError
+from elmo_ray.model.bilm import BiLM
+from elmo_ray.storage.url_cache import local_file
+
+logger = logging.getLogger(__name__)
+
+# Names that code written for AllenNLP imports.
+_ElmoBiLm, _ElmoCharacterEncoder = ElmoBiLm, ElmoCharacterEncoder
+
+__all__ = ["Elmo", "ElmoBiLm", "ElmoCharacterEncoder", "ScalarMix", "batch_to_ids"]
+
+
+class Elmo(nn.Module):
+    """Representations of words in their sentences: learned mixtures of a pre-trained biLM's layers.
+
+    options_file, weight_file: bilm-tf's options.json and weights.hdf5, each a path or a URL (fetched once, see
+    `remote_file`). num_output_representations: mixtures, each with weights of its own. requires_grad: also train the
+    biLM. do_layer_norm: see `ScalarMix`. dropout: of the representations, in training. vocab_to_cache: words whose
+    context-independent vectors are computed once; `forward` then takes their places in this list as `word_inputs`, and
+    the first is padding. keep_sentence_boundaries: leave the vectors of `<S>` and `</S>` in. scalar_mix_parameters:
+    fixed weights of the layers, before the softmax. module: used in place of the two files: a `BiLM`, or any module
+    with `num_layers`, `get_output_dim()` and a `forward` that gives `activations` and `mask`; requires_grad is then
+    without effect.
+
+    More than AllenNLP has: stateful=False; precision="bf16" for the products; l2_coef and use_top_only as in
+    `ScalarMix`; vocabulary, which a model with word input needs.
+    Raises FormatError for files that cannot be used and ConfigError for arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        options_file: Path | None,
+        weight_file: Path | None,
+        num_output_representations: int,
+        requires_grad: bool = False,
+        do_layer_norm: bool = False,
+        dropout: float = 0.5,
+        vocab_to_cache: Sequence[str] | None = None,
+        keep_sentence_boundaries: bool = False,
+        scalar_mix_parameters: Sequence[float] | None = None,
+        module: nn.Module | None = None,
+        *,
+        stateful: bool = True,
+        precision: Precision = "fp32",
+        l2_coef: float | None = None,
+        use_top_only: bool = False,
+        vocabulary: Vocabulary | None = None,
+    ):
+        super().__init__()
+        if module is not None and (options_file is not None or weight_file is not None):
+            raise ConfigError("options_file and weight_file are not read beside a module; give None for them")
+        if module is None or isinstance(module, BiLM):
+            self._elmo_lstm: Any = ElmoBiLm(
+                options_file,
+                weight_file,
+                requires_grad,
+                vocab_to_cache,
+                model=module,
+                vocabulary=vocabulary,
+                stateful=stateful,
+                precision=precision,
+            )
+        else:
+            self._elmo_lstm = module
+        self._has_cached_vocab = vocab_to_cache is not None
+        self._keep_sentence_boundaries = keep_sentence_boundaries
+        self._dropout = nn.Dropout(dropout)
+        self._scalar_mixes: list[ScalarMix] = []
+        for k in range(num_output_representations):
+            mix = ScalarMix(
+                int(self._elmo_lstm.num_layers),
+                do_layer_norm,
+                scalar_mix_parameters,
+                scalar_mix_parameters is None,
+                l2_coef,
+                use_top_only,
+            )
+            self.add_module(f"scalar_mix_{k}", mix)
+            self._scalar_mixes.append(mix)
+
+    @classmethod
+    def from_run(
+        cls,
+        source: Path,
+        num_output_representations: int = 1,
+        *,
+        checkpoint: str = "best",
+        options: str | None = None,
+        vocab: str | None = None,
+        requires_grad: bool = False,
+        **settings: Any,
+    ) -> Elmo:
+        """The layer of a SOURCE: a run's folder (`checkpoint`: best, last or a name), a checkpoint, or what else
+        `source.open_source` opens; `settings` are those of the class."""
+        from elmo_ray.checkpoints.source import open_source
+
+        opened = open_source(source, checkpoint, options, vocab)
+        model = without_softmax(opened.model).requires_grad_(requires_grad)
+        return cls(None, None, num_output_representations, module=model, vocabulary=opened.words, **settings)
+
+    @classmethod
+    def from_model(
+        cls, model: BiLM, num_output_representations: int = 1, *, vocabulary: Vocabulary | None = None, **settings: Any
+    ) -> Elmo:
+        """The layer of a model in memory, whose parameters it shares and whose `requires_grad` it leaves as it is."""
+        return cls(None, None, num_output_representations, module=model, vocabulary=vocabulary, **settings)
+
+    @classmethod
+    def from_token_vectors(
+        cls,
+        options_file: Path,
+        weight_file: Path,
+        vectors_file: Path,
+        vocab_file: Path,
+        num_output_representations: int = 1,
+        requires_grad: bool = False,
+        **settings: Any,
+    ) -> Elmo:
+        """The layer without a char CNN: context-independent vectors come from `vectors_file`, which `embed` with
+        embed.tokens or bilm-tf's dump_token_embeddings wrote for the words of `vocab_file`.
+
+        `forward` takes [B, T] word ids plus one, as `encode` gives them; a word that is not in the file is `<UNK>`.
+        """
+        model = read_bilm(options_file, weight_file)
+        vocabulary = Vocabulary.read(local_file(vocab_file))
+        vectors = read_word_vectors(vectors_file, model.config.lstm.projection_dim)
+        if len(vectors) != vocabulary.size:
+            raise ConfigError(f"{vectors_file}: has {len(vectors)} words, {vocab_file} has {vocabulary.size}")
+        model = with_word_vectors(model, vectors).requires_grad_(requires_grad)
+        return cls(None, None, num_output_representations, module=model, vocabulary=vocabulary, **settings)
+
+    def get_output_dim(self) -> int:
+        """The size of a representation: directions times projection."""
+        return int(self._elmo_lstm.get_output_dim())
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a batch goes on where the one before ended, row by row."""
+        return bool(self._elmo_lstm._elmo_lstm.stateful)
+
+    @stateful.setter
+    def stateful(self, value: bool) -> None:
+        self._elmo_lstm._elmo_lstm.stateful = value
+
+    def reset_states(self, mask: Tensor | None = None) -> None:
+        """Forget the carried state, of all rows or of those in `mask` [rows]."""
+        self._elmo_lstm.reset_states(mask)
+
+    def encode(self, batch: Sequence[Sequence[str]]) -> Tensor:
+        """The `inputs` of tokenised sentences: characters, or vocabulary ids plus one for a model with word input."""
+        bilm: ElmoBiLm = self._elmo_lstm
+        if bilm.vocabulary is None or bilm.bilm.char_cnn is not None:
+            return batch_to_ids(batch, bilm.max_characters)
+        ids, unk = bilm.vocabulary.ids, bilm.vocabulary.unk
+        inputs = torch.zeros(len(batch), max(map(len, batch), default=0), dtype=torch.long)
+        for row, words in zip(inputs, batch, strict=True):
+            row[: len(words)] = torch.tensor([ids.get(word, unk) + 1 for word in words], dtype=torch.long)
+        return inputs
+
+    def regularization(self) -> Tensor:
+        """What l2_coef adds to a task's loss, summed over the mixtures."""
+        return torch.stack([mix.regularization() for mix in self._scalar_mixes]).sum()
+
+    def forward(self, inputs: Tensor, word_inputs: Tensor | None = None) -> dict[str, Any]:
+        """`elmo_representations`, a list of [B, T, dim] for each mixture, and `mask` [B, T], true for words.
+
+        inputs: [B, T, 50] of `batch_to_ids` (any further dimensions in front are kept), or what `encode` gives.
+        word_inputs: [B, T] places in vocab_to_cache; words outside of it are read from `inputs`. With
+        keep_sentence_boundaries the results have T + 2 positions.
+        """
+        inner = 2 if self._takes_words else 3
+        lead = inputs.shape[: 1 - inner]  # all but the words of a sentence and their characters
+        if inputs.dim() > inner:
+            inputs = inputs.reshape(-1, *inputs.shape[1 - inner :])
+        if word_inputs is not None:
+            lead = word_inputs.shape[:-1]
+            word_inputs = word_inputs.reshape(-1, word_inputs.shape[-1])
+            if not self._has_cached_vocab:
+                logger.warning("word_inputs are given, but there is no vocab_to_cache; they are not used")
+                word_inputs = None
+        output = self._elmo_lstm(inputs, word_inputs)
+        mask = output["mask"]
+        mixed = [mix(output["activations"], mask) for mix in self._scalar_mixes]
+        if not self._keep_sentence_boundaries:
+            # the last position of each sentence goes as well, wherever it is
+            inner_mask = mask[:, 2:]
+            mixed = [torch.where(inner_mask[..., None], x[:, 1:-1], 0.0) for x in mixed]
+            mask = inner_mask
+        shape = (*lead, mask.shape[1])
+        representations = [self._dropout(x.contiguous()).view(*shape, x.shape[-1]) for x in mixed]
+        return {"elmo_representations": representations, "mask": mask.reshape(shape)}
+
+    @property
+    def _takes_words(self) -> bool:
+        return isinstance(self._elmo_lstm, ElmoBiLm) and self._elmo_lstm.bilm.char_cnn is None
+
+
+def batch_to_ids(batch: Sequence[Sequence[str]], max_characters: int = 50) -> Tensor:
+    """[sentences, words of the longest, max_characters] character ids of tokenised sentences, int64: those of training
+    plus one, 0 for padding words (BILM.md, Characters and words)."""
+    lengths = np.fromiter(map(len, batch), np.int64, len(batch))
+    words = list(itertools.chain.from_iterable(batch))
+    ids = np.zeros((len(lengths), int(lengths.max(initial=0)), max_characters), np.int64)
+    ids[np.arange(ids.shape[1]) < lengths[:, None]] = encode_with_markers(words, max_characters) + 1
+    return torch.from_numpy(ids)

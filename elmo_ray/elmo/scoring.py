@@ -1,0 +1,175 @@
+"""Held-out losses of a model over streams of text, with the full softmax and carried states from zero.
+
+Shared by validation inside training and by `evaluate`. The result depends on model, text and number of streams only:
+a row of the batch never sees another, so neither rows nor workers matter beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elmo_ray.data.measures import perplexity
+from elmo_ray.data.streams import Batch, BlockSource, StreamCursors, StreamLoader, StreamPlan
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.data.word_types import TypeTable
+from elmo_ray.elmo.word_cache import WordCache
+from elmo_ray.kernels.cpu.lstm_inference import CpuLstm, PackedLstm
+from elmo_ray.kernels.full_softmax import FullSoftmax
+from elmo_ray.kernels.threads import threads_for_parts
+from elmo_ray.model.bilm import BiLM
+from elmo_ray.model.lstm import LstmState
+
+_MANY_ROWS = 32
+"""From so many rows on the input's part of the gates is best computed with the recurrent one."""
+
+
+@dataclass
+class LossSums:
+    """Nats summed over positions, by direction, and the positions of one direction."""
+
+    nats: list[float]
+    positions: int
+
+    @property
+    def mean(self) -> list[float]:
+        """Nats per position of each direction."""
+        return [n / max(1, self.positions) for n in self.nats]
+
+    def perplexities(self) -> dict[str, float | None]:
+        """`perplexity_forward`, `perplexity_backward` (None when forward only), `perplexity` = exp of the mean loss,
+        and `perplexity_mean`, the mean of both (the published 39.7 is one)."""
+        each = [perplexity(m) for m in self.mean]
+        return {
+            "perplexity_forward": each[0],
+            "perplexity_backward": each[1] if len(each) > 1 else None,
+            "perplexity": perplexity(sum(self.mean) / len(each)),
+            "perplexity_mean": sum(each) / len(each),
+        }
+
+
+def character_table(model: BiLM, vocabulary: Vocabulary) -> TypeTable | None:
+    """The table that a StreamLoader needs for this model; None for word input."""
+    if model.char_cnn is None:
+        return None
+    return TypeTable(vocabulary, model.config.char_cnn.max_characters, model.char_cnn.widest)
+
+
+class FixedModel:
+    """A model as it is now, for measuring: word vectors and converted weights are made once. dtype: of the products."""
+
+    def __init__(self, model: BiLM, dtype: torch.dtype | None = None):
+        self.model, self.dtype = model, dtype
+        self.words = WordCache(model, dtype)
+
+    def outputs(
+        self, words_UP: Tensor, places_DN: Tensor, rows: list[int], state: LstmState
+    ) -> tuple[Tensor, LstmState]:
+        """[D, N, P] of the top layer, and the state after it; arguments as of `CpuLstm.run`."""
+        if rows[0] >= _MANY_ROWS and words_UP.device.type == "cpu":
+            outputs, after = self._many_rows.run(words_UP, places_DN, rows, state)
+        else:
+            outputs, after = self._few_rows.run(F.embedding(places_DN, words_UP), rows, state)
+        return outputs[-1], after
+
+    @cached_property
+    def softmax(self) -> FullSoftmax:
+        bias = self.model.softmax_bias
+        if bias is None:
+            raise ValueError("this model has no softmax")
+        return FullSoftmax(self.model.output_weight, bias, self.dtype)
+
+    @cached_property
+    def _many_rows(self) -> CpuLstm:
+        return CpuLstm(self.model.lstm, self.dtype)
+
+    @cached_property
+    def _few_rows(self) -> PackedLstm:
+        return PackedLstm(self.model.lstm, self.dtype)
+
+
+def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Yields each batch with its [D, B, T] losses in nats (in the model's own type, 0 where there is no position).
+
+    State is carried from batch to batch, from zero. The model's training flag, parameters and noise are not touched.
+    Sums over positions belong into float64.
+    """
+    softmax = model.softmax
+    state: LstmState | None = None
+    for batch in batches:
+        with torch.no_grad(), threads_for_parts():  # a generator's decorator does not hold between its yields
+            types_UP = model.words.vectors(batch.types, batch.type_classes)
+            losses = types_UP.new_zeros(batch.targets.shape)
+            directions, rows, window = losses.shape
+            if state is None:
+                state = model.model.lstm.zero_state(rows, like=types_UP)
+            # positions time by time, and at each time the rows that go on, longest first
+            by_length = np.argsort(-batch.lengths, kind="stable")
+            goes_on_TB = np.arange(window)[:, None] < batch.lengths[by_length]
+            times, places = np.nonzero(goes_on_TB)
+            if len(times):
+                at = by_length[places], times
+                inputs_DN, targets_DN = (
+                    torch.from_numpy(a[:, at[0], at[1]]).to(losses.device) for a in (batch.inputs, batch.targets)
+                )
+                counts = goes_on_TB.sum(axis=1)
+                order = torch.from_numpy(by_length).to(losses.device)
+                x_DNP, ended = model.outputs(types_UP, inputs_DN, counts[counts > 0].tolist(), state.rows(order))
+                state = ended.rows(torch.argsort(order))
+                found_N = softmax.losses(x_DNP.flatten(0, 1), targets_DN.flatten())
+                losses[:, at[0], at[1]] = found_N.view(directions, -1)
+        yield batch, losses
+
+
+class Validation:
+    """A held-out text, cut into streams, for measuring again and again inside training.
+
+    positions: at most so many are read, the first of each stream. streams: those of this worker.
+    """
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        streams: range,
+        source: BlockSource,
+        vocabulary: Vocabulary,
+        unroll: int,
+        positions: int,
+        model: BiLM,
+        dtype: torch.dtype | None,
+    ):
+        self.plan, self.streams, self.source, self.vocabulary = plan, streams, source, vocabulary
+        self.unroll, self.dtype, self.model = unroll, dtype, model
+        self.characters = character_table(model, vocabulary)
+        per_stream = -(-min(positions, plan.positions) // plan.n_streams)
+        self.windows = -(-per_stream // unroll)
+
+    def losses(self) -> LossSums:
+        """Of this worker's streams."""
+        totals = np.zeros(self.model.directions)
+        positions = 0
+        if len(self.streams):
+            loader = StreamLoader(
+                self.plan,
+                self.streams,
+                StreamCursors.start(len(self.streams)),
+                self.source,
+                self.vocabulary,
+                self.unroll,
+                self.characters,
+                self.model.directions,
+            )
+            try:
+                batches = (loader.next_batch() for _ in range(self.windows))
+                for batch, losses in stream_losses(FixedModel(self.model, self.dtype), batches):
+                    totals += losses.sum(dim=(1, 2), dtype=torch.float64).cpu().numpy()
+                    positions += batch.positions
+            finally:
+                loader.close()
+        return LossSums(totals.tolist(), positions)

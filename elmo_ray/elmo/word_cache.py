@@ -1,0 +1,72 @@
+"""Vectors of words, each computed once, however often it comes. U words of a batch, C characters, P projection."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elmo_ray.kernels.cpu.char_cnn_inference import FixedCharCnn
+from elmo_ray.model.bilm import BiLM
+
+_MOST_BYTES = 1 << 30
+
+
+class WordCache:
+    """What a fixed model makes of words, by their characters; so known and unknown words are alike.
+
+    Only new words go through the char CNN. Where there is no more room, all are forgotten and it begins anew. With
+    word-id input there is nothing to keep. `most_bytes` bounds the vectors, but for the words of one batch.
+    """
+
+    def __init__(self, model: BiLM, dtype: torch.dtype | None = None, most_bytes: int = _MOST_BYTES):
+        self.model, self.dtype = model, dtype
+        reference = next(model.parameters())
+        width = model.config.lstm.projection_dim
+        self.device = reference.device
+        self._most_rows = max(1, most_bytes // (width * reference.element_size()))
+        self._rows: dict[bytes, int] = {}
+        self._table = reference.detach().new_empty(0, width)
+        self._fixed: FixedCharCnn | None = None
+        if model.char_cnn is not None and self.device.type == "cpu" and FixedCharCnn.serves(model.char_cnn):
+            self._fixed = FixedCharCnn(model.char_cnn, dtype)
+
+    @torch.no_grad()
+    def vectors(self, types: np.ndarray, classes: tuple[tuple[int, int], ...]) -> Tensor:
+        """[U, P] vectors of words: [U, C] character ids, shorter classes first as in `streams.Batch`, or [U] ids.
+
+        A word may be there more than once.
+        """
+        if self.model.char_cnn is None:
+            return self.model.encode_types(torch.from_numpy(types).to(self.device))
+        types_UC = np.ascontiguousarray(types)
+        row_bytes = np.dtype((np.void, types_UC.shape[1] * types_UC.itemsize))
+        keys: list[bytes] = types_UC.view(row_bytes).ravel().tolist()  # type: ignore[assignment]
+        if len(self._rows) + len(keys) > self._most_rows:
+            self._rows.clear()
+        first = len(self._rows)
+        new: list[int] = []
+        for number, key in enumerate(keys):
+            if key not in self._rows:
+                self._rows[key] = first + len(new)
+                new.append(number)
+        if new:
+            self._reserve(first, first + len(new))
+            self._table[first : first + len(new)] = self._encode(types_UC, classes, new)
+        return self._table[torch.tensor([self._rows[key] for key in keys]).to(self.device)]
+
+    def _encode(self, types_UC: np.ndarray, classes: tuple[tuple[int, int], ...], chosen: list[int]) -> Tensor:
+        # types come class by class, so those that are chosen do, too
+        ends = np.cumsum([count for count, _ in classes])
+        counts = np.bincount(np.searchsorted(ends, chosen, side="right"), minlength=len(classes))
+        kept = tuple((int(n), columns) for n, (_, columns) in zip(counts, classes, strict=True) if n)
+        if self._fixed is not None:
+            return self._fixed.encode(types_UC[chosen], kept)
+        return self.model.encode_types(torch.from_numpy(types_UC[chosen]).to(self.device), kept, dtype=self.dtype)
+
+    def _reserve(self, used: int, wanted: int) -> None:
+        if wanted <= len(self._table):
+            return
+        table = self._table.new_empty(max(min(self._most_rows, 2 * len(self._table)), wanted), self._table.shape[1])
+        table[:used] = self._table[:used]
+        self._table = table

@@ -1,0 +1,309 @@
+"""`embed`: text to vectors of every word, as HDF5 or Parquet; or most probable words, or surprisal.
+
+    python -m elmo_ray.embed SOURCE IN OUT [key.path=value ...] [--resume | --fresh] [--dry-run] [--json FILE]
+    python -m elmo_ray.embed SOURCE OUT embed.tokens=vocab.txt
+
+A Ray Data job with a pool of actors, each with the model; with cluster.workers=0 this process. The text is cut into
+units, each a file below OUT; a job that was stopped goes on with --resume, and does not do finished units again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elmo_ray.checkpoints.source import Source, open_source
+from elmo_ray.config.command_line import Flags, run_verb
+from elmo_ray.embed.config import EmbedConfig
+from elmo_ray.embed.record import (
+    RECORD,
+    TEXT_FOLDER,
+    EmbedJob,
+    check_same,
+    check_use,
+    job_record,
+    locked,
+    read_record,
+    remove,
+)
+from elmo_ray.embed.shards import is_finished, join_hdf5
+from elmo_ray.embed.units import Unit, cut_units, find_files
+from elmo_ray.embed.worker import EmbedWorker, Progress, check_layers, write_token_vectors
+from elmo_ray.errors import ConfigError, DataError, ElmoRayError, FormatError
+from elmo_ray.storage.files import write_json
+
+logger = logging.getLogger("elmo_ray.embed")  # also where this module is __main__
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """values: also what --json writes."""
+
+    values: dict[str, Any]
+
+    def summary(self) -> str:
+        v = self.values
+        if "units" not in v:
+            return f"{v['out']}: {v['words']:,} words in {v['seconds']:.1f} s"
+        before = f", {v['units_done_before']:,} of them before" if v["units_done_before"] else ""
+        speed = f": {v['words']:,} words in {v['seconds']:.1f} s, {v['words_per_second']:,.0f}/s" if v["words"] else ""
+        return f"{v['out']}: {v['sentences']:,} sentences in {v['units']:,} shards{before}{speed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.values
+
+
+@dataclass(frozen=True)
+class EmbedPlan:
+    """What `embed` would do."""
+
+    config: EmbedConfig
+    source: str
+    sentences: int
+    units: int
+    finished: int
+
+    def summary(self) -> str:
+        work = f"{self.sentences:,} sentences in {self.units:,} shards, {self.finished:,} of them finished"
+        return "\n".join([self.config.to_yaml().rstrip(), "", self.source, work])
+
+    def to_dict(self) -> dict[str, Any]:
+        work = {"sentences": self.sentences, "units": self.units, "finished": self.finished}
+        return {"config": self.config.to_dict(), "source": self.source, **work}
+
+
+def run(config: EmbedConfig, flags: Flags | None = None) -> EmbedResult | EmbedPlan:
+    """Embeds the text; writes only OUT and, for HDF5, OUT.parts. Raises ElmoRayErrors for users' mistakes."""
+    flags = flags or Flags()
+    source = open_source(config.init.source, config.checkpoint, config.init.options, config.init.vocab)
+    out = Path(os.path.abspath(os.path.expanduser(str(config.out))))
+    if config.embed.tokens is not None:
+        return _embed_tokens(config, source, out, flags)
+    is_hdf5 = _is_hdf5(config, out)
+    parts = out.with_name(f"{out.name}.parts") if is_hdf5 else out
+    check_use(out, parts, is_hdf5, flags)
+    job = _job(config, source, parts, is_hdf5)
+    check_layers(job, source)
+    if flags.fresh and not flags.dry_run:
+        remove(out, parts)
+    old = None if flags.fresh else read_record(parts)
+    # a dry run writes nothing to OUT, but it counts what is in compressed files, too
+    scratch = tempfile.TemporaryDirectory() if flags.dry_run else locked(parts)
+    with scratch as temporary:
+        unpack_to = Path(temporary) if temporary else parts / TEXT_FOLDER
+        files = find_files(config.texts, config.embed.column, unpack_to)
+        units = cut_units(files, config.embed.column, config.data.block_bytes, whole=job.carry)
+        if not units:
+            raise DataError(f"in={','.join(config.texts)}: no sentence in {len(files)} files")
+        record = job_record(job, source, config.data.block_bytes, files, units)
+        if old is not None:
+            check_same(old, record, parts)
+        whole = is_hdf5 and out.exists() and not flags.fresh
+        finished = {unit.number for unit in units if whole or is_finished(job, unit)} if old is not None else set()
+        sentences = sum(unit.count for unit in units)
+        if flags.dry_run:
+            return EmbedPlan(config, source.describe(), sentences, len(units), len(finished))
+        if old is None:
+            write_json(parts / RECORD, record)
+        waiting = [unit for unit in units if unit.number not in finished]
+        progress = Progress(sentences, sum(unit.count for unit in units if unit.number in finished))
+        logger.info("%s", source.describe())
+        logger.info("%d of %d shards are to be done, %s sentences", len(waiting), len(units), f"{sentences:,}")
+        if waiting:
+            _perform(job, source, waiting, config, progress)
+        if is_hdf5 and not whole:
+            join_hdf5(job, units, out)
+        shutil.rmtree(parts / TEXT_FOLDER, ignore_errors=True)
+        if not is_hdf5:
+            write_json(parts / RECORD, {**record, "finished": True})
+    if is_hdf5:
+        shutil.rmtree(parts, ignore_errors=True)
+    values = {"out": str(out), "sentences": sentences, "units": len(units), "units_done_before": len(finished)}
+    return EmbedResult({**values, **progress.values})
+
+
+def _perform(job: EmbedJob, source: Source, units: Sequence[Unit], config: EmbedConfig, progress: Progress) -> None:
+    if config.cluster.workers == 0:
+        before = torch.get_num_threads()
+        try:
+            worker = EmbedWorker(dataclasses.replace(job, device=_device_here(config)), source)
+            results: Iterable[dict[str, Any]] = map(worker.make, units)
+            _follow(results, units, progress)
+        finally:
+            torch.set_num_threads(before)
+    else:
+        _follow(_on_ray(job, units, config), units, progress)
+
+
+def _follow(results: Iterable[dict[str, Any]], units: Sequence[Unit], progress: Progress) -> None:
+    counts = {unit.number: unit.count for unit in units}
+    try:
+        for result in results:
+            if result.get("error"):
+                raise DataError(result["error"])
+            progress.add(counts.pop(result["unit"]), result["words"])
+    finally:
+        progress.close()
+    if counts:
+        raise ElmoRayError(f"{len(counts)} shards were not done; --resume does them")
+
+
+def _device_here(config: EmbedConfig) -> str:
+    if config.cluster.device == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("cluster.device=gpu: torch sees no GPU on this machine; set cluster.device=cpu")
+    return "cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _on_ray(job: EmbedJob, units: Sequence[Unit], config: EmbedConfig) -> Iterator[dict[str, Any]]:
+    """Results as they come, in any order: each unit is a file of its own."""
+    from elmo_ray.cluster.session import ensure_ray
+
+    # First, because Ray Data takes its logging level from the environment when it is imported.
+    ensure_ray()
+    import ray
+    import ray.data
+
+    from elmo_ray.embed.worker import EmbedActor
+
+    cluster = config.cluster
+    workers = min(cluster.workers, len(units))
+    on_gpu, threads = _place(workers, config)
+    job = dataclasses.replace(job, device="cuda" if on_gpu else "cpu", threads=cluster.threads or threads)
+    items = [{"unit": json.dumps(dataclasses.asdict(unit))} for unit in units]
+    # an object for each block is made in this process: some thousand at most
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 2000))
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # a unit may be a file of hours
+    with warnings.catch_warnings():
+        # the number of retries is given as Ray 2.60 takes it, which says that another version will not
+        warnings.simplefilter("ignore")
+        results = dataset.map_batches(
+            EmbedActor,
+            fn_constructor_args=(json.dumps(dataclasses.asdict(job)),),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=cluster.cpus_per_worker,
+            num_gpus=1 if on_gpu else 0,
+            max_task_retries=cluster.max_failures,  # of a shard; an actor that died is replaced in any case
+        )
+    try:
+        yield from results.iter_rows()
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ElmoRayError):
+            raise cause from None
+        raise ElmoRayError(
+            f"a shard lost its worker more than cluster.max_failures={cluster.max_failures} times; --resume goes on: "
+            f"{' '.join(str(error).split())[-300:]}"
+        ) from None
+
+
+def _place(workers: int, config: EmbedConfig) -> tuple[bool, int]:
+    """Whether workers use GPUs, and their share of a node's cores. Raises ConfigError where they cannot all be placed:
+    a pool that waits for an actor waits for ever."""
+    import ray
+
+    cluster = config.cluster
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    if cluster.device == "gpu" and sum(gpus) < workers:
+        raise ConfigError(f"cluster.device=gpu: {workers} workers need a GPU each, the Ray cluster has {sum(gpus)}")
+    on_gpu = cluster.device == "gpu" or (cluster.device == "auto" and sum(gpus) >= workers)
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+    places = [int(have / cluster.cpus_per_worker + 1e-6) for have in cpus]
+    if on_gpu:
+        places = [min(place, have) for place, have in zip(places, gpus, strict=True)]
+    if sum(places) < workers:
+        raise ConfigError(
+            f"cluster.workers={cluster.workers} x cluster.cpus_per_worker={cluster.cpus_per_worker}: the Ray cluster "
+            f"has room for {sum(places)} (CPUs of its nodes: {', '.join(f'{c:g}' for c in cpus)}); lower one of them"
+        )
+    return on_gpu, max(1, int(max(cpus) / -(-workers // len(nodes))))
+
+
+def _job(config: EmbedConfig, source: Source, parts: Path, is_hdf5: bool) -> EmbedJob:
+    init, embed = config.init, config.embed
+    if embed.output in ("substitutes", "surprisal"):
+        if not source.has_softmax:
+            raise FormatError(
+                f"{source.path}: holds no softmax, so it gives no word a probability; embed.output={embed.output} "
+                "needs the run or the checkpoint that it was exported from"
+            )
+        if is_hdf5:
+            raise ConfigError(f"embed.output={embed.output} is written as Parquet; name a folder as OUT")
+    elif source.config.input == "words" and source.words is None:
+        raise ConfigError(f"{source.path}: a model with word input needs its vocabulary: init.vocab=FILE")
+    return EmbedJob(
+        source=str(_absolute(init.source)),
+        checkpoint=config.checkpoint,
+        options=_absolute(init.options),
+        vocab=_absolute(init.vocab),
+        fingerprint=_fingerprint(source),
+        parts=str(parts),
+        is_hdf5=is_hdf5,
+        output=embed.output,
+        layers=embed.layers,
+        dtype=embed.dtype,
+        precision=embed.precision,
+        carry=embed.state == "carry",
+        column=embed.column,
+        k=embed.k,
+        batch_positions=embed.batch_positions,
+        on_error=config.data.on_error,
+        device="cpu",
+        threads=config.cluster.threads,
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    if path is None or "://" in path:
+        return path
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _is_hdf5(config: EmbedConfig, out: Path) -> bool:
+    if config.embed.format != "auto":
+        return config.embed.format == "hdf5"
+    return out.suffix in (".hdf5", ".h5")
+
+
+def _fingerprint(source: Source) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(source.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    if source.words is not None:
+        digest.update(source.words.sha256.encode())
+    return digest.hexdigest()
+
+
+def _embed_tokens(config: EmbedConfig, source: Source, out: Path, flags: Flags) -> EmbedResult:
+    if flags.dry_run:
+        raise ConfigError("embed.tokens is done at once; there is nothing to plan")
+    if out.exists() and not (flags.fresh or flags.resume):
+        raise ConfigError(f"out={out}: is there already; --fresh replaces it")
+    start = time.monotonic()
+    source.model.to(_device_here(config))
+    words = write_token_vectors(source, str(config.embed.tokens), out, config.embed.precision)
+    return EmbedResult({"out": str(out), "words": words, "seconds": time.monotonic() - start})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return run_verb("embed", EmbedConfig, run, argv)

@@ -1,0 +1,185 @@
+"""Finished units on the disk: a Parquet or HDF5 file each, whole or not there.
+
+Shapes: L layers, n words, D a vector.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from elmo_ray.elmo.language_model import Substitutes, Surprisal
+from elmo_ray.embed.record import EmbedJob
+from elmo_ray.embed.units import Unit
+from elmo_ray.errors import DataError
+
+Row = NDArray | Substitutes | Surprisal
+"""Of a sentence: vectors [L, n, D], means [L, D], substitutes or surprisal."""
+
+
+class PartWriter(Protocol):
+    def write(self, first: int, sentences: Sequence[Sequence[str]], rows: Sequence[Row]) -> None:
+        """Adds sentences, the first of which has the number `first`."""
+
+
+def part_path(job: EmbedJob, unit: Unit) -> Path:
+    return Path(job.parts) / f"part-{unit.number:06d}.{'hdf5' if job.is_hdf5 else 'parquet'}"
+
+
+@contextlib.contextmanager
+def part_writer(job: EmbedJob, unit: Unit) -> Iterator[PartWriter]:
+    """Writes a unit's file aside; it takes its name when all is written. DataError where the disk takes no more."""
+    target = part_path(job, unit)
+    aside = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        with _Hdf5Part(aside) if job.is_hdf5 else _ParquetPart(aside, job) as writer:
+            yield writer
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def is_finished(job: EmbedJob, unit: Unit) -> bool:
+    """Whether a unit's file is there and has all of its sentences."""
+    path = part_path(job, unit)
+    try:
+        if job.is_hdf5:
+            with h5py.File(path, "r") as file:
+                return len(file) == unit.count
+        import pyarrow.parquet
+
+        return bool(pyarrow.parquet.ParquetFile(path).metadata.num_rows == unit.count)
+    except Exception:  # not there, cut off, or another's: it is made again
+        return False
+
+
+def join_hdf5(job: EmbedJob, units: Sequence[Unit], out: Path) -> None:
+    """All parts as one file with the keys 0, 1, ...; appears whole or not at all. DataError for a full disk."""
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with h5py.File(aside, "w") as whole:
+            for unit in units:
+                with h5py.File(part_path(job, unit), "r") as part:
+                    for number in range(unit.first, unit.first + unit.count):
+                        part.copy(str(number), whole)
+        os.replace(aside, out)
+    except (OSError, RuntimeError, ValueError) as error:  # what h5py makes of a full disk
+        raise DataError(f"{out}: cannot be written ({' '.join(str(error).split())[:200]})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+class _Hdf5Part:
+    """A dataset for each sentence, its number the key; without the first dimension where there is one layer."""
+
+    def __init__(self, path: Path):
+        self.file = h5py.File(path, "w")
+
+    def __enter__(self) -> _Hdf5Part:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def write(self, first: int, sentences: Sequence[Sequence[str]], rows: Sequence[Row]) -> None:
+        for number, row in enumerate(rows, start=first):
+            values = np.asarray(row)
+            self.file.create_dataset(str(number), data=values[0] if len(values) == 1 else values)
+
+
+class _ParquetPart:
+    """A row for each sentence: its number, its words, and columns by the job's output."""
+
+    def __init__(self, path: Path, job: EmbedJob):
+        self.path, self.job = path, job
+        self.writer: Any = None
+
+    def __enter__(self) -> _ParquetPart:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def write(self, first: int, sentences: Sequence[Sequence[str]], rows: Sequence[Row]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        columns: dict[str, Any] = {
+            "sentence": pa.array(range(first, first + len(rows)), pa.int64()),
+            "words": pa.array(list(map(list, sentences)), pa.list_(pa.string())),
+        }
+        columns |= _COLUMNS[self.job.output](rows)
+        table = pa.table(columns)
+        if self.writer is None:
+            self.writer = pyarrow.parquet.ParquetWriter(
+                self.path, table.schema, compression="none", use_dictionary=["words.list.element"]
+            )
+        self.writer.write_table(table)
+
+
+def _names(layers: int) -> list[str]:
+    return ["vector"] if layers == 1 else [f"layer_{number}" for number in range(layers)]
+
+
+def _vector_columns(rows: Sequence[Any]) -> dict[str, Any]:
+    import pyarrow as pa
+
+    offsets = np.cumsum([0, *(row.shape[1] for row in rows)])
+    columns = {}
+    for number, name in enumerate(_names(len(rows[0]))):
+        values = np.concatenate([row[number] for row in rows])
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), vectors)
+    return columns
+
+
+def _mean_columns(rows: Sequence[Any]) -> dict[str, Any]:
+    import pyarrow as pa
+
+    values = np.stack(rows)
+    return {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(values[:, number].reshape(-1)), values.shape[2])
+        for number, name in enumerate(_names(values.shape[1]))
+    }
+
+
+def _substitute_columns(rows: Sequence[Any]) -> dict[str, Any]:
+    import pyarrow as pa
+
+    columns = {}
+    for name in rows[0].ids:
+        words = [row.words(name) for row in rows]
+        columns[name] = pa.array(words, pa.list_(pa.list_(pa.string())))
+        values = [list(row.log_probabilities[name]) for row in rows]
+        columns[f"{name}_log_p"] = pa.array(values, pa.list_(pa.list_(pa.float32())))
+    return columns
+
+
+def _surprisal_columns(rows: Sequence[Any]) -> dict[str, Any]:
+    import pyarrow as pa
+
+    columns = {name: pa.array([row.nats[name] for row in rows], pa.list_(pa.float32())) for name in rows[0].nats}
+    return {**columns, "unknown": pa.array([row.unknown for row in rows], pa.list_(pa.bool_()))}
+
+
+_COLUMNS = {
+    "vectors": _vector_columns,
+    "means": _mean_columns,
+    "substitutes": _substitute_columns,
+    "surprisal": _surprisal_columns,
+}

@@ -1,0 +1,271 @@
+"""What one worker does: it holds the model and makes unit after unit. Needs no Ray; `embed` puts it in an actor.
+
+How far an embedding job is: a bar in a terminal, a line now and then elsewhere.
+
+Context-independent vectors of a vocabulary's words: bilm-tf's token cache (`dump_token_embeddings`).
+
+The actor of `embed`'s Ray Data pool: a worker behind tables of one column. Needs no Ray itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from elmo_ray.checkpoints.source import Source, open_source
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
+from elmo_ray.elmo.language_model import LanguageModel
+from elmo_ray.embed.record import EmbedJob
+from elmo_ray.embed.shards import Row, part_writer
+from elmo_ray.embed.units import Unit, read_sentences
+from elmo_ray.errors import ConfigError, DataError, ElmoRayError
+from elmo_ray.machine import leave_background
+from elmo_ray.model.lstm import LstmState
+from elmo_ray.training.metrics import clock
+
+logger = logging.getLogger("elmo_ray.embed")
+
+_EVERY_S = 10.0
+_WIDTH = 30
+
+
+class Progress:
+    """Counts units and sentences; `done` of them were finished before."""
+
+    def __init__(self, sentences: int, done: int):
+        self.total, self.before = max(sentences, 1), done
+        self.now, self.words = done, 0
+        self.start = self.shown = time.monotonic()
+        self.is_terminal = sys.stderr.isatty()
+
+    def add(self, sentences: int, words: int) -> None:
+        """A unit is finished."""
+        self.now += sentences
+        self.words += words
+        if self.is_terminal or time.monotonic() - self.shown >= _EVERY_S:
+            self._show()
+
+    def close(self) -> None:
+        """Ends the bar's line."""
+        if self.is_terminal and self.words:
+            sys.stderr.write("\n")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        return {"words": self.words, "seconds": seconds, "words_per_second": self.words / seconds}
+
+    def _show(self) -> None:
+        self.shown = time.monotonic()
+        speed = self.values["words_per_second"]
+        left = (self.total - self.now) * (self.shown - self.start) / max(self.now - self.before, 1)
+        text = f"{self.now:,}/{self.total:,} sentences  {speed:,.0f} words/s  {clock(left)} left"
+        if self.is_terminal:
+            filled = _WIDTH * self.now // self.total
+            sys.stderr.write(f"\r[{'#' * filled}{'.' * (_WIDTH - filled)}] {text}   ")
+            sys.stderr.flush()
+        else:
+            logger.info("%s", text)
+
+
+_WORDS = 4096
+
+
+def write_token_vectors(source: Source, vocab: str, out: Path, precision: str = "fp32") -> int:
+    """Writes `embedding` [V, P] float32, a row for each line of the vocabulary; returns V.
+
+    `Elmo.from_token_vectors` and bilm-tf run from it. Raises ConfigError for a model with word input, DataError for the
+    vocabulary and where the disk takes no more.
+    """
+    if source.model.char_cnn is None:
+        raise ConfigError(f"{source.path}: embed.tokens is for a model with characters; this one has a table of words")
+    vocabulary = Vocabulary.read(vocab)
+    encoder = SentenceEncoder(source.model, torch.bfloat16 if precision == "bf16" else None)
+    table_VC = vocabulary.characters(source.config.char_cnn.max_characters)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(aside, "w") as file, torch.no_grad():
+            shape = (vocabulary.size, source.config.lstm.projection_dim)
+            vectors = file.create_dataset("embedding", shape, dtype="float32", track_times=False)
+            for first in range(0, vocabulary.size, _WORDS):
+                part = encoder.word_vectors(table_VC[first : first + _WORDS])
+                vectors[first : first + _WORDS] = part.float().cpu().numpy()
+        os.replace(aside, out)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{out}: cannot be written ({' '.join(str(error).split())[:200]})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+    return vocabulary.size
+
+
+_WINDOW_WORDS = 1 << 14
+"""Words that are read before their sentences are sorted by length, and written together."""
+
+
+class EmbedWorker:
+    """The model of a job on its device. A unit's result depends on the unit alone and not on the ones before."""
+
+    def __init__(self, job: EmbedJob, source: Source | None = None):
+        """source: the opened model, where this process has it already. Raises ElmoRayErrors as `open_source`."""
+        self.job = job
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        if source is None:
+            source = open_source(job.source, job.checkpoint, job.options, job.vocab, verify=False)
+        self.vocabulary = source.words
+        self.model = source.model.to(job.device)
+        self.language_model = (
+            LanguageModel(self.model, source.vocabulary) if job.output in ("substitutes", "surprisal") else None
+        )
+        self._weights = _layer_weights(job.layers, source.config.lstm.n_layers + 1)
+
+    def make(self, unit: Unit) -> dict[str, Any]:
+        """Writes a unit's part; its number, words and seconds. Raises DataError for text that cannot be read."""
+        start = time.monotonic()
+        # The vectors of words that an earlier unit had would come from products of another size, with other last bits.
+        self.encoder = SentenceEncoder(self.model, torch.bfloat16 if self.job.precision == "bf16" else None)
+        words = done = 0
+        with part_writer(self.job, unit) as writer:
+            for sentences, rows in self._rows(read_sentences(unit, self.job.column, self.job.on_error)):
+                writer.write(unit.first + done, sentences, rows)
+                words += sum(map(len, sentences))
+                done += len(rows)
+            if done != unit.count:
+                raise DataError(f"{unit.path}: has changed since it was counted; embed it anew with --fresh")
+        return {"unit": unit.number, "words": words, "seconds": time.monotonic() - start}
+
+    def _rows(self, sentences: Iterator[list[str]]) -> Iterator[tuple[list[list[str]], list[Row]]]:
+        state = None
+        for window in _windows(sentences):
+            rows: list[Row] = [np.zeros(0)] * len(window)
+            if self.job.carry:
+                for number, words in enumerate(window):
+                    (rows[number],), state = self._batch([words], state)
+            else:
+                for numbers in _batches(window, self.job.batch_positions):
+                    found, _ = self._batch([window[number] for number in numbers], None)
+                    for number, row in zip(numbers, found, strict=True):
+                        rows[number] = row
+            yield window, rows
+
+    @torch.no_grad()
+    def _batch(self, batch: list[list[str]], state: LstmState | None) -> tuple[list[Row], LstmState]:
+        inputs = encode_sentences(self.encoder, self.vocabulary, batch)
+        layers, after = self.encoder.layers(*inputs, state)
+        if self.language_model is not None:
+            k, model = self.job.k, self.language_model
+            if self.job.output == "substitutes":
+                return [model.substitutes_of(top, len(ws), k) for top, ws in zip(layers[-1], batch, strict=True)], after
+            return [model.surprisal_of(top, words) for top, words in zip(layers[-1], batch, strict=True)], after
+        chosen = self._chosen(layers)[:, :, 1:-1]
+        if self.job.output == "means":
+            # positions after a sentence's words are not all zero: its end marker is one of them
+            lengths = torch.tensor([len(words) for words in batch], device=chosen.device)
+            inside = (torch.arange(chosen.shape[2], device=chosen.device) < lengths[:, None])[..., None]
+            sums = torch.where(inside, chosen, 0.0).sum(dim=2)
+            means = self._array(sums / lengths.clamp_min(1)[:, None])
+            return [means[:, row] for row in range(len(batch))], after
+        vectors = self._array(chosen)
+        return [vectors[:, row, : len(words)] for row, words in enumerate(batch)], after
+
+    def _chosen(self, layers: Sequence[Tensor]) -> Tensor:
+        """[L, B, T, D] all layers, or one that they make."""
+        if self._weights is None:
+            return torch.stack(list(layers))
+        mixed = torch.zeros_like(layers[0])
+        for weight, layer in zip(self._weights, layers, strict=True):
+            if weight:
+                mixed = mixed + weight * layer
+        return mixed[None]
+
+    def _array(self, values: Tensor) -> np.ndarray:
+        return values.to(torch.float16 if self.job.dtype == "float16" else torch.float32).cpu().numpy()
+
+
+def _layer_weights(layers: tuple[float, ...] | str, count: int) -> list[float] | None:
+    if layers == "all":
+        return None
+    if layers == "top":
+        return [0.0] * (count - 1) + [1.0]
+    if layers == "average":
+        return [1 / count] * count
+    if len(layers) != count:
+        raise ConfigError(f"embed.layers={list(layers)}: the model has {count} layers, the word vectors included")
+    return [float(weight) for weight in layers]
+
+
+def check_layers(job: EmbedJob, source: Source) -> None:
+    """Raises ConfigError for factors that are not as many as the model's layers."""
+    _layer_weights(job.layers, source.config.lstm.n_layers + 1)
+
+
+def _windows(sentences: Iterator[list[str]]) -> Iterator[list[list[str]]]:
+    while True:
+        window: list[list[str]] = []
+        positions = 0
+        for words in sentences:
+            window.append(words)
+            positions += len(words) + 2
+            if positions >= _WINDOW_WORDS:
+                break
+        if not window:
+            return
+        yield window
+
+
+def _batches(window: Sequence[Sequence[str]], most: int) -> Iterator[list[int]]:
+    """Numbers of sentences of like length, longest first, `most` positions with padding at a time; one at least."""
+    order = sorted(range(len(window)), key=lambda number: -len(window[number]))
+    waiting = iter(order)
+    for number in waiting:
+        rows = max(1, most // (len(window[number]) + 2))
+        yield [number, *itertools.islice(waiting, rows - 1)]
+
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class EmbedActor:
+    """Made once a process, with the job as JSON; called with units as JSON in the column `unit`."""
+
+    def __init__(self, job: str):
+        values = json.loads(job)
+        layers = values["layers"]
+        values["layers"] = layers if isinstance(layers, str) else tuple(layers)
+        self.job = EmbedJob(**values)
+        self.worker: EmbedWorker | None = None
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """The columns unit, words, seconds and error. A user's mistake is a value: Ray would retry an exception."""
+        import pyarrow as pa
+
+        rows: list[dict[str, Any]] = []
+        for text in batch.column("unit").to_pylist():
+            unit = Unit(**json.loads(text))
+            row: dict[str, Any] = {"unit": unit.number, "words": 0, "seconds": 0.0, "error": ""}
+            try:
+                if self.worker is None:
+                    leave_background()
+                    self.worker = EmbedWorker(self.job)
+                row |= self.worker.make(unit)
+            except ElmoRayError as mistake:
+                row["error"] = str(mistake)
+            rows.append(row)
+        return pa.Table.from_pylist(rows)

@@ -1,1 +1,0 @@
-"""Embedding of texts: what is read, what a worker makes of it, what is written."""

@@ -1,1 +1,0 @@
-"""Files of other programs: bilm-tf weights, options and checkpoints."""

@@ -1,0 +1,1 @@
+"""Fast paths that compute what the plain model computes; this package imports nothing of the rest."""

@@ -1,0 +1,1 @@
+"""Loops that Numba compiles for CPUs, and products in oneDNN's order."""

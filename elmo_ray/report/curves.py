@@ -1,0 +1,191 @@
+"""Runs as curves and tables: what the terminal and the page of `report` show."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elmo_ray.errors import DataError
+from elmo_ray.storage import absolute, base_name, is_uri
+from elmo_ray.storage.local_copy import mirror_of
+from elmo_ray.training.metrics import Record, clock, read_metrics
+
+_LOG = logging.getLogger(__name__)
+
+NOTE = "train: as trained, with dropout and, where set, sampled softmax; not comparable with held-out perplexity"
+
+
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class RunCurve:
+    """A run's records in the order of steps."""
+
+    name: str
+    path: Path
+    records: tuple[Record, ...]
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunCurve:
+        """Raises DataError if the folder has no metrics."""
+        full = _here(path)
+        records = tuple(read_metrics(full))
+        if not records:
+            raise DataError(f"{path}/metrics: no record yet")
+        return cls(base_name(path if is_uri(path) else full), full, records)
+
+    def points(self, kind: str, name: str = "perplexity") -> Points:
+        """(step, value) for each record of the kind that has the value."""
+        return [
+            (record["step"], float(record[name]))
+            for record in self.records
+            if record["kind"] == kind and isinstance(record.get(name), int | float) and record[name] > 0
+        ]
+
+    def figures(self) -> dict[str, Any]:
+        """The run in some numbers; those that its records do not have are None."""
+        valid = self.points("valid")
+        train = self.points("train")
+        last_step = int(self.records[-1]["step"])
+        # A training loss is that of one window: the mean over the last sixth of the run says more than the last one.
+        recent = [math.log(value) for step, value in train if step > last_step * 5 / 6]
+        best = min(valid, key=lambda point: point[1], default=(None, None))
+        forward, backward = self.points("valid", "perplexity_forward"), self.points("valid", "perplexity_backward")
+        speeds = [value for _, value in self.points("train", "positions_per_second")]
+        return {
+            "run": self.name,
+            "path": str(self.path),
+            "step": last_step,
+            "epoch": self._last("epoch"),
+            "positions": self._last("positions"),
+            "train_perplexity": math.exp(statistics.fmean(recent)) if recent else None,
+            "valid_perplexity": valid[-1][1] if valid else None,
+            "valid_perplexity_forward": forward[-1][1] if forward else None,
+            "valid_perplexity_backward": backward[-1][1] if backward else None,
+            "valid_perplexity_best": best[1],
+            "valid_step_best": best[0],
+            "positions_per_second": statistics.median(speeds) if speeds else None,
+            "seconds": self._seconds(),
+        }
+
+    def _last(self, name: str) -> Any:
+        train = (record for record in reversed(self.records) if record["kind"] == "train")
+        return next((record[name] for record in train if record.get(name) is not None), None)
+
+    def _seconds(self) -> float | None:
+        times = [float(record["time"]) for record in self.records if record.get("time") is not None]
+        return max(times) - min(times) if len(times) > 1 else None
+
+
+def _here(run: str | Path) -> Path:
+    """A run's folder; of one in an object store a local copy of what a report needs."""
+    if not is_uri(run):
+        return Path(run).resolve()
+    mirror = mirror_of(absolute(run))
+    try:
+        mirror.pull("metrics/*", "config.yaml", "result.json", "evaluations/*")
+    except OSError as error:
+        raise DataError(f"{run}: {error.strerror or error}") from None
+    return mirror.folder
+
+
+def table(runs: Sequence[RunCurve]) -> str:
+    """A line for each run."""
+    cells = table_cells(runs)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = []
+    for row in cells:
+        line = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(line).rstrip())
+    return "\n".join([*lines, f"perplexities; {NOTE}"])
+
+
+def table_cells(runs: Sequence[RunCurve]) -> list[list[str]]:
+    """The head and a row for each run."""
+    head = ["run", "step", "epoch", "train", "held-out", "forward", "backward", "best (step)", "positions/s", "time"]
+    rows = []
+    for item in runs:
+        f = item.figures()
+        best = f"{_show(f['valid_perplexity_best'])} ({f['valid_step_best']})" if f["valid_step_best"] else "-"
+        names = ("train", "valid", "valid", "valid")
+        ends = ("", "", "_forward", "_backward")
+        values = [_show(f[f"{name}_perplexity{end}"]) for name, end in zip(names, ends, strict=True)]
+        speed = f"{f['positions_per_second']:,.0f}" if f["positions_per_second"] else "-"
+        time = clock(f["seconds"]) if f["seconds"] is not None else "-"
+        epoch = f"{f['epoch']:.2f}" if f["epoch"] is not None else "-"
+        rows.append([f["run"], str(f["step"]), epoch, *values, best, speed, time])
+    return [head, *rows]
+
+
+def terminal_curve(runs: Sequence[RunCurve], width: int | None = None, height: int = 18) -> str:
+    """Perplexity over steps on a logarithmic scale, drawn with characters."""
+    import plotext
+
+    lines = _terminal_lines(runs)
+    values = [value for _, _, points in lines for _, value in points]
+    if not values:
+        return "no perplexity yet"
+    low, high = min(values), max(values)
+    if high < low * 1.01:  # a scale needs a height
+        low, high = low / 1.1, high * 1.1
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(width or min(100, shutil.get_terminal_size((90, 24)).columns), height)
+    plotext.title("perplexity (logarithmic)")
+    plotext.xlabel("step")
+    # plotext 5 takes the limits of a logarithmic axis for exponents, so the heights here are logarithms.
+    plotext.ylim(math.log10(low), math.log10(high))
+    last = max(step for _, _, points in lines for step, _ in points)
+    plotext.xlim(0, max(1, last))
+    plotext.xticks(sorted({round(last * part / 4) for part in range(5)}))
+    ticks = round_ticks(low, high)
+    plotext.yticks([math.log10(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
+    for label, marker, points in lines:
+        steps, heights = [step for step, _ in points], [math.log10(value) for _, value in points]
+        draw = plotext.scatter if len(points) == 1 else plotext.plot
+        draw(steps, heights, label=label, marker=marker)
+    text = str(plotext.uncolorize(plotext.build()))
+    plotext.clear_figure()
+    return "\n".join(line.rstrip() for line in text.split("\n")).rstrip("\n")
+
+
+def _terminal_lines(runs: Sequence[RunCurve]) -> list[tuple[str, str, Points]]:
+    """(label, marker, points): both curves of a single run, one curve each of several."""
+    if len(runs) == 1:
+        both = [("train", "dot", runs[0].points("train")), ("held-out", "x", runs[0].points("valid"))]
+        return [line for line in both if line[2]]
+    markers = "xo+*#@%&"
+    kind = "valid" if all(run.points("valid") for run in runs) else "train"
+    label = "held-out" if kind == "valid" else "train"
+    return [
+        (f"{run.name} {label}", markers[i % len(markers)], run.points(kind))
+        for i, run in enumerate(runs)
+        if run.points(kind)
+    ]
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, not more than eight."""
+    for steps in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5, 7), (1, 2, 5), (1,)):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(ticks) <= 8:
+            break
+    ticks = ticks[:: max(1, len(ticks) // 8)]
+    return ticks if len(ticks) > 1 else [round(low, 1), round(high, 1)]
+
+
+def _show(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if value < 1e6 else f"{value:.2e}"

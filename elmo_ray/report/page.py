@@ -1,0 +1,284 @@
+"""The pictures and the page of `report`: PNGs by matplotlib, and one HTML file that holds them all."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elmo_ray.config.yaml_reader import parse_yaml
+from elmo_ray.errors import DataError, ElmoRayError
+from elmo_ray.report.curves import NOTE, RunCurve, round_ticks, table_cells
+from elmo_ray.training.metrics import clock
+
+logger = logging.getLogger(__name__)
+
+SHOWN_WORDS = ("the", "is", "he", "one", "time", "good", "walked", "because", "London", "unhappily")
+"""Whose neighbours are shown where no others are asked for, as far as the vocabulary has them."""
+
+_STYLE = (
+    "body{font:15px/1.45 sans-serif;margin:2rem auto;max-width:1080px;padding:0 1rem;color:#222}"
+    "h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ccc}"
+    "table{border-collapse:collapse;margin:.6rem 0;font-size:13px}"
+    "th,td{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}"
+    "td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}"
+    "img{max-width:100%;display:block;margin:.6rem 0}.note{color:#555;font-size:13px}div.wide{overflow-x:auto}"
+)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run has besides its metrics: settings by dotted key, its result, and neighbours of words by layer."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    neighbours: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+
+def read_about(run: RunCurve, place: str, words: Sequence[str]) -> About:
+    """Reads config.yaml, result.json and the best checkpoint of a run at `place`, as far as it has them."""
+    settings: dict[str, Any] = {}
+    result: dict[str, Any] = {}
+    try:
+        _flatten(parse_yaml((run.path / "config.yaml").read_text("utf-8"), "config.yaml"), "", settings)
+    except (OSError, ElmoRayError, ValueError, AttributeError):
+        logger.info("%s: has no settings that can be read", place)
+    try:
+        result = dict(json.loads((run.path / "result.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        logger.info("%s: has no result yet", place)
+    return About(settings, result, _neighbours(place, words))
+
+
+def _neighbours(place: str, words: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    from elmo_ray.checkpoints.source import open_source
+    from elmo_ray.elmo.neighbours import nearest_words
+
+    try:
+        source = open_source(place)
+        asked = words or SHOWN_WORDS
+        found = {
+            "by the token layer (the char CNN's vectors: spelling)": nearest_words(
+                source.model, source.vocabulary, asked, layer="token"
+            )
+        }
+        if source.has_softmax:
+            by_softmax = nearest_words(source.model, source.vocabulary, asked)
+            found["by the softmax's rows (what may stand in a place)"] = by_softmax
+        return found
+    except ElmoRayError as error:
+        logger.info("%s: no nearest words: %s", place, error)
+        return {}
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One picture: lines of (kind, name of the value, label, style)."""
+
+    file: str
+    title: str
+    label: str
+    lines: tuple[tuple[str, str, str, dict[str, Any]], ...]
+    logarithmic: bool = False
+    factor: float = 1.0
+
+
+_HELD_OUT = {"linewidth": 1.8, "marker": "o", "markersize": 4}
+_TRAIN = {"alpha": 0.5, "linewidth": 1.0}
+_PANELS = (
+    _Panel(
+        "curve.png", "Perplexity", "perplexity",
+        (("train", "perplexity", "train", _TRAIN), ("valid", "perplexity", "held-out", _HELD_OUT)), True,
+    ),
+    _Panel(
+        "directions.png", "Held-out perplexity of each direction", "perplexity",
+        (
+            ("valid", "perplexity_forward", "forward", {**_HELD_OUT, "linestyle": "--"}),
+            ("valid", "perplexity_backward", "backward", {**_HELD_OUT, "linestyle": ":"}),
+        ), True,
+    ),
+    _Panel("throughput.png", "Throughput", "positions/s", (("train", "positions_per_second", "", {"linewidth": 1.2}),)),
+    _Panel(
+        "waiting.png", "Waiting for text", "% of a step's time", (("train", "data_wait", "", {"linewidth": 1.2}),),
+        False, 100.0,
+    ),
+    _Panel("gradient.png", "Norm of the gradient before the clip", "norm", (("train", "grad_norm", "", _TRAIN),), True),
+    _Panel("rate.png", "Learning rate", "learning rate", (("train", "lr", "", {"linewidth": 1.2}),)),
+    _Panel("memory.png", "Memory of worker 0", "GB", (("train", "memory", "", {"linewidth": 1.2}),), False, 1e-9),
+)  # fmt: skip
+
+
+def draw(runs: Sequence[RunCurve], folder: Path) -> dict[str, Path]:
+    """Title -> PNG in `folder`, of the pictures for which there are values (and always the curve); DataError."""
+    pictures = {}
+    for panel in _PANELS:
+        if panel.file == "curve.png" or any(run.points(kind, name) for run in runs for kind, name, *_ in panel.lines):
+            pictures[panel.title] = _draw(panel, runs, folder / panel.file)
+    return pictures
+
+
+def _draw(panel: _Panel, runs: Sequence[RunCurve], target: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(8, 4.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    values: list[float] = []
+    labelled = False
+    for index, run in enumerate(runs):
+        for number, (kind, name, label, style) in enumerate(panel.lines):
+            points = [(step, value * panel.factor) for step, value in run.points(kind, name)]
+            if not points:
+                continue
+            text = ": ".join(part for part in (run.name if len(runs) > 1 else "", label) if part)
+            labelled = labelled or bool(text)
+            shade = f"C{index if len(runs) > 1 else number}"
+            axes.plot(*zip(*points, strict=True), color=shade, label=text or None, **style)
+            values.extend(value for _, value in points)
+    if panel.logarithmic:
+        axes.set_yscale("log")
+    elif values:
+        axes.set_ylim(0, max(values) * 1.05)
+    axes.set_title(panel.title)
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.label)
+    axes.grid(alpha=0.3)
+    if values and panel.logarithmic:
+        ticks = round_ticks(min(values), max(values))
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.yaxis.set_minor_locator(NullLocator())
+    if labelled:
+        axes.legend()
+    aside = target.with_name(f".{target.stem}.{os.getpid()}.png")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(aside, format="png")
+        os.replace(aside, target)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror}") from None
+    return target
+
+
+# ---------------------------------------------------------------- page
+
+
+def write_page(path: Path, runs: Sequence[RunCurve], about: Sequence[About], pictures: Mapping[str, Path]) -> None:
+    """The page, written aside and renamed; everything is in the file. Raises DataError where it cannot be written."""
+    names = [run.name for run in runs]
+    body = [f"<h1>{_text(', '.join(names))}</h1>", _table(table_cells(runs)), f'<p class="note">{_text(NOTE)}</p>']
+    for title, picture in pictures.items():
+        data = base64.b64encode(picture.read_bytes()).decode()
+        body.append(f'<h2>{_text(title)}</h2><img alt="{_text(title)}" src="data:image/png;base64,{data}">')
+    body += _evaluations(names, about) + _differences(names, about) + _history(runs) + _nearest(names, about)
+    text = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(", ".join(names))}</title>'
+        f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head>\n<body>\n'
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _evaluations(names: Sequence[str], about: Sequence[About]) -> list[str]:
+    """What each run measured on its test text at its end."""
+    rows = [["run", "forward", "backward", "both", "bits/char", "positions", "unknown", "unigram"]]
+    for name, each in zip(names, about, strict=True):
+        values = each.result.get("evaluation")
+        if isinstance(values, dict):
+            numbers = [_number(values.get(f"perplexity{end}")) for end in ("_forward", "_backward", "")]
+            unknown = values.get("oov_rate")
+            rows.append([
+                name, *numbers, _number(values.get("bits_per_character"), ".4f"),
+                _number(values.get("positions"), ",d"),
+                _number(unknown, ".2%"), _number(each.result.get("unigram_perplexity")),
+            ])  # fmt: skip
+    if len(rows) == 1:
+        return []
+    note = "Perplexity of the test text (data.test) with the full softmax; unigram: add-one counts."
+    return ["<h2>Evaluation</h2>", _table(rows), f'<p class="note">{note}</p>']
+
+
+def _differences(names: Sequence[str], about: Sequence[About]) -> list[str]:
+    """The settings in which runs differ; of a single run all."""
+    keys = list(dict.fromkeys(key for each in about for key in each.settings))
+    differing = [key for key in keys if len({_setting(each.settings.get(key)) for each in about}) > 1]
+    shown = [key for key in (differing if len(names) > 1 else keys) if key != "run.name"]
+    if not keys:
+        return []
+    title = "Settings in which the runs differ" if len(names) > 1 else "Settings"
+    if not shown:
+        return [f"<h2>{title}</h2><p>none</p>"]
+    rows = [["key", *names], *([key, *(_setting(each.settings.get(key)) for each in about)] for key in shown)]
+    return [f"<h2>{title}</h2>", _table(rows, numbers=False)]
+
+
+def _history(runs: Sequence[RunCurve]) -> list[str]:
+    """Starts, stops and what else happened in each run."""
+    rows = [["run", "after", "step", "what happened"]]
+    for run in runs:
+        begun = min((float(r["time"]) for r in run.records if r.get("time") is not None), default=0.0)
+        events = sorted((r for r in run.records if r["kind"] == "event"), key=lambda r: float(r.get("time") or 0.0))
+        rows += [
+            [run.name, clock(float(r.get("time") or begun) - begun), f"{r['step']:,}", str(r.get("message"))]
+            for r in events
+        ]
+    return ["<h2>Starts and stops</h2>", _table(rows, numbers=False)] if len(rows) > 1 else []
+
+
+def _nearest(names: Sequence[str], about: Sequence[About]) -> list[str]:
+    parts: list[str] = []
+    for layer in dict.fromkeys(layer for each in about for layer in each.neighbours):
+        tables = [each.neighbours.get(layer, {}) for each in about]
+        words = list(dict.fromkeys(word for each in tables for word in each))
+        rows = [["word", *names], *([w, *(", ".join(each.get(w, [])) for each in tables)] for w in words)]
+        if words:
+            parts += [f"<h2>Nearest words {_text(layer)}</h2>", _table(rows, numbers=False)]
+    return parts
+
+
+def _table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """HTML of a head and rows; `numbers`: all columns but the first are."""
+    lines = []
+    for index, row in enumerate(rows):
+        tag = "td" if index else "th"
+        cells = (
+            f"<{tag}{' class=n' if numbers and place else ''}>{_text(cell)}</{tag}>" for place, cell in enumerate(row)
+        )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _text(value: str) -> str:
+    return html.escape(value, quote=True)
+
+
+def _number(value: Any, form: str = ",.2f") -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
+
+
+def _setting(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str, into: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _flatten(value, f"{prefix}{key}.", into)
+        else:
+            into[f"{prefix}{key}"] = value

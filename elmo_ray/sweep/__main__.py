@@ -1,0 +1,7 @@
+"""`python -m elmo_ray.sweep`."""
+
+import sys
+
+from elmo_ray.sweep import main
+
+sys.exit(main())

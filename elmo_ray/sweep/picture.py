@@ -1,0 +1,77 @@
+"""A sweep as a picture: held-out perplexity against steps for all trials, and against each thing that was varied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elmo_ray.config.schema import show
+from elmo_ray.errors import DataError
+from elmo_ray.sweep.trials import FAILED, STOPPED, Trial
+
+_COLUMNS = 3
+
+
+def draw(path: Path, trials: Sequence[Trial], best: Trial | None) -> None:
+    """Write a PNG; raises DataError where it cannot be written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
+    rows = 1 + -(-len(keys) // _COLUMNS)
+    figure = Figure(figsize=(12, 4.2 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows, _COLUMNS)
+    axes = figure.add_subplot(grid[0, :])
+    for trial in trials:
+        if trial.validations:
+            style = "--" if trial.status == STOPPED else ":" if trial.status == FAILED else "-"
+            mark = " (best)" if trial is best else ""
+            label = f"{trial.number} {trial.status}{mark}"
+            steps, values = zip(*trial.validations, strict=True)
+            axes.plot(steps, values, style, marker=".", linewidth=2.5 if trial is best else 1, label=label)
+    axes.set_xlabel("step")
+    axes.set_title("held-out perplexity of each trial")
+    if axes.lines:
+        axes.legend(fontsize=8, ncols=2)
+    _perplexity(axes)
+    for place, key in enumerate(keys):
+        _against(figure.add_subplot(grid[1 + place // _COLUMNS, place % _COLUMNS]), key, trials, best)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    try:
+        figure.savefig(aside, format="png", dpi=110)
+        os.replace(aside, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _against(axes: Any, key: str, trials: Sequence[Trial], best: Trial | None) -> None:
+    """Best perplexity against one key: an axis of numbers, or a place for each value."""
+    points = [(t.values[key], t.best[1], t) for t in trials if key in t.values and t.best is not None]
+    numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value, _, _ in points)
+    names = list(dict.fromkeys(show(value) for value, _, _ in points))
+    for value, perplexity, trial in points:
+        x = value if numeric else names.index(show(value))
+        hollow = trial.status != "finished"
+        colour = "C3" if trial is best else "C0"
+        axes.plot([x], [perplexity], "o", color=colour, markerfacecolor="none" if hollow else colour)
+        axes.annotate(str(trial.number), (x, perplexity), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    if numeric and points and min(v for v, _, _ in points) > 0:
+        values = [v for v, _, _ in points]
+        if max(values) / min(values) > 20:
+            axes.set_xscale("log")
+    elif not numeric:
+        axes.set_xticks(
+            range(len(names)), [name if len(name) < 30 else name[:27] + "..." for name in names], fontsize=7
+        )
+    axes.set_xlabel(f"{key} (hollow: not finished)")
+    _perplexity(axes)
+
+
+def _perplexity(axes: Any) -> None:
+    axes.set_yscale("log")
+    axes.set_ylabel("held-out perplexity")
+    axes.grid(alpha=0.3, which="both")

@@ -1,0 +1,244 @@
+"""A session of Ray Tune: how many trials fit, which of them runs when, and which one ends early.
+
+What lasts is on the disk (`trials`); a session that was killed is followed by a new one with what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elmo_ray.errors import ConfigError
+from elmo_ray.storage.files import write_json
+from elmo_ray.sweep.config import SweepConfig
+from elmo_ray.sweep.trials import FAILED, STOPPED, Trial, read_json_file, read_trials, table
+from elmo_ray.training.metrics import clock
+
+logger = logging.getLogger(__name__)
+
+DRIVER_CPUS = 0.05
+"""What a trial's own process reserves: it waits for its workers."""
+
+_SESSION = "session.json"
+
+
+def room(config: SweepConfig) -> tuple[Any, int]:
+    """The device of workers, and how many trials fit at a time; ConfigError with the numbers where it is none.
+
+    A trial's process, its workers and their data tasks must all find their CPUs: trials that hold theirs while they
+    wait for others' would wait for ever.
+    """
+    import ray
+
+    from elmo_ray.cluster.session import check_cluster, fits
+
+    cluster = config.cluster
+    device = check_cluster(cluster)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+    workers = cluster.fewest_workers
+    one = DRIVER_CPUS + workers * (cluster.cpus_per_worker + cluster.data_cpus)
+
+    def fit(trials: int) -> bool:
+        gpus = [int(node.get("GPU", 0.0)) if device == "gpu" else trials * workers for node in nodes]
+        left = [cpu - DRIVER_CPUS * trials / len(nodes) for cpu in cpus]
+        whole = trials * one <= sum(cpus) + 1e-6
+        return whole and fits(left, gpus, trials * workers, cluster.cpus_per_worker, cluster.data_cpus)
+
+    asked = config.sweep.concurrent
+    most = 0
+    while most < (asked or config.sweep.trials) and fit(most + 1):
+        most += 1
+    needs = (
+        f"a trial needs {one:g} CPUs: {DRIVER_CPUS:g} + cluster.workers={workers} x (cluster.cpus_per_worker="
+        f"{cluster.cpus_per_worker} + cluster.data_cpus={cluster.data_cpus})"
+    )
+    have = f"the Ray cluster has {sum(cpus):g} CPUs on {len(cpus)} node{'s' if len(cpus) > 1 else ''}"
+    if device == "gpu":
+        have += f" and {sum(node.get('GPU', 0.0) for node in nodes):g} GPUs, one for each worker"
+    if not most or (asked is not None and asked > most):
+        wanted = f"sweep.concurrent={asked}: only {most} fit" if asked is not None else "no trial fits"
+        raise ConfigError(f"{wanted}: {needs}; {have}; lower one of them")
+    logger.info("%d trials at a time: %s; %s", most, needs, have)
+    return device, most
+
+
+def run_session(
+    config: SweepConfig, sweep_dir: Path, concurrent: int, run_trial: Callable[[dict[str, Any]], None]
+) -> float:
+    """Run what is left of a sweep's trials with Tune; the seconds that all its sessions have taken.
+
+    run_trial: called in a process for each trial, with its number or (Optuna) its values.
+    """
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    from ray import tune
+
+    trials = read_trials(sweep_dir)
+    waiting = [trial for trial in trials if trial.outcome is None]
+    left = len(waiting) + (max(0, config.sweep.trials - len(trials)) if config.sweep.search == "optuna" else 0)
+    before = (read_json_file(sweep_dir / _SESSION) or {}).get("seconds", 0.0)
+    if not left:
+        return float(before)
+    scheduler = _scheduler(config, trials)
+    search, space = None, {"number": tune.grid_search([trial.number for trial in waiting])}
+    if config.sweep.search == "optuna":
+        search, space = _optuna(config, trials), {}
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            num_samples=left if search is not None else 1,
+            search_alg=search,
+            scheduler=scheduler,
+            max_concurrent_trials=concurrent,
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
+            storage_path=str(sweep_dir),
+            verbose=0,
+            callbacks=[_outcomes(sweep_dir)],
+        ),
+    )
+    logger.info("%d of %d trials to run, in %s", left, max(len(trials), config.sweep.trials), sweep_dir)
+    start, done = time.monotonic(), threading.Event()
+
+    def seconds() -> float:
+        return float(before + time.monotonic() - start)
+
+    def watch() -> None:
+        while not done.wait(config.sweep.show_every_s):
+            write_json(sweep_dir / _SESSION, {"seconds": seconds()})
+            logger.info("%s so far\n%s", clock(seconds()), table(read_trials(sweep_dir)))
+
+    watcher = threading.Thread(target=watch, name="table", daemon=True)
+    watcher.start()
+    try:
+        tuner.fit()
+    finally:
+        done.set()
+        watcher.join()
+    write_json(sweep_dir / _SESSION, {"seconds": seconds()})
+    return seconds()
+
+
+def report_while(work: Callable[[], None], trial: Trial) -> float:
+    """Do the work in a thread and report each of the trial's validations to Tune; the seconds the trial has taken.
+
+    In the trial's process. Tune may end it at any report.
+    """
+    from ray import tune
+
+    start = time.monotonic()
+    before = (read_json_file(trial.folder / _SESSION) or {}).get("seconds", 0.0)
+    thread = threading.Thread(target=work, name="trial", daemon=True)
+    thread.start()
+    reported, alive, seconds = 0, True, 0.0
+    while alive:
+        thread.join(1.0)
+        alive = thread.is_alive()
+        trial.read()
+        seconds = float(before + time.monotonic() - start)
+        write_json(trial.folder / _SESSION, {"seconds": seconds})
+        for step, perplexity in trial.validations[reported:]:
+            tune.report({"step": step, "perplexity": perplexity, "number": trial.number, "seconds": seconds})
+            reported += 1
+    return seconds
+
+
+def _scheduler(config: SweepConfig, trials: Sequence[Trial]) -> Any:
+    """Tune's, which is told again what trials of earlier sessions have come to: a session of Tune forgets its rungs."""
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+
+    if config.sweep.scheduler is None:
+        return FIFOScheduler()
+
+    class Scheduler(ASHAScheduler):
+        """The configuration as given is the yardstick: others are compared with it, and it runs to its end."""
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            decision = super().on_trial_result(tune_controller, trial, result)
+            given = config.sweep.first and result.get("number") == 0
+            return TrialScheduler.CONTINUE if given else str(decision)
+
+    scheduler = Scheduler(
+        time_attr="step",
+        metric="perplexity",
+        mode="min",
+        max_t=10**12,  # trials end by themselves
+        grace_period=int(config.sweep.grace.amount),
+        reduction_factor=config.sweep.reduction,
+    )
+    for trial in trials:
+        if trial.outcome is not None and trial.validations:
+            ghost = _Ghost(f"earlier-{trial.name}")
+            scheduler.on_trial_add(None, ghost)
+            for step, perplexity in trial.validations:
+                scheduler.on_trial_result(None, ghost, {"step": step, "perplexity": perplexity})
+    return scheduler
+
+
+@dataclass(frozen=True)
+class _Ghost:
+    """All that a scheduler asks of a trial that has ended."""
+
+    trial_id: str
+
+
+def _optuna(config: SweepConfig, trials: Sequence[Trial]) -> Any:
+    """Optuna by Tune. Trials that were begun come first; it is told what those that have ended came to."""
+    from ray import tune
+
+    try:
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+    except ImportError as error:
+        raise ConfigError(f"sweep.search=optuna: {error}; pip install 'elmo-ray[optuna]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space: dict[str, Any] = {}
+    for key, domain in config.sweep.domains().items():
+        if domain.kind == "choice":
+            space[key] = tune.choice([str(place) for place in range(len(domain.values))])  # Optuna takes no lists
+        elif domain.kind == "randint":
+            space[key] = tune.randint(domain.values[0], domain.values[1] + 1)
+        else:
+            space[key] = {"uniform": tune.uniform, "loguniform": tune.loguniform}[domain.kind](*domain.values)
+    search = OptunaSearch(
+        OptunaSearch.convert_search_space(space),
+        metric="perplexity",
+        mode="min",
+        points_to_evaluate=[config.places(trial.values) for trial in trials if trial.outcome is None],
+        seed=config.run.seed % 2**31,
+    )
+    for trial in trials:
+        if trial.outcome is not None and trial.best is not None:
+            search.add_evaluated_point(config.places(trial.values), trial.best[1])
+    return search
+
+
+def _outcomes(sweep_dir: Path) -> Any:
+    from ray.tune import Callback
+
+    class Outcomes(Callback):
+        """Notes what a trial's own process cannot: that Tune ended it, or that it died."""
+
+        def _trial(self, trial: Any) -> Trial | None:
+            number = (trial.last_result or {}).get("number", trial.config.get("number"))
+            return next((t for t in read_trials(sweep_dir) if t.number == number), None)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            found = self._trial(trial)
+            if found is not None and found.outcome is None:
+                found.end(STOPPED, seconds=trial.last_result.get("seconds"))
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            found = self._trial(trial)
+            if found is not None and found.outcome is None:
+                found.end(FAILED, lost=True, message=f"its process was lost; Tune's account: {trial.error_file}")
+
+    return Outcomes()

@@ -1,0 +1,79 @@
+"""What a person sees while a run trains: a live bar in a terminal, a line for each record elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from elmo_ray.training.metrics import MetricsFollower, Record, console_line
+
+logger = logging.getLogger("elmo_ray.metrics")
+
+LOOK_EVERY_S = 0.5
+
+
+@contextlib.contextmanager
+def shown(run_dir: Path) -> Iterator[None]:
+    """Show what rank 0 records in `run_dir` meanwhile."""
+    follower, done = MetricsFollower(run_dir), threading.Event()
+    with _bar_in_terminal() as bar:
+
+        def look() -> None:
+            try:
+                records = follower.poll()
+            except (OSError, ValueError):
+                return  # what cannot be read now is read later
+            for record in records:
+                _show(record, bar)
+
+        def follow() -> None:
+            while not done.wait(LOOK_EVERY_S):
+                look()
+                if bar is not None:
+                    bar.refresh()  # the clock goes on between two records
+
+        thread = threading.Thread(target=follow, name="console", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            look()
+
+
+def _show(record: Record, bar: Any) -> None:
+    if record.get("kind") == "event":
+        logger.info("%s", record.get("message"))
+        return
+    total = record.get("total_steps") or record["step"]
+    if bar is None or record["kind"] != "train":
+        logger.info("%s", console_line(record, total))
+        return
+    if bar.total != total:
+        bar.reset(total)
+        bar.initial = record["step"]  # the speed is that of this start
+    bar.n = record["step"]
+    speed = record.get("positions_per_second") or 0.0
+    bar.set_postfix_str(f"perplexity {record.get('perplexity') or float('nan'):,.1f}, {speed:,.0f} positions/s")
+
+
+@contextlib.contextmanager
+def _bar_in_terminal() -> Iterator[Any]:
+    """tqdm's bar, with log lines above it, where stderr is a terminal and tqdm is installed; else None."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    try:
+        from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
+    except ImportError:
+        yield None
+        return
+    with logging_redirect_tqdm(), tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
+        yield bar

@@ -1,0 +1,159 @@
+"""A trained model's tables of words for another vocabulary: rows of words that both know are kept, new words begin.
+
+The rule for new words. Where the source has a softmax, k new words begin as its <UNK>: in its weights and vector, and
+with an equal share of its probability, by a bias that is log(k + 1) lower, <UNK>'s own too. So all other words keep the
+probabilities that the source gives them. Without a softmax in the source, weights and biases begin as in pretraining.
+
+A checkpoint at which training can begin: a given model with given slots, zero states, no text read yet.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elmo_ray.checkpoints.manifest import MODEL_FILE, OPTIMIZER_FILE
+from elmo_ray.checkpoints.read import Checkpoint
+from elmo_ray.checkpoints.write import commit, write_part
+from elmo_ray.config import PretrainConfig
+from elmo_ray.data.streams import StreamCursors
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import CheckpointError, ConfigError
+from elmo_ray.model.bilm import TABLES, BiLM
+from elmo_ray.training.snapshot import Progress, Snapshot
+from elmo_ray.training.step import DTYPES
+
+
+@dataclass(frozen=True)
+class WordCounts:
+    """Of the words of the new vocabulary: carried from the source, new; and of the source's that are left out."""
+
+    carried: int
+    new: int
+    left_out: int
+
+    def describe(self, has_softmax: bool) -> str:
+        rule = "which begin as its <UNK>" if has_softmax else "as all rows of a softmax that the source does not have"
+        new = f"{self.new:,} new ones, {rule}" if self.new else "none new"
+        return f"{self.carried:,} words carried over from the source, {new}; {self.left_out:,} of the source's left out"
+
+
+def source_rows(source: Vocabulary, target: Vocabulary) -> Tensor:
+    """[V] for each id of `target` the source's id of that word, -1 where it has none."""
+    return torch.tensor([source.ids.get(word, -1) for word in target.words], dtype=torch.int64)
+
+
+def initial_model(
+    config: PretrainConfig, source: BiLM, rows: Tensor | None, vocabulary: Vocabulary, source_unk: int
+) -> tuple[BiLM, WordCounts]:
+    """A model of `config` for `vocabulary` with the source's parameters; rows: as `source_rows`, None if the source has
+    no tables to take rows from. source_unk: the source's id of <UNK>."""
+    model = BiLM(config.model, config.softmax, vocabulary.size).to(DTYPES[config.train.precision])
+    model.reset_parameters(config.run.seed)
+    given = dict(source.named_parameters())
+    new = torch.zeros(vocabulary.size, dtype=torch.bool) if rows is None else rows < 0
+    count = int(new.sum())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in given:
+                continue  # of the softmax, where the source has none
+            values = given[name].to(parameter)
+            if name in TABLES:
+                assert rows is not None
+                values = values[torch.where(new, source_unk, rows)]
+                if name == "softmax_bias" and count:
+                    new_or_unk = new.clone()
+                    new_or_unk[vocabulary.unk] = True
+                    values[new_or_unk] -= math.log(count + 1)
+            parameter.copy_(values)
+    words = given.keys() & set(TABLES)
+    if rows is None or not words:
+        return model, WordCounts(0, vocabulary.size, 0)
+    size = next(len(given[name]) for name in words)
+    return model, WordCounts(vocabulary.size - count, count, size - len(torch.unique(rows[~new])))
+
+
+def initial_slots(
+    config: PretrainConfig, model: BiLM, kept: Mapping[str, Tensor] | None, rows: Tensor | None
+) -> dict[str, Tensor]:
+    """Slots as `Optimizer.state_tensors`: new ones, or those of the source with new words' rows as at a start.
+
+    Raises ConfigError where the kept ones are another optimizer's.
+    """
+    first = config.optim.initial_accumulator
+    parameters = dict(model.named_parameters())
+    dense_adagrad = config.optim.name == "adagrad"
+    slots = {
+        f"accumulator.{name}": torch.full_like(parameter, first).detach()
+        for name, parameter in parameters.items()
+        if dense_adagrad or name in TABLES
+    }
+    if kept is None:
+        return slots
+    kinds = {"accumulator"} if dense_adagrad else {"exp_avg", "exp_avg_sq", "step"}
+    for name, parameter in parameters.items():
+        in_table = name in TABLES
+        for kind in {"accumulator"} if in_table else kinds:
+            key = f"{kind}.{name}"
+            slot = kept.get(key)
+            if slot is None:
+                if dense_adagrad and not in_table:
+                    raise ConfigError(
+                        f"init.optimizer=keep: the source has no slots of optim.name={config.optim.name} for {name}; "
+                        "set init.optimizer=reset"
+                    )
+                continue
+            if kind != "step":
+                slot = slot.to(parameter.dtype)
+            if in_table:
+                assert rows is not None
+                fresh = (rows < 0).view(-1, *[1] * (slot.ndim - 1))
+                slot = torch.where(fresh, first, slot[rows.clamp_min(0)])
+            slots[key] = slot.contiguous()
+    return slots
+
+
+def write_initial(
+    folder: Path,
+    config: PretrainConfig,
+    vocabulary: Vocabulary,
+    model: BiLM,
+    slots: Mapping[str, Tensor] | None,
+    identity: Mapping[str, Any],
+    step: int = 0,
+    fields: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Write a whole checkpoint into `folder`, aside and renamed; what was there before is replaced.
+
+    slots: as `Optimizer.state_tensors`; None: the checkpoint has none. fields: more for the manifest. Raises
+    CheckpointError where it cannot be written.
+    """
+    streams = range(config.data.streams)
+    snapshot = Snapshot(
+        Progress(step=step), StreamCursors.start(len(streams)), torch.zeros(model.directions + 1, dtype=torch.float64)
+    )
+    state = model.lstm.zero_state(len(streams), like=next(model.parameters()).detach())
+    tensors = snapshot.stream_tensors(state, streams)
+    tensors[MODEL_FILE] = dict(model.state_dict())
+    if slots is not None:
+        tensors[OPTIMIZER_FILE] = slots
+    aside = folder.with_name(f".{folder.name}.new")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        write_part(aside, 0, tensors, snapshot.texts(config, vocabulary))
+        manifest = {"step": step, "streams": len(streams), "identity": dict(identity), **(fields or {})}
+        checkpoint = commit(aside, 1, manifest, patience_s=0)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    return Checkpoint(folder, checkpoint.manifest)

@@ -1,0 +1,143 @@
+"""A run's folder, STORAGE/NAME, and the three ways to start in it: fresh, resume, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from elmo_ray import storage
+from elmo_ray.checkpoints.identity import saved_settings
+from elmo_ray.checkpoints.stores import Committed, store_of
+from elmo_ray.config import PretrainConfig
+from elmo_ray.errors import ConfigError
+from elmo_ray.storage.local_copy import local_folder
+from elmo_ray.storage.store_lock import store_lock
+
+logger = logging.getLogger(__name__)
+
+_JOB_FOLDER = "/runtime_resources/working_dir_files/"
+"""Where Ray unpacks `--working-dir`."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """path: absolute. newest: its newest whole checkpoint, or None. finished: that is the end `train.duration` asks
+    for. aside: where the old run goes that --fresh replaces. uri: of a run in an object store, whose `path` is the
+    local folder that this process works in."""
+
+    path: Path
+    newest: Committed | None
+    finished: bool
+    aside: Path | None = None
+    uri: str | None = None
+
+    @property
+    def place(self) -> str:
+        """What all machines find the run by."""
+        return self.uri or str(self.path)
+
+    def make(self) -> None:
+        """Move an old run aside, and make the folder. Raises ConfigError where the storage cannot be written."""
+        try:
+            if self.aside is not None:
+                os.replace(self.path, self.aside)
+                logger.info("--fresh: the run that was in %s is now in %s", self.place, self.aside)
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        storage_path = self.place.rpartition("/")[0]
+        return ConfigError(f"run.storage_path={storage_path}: cannot be written ({error.strerror})")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others out of the run while this process lives: two drivers would delete each other's checkpoints.
+
+        Raises ConfigError where another process has it, or the storage cannot be written. The system lets go of the
+        lock when its holder ends in whatever way.
+        """
+        if self.uri is not None:
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(store_lock(self.uri))
+                except OSError as error:
+                    raise self._unwritable(error) from None
+                yield
+            return
+        lock = self.path.parent / f".{self.path.name}.lock"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self._lock(lock)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        with file:
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    lock.unlink()
+
+    def _lock(self, lock: Path) -> IO[bytes]:
+        while True:
+            file = open(lock, "ab")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # a holder removes the file when it ends: what was opened before that is nobody's lock any more
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                    return file
+                file.close()
+            except BlockingIOError:
+                file.close()
+                raise ConfigError(
+                    f"run.name={self.path.name}: another process is running {self.path}; wait for its end or stop it"
+                ) from None
+            except FileNotFoundError:
+                file.close()
+            except OSError as error:  # some network file systems have no locks
+                logger.warning("%s cannot be locked (%s): do not start this run twice", self.path, error.strerror)
+                return file
+
+
+def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:
+    """The folder to run in; changes nothing on the disk, so that what fails before `make` loses nothing.
+
+    A used name needs `resume` or `fresh`; `fresh` moves the old run aside. Raises ConfigError where the name is used
+    and neither is given; CheckpointError where the run that shall go on has checkpoints and none is whole.
+    """
+    name = config.run.name or time.strftime("run-%Y%m%d-%H%M%S")
+    place = storage.join(storage.absolute(config.run.storage_path), name)
+    try:
+        used = any(storage.exists(storage.join(place, part)) for part in ("checkpoints", "metrics", "config.yaml"))
+    except OSError as error:
+        raise ConfigError(f"run.storage_path={config.run.storage_path}: {error.strerror}") from None
+    path = local_folder(place)
+    if _JOB_FOLDER in place:
+        logger.warning(
+            "run.storage_path=%s lies in this job's own folder, which Ray removes: name an absolute path or a URI",
+            config.run.storage_path,
+        )
+    if used and fresh and storage.is_uri(place):
+        raise ConfigError(f"run.name={name}: {place} has a run already, and no store can rename it; name another")
+    if used and fresh:
+        return RunFolder(path, None, False, path.with_name(f"{name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
+    if used and not resume:
+        raise ConfigError(f"run.name={name}: {place} has a run already; --resume goes on with it, --fresh starts anew")
+    if resume and not used:
+        logger.info("--resume: there is no run in %s yet; starting fresh", place)
+    newest = store_of(place).newest_checkpoint(storage.join(place, "checkpoints")) if used else None
+    finished = newest is not None and _is_finished(newest, config)
+    return RunFolder(path, newest, finished, uri=place if storage.is_uri(place) else None)
+
+
+def _is_finished(newest: Committed, config: PretrainConfig) -> bool:
+    checkpoint = store_of(str(newest.path)).fetch(str(newest.path))
+    asked = saved_settings(checkpoint).get("train.duration") == str(config.train.duration)
+    return asked and checkpoint.json("progress.json").get("finished") is True

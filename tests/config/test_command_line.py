@@ -1,0 +1,271 @@
+"""YAML, overrides, environment, flags, help and exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elmo_ray import __main__, __version__
+from elmo_ray.config import EvaluateConfig, ExportConfig, PrepareConfig, PretrainConfig, ReportConfig
+from elmo_ray.config.command_line import VERBS, Flags, help_text, load_config, parse, run_verb
+from elmo_ray.config.finetune import FinetuneConfig
+from elmo_ray.config.schema import Root, keys
+from elmo_ray.config.yaml_reader import parse_yaml
+from elmo_ray.embed.config import EmbedConfig
+from elmo_ray.errors import ConfigError, DataError
+from elmo_ray.sweep.config import SweepConfig
+
+ROOTS: dict[str, type[Root]] = {
+    "prepare": PrepareConfig,
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "sweep": SweepConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "embed": EmbedConfig,
+    "report": ReportConfig,
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text("data:\n  train: text.txt\n  shuffle: off\noptim: {lr: 3e-4}\n", encoding="utf-8")
+    return path
+
+
+def mistakes(overrides: list[str], path: Path | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, PretrainConfig)
+    return str(caught.value).split("\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("off", "off"), ("no", "no"), ("yes", "yes"), ("on", "on"), ("y", "y"),
+        ("true", True), ("False", False), ("~", None), ("null", None), ("none", None), ("", None), ('"none"', "none"),
+        ("3e-4", 3e-4), ("1e9", 1e9), ("1.", 1.0), (".5", 0.5), ("-1.5E+3", -1500.0), ("1_000", 1000), ("010", 10),
+        ("0o10", "0o10"), ("1:30", "1:30"), ("2024-01-02", "2024-01-02"), ("1e", "1e"), ("'7'", "7"),
+        ("[1, a, 2.5]", [1, "a", 2.5]), ("{a: {b: off}}", {"a": {"b": "off"}}),
+    ],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    parsed = parse_yaml(text, "text")
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_defaults_then_file_then_overrides(file: Path) -> None:
+    config = load_config(file, ["optim.lr=0.5", "data.streams=1_6", "train.validate_every=null"], PretrainConfig)
+    assert config.optim.lr == 0.5 and config.data.streams == 16 and config.train.validate_every is None
+    assert config.data.shuffle == "off" and config.data.train == ("text.txt",) and config.train.unroll == 20
+    assert load_config(file, [], PretrainConfig).optim.lr == 3e-4
+
+
+def test_overrides_are_read_by_field() -> None:
+    config = load_config(
+        None,
+        [
+            "data.train=*.txt", "data.test=[ab]*.txt", "data.valid=[a.txt, b.txt]", "run.name=2024",
+            "data.vocab='null'", "data.prepared_dir=none", "train.duration=1e3 positions",
+            "model.char_cnn.filters=[[1, 4], [2, 8]]", "optim.schedule={kind: linear, warmup_steps: 5}",
+        ],
+        PretrainConfig,
+    )  # fmt: skip
+    assert config.data.train == ("*.txt",) and config.data.test == ("[ab]*.txt",)
+    assert config.data.valid == ("a.txt", "b.txt") and config.run.name == "2024"
+    assert config.data.vocab == "null" and config.data.prepared_dir is None
+    assert str(config.train.duration) == "1000 positions" and config.model.char_cnn.filters == ((1, 4), (2, 8))
+    assert config.optim.schedule.kind == "linear" and config.optim.schedule.warmup_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
+        ("optim.lr=", "optim.lr= has no value"),
+        ("run.name=", "run.name= has no value; run.name=null unsets it"),
+        ("optim.lr=fast", "optim.lr=fast: must be a number > 0"),
+        ("train.dropout=1.5", "train.dropout=1.5: must be a number >= 0 and < 1"),
+        ("optim.lr=null", "optim.lr=null: must be a number > 0"),
+        ("model.char_cnn.filters=[[1,", "model.char_cnn.filters=[[1, line 1:"),
+    ],
+)
+def test_bad_override(override: str, line: str) -> None:
+    (found,) = mistakes([override])
+    assert found.startswith(line)
+
+
+def test_several_mistakes_at_once(file: Path) -> None:
+    lines = mistakes(["optim.lrr=1", "optim.lr=", "train.dropout=2", "data.vocab=${ELMO_TEST_UNSET}/v"], file)
+    assert [line.split()[0] for line in lines] == [
+        "unknown",
+        "optim.lr=",
+        "data.vocab=${ELMO_TEST_UNSET}/v:",
+        "train.dropout=2:",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"optim:\n  lr: 1\n  lr: 2\n", ["line 3", "lr is given twice"]),
+        (b"optim: {lr: 1}\noptim: {lr: 2}\n", ["line 2", "optim is given twice"]),
+        (b"- a\n- b\n", ["line 1", "must be a mapping"]),
+        (b"just text", ["must be a mapping"]),
+        (b"optim:\n  lr: [1\n", ["line 3"]),
+        (b"a: &x [*x]\nb: *y\n", ["line 2", "y"]),
+        (b"optim:\n\tlr: 1\n", ["line 2"]),
+        (b"\xff\xfe", ["UTF-8"]),
+        (b"a: 1\n---\nb: 2\n", ["document"]),
+        (b"optim: !!python/object:os.system x\n", ["line 1"]),
+    ],
+)
+def test_bad_file(tmp_path: Path, content: bytes, words: list[str]) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    (line,) = mistakes([], path)
+    assert line.startswith(str(path)) and all(word in line for word in words), line
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    assert mistakes([], tmp_path / "no.yaml") == [f"{tmp_path / 'no.yaml'}: no such file"]
+    assert mistakes([], tmp_path)[0].startswith(f"{tmp_path}: cannot be read")
+
+
+def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing\n")
+    assert load_config(path, [], PretrainConfig) == PretrainConfig()
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+    big = repository / "configs" / "big.yaml"
+    monkeypatch.delenv("ELMO_CORPUS", raising=False)
+    lines = mistakes([], big)
+    assert lines and all("ELMO_CORPUS is not set" in line for line in lines)
+    assert any(line.startswith("data.train=") for line in lines)
+    monkeypatch.setenv("ELMO_CORPUS", "/corpus")
+    config = load_config(big, [], PretrainConfig)
+    assert config.data.train == ("/corpus/train-*",)
+    assert (config.data.streams, config.model.lstm.dim, config.softmax.negatives) == (384, 4096, 8192)
+    monkeypatch.delenv("ELMO_CORPUS")
+    assert load_config(big, ["data.train=a", "data.valid=b"], PretrainConfig).data.train == ("a",)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "small", "big"])
+def test_shipped_configs(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELMO_CORPUS", "/corpus")
+    path = repository / "configs" / f"{name}.yaml"
+    config, _ = parse([str(path)], "pretrain", PretrainConfig)
+    assert config.run.name == name
+    parse([str(path)], "prepare", PrepareConfig)
+
+
+def test_flags_and_positionals(file: Path) -> None:
+    config, flags = parse([str(file), "--resume", "optim.lr=0.1", "--json", "o.json"], "pretrain", PretrainConfig)
+    assert flags == Flags(resume=True, json="o.json") and config.optim.lr == 0.1
+    export, _ = parse(["runs/lr=1", "out", "checkpoint=last"], "export", ExportConfig)
+    assert (export.init.source, export.out, export.checkpoint) == ("runs/lr=1", "out", "last")
+    report, flags = parse(["a", "b", "out=c.png", "--json=x"], "report", ReportConfig)
+    assert report.runs == ("a", "b") and report.out == "c.png" and flags.json == "x"
+
+
+@pytest.mark.parametrize(
+    ("verb", "argv", "words"),
+    [
+        ("pretrain", [], ["CONFIG.yaml is missing"]),
+        ("pretrain", ["FILE", "optim.lr"], ["optim.lr: neither a file nor of the form key.path=value"]),
+        ("pretrain", ["FILE", "FILE"], ["only one configuration file"]),
+        ("pretrain", ["FILE", "--dryrun"], ["unknown flag --dryrun; did you mean --dry-run?"]),
+        ("pretrain", ["FILE", "-x"], ["unknown flag -x"]),
+        ("pretrain", ["FILE", "--json"], ["--json needs a file"]),
+        ("pretrain", ["FILE", "--resume", "--fresh"], ["exclude each other"]),
+        ("pretrain", ["FILE", "--resume=yes"], ["takes no value"]),
+        ("pretrain", ["FILE", "data.train=[]"], ["data.train is empty"]),
+        ("evaluate", [], ["SOURCE is missing"]),
+        ("evaluate", ["runs/x"], ["data.test is empty"]),
+        ("export", ["runs/x"], ["OUT is missing"]),
+        ("export", ["runs/x", "out", "--resume"], ["unknown flag --resume"]),
+        ("report", [], ["RUN is missing"]),
+    ],
+)
+def test_usage_errors_exit_2(
+    verb: str, argv: list[str], words: list[str], file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(file) if word == "FILE" else word for word in argv]
+    assert run_verb(verb, ROOTS[verb], lambda config, flags: pytest.fail("ran"), arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and len(err.splitlines()) == 1
+    assert all(word in err for word in words), err
+
+
+class _Result:
+    def summary(self) -> str:
+        return "done ✓"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"perplexity": 3.5}
+
+
+def test_result_is_printed_and_written(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "deep" / "o.json"
+    code = run_verb("pretrain", PretrainConfig, lambda config, flags: _Result(), [str(file), "--json", str(target)])
+    assert code == 0 and capsys.readouterr().out == "done ✓\n"
+    assert json.loads(target.read_text()) == {"perplexity": 3.5}
+    assert [path.name for path in target.parent.iterdir()] == ["o.json"]
+
+
+def test_users_mistakes_inside_a_run_exit_2_and_defects_do_not_hide(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Remote(DataError):
+        """As Ray raises it: ours by type, a remote traceback by text."""
+
+        def __init__(self, cause: Exception) -> None:
+            super().__init__("remote\ntraceback")
+            self.cause = cause
+
+    def bad(config: PretrainConfig, flags: Flags) -> None:
+        raise Remote(DataError("text.txt line 3: not UTF-8"))
+
+    def broken(config: PretrainConfig, flags: Flags) -> None:
+        raise ZeroDivisionError
+
+    assert run_verb("pretrain", PretrainConfig, bad, [str(file)]) == 2
+    assert capsys.readouterr().err == "error: text.txt line 3: not UTF-8\n"
+    with pytest.raises(ZeroDivisionError):
+        run_verb("pretrain", PretrainConfig, broken, [str(file)])
+
+
+@pytest.mark.parametrize("verb", ROOTS)
+def test_help_lists_every_key(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(verb, ROOTS[verb], lambda config, flags: None, ["whatever", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text == help_text(verb, ROOTS[verb]) + "\n" and len(max(text.splitlines(), key=len)) <= 120
+    sections = VERBS[verb].sections
+    for key in keys(ROOTS[verb]):
+        if not sections or key.name.split(".")[0] in sections:
+            assert f"  {key.name}={key.default}" in text and str(key.field.description) in text
+    assert all(f"--{flag}" in text for flag in VERBS[verb].flags)
+
+
+def test_verbs_are_listed_and_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {verb} " in listed for verb in VERBS)
+    assert __main__.main(["--version"]) == 0 and capsys.readouterr().out == f"elmo_ray {__version__}\n"
+    assert __main__.main(["train"]) == 2 and "unknown verb train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ROOTS)
+def test_each_verb_is_a_module_with_help(verb: str, repository: Path) -> None:
+    command = [sys.executable, "-m", f"elmo_ray.{verb}", "--help"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python -m elmo_ray.{verb} ")

@@ -1,0 +1,313 @@
+"""`embed`: golden vectors through the verb, every form of input and output, going on after a stop, users' mistakes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers.saved_models import random_model, save_checkpoint
+from helpers.tiny_runs import sentences, tiny_config
+
+from elmo_ray import embed
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.bilm import ElmoCharacterEncoder
+from elmo_ray.elmo.encoder import embed_sentences
+from elmo_ray.elmo.language_model import LanguageModel
+from elmo_ray.elmo.layer import Elmo, batch_to_ids
+from elmo_ray.embed import EmbedPlan, EmbedResult, main
+from elmo_ray.embed.config import EmbedConfig
+from elmo_ray.model.bilm import BiLM
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+WEIGHTS = GOLDEN / "model" / "weights.hdf5"
+TEXT = GOLDEN / "own_text" / "text.txt"
+WORDS = ["<S>", "</S>", "<UNK>", "the", "dog", "cat", "sees", "house", ".", "old", "hears", "in", "garden"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the tests' own process
+
+
+@pytest.fixture(scope="module")
+def model() -> BiLM:
+    return random_model(tiny_config(), len(WORDS))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, model: BiLM) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("source") / "checkpoint", tiny_config(), WORDS, model)
+
+
+def here(source: Path, texts: Any, out: Path, **settings: Any) -> EmbedResult:
+    """Runs the verb in this process; settings are dotted, flags by their names."""
+    result = run(source, texts, out, **settings)
+    assert isinstance(result, EmbedResult)
+    return result
+
+
+def run(source: Path, texts: Any, out: Path, **settings: Any) -> Any:
+    flags = embed.Flags(**{name: settings.pop(name) for name in ("resume", "fresh", "dry_run") if name in settings})
+    values: dict[str, Any] = {"init": {"from": str(source)}, "in": texts, "out": str(out), "cluster": {"workers": 0}}
+    for name, value in settings.items():
+        section, key = name.split("__")
+        values.setdefault(section, {})[key] = value
+    return embed.run(EmbedConfig.from_dict(values), flags)
+
+
+def lines_of(path: Path) -> list[list[str]]:
+    return [line.split() for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def vectors_of(table: pa.Table, name: str = "vector") -> list[np.ndarray]:
+    return [np.array(value, np.float32).reshape(len(value), -1) for value in table.column(name).to_pylist()]
+
+
+@pytest.mark.parametrize("state", ["carry", "reset"])
+def test_hdf5_has_the_golden_values(tmp_path: Path, state: str) -> None:
+    result = here(WEIGHTS, str(TEXT), tmp_path / "out.hdf5", embed__state=state, data__block_bytes=1024)
+    assert (result.values["units"] > 1) == (state == "reset") and os.listdir(tmp_path) == ["out.hdf5"]
+    with h5py.File(tmp_path / "out.hdf5") as file, np.load(GOLDEN / "own_text" / f"embeddings_{state}.npz") as golden:
+        assert len(file) == int(golden["n"]) == result.values["sentences"]
+        for key in file:
+            assert file[key].dtype == np.float32 and file[key].shape == golden[key].shape
+            np.testing.assert_allclose(file[key][...], golden[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", ["all", "top", "average", [0.5, -1, 2]])
+@pytest.mark.parametrize("output", ["vectors", "means"])
+def test_layers_and_means(tmp_path: Path, choice: Any, output: str) -> None:
+    settings = {"embed__layers": choice, "embed__output": output, "embed__dtype": "float16"}
+    here(WEIGHTS, str(TEXT), tmp_path / "out", embed__batch_positions=60, **settings)
+    table = pq.read_table(tmp_path / "out")
+    with np.load(GOLDEN / "own_text" / "embeddings_reset.npz") as golden:
+        expected = [golden[str(number)] for number in range(int(golden["n"]))]
+    weights = (
+        {"all": None, "top": [0, 0, 1], "average": [1 / 3] * 3}.get(choice, choice)
+        if isinstance(choice, str)
+        else choice
+    )
+    names = ["layer_0", "layer_1", "layer_2"] if weights is None else ["vector"]
+    assert table.column_names == ["sentence", "words", *names] and "halffloat" in str(table.schema.field(names[0]).type)
+    assert table.column("sentence").to_pylist() == list(range(len(expected)))
+    assert table.column("words").to_pylist() == lines_of(TEXT)
+    for layer, name in enumerate(names):
+        for ours, theirs in zip(table.column(name).to_pylist(), expected, strict=True):
+            wanted = theirs[layer] if weights is None else np.tensordot(weights, theirs, 1)
+            if output == "means":
+                wanted = wanted.mean(axis=0) if len(wanted) else np.zeros(32)
+            np.testing.assert_allclose(np.array(ours, np.float32).reshape(wanted.shape), wanted, rtol=2e-3, atol=4e-3)
+
+
+def test_every_form_of_text_in_order(tmp_path: Path, checkpoint: Path, model: BiLM) -> None:
+    """Text with all line ends, .gz, JSONL of text and of words, Parquet in row groups: the same vectors."""
+    lines = sentences(40, seed=3)
+    (tmp_path / "a.txt").write_bytes("\r\n".join(lines[:20]).encode() + b"\r")
+    with gzip.open(tmp_path / "b.txt.gz", "wb") as file:
+        file.write("\n".join(lines[20:]).encode())
+    expected = list(embed_sentences(model, [line.split() for line in lines]))
+    settings: dict[str, Any] = {"data__block_bytes": 1024, "embed__layers": "top"}
+    result = here(checkpoint, [str(tmp_path / "*.txt"), str(tmp_path / "*.gz")], tmp_path / "text", **settings)
+    assert result.values["sentences"] == 40 and result.values["units"] == 2
+    rows: list[Any] = [*lines[:20], *(line.split() for line in lines[20:])]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"id": 1, "body": row}) + "\n" for row in rows))
+    here(checkpoint, str(tmp_path / "c.jsonl"), tmp_path / "json", embed__column="body", **settings)
+    pq.write_table(pa.table({"body": [line.split() for line in lines]}), tmp_path / "d.parquet", row_group_size=15)
+    assert (
+        here(checkpoint, str(tmp_path / "d.parquet"), tmp_path / "lists", embed__column="body", **settings).values[
+            "units"
+        ]
+        == 3
+    )
+    for name in ("text", "json", "lists"):
+        table = pq.read_table(tmp_path / name)
+        assert table.column("sentence").to_pylist() == list(range(40))
+        for ours, theirs in zip(vectors_of(table), expected, strict=True):
+            np.testing.assert_allclose(ours.reshape(theirs[-1].shape), theirs[-1], rtol=0, atol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "text").iterdir())[0] == "_embed.json"
+    assert not list((tmp_path / "text").glob(".*"))
+
+
+def test_substitutes_and_surprisal_from_their_definitions(tmp_path: Path, checkpoint: Path, model: BiLM) -> None:
+    lines = [*(line.split() for line in sentences(12, seed=5)), [], ["zeppelin"]]
+    (tmp_path / "text.txt").write_text("".join(" ".join(line) + "\n" for line in lines), encoding="utf-8")
+    here(checkpoint, str(tmp_path / "text.txt"), tmp_path / "words", embed__output="substitutes", embed__k=4)
+    here(
+        checkpoint, str(tmp_path / "text.txt"), tmp_path / "nats", embed__output="surprisal", embed__batch_positions=30
+    )
+    words, nats = (pq.read_table(tmp_path / name).to_pylist() for name in ("words", "nats"))
+    spoken = LanguageModel.from_run(checkpoint)
+    vocabulary = Vocabulary.from_words(WORDS)
+    weight, bias = model.softmax_weight, model.softmax_bias
+    assert weight is not None and bias is not None
+    for number, line in enumerate(lines):
+        # each direction alone, from what it has seen: the word's own vector has no part in it
+        log_p: dict[str, list[np.ndarray]] = {"forward": [], "backward": [], "both": []}
+        for place in range(len(line)):
+            seen = {
+                "forward": reading(model, ["<S>", *line[:place]], 0),
+                "backward": reading(model, ["</S>", *line[:place:-1]], 1),
+            }
+            for name, top in seen.items():
+                log_p[name].append(torch.log_softmax(weight @ top + bias, 0).numpy())
+            product = log_p["forward"][-1] + log_p["backward"][-1]
+            log_p["both"].append(product - np.logaddexp.reduce(product))
+        targets = [vocabulary.ids.get(word, vocabulary.unk) for word in line]
+        for name in ("forward", "backward", "both"):
+            for place, target in enumerate(targets):
+                order = [i for i in np.argsort(-log_p[name][place]) if i not in (0, 1, 2)][:4]
+                assert words[number][name][place] == [WORDS[i] for i in order]
+                np.testing.assert_allclose(words[number][f"{name}_log_p"][place], log_p[name][place][order], atol=1e-4)
+                if name != "both":
+                    assert nats[number][name][place] == pytest.approx(-log_p[name][place][target], abs=1e-4)
+        assert nats[number]["both"] == pytest.approx(
+            [(f + b) / 2 for f, b in zip(nats[number]["forward"], nats[number]["backward"], strict=True)], abs=1e-5
+        )
+        assert nats[number]["unknown"] == [word not in vocabulary.ids for word in line]
+        (surprisal,) = spoken.surprisal([line])
+        np.testing.assert_allclose(surprisal.nats["forward"], np.array(nats[number]["forward"], np.float32), atol=1e-5)
+        (found,) = spoken.substitutes([line], k=4)
+        assert found.words("both") == words[number]["both"]
+
+
+def reading(model: BiLM, words: list[str], direction: int) -> torch.Tensor:
+    """[P] the top layer of one direction after words in its own order."""
+    from elmo_ray.data.word_types import encode_with_markers
+
+    vectors = model.encode_types(torch.from_numpy(encode_with_markers(words, model.config.char_cnn.max_characters)))
+    inputs = torch.arange(len(words)).expand(2, 1, -1)
+    layers, _ = model.layers(vectors, inputs, model.lstm.zero_state(1, like=vectors))
+    return layers[-1][direction, 0, -1]
+
+
+def test_token_vectors(tmp_path: Path) -> None:
+    vocab = GOLDEN / "model" / "vocab.txt"
+    assert main([str(WEIGHTS), str(tmp_path / "v.hdf5"), f"embed.tokens={vocab}", "cluster.workers=0"]) == 0
+    vocabulary = Vocabulary.read(vocab)
+    expected = ElmoCharacterEncoder(GOLDEN / "model" / "options_262.json", WEIGHTS)(
+        batch_to_ids([[w] for w in vocabulary.words[:50]])
+    )
+    with h5py.File(tmp_path / "v.hdf5") as file:
+        assert file["embedding"].shape == (vocabulary.size, 16) and file["embedding"].dtype == np.float32
+        np.testing.assert_allclose(file["embedding"][:50], expected["token_embedding"][:, 1], rtol=0, atol=1e-5)
+    files = GOLDEN / "model" / "options_262.json", WEIGHTS, tmp_path / "v.hdf5", vocab
+    assert Elmo.from_token_vectors(*files).get_output_dim() == 32
+    assert main([str(WEIGHTS), str(tmp_path / "v.hdf5"), f"embed.tokens={vocab}", "cluster.workers=0"]) == 2
+
+
+def test_a_job_goes_on_where_it_was(tmp_path: Path, checkpoint: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(sentences(150, seed=7)) + "\n", encoding="utf-8")
+    settings = {"data__block_bytes": 1024, "embed__dtype": "float16"}
+    for out in (tmp_path / "whole", tmp_path / "stopped"):
+        here(checkpoint, str(text), out, **settings)
+    stopped = sorted((tmp_path / "stopped").glob("part-*"))
+    assert len(stopped) > 4
+    stopped[1].unlink()
+    stopped[3].write_bytes(stopped[3].read_bytes()[:-9])
+    (tmp_path / "stopped" / ".part-000001.parquet.9-abc").write_bytes(b"half")
+    before = {path: path.stat().st_mtime_ns for path in stopped if path.exists()}
+    plan = run(checkpoint, str(text), tmp_path / "stopped", resume=True, dry_run=True, **settings)
+    assert isinstance(plan, EmbedPlan) and plan.finished == len(stopped) - 2
+    result = here(checkpoint, str(text), tmp_path / "stopped", resume=True, **settings)
+    assert result.values["units_done_before"] == len(stopped) - 2
+    for path in stopped:
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+        assert (path.stat().st_mtime_ns == before.get(path)) == (path not in (stopped[1], stopped[3]))
+    assert here(checkpoint, str(text), tmp_path / "stopped", resume=True, **settings).values["words"] == 0
+    assert sorted(os.listdir(tmp_path / "stopped")) == sorted(os.listdir(tmp_path / "whole"))
+
+
+def test_killed_and_resumed(tmp_path: Path, checkpoint: Path) -> None:
+    """kill -9 of the command while it writes; HDF5, which is joined from its parts at the end."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(sentences(1200, seed=8)) + "\n", encoding="utf-8")
+    arguments = [str(checkpoint), str(text), "data.block_bytes=1024", "cluster.workers=0"]
+    command = [sys.executable, "-m", "elmo_ray.embed", *arguments, str(tmp_path / "out.hdf5")]
+    parts = tmp_path / "out.hdf5.parts"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as job:
+        deadline = time.monotonic() + 60
+        while len(list(parts.glob("part-*"))) < 3 and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(job.pid, signal.SIGKILL)
+    assert not (tmp_path / "out.hdf5").exists()
+    done = len(list(parts.glob("part-*")))
+    assert main([*arguments, str(tmp_path / "out.hdf5")]) == 2
+    result = here(checkpoint, str(text), tmp_path / "out.hdf5", resume=True, data__block_bytes=1024)
+    assert 3 <= done <= result.values["units_done_before"] < result.values["units"]
+    here(checkpoint, str(text), tmp_path / "unbroken.hdf5", data__block_bytes=1024)
+    with h5py.File(tmp_path / "out.hdf5") as ours, h5py.File(tmp_path / "unbroken.hdf5") as unbroken:
+        assert set(ours) == set(unbroken) == set(map(str, range(1200)))
+        assert all(np.array_equal(ours[key], unbroken[key]) for key in ours)
+    assert not parts.exists()
+
+
+def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("the dog .\n", encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text('{"body": "a"}\n{"body": 3}\n', encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    here(checkpoint, str(text), out)
+
+    def refused(*arguments: object) -> str:
+        assert main([*map(str, arguments), "cluster.workers=0"]) == 2
+        (line,) = capsys.readouterr().err.strip().split("\n")[-1:]
+        assert line.startswith("error: ")
+        return line
+
+    assert "--resume goes on" in refused(checkpoint, text, out)
+    assert "layers was all and is top" in refused(checkpoint, text, out, "--resume", "embed.layers=top")
+    assert "another one" in refused(WEIGHTS, text, out, "--resume")
+    text.write_text("the cat .\n", encoding="utf-8")
+    assert "text has changed" in refused(checkpoint, text, out, "--resume")
+    assert "not written by embed" in refused(checkpoint, text, tmp_path / "mine", "--fresh")
+    new = tmp_path / "new"
+    assert "embed.column" in refused(checkpoint, tmp_path / "bad.jsonl", new)
+    assert "no columns" in refused(checkpoint, text, new, "embed.column=a")
+    assert "bad.jsonl, sentence 1, body" in refused(
+        checkpoint, tmp_path / "bad.jsonl", new, "embed.column=body", "--fresh"
+    )
+    assert "latin.txt, line 1" in refused(checkpoint, tmp_path / "latin.txt", new, "--fresh")
+    assert "holds no softmax" in refused(WEIGHTS, text, tmp_path / "newer", "embed.output=surprisal")
+    assert "has 3 layers" in refused(checkpoint, text, tmp_path / "newer", "embed.layers=[1]")
+    assert "Parquet" in refused(checkpoint, text, tmp_path / "a.h5", "embed.output=surprisal")
+    assert "writes no vectors" in refused(
+        checkpoint, text, tmp_path / "newer", "embed.output=surprisal", "embed.layers=top"
+    )
+    assert "OUT is missing" in refused(checkpoint)
+    assert "no file matches" in refused(checkpoint, tmp_path / "none*", tmp_path / "newer")
+    assert not (tmp_path / "newer").exists() or not list((tmp_path / "newer").glob("part*"))
+    assert (tmp_path / "mine" / "letter.txt").exists()
+
+
+@pytest.mark.ray
+def test_two_actors_make_what_one_process_makes(tmp_path: Path, checkpoint: Path, ray_session: None) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(sentences(200, seed=9)) + "\n", encoding="utf-8")
+    arguments = [str(checkpoint), str(text), "data.block_bytes=1024", "cluster.threads=1"]
+    assert main([*arguments, str(tmp_path / "pool"), "cluster.workers=2", "--json", str(tmp_path / "result.json")]) == 0
+    assert main([*arguments, str(tmp_path / "alone"), "cluster.workers=0"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    parts = sorted(path.name for path in (tmp_path / "alone").glob("part-*"))
+    assert len(parts) == result["units"] > 4 and result["sentences"] == 200
+    for name in parts:
+        assert (tmp_path / "pool" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    # a mistake that an actor meets, and one that the cluster cannot hold
+    text.write_bytes(b"the dog .\ncaf\xe9\n")
+    assert main([*arguments, str(tmp_path / "bad"), "cluster.workers=1"]) == 2
+    assert main([*arguments, str(tmp_path / "many"), "cluster.workers=2", "cluster.cpus_per_worker=300"]) == 2

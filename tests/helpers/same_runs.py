@@ -1,0 +1,65 @@
+"""Whether two runs came to the same bits: model, slots, states, cursors, audits, progress, the best, and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elmo_ray.checkpoints.read import Checkpoint, newest_checkpoint, open_checkpoint
+from helpers.tiny_runs import everything, progress_of, records
+
+SHOWN = 8
+"""More differences than these of the last checkpoint, of the best and of the metrics are only counted."""
+
+
+def differences(left: Path, right: Path) -> list[str]:
+    """What differs between the ends of two runs, times apart; empty if nothing does.
+
+    Compared are the newest checkpoints, the best ones, and what the metrics say of each step (of the newest attempt
+    that did it). Files are hashed first: CheckpointError where one is damaged.
+    """
+    last = [newest_checkpoint(run / "checkpoints") for run in (left, right)]
+    best = [open_checkpoint(run / "best") if (run / "best").is_dir() else None for run in (left, right)]
+    metrics = [f"metrics: {text}" for text in _of_records(records(left), records(right))]
+    return [*_short(_of_checkpoints("last", *last)), *_short(_of_checkpoints("best", *best)), *_short(metrics)]
+
+
+def _short(found: list[str]) -> list[str]:
+    return found if len(found) <= SHOWN else [*found[:SHOWN], f"and {len(found) - SHOWN} more"]
+
+
+def _of_checkpoints(what: str, left: Checkpoint | None, right: Checkpoint | None) -> list[str]:
+    if left is None or right is None:
+        return [] if left is right else [f"{what}: only one of the runs has it"]
+    found = [] if left.step == right.step else [f"step {left.step} and {right.step}"]
+    found += _of_values("progress.json: ", progress_of(left), progress_of(right))
+    ours, theirs = everything(left), everything(right)
+    found += [f"{name}: only in one of them" for name in sorted(ours.keys() ^ theirs.keys())]
+    found += [f"{name}: other bits" for name in ours if name in theirs and not same_bits(ours[name], theirs[name])]
+    return [f"{what}: {text}" for text in found]
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Stricter than `torch.equal`, to which -0 is 0, and no nan is another."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)))
+
+
+def _of_records(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> list[str]:
+    ours, theirs = ({(record["step"], record["kind"]): record for record in run} for run in (left, right))
+    found = [f"{kind} of step {step}: only in one of them" for step, kind in sorted(ours.keys() ^ theirs.keys())]
+    for step, kind in sorted(ours.keys() & theirs.keys()):
+        found += _of_values(f"{kind} of step {step}: ", ours[step, kind], theirs[step, kind])
+    return found
+
+
+def _of_values(head: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{head}{key} is {left.get(key)} and {right.get(key)}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]

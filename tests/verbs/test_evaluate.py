@@ -1,0 +1,343 @@
+"""`evaluate` against a reckoning of its own, word by word; what the result does not depend on; what users do wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import naive_bilm
+from helpers.saved_models import random_model, save_checkpoint
+from helpers.tiny_runs import NAMES, NOUNS, VERBS, WORDS_TIED, sentences, tiny_config
+
+from elmo_ray.checkpoints.bilm_tf.hdf5 import write_weights
+from elmo_ray.checkpoints.bilm_tf.options import to_options
+from elmo_ray.config import EvalConfig, EvaluateConfig, PretrainConfig
+from elmo_ray.data.characters import encode_words
+from elmo_ray.data.corpus import Corpus
+from elmo_ray.data.scan import index_shard
+from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
+from elmo_ray.elmo.evaluation import Job
+from elmo_ray.evaluate import EvaluateResult, all_measures, main, run
+from elmo_ray.model.bilm import BiLM
+
+# some of the texts' words only, among them one that ends a sentence and a literal marker
+WORDS = [*SPECIAL_WORDS, "the", ".", *NOUNS, *VERBS[:6], *NAMES, "old", "in", "garden"]
+NUMBERS = ("perplexity_forward", "perplexity_backward", "perplexity", "perplexity_mean", "nats_per_word",
+           "nats_per_word_forward", "nats_per_word_backward", "bits_per_character", "bits_per_character_forward",
+           "bits_per_character_backward", "oov_rate")  # fmt: skip
+COUNTS = ("positions", "words", "unknown_words", "characters")
+
+
+@pytest.fixture()
+def texts(tmp_path: Path) -> list[Path]:
+    """Three shards; the second is empty, the third ends without a line end and holds literal special words."""
+    lines = [
+        sentences(14, seed=1),
+        [],
+        ["the </S> sees the <UNK> .", "", *sentences(6, seed=2), "Čapek sees the dog ."],
+    ]
+    paths = []
+    for number, each in enumerate(lines):
+        path = tmp_path / f"text-{number}.txt"
+        path.write_text("\n".join(each) + ("\n" if number == 0 else ""), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def lines_of(path: Path) -> list[list[str]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [line.split() for line in (lines if lines[-1] else lines[:-1])]
+
+
+class Reckoning:
+    """The measures from their definitions: Python loops over words, the naive model, float64."""
+
+    def __init__(self, model: BiLM, words: Sequence[str], paths: Sequence[Path], streams: int | None):
+        self.model, self.ids = model, {word: i for i, word in enumerate(words)}
+        self.parameters = {name: p.double() for name, p in model.named_parameters()}
+        self.vectors: dict[str, torch.Tensor] = {}
+        self.shards = len(paths)
+        self.paths = paths
+        # of every position: shard, whether its sentence has an unknown word, [inputs, targets] of each direction
+        self.line: list[tuple[int, bool, list[tuple[str, int]]]] = []
+        starts = []
+        for shard, path in enumerate(paths):
+            for sentence in lines_of(path):
+                starts.append(len(self.line))
+                strange = any(self.target(word) == self.ids["<UNK>"] for word in sentence)
+                forward = zip(["<S>", *sentence], [*sentence, "</S>"], strict=True)
+                backward = zip(["</S>", *sentence[::-1]], [*sentence[::-1], "<S>"], strict=True)
+                for (a, b), (c, d) in zip(forward, backward, strict=True):
+                    both = [(a, self.target(b)), (c, self.target(d))]
+                    self.line.append((shard, strange, both[: model.directions]))
+        n = len(self.line)
+        cuts = starts if streams is None else [s * n // streams for s in range(streams)]
+        self.nats = np.concatenate([self.read(first, last) for first, last in zip(cuts, [*cuts[1:], n], strict=True)])
+
+    def target(self, word: str) -> int:
+        return self.ids.get(word, self.ids["<UNK>"])
+
+    def vector(self, word: str) -> torch.Tensor:
+        if self.model.char_cnn is None:
+            return self.parameters["word_embedding"][self.target(word)]
+        if word not in self.vectors:
+            row = encode_words([word], self.model.config.char_cnn.max_characters)[0]
+            if word in ("<S>", "</S>"):
+                row[1:4] = (256 if word == "<S>" else 257, 259, 260)
+                row[3:] = 260
+            self.vectors[word] = naive_bilm.word_vector(self.parameters, self.model.config, row.tolist())
+        return self.vectors[word]
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """[n, D] losses of positions that are one row, from zero state."""
+        part, d = self.line[first:last], self.model.directions
+        words = [word for _, _, both in part for word, _ in both]
+        inputs = torch.arange(len(words)).view(len(part), d).T[:, None, :]
+        start = naive_bilm.zero_state(self.model.config, 1)
+        vectors = [self.vector(word) for word in words]
+        outputs, _ = naive_bilm.run(self.parameters, self.model.config, vectors, inputs, start, [len(part)])
+        table = self.parameters["word_embedding" if self.model.tied else "softmax_weight"]
+        losses = [[float(naive_bilm.full_loss(outputs[-1][j][0][t], table, self.parameters["softmax_bias"], both[j][1]))
+                   for j in range(d)] for t, (_, _, both) in enumerate(part)]  # fmt: skip
+        return np.array(losses).reshape(len(part), d)
+
+    def measures(self, shards: Sequence[int], clean: bool = False) -> dict[str, float | None]:
+        chosen = [i for i, (shard, strange, _) in enumerate(self.line) if shard in shards and not (clean and strange)]
+        sentences_ = [s for k in shards for s in lines_of(self.paths[k])]
+        if clean:
+            sentences_ = [s for s in sentences_ if all(self.target(word) != self.ids["<UNK>"] for word in s)]
+        words = [word for sentence in sentences_ for word in sentence]
+        unknown = sum(self.target(word) == self.ids["<UNK>"] for word in words)
+        result: dict[str, float | None] = dict.fromkeys(NUMBERS)
+        result.update(positions=len(chosen), words=len(words), unknown_words=unknown, characters=len("".join(words)))
+        if not chosen:
+            return result
+        each = self.nats[chosen].sum(axis=0)
+        mean, bits = each / len(chosen), each / math.log(2) / (len("".join(words)) + len(chosen))
+        for j, name in enumerate(("forward", "backward")[: len(each)]):
+            result[f"perplexity_{name}"] = math.exp(mean[j])
+            result[f"nats_per_word_{name}"], result[f"bits_per_character_{name}"] = mean[j], bits[j]
+        result["perplexity"], result["perplexity_mean"] = math.exp(mean.mean()), float(np.exp(mean).mean())
+        result["nats_per_word"], result["bits_per_character"] = mean.mean(), bits.mean()
+        result["oov_rate"] = unknown / len(words)
+        return result
+
+
+def compare(found: dict[str, Any], expected: dict[str, float | None], counts: Sequence[str] = COUNTS) -> None:
+    for name in counts:
+        assert found[name] == expected[name], name
+    for name in NUMBERS:
+        value = expected[name]
+        if value is None:
+            assert found[name] is None, name
+        else:
+            assert found[name] == pytest.approx(value, rel=1e-6), name
+
+
+MODELS = {
+    "characters": tiny_config(model__lstm={"dim": 6, "projection_dim": 4}),
+    "forward only": tiny_config(model__lstm={"dim": 6, "projection_dim": 4}, model__bidirectional=False),
+    "words, tied": tiny_config(**WORDS_TIED, model__lstm={"dim": 6, "projection_dim": 4, "n_layers": 1}),
+}
+
+
+def measured(
+    config: PretrainConfig, paths: list[Path], rows: int, reset: str = "never", streams: int = 3
+) -> dict[str, Any]:
+    model, vocabulary = random_model(config, len(WORDS)), Vocabulary.from_words(WORDS)
+    corpus = Corpus.from_shards([index_shard(str(path), 4096) for path in paths])
+    job = Job("unused", None, corpus, EvalConfig(reset="sentence", rows=rows) if reset == "sentence"
+              else EvalConfig(streams=streams, rows=rows), "fail")  # fmt: skip
+    (part,) = job.parts(1)
+    return all_measures(job.measure(part, model, vocabulary), corpus)
+
+
+@pytest.mark.parametrize("reset", ["never", "sentence"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_measure_is_what_its_definition_says(name: str, reset: str, texts: list[Path]) -> None:
+    found = measured(MODELS[name], texts, rows=5, reset=reset)
+    model = random_model(MODELS[name], len(WORDS))
+    reckoning = Reckoning(model, WORDS, texts, 3 if reset == "never" else None)
+    for shards, values in [((0, 1, 2), found), *(((i,), shard) for i, shard in enumerate(found["shards"]))]:
+        compare(values, reckoning.measures(shards))
+        compare(values["without_unknown"], reckoning.measures(shards, clean=True), ("positions", "characters"))
+    assert found["without_unknown"]["positions"] < found["positions"]
+    assert [shard["path"] for shard in found["shards"]] == [str(path) for path in texts]
+
+
+@pytest.mark.parametrize("reset", ["never", "sentence"])
+def test_the_result_does_not_depend_on_rows_or_parts(reset: str, texts: list[Path], tmp_path: Path) -> None:
+    config, streams = MODELS["characters"], 7
+    reference = measured(config, texts, rows=128, reset=reset, streams=streams)
+    for rows in (1, 2, 5):
+        compare(measured(config, texts, rows, reset, streams), reference)
+    # many small blocks, in parts as workers get them
+    corpus = Corpus.from_shards([index_shard(str(path), 64) for path in texts])
+    vocabulary, model = Vocabulary.from_words(WORDS), random_model(config, len(WORDS))
+    settings = EvalConfig(reset="sentence") if reset == "sentence" else EvalConfig(streams=streams)
+    job = Job("unused", None, corpus, settings, "fail")
+    for workers in (2, 3, 100):
+        parts = job.parts(workers)
+        assert 1 < len(parts) <= workers
+        first, *others = (job.measure(part, model, vocabulary) for part in parts)
+        for other in others:
+            first += other
+        compare(all_measures(first, corpus), reference)
+
+
+def test_bf16_products_change_little(texts: list[Path]) -> None:
+    vocabulary = Vocabulary.from_words(WORDS)
+    corpus = Corpus.from_shards([index_shard(str(path), 4096) for path in texts])
+    nats = []
+    for precision in ("fp32", "bf16"):
+        job = Job("unused", None, corpus, EvalConfig.model_validate({"streams": 3, "precision": precision}), "fail")
+        tally = job.measure(job.parts(1)[0], random_model(MODELS["characters"], len(WORDS)).float(), vocabulary)
+        nats.append(all_measures(tally, corpus)["nats_per_word"])
+    assert nats[0] != nats[1], "the setting has an effect"
+    assert nats[0] == pytest.approx(nats[1], rel=0.01)
+
+
+def test_many_rows_are_computed_in_another_way_and_give_the_same(texts: list[Path]) -> None:
+    many, few = (measured(MODELS["characters"], texts, rows, streams=45) for rows in (45, 5))
+    compare(many, few)
+
+
+def test_more_streams_than_positions(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("the dog\n")
+    found = measured(MODELS["characters"], [path], rows=128, streams=50)
+    compare(found, Reckoning(random_model(MODELS["characters"], len(WORDS)), WORDS, [path], 50).measures([0]))
+
+
+@pytest.fixture()
+def checkpoint(tmp_path: Path) -> Path:
+    config = MODELS["characters"]
+    return save_checkpoint(tmp_path / "checkpoint", config, WORDS, random_model(config, len(WORDS)))
+
+
+def settings_of(checkpoint: Path, texts: list[Path], workers: int, **evaluate: Any) -> EvaluateConfig:
+    return EvaluateConfig.from_dict({
+        "run": {"storage_path": str(checkpoint.parent / "runs")}, "init": {"from": str(checkpoint)},
+        "data": {"test": [str(path) for path in texts]}, "cluster": {"workers": workers, "cpus_per_worker": 0.5},
+        "evaluate": evaluate,
+    })  # fmt: skip
+
+
+def test_the_command_prints_a_table_and_writes_json(
+    checkpoint: Path, texts: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    before = set(tmp_path.iterdir())
+    arguments = [str(checkpoint), f"data.test={tmp_path}/text-*.txt", "evaluate.streams=3", "cluster.workers=0",
+                 f"run.storage_path={tmp_path}/runs", "--json", str(tmp_path / "result.json")]  # fmt: skip
+    assert main(arguments) == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "runs", tmp_path / "result.json"}
+    values = json.loads((tmp_path / "result.json").read_text())
+    compare(values, measured(MODELS["characters"], texts, 128))
+    assert values["source"] == str(checkpoint) and values["step"] == 7 and values["streams"] == 3
+    printed = capsys.readouterr().out
+    for text in (
+        "text-0.txt",
+        "all",
+        "without unknown",
+        "<UNK> is scored as one class",
+        f"{values['perplexity']:,.2f}",
+    ):
+        assert text in printed
+    assert f"{values['shards'][2]['bits_per_character']:.4f}" in printed
+
+    assert main([*arguments[:-2], "--dry-run"]) == 0
+    assert f"{values['positions']:,} positions" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("evaluate", [{"streams": 5}, {"reset": "sentence", "rows": 4}], ids=["streams", "sentences"])
+def test_workers_on_ray_find_the_same(
+    ray_session: None, checkpoint: Path, texts: list[Path], evaluate: dict[str, Any]
+) -> None:
+    alone, together = (run(settings_of(checkpoint, texts, workers, **evaluate)) for workers in (0, 2))
+    assert isinstance(alone, EvaluateResult) and isinstance(together, EvaluateResult)
+    compare(together.values, alone.values)
+
+
+@pytest.mark.ray
+def test_a_worker_s_error_is_the_user_s(
+    ray_session: None, checkpoint: Path, texts: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = settings_of(checkpoint, texts, 2)
+    run(config)
+    # the index knows size and time of change; only who reads it sees that the text is another
+    stat = texts[0].stat()
+    changed = texts[0].read_bytes().replace(b" ", b"x", 1)
+    texts[0].write_bytes(changed)
+    os.utime(texts[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    arguments = [str(checkpoint), f"data.test={texts[0]}", f"run.storage_path={tmp_path}/runs", "cluster.workers=2",
+                 "cluster.cpus_per_worker=0.5"]  # fmt: skip
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1 and "text-0.txt" in error and "prepare again" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.test={text}"], "SOURCE is missing"),
+        (["{checkpoint}"], "data.test is empty"),
+        (["{checkpoint}", "data.test={folder}/none-*.txt"], "no file matches"),
+        (["{checkpoint}", "data.test={folder}/text-1.txt"], "no sentence in 1 files"),
+        (["{folder}/weights.hdf5", "data.test={text}"], "holds no softmax"),
+        (["{checkpoint}", "data.test={text}", "evaluate.reset=sentence", "evaluate.streams=4"], "depends on no stream"),
+        (["{checkpoint}", "data.test={text}", "checkpoint=last"], "is no run"),
+        (["{checkpoint}", "data.test={text}", "cluster.device=gpu"], "cluster.device=gpu"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str], message: str, checkpoint: Path, texts: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "device=gpu" in arguments[-1] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    folder = checkpoint.parent
+    model = random_model(MODELS["characters"], len(WORDS))
+    write_weights(folder / "weights.hdf5", model)
+    (folder / "options.json").write_text(json.dumps(to_options(model.config, MODELS["characters"].softmax, len(WORDS))))
+    names = {"checkpoint": checkpoint, "folder": folder, "text": texts[0]}
+    given = [argument.format(**names) for argument in arguments]
+    assert main([*given, f"run.storage_path={folder}/runs", "cluster.workers=0"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_model_that_is_not_finite_has_no_numbers(texts: list[Path], tmp_path: Path) -> None:
+    config = MODELS["characters"]
+    model = random_model(config, len(WORDS))
+    with torch.no_grad():
+        dict(model.named_parameters())["softmax_bias"][0] = math.nan
+    checkpoint = save_checkpoint(tmp_path / "bad", config, WORDS, model)
+    result = run(settings_of(checkpoint, texts, 0))
+    assert isinstance(result, EvaluateResult)
+    assert result.values["perplexity"] is None and result.values["positions"] > 0
+    json.dumps(result.to_dict(), allow_nan=False)
+    assert "-" in result.summary()
+
+
+def test_evaluation_needs_no_ray_in_this_process(checkpoint: Path, texts: list[Path], repository: Path) -> None:
+    code = ("import sys; sys.modules['ray'] = None; from elmo_ray.evaluate import main; "
+            "sys.exit(main(sys.argv[1:]))")  # fmt: skip
+    arguments = [
+        str(checkpoint),
+        f"data.test={texts[0]}",
+        f"run.storage_path={checkpoint.parent}/runs",
+        "cluster.workers=0",
+    ]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,301 @@
+import collections
+import gzip
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from elmo_ray import prepare
+from elmo_ray.config import PrepareConfig
+from elmo_ray.data import indexing, scan
+from elmo_ray.data.corpus import Corpus
+from elmo_ray.data.encode import encode_block, read_block
+from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.errors import ConfigError, DataError
+
+WORDS = ["the", "of", "cat", ".", "é", "mat", "<S>", "!!!MAXTERMID", "zebra", "apple"]
+# The later the word, the rarer; apple and zebra equally often.
+LINES = [" ".join(WORDS[: 1 + n % 8] + (WORDS[8:] if n % 7 == 0 else [])) for n in range(3000)]
+
+
+def configure(folder: Path, **keys: Any) -> PrepareConfig:
+    """Keys are `section__name`; everything happens in this process unless they say otherwise."""
+    tree: dict[str, Any] = {"run": {"storage_path": str(folder / "runs")}, "cluster": {"workers": 0}}
+    for key, value in {"data__train": str(folder / "*.txt"), "data__block_bytes": 4096, **keys}.items():
+        section, _, name = key.partition("__")
+        tree.setdefault(section, {})[name] = value
+    return PrepareConfig.from_dict(tree)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("\n".join(LINES[number * 1000 : (number + 1) * 1000]) + "\n", "utf-8")
+    return tmp_path
+
+
+def exact_counts(lines: list[str]) -> collections.Counter[str]:
+    return collections.Counter(word for line in lines for word in line.split())
+
+
+def test_vocabulary_in_the_original_form(folder: Path) -> None:
+    result = prepare.run(configure(folder))
+    assert result.vocabulary_path == folder / "runs/prepared/vocab.txt"
+    words = result.vocabulary_path.read_text("utf-8").split("\n")
+    assert words[:3] == ["<S>", "</S>", "<UNK>"] and words[-1] == ""
+    counts = exact_counts(LINES)
+    # <S> is a special word already, and !!!MAXTERMID would be skipped by every reader.
+    expected = sorted(set(WORDS) - {"<S>", "!!!MAXTERMID"}, key=lambda word: (-counts[word], word))
+    assert words[3:-1] == expected
+    assert counts["apple"] == counts["zebra"] and words.index("apple") == words.index("zebra") - 1
+    assert (result.vocabulary_size, result.counted) == (len(words) - 1, True)
+    assert result.vocabulary_sha256 == Vocabulary.read(result.vocabulary_path).sha256
+    assert (result.pruned_words, result.pruned_tokens, result.max_missing, result.replaced) == (0, 0, 0, 0)
+
+
+def test_limits_of_the_vocabulary(folder: Path) -> None:
+    assert prepare.run(configure(folder, data__max_vocab=5)).vocabulary_size == 5
+    counts = exact_counts(LINES)
+    result = prepare.run(configure(folder, data__min_count=counts["apple"] + 1))
+    words = Vocabulary.read(result.vocabulary_path).words
+    assert words[3:] == [word for word in WORDS[:6] if counts[word] > counts["apple"]]
+
+
+def test_index_of_the_corpus(folder: Path) -> None:
+    result = prepare.run(configure(folder, data__valid=str(folder / "0.txt")))
+    directory = folder / "runs" / "prepared"
+    assert result.valid is not None and result.test is None
+    counts = exact_counts(LINES)
+    train = Corpus.load(directory / "train.npz")
+    assert train.fingerprint == result.train.fingerprint
+    assert (train.tokens, train.sentences) == (sum(counts.values()), 3000)
+    assert train.characters == sum(len(word) * number for word, number in counts.items())
+    assert [Path(shard.path).name for shard in train.shards] == ["0.txt", "1.txt", "2.txt"]
+    assert len(train) > 5
+    note = json.loads((directory / "prepare.json").read_text("utf-8"))
+    assert note == result.to_dict()
+    assert note["train"]["shards"][1]["sha256"] == train.shards[1].sha256
+    assert note["valid"]["tokens"] == result.valid.tokens < train.tokens
+    assert "3,000" in result.summary() and str(result.vocabulary_path) in result.summary()
+
+
+def test_given_vocabulary(folder: Path) -> None:
+    vocabulary = folder / "given.vocab"
+    vocabulary.write_text("the\n<S>\n</S>\n<UNK>\n", "utf-8")
+    result = prepare.run(configure(folder, data__vocab=str(vocabulary)))
+    assert (result.vocabulary_path, result.vocabulary_size, result.counted) == (vocabulary, 4, False)
+    assert not (folder / "runs/prepared/vocab.txt").exists()
+
+
+def test_compressed_shards(folder: Path) -> None:
+    plain = prepare.run(configure(folder))
+    packed = folder / "packed"
+    packed.mkdir()
+    texts = [(folder / f"{number}.txt").read_bytes() for number in range(3)]
+    (packed / "0.txt.gz").write_bytes(gzip.compress(texts[0]))
+    (packed / "1.txt.zst").write_bytes(zstandard.compress(texts[1]))
+    (packed / "2.txt").write_bytes(texts[2])
+    result = prepare.run(configure(packed, data__train=str(packed / "[0-9]*")))
+    assert result.train.fingerprint == plain.train.fingerprint
+    assert result.vocabulary_sha256 == plain.vocabulary_sha256
+    assert [Path(shard.source).name for shard in result.train.shards] == ["0.txt.gz", "1.txt.zst", "2.txt"]
+    for shard in result.train.shards[:2]:
+        assert Path(shard.path).parent == packed / "runs/prepared/text"
+    assert result.train.shards[2].path == str(packed / "2.txt")
+
+
+def test_truncated_shard_is_named(folder: Path) -> None:
+    (folder / "1.txt.gz").write_bytes(gzip.compress(LINES[0].encode() * 500)[:-9])
+    with pytest.raises(DataError, match=r"^\S+/1\.txt\.gz: is truncated; get the whole file again$"):
+        prepare.run(configure(folder, data__train=str(folder / "*.gz")))
+
+
+def todo(config: PrepareConfig) -> int:
+    return prepare.plan(config).tasks
+
+
+def test_finished_shards_are_not_done_again(folder: Path) -> None:
+    config = configure(folder)
+    assert todo(config) == 3
+    first = prepare.run(config)
+    states = {path: path.stat().st_mtime_ns for path in (folder / "runs/prepared/state").iterdir()}
+    assert len(states) == 3
+    assert todo(config) == 0
+    again = prepare.run(config)
+    assert (again.train.fingerprint, again.vocabulary_sha256) == (first.train.fingerprint, first.vocabulary_sha256)
+    # One file has changed, one is new.
+    (folder / "1.txt").write_text("other text\n", "utf-8")
+    (folder / "3.txt").write_text("more text\n", "utf-8")
+    assert todo(config) == 2
+    changed = prepare.run(config)
+    untouched = [path for path in states if path.stat().st_mtime_ns == states[path]]
+    assert len(untouched) == 2 and len(changed.train.shards) == 4
+    assert "text" in Vocabulary.read(changed.vocabulary_path).ids
+    # Other blocks need another index; --fresh forgets everything.
+    assert todo(configure(folder, data__block_bytes=8192)) == 4
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs/prepared/state").iterdir()}
+    prepare.run(config, fresh=True)
+    assert all(path.stat().st_mtime_ns > before[path] for path in before)
+
+
+def test_counts_are_added_to_an_index_without_them(folder: Path) -> None:
+    vocabulary = folder / "given.vocab"
+    vocabulary.write_text("the\n<S>\n</S>\n<UNK>\n", "utf-8")
+    prepare.run(configure(folder, data__vocab=str(vocabulary)))
+    assert todo(configure(folder)) == 3
+    assert prepare.run(configure(folder)).vocabulary_size == 11
+    assert todo(configure(folder, data__vocab=str(vocabulary))) == 0
+
+
+def test_a_damaged_state_is_made_again(folder: Path) -> None:
+    config = configure(folder)
+    first = prepare.run(config)
+    state = next((folder / "runs/prepared/state").iterdir())
+    state.write_bytes(state.read_bytes()[:100])
+    assert todo(config) == 1
+    assert prepare.run(config).train.fingerprint == first.train.fingerprint
+
+
+def test_one_large_file_in_segments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "SEGMENT_BYTES", 10_000)
+    whole = folder / "whole.text"
+    whole.write_text("\n".join(LINES), "utf-8")
+    config = configure(folder, data__train=str(whole))
+    assert todo(config) == 1 + -(-whole.stat().st_size // 10_000) > 5
+    result = prepare.run(config)
+    assert exact_counts(LINES)["the"] == sum(
+        int((encode_block(read_block(block), Vocabulary.read(result.vocabulary_path)).ids == 3).sum())
+        for block in result.train.blocks()
+    )
+    assert result.train.tokens == sum(exact_counts(LINES).values())
+    assert result.train.shards[0].sha256 == scan.hash_file(str(whole))
+    assert todo(config) == 0
+
+
+def test_holdout(folder: Path) -> None:
+    everything = prepare.run(configure(folder))
+    result = prepare.run(configure(folder, data__holdout=0.2))
+    assert result.valid is not None
+    assert result.train.tokens + result.valid.tokens == everything.train.tokens
+    assert 0.2 * everything.train.positions <= result.valid.positions <= 0.4 * everything.train.positions
+    assert set(result.train.blocks()).isdisjoint(result.valid.blocks())
+    assert prepare.run(configure(folder, data__holdout=0.2)).valid.fingerprint == result.valid.fingerprint  # type: ignore[union-attr]
+    other = prepare.run(configure(folder, data__holdout=0.2, run__seed=2))
+    assert other.valid is not None and other.valid.fingerprint != result.valid.fingerprint
+
+
+def test_words_that_are_only_in_held_out_text_are_unknown(folder: Path) -> None:
+    (folder / "0.txt").write_text("".join(f"word{n} the\n" for n in range(3000)), "utf-8")
+    result = prepare.run(configure(folder, data__train=str(folder / "0.txt"), data__holdout=0.3))
+    vocabulary = Vocabulary.read(result.vocabulary_path)
+    assert result.valid is not None
+    for corpus, unknown in ((result.train, 0), (result.valid, result.valid.sentences)):
+        found = sum(len(encode_block(read_block(block), vocabulary).unknown) for block in corpus.blocks())
+        assert found == unknown
+
+
+def test_memory_of_counting_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(prepare, "CORPUS_WORDS", 600)
+    monkeypatch.setattr(indexing, "SEGMENT_WORDS", 400)
+    lines = [f"rare{n} the of" for n in range(3000)]
+    for number in range(3):
+        (folder / f"{number}.txt").write_text("\n".join(lines[number * 1000 : (number + 1) * 1000]), "utf-8")
+    result = prepare.run(configure(folder))
+    words = Vocabulary.read(result.vocabulary_path).words
+    assert words[3:5] == ["of", "the"] and len(words) <= 603
+    assert result.pruned_words > 2000 and result.pruned_tokens >= result.pruned_words and result.max_missing > 0
+    assert "rare words were dropped to count in bounded memory" in caplog.text
+    assert "counting dropped rare words" in result.summary()
+
+
+def test_warnings_about_the_text(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="elmo_ray")  # whatever another test has set
+    prepare.run(configure(folder))
+    assert not caplog.records
+    (folder / "1.txt").write_text("It rained, and nobody came. So what?\n" * 300 + "many words " * 200, "utf-8")
+    (folder / "2.txt").write_bytes(b"\xef\xbb\xbfthe bad \xff byte\n")
+    prepare.run(configure(folder, data__on_error="replace"))
+    assert [record.levelno for record in caplog.records if "data.train" in record.getMessage()] == [logging.WARNING] * 4
+    assert "data.train: punctuation sticks to" in caplog.text
+    place = folder / "1.txt"
+    assert f"data.train: 1 lines have more than 250 words ({place}, line 301 has 400)" in caplog.text
+    assert "data.train: 1 invalid UTF-8 sequences or NULs become U+FFFD" in caplog.text
+    assert "byte order mark" in caplog.text
+
+
+def test_bytes_that_are_no_text(folder: Path) -> None:
+    (folder / "2.txt").write_bytes(b"fine\n" * 2000 + b"not \xff fine\n")
+    with pytest.raises(DataError, match=r"^\S+/2\.txt, line 2001: not UTF-8; .*$"):
+        prepare.run(configure(folder))
+    assert prepare.run(configure(folder, data__on_error="replace")).replaced == 1
+    # What was let pass then is not let pass now.
+    with pytest.raises(DataError, match="line 2001"):
+        prepare.run(configure(folder))
+
+
+def test_text_without_words(folder: Path) -> None:
+    (folder / "empty.text").write_bytes(b"\n\n")
+    with pytest.raises(DataError, match=r"data\.train=\S+empty\.text: no words in 1 files"):
+        prepare.run(configure(folder, data__train=str(folder / "empty.text")))
+    with pytest.raises(ConfigError, match=r"data\.valid=\S+none\*: no file matches"):
+        prepare.run(configure(folder, data__valid=str(folder / "none*")))
+
+
+def test_sample_corpus(tmp_path: Path) -> None:
+    result = prepare.run(configure(tmp_path, data__train="sample", data__block_bytes=131072))
+    assert result.valid is not None and result.test is not None
+    assert result.train.tokens > 150_000 and len(result.train.shards) == 6
+    assert all(Path(shard.path).is_relative_to(tmp_path / "runs") for shard in result.train.shards)
+    vocabulary = Vocabulary.read(result.vocabulary_path)
+    encoded = [encode_block(read_block(block), vocabulary) for block in result.valid.blocks()]
+    unknown = sum(int((block.ids < 0).sum()) for block in encoded)
+    assert 0 < unknown < 0.1 * result.valid.tokens
+    directory = tmp_path / "runs" / "prepared"
+    test, _ = prepare.index_texts(("sample",), "data.test", directory, 131072, "fail")
+    assert test.fingerprint == result.test.fingerprint
+
+
+def test_command(folder: Path) -> None:
+    config = folder / "config.yaml"
+    config.write_text(f"run: {{storage_path: {folder / 'runs'}}}\ndata: {{train: '{folder}/*.txt'}}\n", "utf-8")
+    command = [sys.executable, "-m", "elmo_ray.prepare", str(config), "cluster.workers=0"]
+    root = Path(__file__).parents[2]
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, check=False)
+
+    dry = call("--dry-run")
+    assert dry.returncode == 0 and "to do: 3 tasks" in dry.stdout
+    assert not (folder / "runs/prepared/vocab.txt").exists()
+    done = call("--json", str(folder / "result.json"))
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout and "vocabulary: 11 words" in done.stdout
+    assert json.loads((folder / "result.json").read_text("utf-8"))["train"]["sentences"] == 3000
+    failed = call("data.train=" + str(folder))
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "is a directory" in failed.stderr
+
+
+@pytest.mark.ray
+def test_ray_data_finds_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, ray_session: None
+) -> None:
+    here = prepare.run(configure(folder))
+    (folder / "0.txt").rename(folder / "0.text")
+    (folder / "0.txt.gz").write_bytes(gzip.compress((folder / "0.text").read_bytes()))
+    monkeypatch.setattr(prepare, "SMALL_BYTES", 0)
+    sources = [str(folder / "0.txt.gz"), str(folder / "[12].txt")]
+    there = {"data__train": sources, "cluster__workers": 2, "data__prepared_dir": str(tmp_path_factory.mktemp("ray"))}
+    config = configure(folder, **there)
+    assert todo(config) == 3
+    found = prepare.run(config)
+    assert found.train.fingerprint == here.train.fingerprint
+    assert found.vocabulary_sha256 == here.vocabulary_sha256
+    assert todo(config) == 0
+    (folder / "2.txt").write_bytes(b"a\n\0\n")
+    with pytest.raises(DataError, match=r"^\S+/2\.txt, line 2: a NUL byte; "):
+        prepare.run(config)
