@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from elmo_ray import __version__
+from elmo_ray import __version__, kernels
 from elmo_ray.checkpoints.read import Checkpoint
 from elmo_ray.config import PretrainConfig
 from elmo_ray.config.schema import show
 from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.errors import CheckpointError, ConfigError, short
-from elmo_ray.kernels.cpu.loops import numba_version
 from elmo_ray.storage import base_name
 
 
@@ -127,7 +126,7 @@ def conditions(device: torch.device, precision: str) -> dict[str, Any]:
         "precision": precision,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "numba": numba_version() if device.type == "cpu" else None,
+        "numba": kernels.compiler_version() if device.type == "cpu" else None,
         "elmo_ray": __version__,
     }
 

@@ -13,16 +13,18 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from elmo_ray import __version__
-from elmo_ray.config.schema import Key, Root, keys, unknown_key
+from elmo_ray.config.schema import REMOVED, RENAMED, Key, Root, keys, unknown_key
 from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.errors import ConfigError, ElmoRayError, short
 from elmo_ray.storage.files import write_json
+
+logger = logging.getLogger(__name__)
 
 RootT = TypeVar("RootT", bound=Root)
 
@@ -202,11 +204,13 @@ def load_config(
     for name, value in (values or {}).items():
         _set(tree, name, value)
     known = {key.name: key for key in keys(root)}
+    overrides = [_current(text) for text in overrides]
     for text in overrides:
         try:
             _override(tree, text, root, known)
         except ConfigError as error:
             problems.append(str(error))
+    problems.extend(_of_older_versions(tree))
     tree = _expand(tree, "", problems)
     try:
         config = root.from_dict(tree)
@@ -311,6 +315,32 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} line 1: must be a mapping of sections (run:, data:, ...)")
     return {str(key): value for key, value in tree.items()}
+
+
+def _current(override: str) -> str:
+    """Return the override with the new name of a renamed setting."""
+    name, equals, value = override.partition("=")
+    if name in REMOVED:
+        raise ConfigError(f"{name} no longer exists: {REMOVED[name]}")
+    if name not in RENAMED:
+        return override
+    logger.warning("%s is called %s now; the old name will go", name, RENAMED[name])
+    return f"{RENAMED[name]}{equals}{value}"
+
+
+def _of_older_versions(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each setting of the file that no longer exists, and warn of each that has a new name."""
+    for name, cure in {**RENAMED, **REMOVED}.items():
+        section, last = name.split(".")
+        inside = tree.get(section)
+        if not isinstance(inside, Mapping) or last not in inside:
+            continue
+        if name in REMOVED:
+            yield f"{name} no longer exists: {cure}"
+        elif cure.split(".")[1] in inside:
+            yield f"{name} and {cure} are one setting; remove {name}"
+        else:
+            logger.warning("%s is called %s now; the old name will go", name, cure)
 
 
 def _override(tree: dict[str, Any], text: str, root: type[Root], known: Mapping[str, Key]) -> None:

@@ -170,6 +170,13 @@ class Section(BaseModel):
         return result
 
 
+RENAMED = {"train.gpu_kernels": "train.kernels"}
+"""Old names of settings, accepted for a version with a line that says the new one."""
+
+REMOVED = {"cluster.shared_memory": "gradients are always summed by torch.distributed; remove it"}
+"""Settings that no longer exist, with the cure. Configurations that are stored in checkpoints may still have them."""
+
+
 class Root(Section):
     """The configuration of one verb; raises ConfigError, with one line for each mistake."""
 
@@ -190,7 +197,7 @@ class Root(Section):
             check_size(values)
         except ValueError as error:
             raise ConfigError(f"the configuration has {error}") from None
-        unknown, known = _known(cls, values)
+        unknown, known = _known(cls, _renamed(values))
         lines = list(dict.fromkeys(unknown_key(cls, name) for name in unknown))
         try:
             config = cls(**known)
@@ -202,6 +209,20 @@ class Root(Section):
 
     def to_yaml(self) -> str:
         return dump_yaml(self.to_dict())
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with old names replaced and removed settings left out, for checkpoints of older versions."""
+    result = dict(values)
+    for old, new in [*RENAMED.items(), *((name, None) for name in REMOVED)]:
+        section, name = old.split(".")
+        inside = result.get(section)
+        if isinstance(inside, Mapping) and name in inside:
+            kept = {key: value for key, value in inside.items() if key != name}
+            if new is not None:
+                kept.setdefault(new.split(".")[1], inside[name])
+            result[section] = kept
+    return result
 
 
 def keys(root: type[Section], prefix: str = "") -> Iterator[Key]:

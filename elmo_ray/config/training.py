@@ -156,8 +156,8 @@ class TrainConfig(Section):
     gradients: Literal["full", "bf16"] = Field(
         "full", description="how gradients travel between workers; bf16: half the bytes, rounded"
     )
-    gpu_kernels: Literal["auto", "off"] = Field(
-        "auto", description="on a GPU: fused kernels and CUDA graphs where they compute the same; off: PyTorch's own"
+    kernels: Literal["auto", "off"] = Field(
+        "auto", description="fast paths for the CPU and the GPU, where there are some; off: the plain model everywhere"
     )
     duration: Duration = Field(Duration(10, "epochs"), description="how long to train")
     validate_every: Duration | None = Field(Duration(1000, "steps"), description="how often to validate; null: never")
@@ -207,9 +207,6 @@ class ClusterConfig(ComputeConfig):
     data_cpus: float = Field(0.25, gt=0, le=4096, description="CPUs of a data task; each worker runs one")
     timeout_s: float = Field(
         300.0, ge=1, le=86400, description="seconds after which a worker that waits for another gives up"
-    )
-    shared_memory: Literal["auto", "off"] = Field(
-        "auto", description="workers on the CPU of one machine add gradients up in memory they share; off: in messages"
     )
     resize_every_s: float = Field(
         60.0, ge=1, le=86400, description="seconds between two looks for room for more of [min, max] workers"

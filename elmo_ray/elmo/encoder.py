@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from elmo_ray import kernels
 from elmo_ray.data.characters import encode_words, sentence_marker_rows
 from elmo_ray.data.vocabulary import SENTENCE_BEGIN_WORD, SENTENCE_END_WORD, Vocabulary
 from elmo_ray.data.word_types import by_length, encode_with_markers
 from elmo_ray.elmo.word_cache import WordCache
 from elmo_ray.errors import ConfigError
-from elmo_ray.kernels.cpu.lstm_inference import PackedLstm, fingerprint
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
 
@@ -60,6 +60,37 @@ class Packing(NamedTuple):
         return cls(order, rows.tolist(), np.stack(at))
 
 
+def fingerprint(parameters: Iterable[Tensor]) -> list[tuple[int, int, torch.dtype]]:
+    """Return what changes when a parameter is moved, replaced, or changed in place (but not through its `.data`)."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
+
+
+class PackedLstm:
+    """The LSTM stack without gradients over packed positions, where there is a kernel for it.
+
+    Its converted weights are made once, and again when a parameter has changed. dtype: of the products.
+    """
+
+    def __init__(self, model: BiLM, dtype: torch.dtype | None = None):
+        self.model, self.dtype = model, dtype
+        self._stack: Any = None
+        self._made_of: object = None
+
+    def of_now(self, x: Tensor) -> Any:
+        """Return a stack that runs on the device and in the type of x; None where the plain model must do."""
+        inference = kernels.lstm_inference(x)
+        if inference is None:
+            return None
+        lstm = self.model.lstm
+        made_of = fingerprint(lstm.parameters())
+        if made_of != self._made_of:
+            layers = [layer.weights for layer in lstm.layers]
+            config = lstm.config
+            clips = config.cell_clip, config.proj_clip
+            self._stack, self._made_of = inference(layers, clips, config.use_skip_connections, self.dtype), made_of
+        return self._stack
+
+
 class SentenceEncoder:
     """Encodes batches of sentences with a biLM. dtype: of the products, None for the parameters'.
 
@@ -69,7 +100,7 @@ class SentenceEncoder:
 
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None, cache_bytes: int = _CACHE_BYTES):
         self.model, self.dtype, self.cache_bytes = model, dtype, cache_bytes
-        self._packed = PackedLstm(model.lstm, dtype)
+        self._packed = PackedLstm(model, dtype)
         self._cache: WordCache | None = None
         self._cached_of: object = None
 
@@ -109,27 +140,29 @@ class SentenceEncoder:
             vectors_UP.requires_grad or any(p.requires_grad for p in self.model.lstm.parameters())
         ):
             return self._padded(vectors_UP, places_BT, lengths_B, state)
-        return self._of_packed(vectors_UP, places_BT, lengths_B, state)
+        packed = self._packed.of_now(vectors_UP)
+        if packed is None:
+            with torch.no_grad():
+                return self._padded(vectors_UP, places_BT, lengths_B, state)
+        return self._of_packed(packed, vectors_UP, places_BT, lengths_B, state)
 
     def _of_packed(
-        self, vectors_UP: Tensor, places_BT: Tensor, lengths_B: IntArray, state: LstmState
+        self, packed: Any, vectors_UP: Tensor, places_BT: Tensor, lengths_B: IntArray, state: LstmState
     ) -> tuple[list[Tensor], LstmState]:
         b, t = places_BT.shape
         directions, width = self.model.directions, vectors_UP.shape[1]
         packing = Packing.of(lengths_B, t, directions)
         at_DN = torch.from_numpy(packing.at).to(places_BT.device)
         order = torch.from_numpy(packing.order).to(places_BT.device)
-        x_DNP = F.embedding(places_BT.reshape(-1)[at_DN], vectors_UP)
-        sorted_state = LstmState(state.hidden[:, :, order], state.cell[:, :, order])
-        outputs, after = self._packed.run(x_DNP, packing.rows, sorted_state)
+        places_DN = places_BT.reshape(-1)[at_DN]
+        outputs, *after = packed.run(vectors_UP, places_DN, packing.rows, *state.rows(order))
         layers = []
-        for output_DNP in (x_DNP, *outputs):
+        for output_DNP in (F.embedding(places_DN, vectors_UP), *outputs):
             flat = output_DNP.new_zeros(b * t, directions * width)
             for d in range(directions):
                 flat[:, d * width : (d + 1) * width].index_copy_(0, at_DN[d], output_DNP[d])
             layers.append(flat.view(b, t, directions * width))
-        back = torch.argsort(order)
-        return layers, LstmState(after.hidden[:, :, back], after.cell[:, :, back])
+        return layers, LstmState(*after).rows(torch.argsort(order))
 
     def _padded(
         self, vectors_UP: Tensor, places_BT: Tensor, lengths_B: IntArray, state: LstmState

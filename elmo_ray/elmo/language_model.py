@@ -20,8 +20,8 @@ from torch import Tensor
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
 from elmo_ray.errors import ConfigError, FormatError
-from elmo_ray.kernels.full_softmax import FullSoftmax
 from elmo_ray.model.bilm import BiLM
+from elmo_ray.model.softmax import evaluated
 
 _MOST_LOGITS = 1 << 24
 
@@ -128,7 +128,7 @@ class LanguageModel:
         unknown = targets < 0
         targets[unknown] = self.vocabulary.unk
         at = torch.from_numpy(targets).to(top.device)
-        softmax = FullSoftmax(self.model.output_weight, self._bias, rows=len(words))
+        softmax = evaluated(self.model.output_weight, self._bias, rows=max(1, len(words)))
         nats = {
             name: softmax.losses(x, at).float().cpu().numpy() for name, x in self._predicting(top, len(words)).items()
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +20,12 @@ from elmo_ray.data.measures import perplexity
 from elmo_ray.data.streams import Batch, BlockSource, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
+from elmo_ray.elmo.encoder import PackedLstm
 from elmo_ray.elmo.word_cache import WordCache
-from elmo_ray.kernels.cpu.lstm_inference import CpuLstm, PackedLstm
-from elmo_ray.kernels.full_softmax import FullSoftmax
-from elmo_ray.kernels.threads import threads_for_parts
+from elmo_ray.kernels.threads import threads_for_branches
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
-
-_MANY_ROWS = 32
-"""From so many rows on the input's part of the gates is best computed with the recurrent one."""
+from elmo_ray.model.softmax import evaluated
 
 
 @dataclass
@@ -67,63 +65,59 @@ class FixedModel:
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None):
         self.model, self.dtype = model, dtype
         self.words = WordCache(model, dtype)
-
-    def outputs(
-        self, words_UP: Tensor, places_DN: Tensor, rows: list[int], state: LstmState
-    ) -> tuple[Tensor, LstmState]:
-        """[D, N, P] of the top layer, and the state after it; arguments as of `CpuLstm.run`."""
-        if rows[0] >= _MANY_ROWS and words_UP.device.type == "cpu":
-            outputs, after = self._many_rows.run(words_UP, places_DN, rows, state)
-        else:
-            outputs, after = self._few_rows.run(F.embedding(places_DN, words_UP), rows, state)
-        return outputs[-1], after
+        self.lstm = PackedLstm(model, dtype)
 
     @cached_property
-    def softmax(self) -> FullSoftmax:
+    def softmax(self) -> Any:
         bias = self.model.softmax_bias
         if bias is None:
             raise ValueError("this model has no softmax")
-        return FullSoftmax(self.model.output_weight, bias, self.dtype)
+        return evaluated(self.model.output_weight, bias, self.dtype)
 
-    @cached_property
-    def _many_rows(self) -> CpuLstm:
-        return CpuLstm(self.model.lstm, self.dtype)
-
-    @cached_property
-    def _few_rows(self) -> PackedLstm:
-        return PackedLstm(self.model.lstm, self.dtype)
+    @torch.no_grad()
+    def losses(self, batch: Batch, state: LstmState | None) -> tuple[Tensor, LstmState]:
+        """Return [D, B, T] losses in nats, 0 where there is no position, and the state after the batch."""
+        types_UP = self.words.vectors(batch.types, batch.type_classes)
+        losses = types_UP.new_zeros(batch.targets.shape)
+        directions, rows, window = losses.shape
+        if state is None:
+            state = self.model.lstm.zero_state(rows, like=types_UP)
+        # positions time by time, and at each time the rows that go on, longest first
+        by_length = np.argsort(-batch.lengths, kind="stable")
+        goes_on_TB = np.arange(window)[:, None] < batch.lengths[by_length]
+        times, places = np.nonzero(goes_on_TB)
+        if not len(times):
+            return losses, state
+        at = by_length[places], times
+        inputs_DN, targets_DN = (
+            torch.from_numpy(a[:, at[0], at[1]]).to(losses.device) for a in (batch.inputs, batch.targets)
+        )
+        packed = self.lstm.of_now(types_UP)
+        if packed is not None:
+            counts = goes_on_TB.sum(axis=1)
+            order = torch.from_numpy(by_length).to(losses.device)
+            outputs, *after = packed.run(types_UP, inputs_DN, counts[counts > 0].tolist(), *state.rows(order))
+            x_DNP, state = outputs[-1], LstmState(*after).rows(torch.argsort(order))
+        else:
+            inputs_DBT, lengths = torch.from_numpy(batch.inputs), torch.from_numpy(batch.lengths)
+            x_DTBP = F.embedding(inputs_DBT.to(losses.device).transpose(1, 2), types_UP)
+            outputs, state = self.model.lstm(x_DTBP, state, lengths.to(losses.device), dtype=self.dtype)
+            x_DNP = outputs[-1][:, at[1], at[0]]
+        found_N = self.softmax.losses(x_DNP.flatten(0, 1), targets_DN.flatten())
+        losses[:, at[0], at[1]] = found_N.view(directions, -1)
+        return losses, state
 
 
 def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Yields each batch with its [D, B, T] losses in nats (in the model's own type, 0 where there is no position).
+    """Yield each batch with its [D, B, T] losses in nats (in the model's own type, 0 where there is no position).
 
     State is carried from batch to batch, from zero. The model's training flag, parameters and noise are not touched.
     Sums over positions belong into float64.
     """
-    softmax = model.softmax
     state: LstmState | None = None
     for batch in batches:
-        with torch.no_grad(), threads_for_parts():  # a generator's decorator does not hold between its yields
-            types_UP = model.words.vectors(batch.types, batch.type_classes)
-            losses = types_UP.new_zeros(batch.targets.shape)
-            directions, rows, window = losses.shape
-            if state is None:
-                state = model.model.lstm.zero_state(rows, like=types_UP)
-            # positions time by time, and at each time the rows that go on, longest first
-            by_length = np.argsort(-batch.lengths, kind="stable")
-            goes_on_TB = np.arange(window)[:, None] < batch.lengths[by_length]
-            times, places = np.nonzero(goes_on_TB)
-            if len(times):
-                at = by_length[places], times
-                inputs_DN, targets_DN = (
-                    torch.from_numpy(a[:, at[0], at[1]]).to(losses.device) for a in (batch.inputs, batch.targets)
-                )
-                counts = goes_on_TB.sum(axis=1)
-                order = torch.from_numpy(by_length).to(losses.device)
-                x_DNP, ended = model.outputs(types_UP, inputs_DN, counts[counts > 0].tolist(), state.rows(order))
-                state = ended.rows(torch.argsort(order))
-                found_N = softmax.losses(x_DNP.flatten(0, 1), targets_DN.flatten())
-                losses[:, at[0], at[1]] = found_N.view(directions, -1)
+        with threads_for_branches():  # a generator's decorator does not hold between its yields
+            losses, state = model.losses(batch, state)
         yield batch, losses
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from elmo_ray.kernels.cpu.char_cnn_inference import FixedCharCnn
+from elmo_ray import kernels
 from elmo_ray.model.bilm import BiLM
 
 _MOST_BYTES = 1 << 30
@@ -27,9 +29,18 @@ class WordCache:
         self._most_rows = max(1, most_bytes // (width * reference.element_size()))
         self._rows: dict[bytes, int] = {}
         self._table = reference.detach().new_empty(0, width)
-        self._fixed: FixedCharCnn | None = None
-        if model.char_cnn is not None and self.device.type == "cpu" and FixedCharCnn.serves(model.char_cnn):
-            self._fixed = FixedCharCnn(model.char_cnn, dtype)
+        self._fixed: Any = None
+        if (cnn := model.char_cnn) is not None and (fixed := kernels.fixed_char_cnn(cnn.embedding, tuple(cnn.filters))):
+            self._fixed = fixed(
+                cnn.embedding,
+                cnn.filters,
+                cnn.filter_biases,
+                [layer.weights for layer in cnn.highways],
+                None if cnn.projection_weight is None else (cnn.projection_weight, cnn.projection_bias),
+                cnn.config.activation,
+                cnn.config.max_characters,
+                dtype,
+            )
 
     @torch.no_grad()
     def vectors(self, types: np.ndarray, classes: tuple[tuple[int, int], ...]) -> Tensor:

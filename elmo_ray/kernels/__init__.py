@@ -1,1 +1,151 @@
-"""Fast paths that compute what the plain model computes; this package imports nothing of the rest."""
+"""The switch: for each operation of the plain model a faster function of the same meaning, or None.
+
+Nobody else asks for a device or a compiler. A function that is returned here takes the arguments of its plain
+counterpart in `elmo_ray.model` and is compared with it in the tests. This package imports nothing of the rest.
+
+`train.kernels=off` and the environment variable ELMO_RAY_KERNELS=off leave the plain model alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Setting = Literal["auto", "off"]
+Function = Callable[..., Any]
+
+_setting: Setting = "off" if os.environ.get("ELMO_RAY_KERNELS") == "off" else "auto"
+
+
+def use(setting: Setting) -> None:
+    """Turn fast paths on or off for this process; the environment variable keeps them off."""
+    global _setting
+    _setting = "off" if os.environ.get("ELMO_RAY_KERNELS") == "off" else setting
+
+
+@contextlib.contextmanager
+def using(setting: Setting) -> Iterator[None]:
+    """Turn fast paths on or off for a block of code."""
+    before = _setting
+    use(setting)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def lstm_window(x: Tensor) -> Function | None:
+    """Counterpart of `model.lstm.window`."""
+    if _on_cpu(x):
+        from elmo_ray.kernels.cpu.lstm import window
+
+        return window
+    return None
+
+
+def largest_windows(embedding: Tensor) -> Function | None:
+    """Counterpart of `model.char_cnn.largest_windows`."""
+    if _on_cpu(embedding):
+        from elmo_ray.kernels.cpu.char_cnn import largest_windows
+
+        return largest_windows
+    return None
+
+
+def highway(x: Tensor) -> Function | None:
+    """Counterpart of `model.char_cnn.highway`."""
+    if _on_cpu(x):
+        from elmo_ray.kernels.cpu.char_cnn import highway
+
+        return highway
+    return None
+
+
+def dropout(x: Tensor) -> Function | None:
+    """Counterpart of `model.dropout.drop`."""
+    if _on_cpu(x):
+        from elmo_ray.kernels.cpu.dropout import drop
+
+        return drop
+    return None
+
+
+def sampled_losses(x: Tensor) -> Function | None:
+    """Counterpart of the plain form of `model.softmax.sampled_losses`."""
+    if _on_cpu(x):
+        from elmo_ray.kernels.cpu.softmax import sampled_losses
+
+        return sampled_losses
+    return None
+
+
+def lstm_inference(x: Tensor) -> Function | None:
+    """Class of the LSTM stack without gradients, over packed positions; the plain counterpart is `model.lstm.BiLstm`
+    over padded rows."""
+    if _on_cpu(x):
+        from elmo_ray.kernels.cpu.lstm_inference import LstmInference
+
+        return LstmInference
+    return None
+
+
+def fixed_char_cnn(embedding: Tensor, filters: Sequence[Tensor]) -> Function | None:
+    """Class of the char CNN without gradients; the plain counterpart is `model.char_cnn.CharCnn`."""
+    if _setting == "auto" and embedding.device.type == "cpu":
+        from elmo_ray.kernels.cpu.char_cnn_inference import FixedCharCnn
+
+        return FixedCharCnn if FixedCharCnn.serves(embedding, filters) else None
+    return None
+
+
+def full_losses(weight: Tensor) -> Function | None:
+    """Class of losses over the whole vocabulary without gradients; the plain form is
+    `model.softmax.FullSoftmax`."""
+    if _setting == "auto" and weight.dtype == torch.float32:
+        from elmo_ray.kernels.full_softmax import FullSoftmax
+
+        return FullSoftmax
+    return None
+
+
+def compiler_version() -> str | None:
+    """Return the version of the compiler of CPU kernels, on which a run's bits depend; None where there is none."""
+    from elmo_ray.kernels.cpu.loops import numba_version
+
+    return numba_version() if _setting == "auto" else None
+
+
+def adagrad(value: Tensor) -> Function | None:
+    """Counterpart of `training.optimizer.adagrad`."""
+    if _on_cpu(value):
+        from elmo_ray.kernels.cpu.adagrad import adagrad
+
+        return adagrad
+    if _on_gpu(value):
+        from elmo_ray.kernels.gpu.adagrad import adagrad as on_gpu
+
+        return on_gpu
+    return None
+
+
+def _on_cpu(x: Tensor) -> bool:
+    if _setting == "off" or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    from elmo_ray.kernels.cpu.loops import has_compiler
+
+    return has_compiler()
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return (
+        _setting == "auto"
+        and x.device.type == "cuda"
+        and x.dtype == torch.float32
+        and importlib.util.find_spec("triton") is not None
+    )

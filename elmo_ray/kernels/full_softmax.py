@@ -6,13 +6,13 @@ Shapes: N positions, P projection, K columns of a product, V vocabulary, C vocab
 from __future__ import annotations
 
 import math
-from typing import List  # noqa: UP035  (what TorchScript knows)
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from elmo_ray.kernels.matmul import FusedProduct, apply, fused_product
-from elmo_ray.kernels.threads import side_by_side, without_lock
+from elmo_ray.kernels.threads import run_parallel
 
 CHUNK, TILE = 2048, 256
 """Vocabulary rows and positions of a product on a CPU: the logits stay in a core's cache, or near it."""
@@ -83,10 +83,10 @@ class FullSoftmax:
             of_chunk_N = torch.empty_like(sums_2N[part], dtype=x_NP.dtype)
             of_tiles = list(of_chunk_N.split(len(tiles[0])))
             for start in self._halves[part]:
-                _sums()(self._logits_of(start, self._ends[part]), tiles, of_tiles)
+                _sums_of_tiles(self._logits_of(start, self._ends[part]), tiles, of_tiles)
                 sums_2N[part] += of_chunk_N
 
-        side_by_side(run, 2, x_NP.device)
+        run_parallel(run, 2, x_NP.device)
         sums_N = sums_2N.sum(dim=0)[:n]
         logs_N = torch.where(sums_N > _LEAST, sums_N, math.nan).log2_().sub_(shift_N)
         return logs_N.div_(_LOG2_E).sub_(true_N).to(true_N.dtype)
@@ -122,10 +122,7 @@ class FullSoftmax:
         return total_N
 
 
-def _sums_of_tiles(logits_of: FusedProduct, tiles: List[Tensor], sums: List[Tensor]) -> None:  # noqa: UP006
-    for x_tile, result in zip(tiles, sums):  # noqa: B905  (TorchScript's zip has no strict)
+def _sums_of_tiles(logits_of: FusedProduct, tiles: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+    for x_tile, result in zip(tiles, sums, strict=True):
         logits = apply(logits_of, x_tile).to(result.dtype)
         torch.sum(logits.exp2_(), dim=1, out=result)
-
-
-_sums = without_lock(_sums_of_tiles)

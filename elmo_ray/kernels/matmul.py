@@ -1,18 +1,14 @@
-"""Matrices that serve as a factor many times, such as a recurrent kernel at every time step of a window.
+"""Products of few rows with a matrix that serves many times, such as a recurrent kernel at every step of a window.
 
 A CPU multiplies few rows by a big matrix at half of its speed, because it puts the matrix into the order of its caches
-anew for every product. oneDNN's packed weights, which torch has, are put into that order once.
-
-Products of one weight with many inputs, without gradients: on a CPU the weight is laid out for them once, and bias
-and activation are part of the product.
-
-Written in the part of Python that TorchScript has, so that loops over products can run without Python's lock (see
-`side_by_side.without_lock`); it cannot read a NamedTuple's types from a module whose annotations are strings.
-Shapes: M rows, K width of the input, N width of the result.
+anew for every product. oneDNN's packed weights, which torch has, are put into that order once; bias and activation can
+be part of the product. Nothing here has gradients. Shapes: M rows, K width of the input, N width of the result.
 """
 
+from __future__ import annotations
+
 from functools import lru_cache
-from typing import Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,22 +21,22 @@ _WORTH_LINEAR = 1 << 17
 """Numbers of a matrix from which products with few rows are faster by `linear`."""
 
 
-class Factor(NamedTuple):
+class PackedWeight(NamedTuple):
     """The right factor of products. matrix: [K, N] or, packed, its transpose in oneDNN's order."""
 
     matrix: Tensor
     packed: bool
 
 
-def factor_of(weight: Tensor, rows: int, transposed: bool = False) -> Factor:
+def pack(weight: Tensor, rows: int, transposed: bool = False) -> PackedWeight:
     """`weight` [K, N] or [D, K, N], or its transpose where `transposed`, for products of so many rows."""
     enough = _WORTH_PACKING_FLOAT32 if weight.dtype == torch.float32 else _WORTH_PACKING
     if weight.numel() >= enough and can_pack(weight):
         # A linear layer's weight, which is what is packed, is the transpose of the factor. From a view it would take
         # twice as long as from a copy, with it.
-        return Factor(packed(weight if transposed else weight.t().contiguous(), rows), True)
+        return PackedWeight(packed(weight if transposed else weight.t().contiguous(), rows), True)
     # a copy: products of few rows with a transposed view run at a fraction of the speed on CPUs
-    return Factor(weight.transpose(-1, -2).contiguous() if transposed else weight, False)
+    return PackedWeight(weight.transpose(-1, -2).contiguous() if transposed else weight, False)
 
 
 def packed(weight_NK: Tensor, rows: int) -> Tensor:
@@ -69,7 +65,7 @@ def _packs(device: str, dtype: torch.dtype) -> bool:
     return True
 
 
-def times(x_MK: Tensor, factor: Factor) -> Tensor:
+def matmul(x_MK: Tensor, factor: PackedWeight) -> Tensor:
     """x @ factor, in its dtype; without gradients."""
     if factor.packed:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, factor.matrix, None, "none", [], "")
@@ -91,31 +87,6 @@ def linear(x_MK: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None) -> Ten
     return torch.mm(x_MK, weight_KN) if bias_N is None else torch.addmm(bias_N, x_MK, weight_KN)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two matrices or two batches of them."""
-    return torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
-
-
-def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, in the dtype of `out`."""
-    if a.dtype != out.dtype:
-        out.copy_(product(a, b))
-    elif a.dim() == 2:
-        torch.mm(a, b, out=out)
-    else:
-        torch.bmm(a, b, out=out)
-
-
-def sum_into(out: Tensor, c: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = c + a @ b, in the dtype of `out`; out may be c."""
-    if a.dtype != out.dtype:
-        torch.add(product(a, b).to(out.dtype), c, out=out)
-    elif a.dim() == 2:
-        torch.addmm(c, a, b, out=out)
-    else:
-        torch.baddbmm(c, a, b, out=out)
-
-
 Activation = Literal["none", "relu", "sigmoid", "tanh"]
 
 _WORTH_LAYOUT = 16
@@ -126,7 +97,7 @@ class FusedProduct(NamedTuple):
     """x -> activation(x @ weight + bias), see `apply`. weight: [N, K], or what oneDNN has made of it."""
 
     weight: Tensor
-    bias: Optional[Tensor]  # noqa: UP045
+    bias: Tensor | None
     activation: str
     packed: bool
 
@@ -144,13 +115,6 @@ def fused_product(
     if rows >= _WORTH_LAYOUT and can_pack(weight_NK):
         return FusedProduct(packed(weight_NK.contiguous(), rows), bias_N, activation, True)
     return FusedProduct(weight_NK, bias_N, activation, False)
-
-
-def apply_and_add(product: FusedProduct, x_MK: Tensor, c_MN: Tensor) -> Tensor:
-    """c + x @ weight, in the type of c, which is that of the weight, for a product without bias and activation."""
-    if product.packed:
-        return torch.ops.mkldnn._linear_pointwise(x_MK, c_MN, product.weight, None, "add")
-    return torch.addmm(c_MN, x_MK, product.weight.t())
 
 
 def apply(product: FusedProduct, x_MK: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +14,12 @@ from torch import Tensor, nn
 
 from elmo_ray.config import SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
-from elmo_ray.kernels.threads import Parted
 from elmo_ray.model.char_cnn import CharCnn
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import BiLstm, LstmState
 
 TABLES = ("softmax_weight", "softmax_bias", "word_embedding")
 """Parameters with a row for each vocabulary word. Training updates only the rows that a step touches."""
-
-
-class Head(NamedTuple):
-    """What comes after the top layer. losses: (directions, their top output [d, B * T, P], tables) -> [d, B * T];
-    tables: the tensors with gradients that it works with, by their names. scale: what the losses' sum is multiplied
-    with before it is differentiated, where that is known beforehand (`parted.Parted`)."""
-
-    losses: Callable[[slice, Tensor, Mapping[str, Tensor]], Tensor]
-    tables: Mapping[str, Tensor]
-    scale: float | None = None
 
 
 class BiLM(nn.Module):
@@ -110,66 +97,16 @@ class BiLM(nn.Module):
         dropout: Dropout | None = None,
         dtype: torch.dtype | None = None,
         rows_RP: Tensor | None = None,
-        head: Head | None = None,
     ) -> tuple[Tensor, LstmState]:
-        """Top output [D, B, T, P], after dropout where given, or with a head its losses [D, B * T]; and the new state.
+        """Return the top output [D, B, T, P], after dropout where that is given, and the new state.
 
-        Arguments as in `streams.Batch`.
+        Arguments as in `streams.Batch`; rows_RP as in `encode_types`.
         """
         types_UP = self.encode_types(types, classes, rows_RP, dtype)
-        if head is not None and self.directions > 1 and types_UP.device.type == "cpu":
-            return self._losses_by_direction(types_UP, inputs_DBT, state, lengths_B, dropout, dtype, head)
-        top_DBTP, state = self._top(types_UP, inputs_DBT, state, lengths_B, dropout, dtype)
-        if head is None:
-            return top_DBTP, state
-        return head.losses(slice(None), top_DBTP.flatten(1, 2), head.tables), state
-
-    def _top(
-        self,
-        types_UP: Tensor,
-        inputs_DBT: Tensor,
-        state: LstmState,
-        lengths_B: Tensor | None,
-        dropout: Dropout | None,
-        dtype: torch.dtype | None,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor, LstmState]:
-        """Top output [D, B, T, P] of all directions, or of those that the arguments are of; and the new state."""
         x_DTBP = F.embedding(inputs_DBT.transpose(1, 2), types_UP)
-        outputs, state = self.lstm(x_DTBP, state, lengths_B, dropout, dtype, weights)
+        outputs, state = self.lstm(x_DTBP, state, lengths_B, dropout, dtype)
         top = outputs[-1] if dropout is None else dropout(outputs[-1])
         return top.transpose(1, 2), state
-
-    def _losses_by_direction(
-        self,
-        types_UP: Tensor,
-        inputs_DBT: Tensor,
-        state: LstmState,
-        lengths_B: Tensor | None,
-        dropout: Dropout | None,
-        dtype: torch.dtype | None,
-        head: Head,
-    ) -> tuple[Tensor, LstmState]:
-        """What follows the word vectors, each direction from its first gather to its losses in a thread of its own, and
-        its gradients so too: the directions meet twice in a step, and not between layers."""
-        after = LstmState(*(torch.empty_like(x) for x in state))
-        names, tables = [name for name, _ in self.lstm.named_parameters()], list(head.tables)
-        shared = 1 + len(tables)
-
-        def run(direction: int, given: Sequence[Tensor]) -> Tensor:
-            of = slice(direction, direction + 1)
-            weights = dict(zip(names, given[shared:], strict=True))
-            own_dropout = None if dropout is None else dropout.of(direction)
-            before = LstmState(state.hidden[:, of], state.cell[:, of])
-            top_DBTP, (hidden, cell) = self._top(
-                given[0], inputs_DBT[of], before, lengths_B, own_dropout, dtype, weights
-            )
-            after.hidden[:, of], after.cell[:, of] = hidden, cell
-            return head.losses(of, top_DBTP.flatten(1, 2), dict(zip(tables, given[1:shared], strict=True)))
-
-        given = (types_UP, *head.tables.values(), *self.lstm.parameters())
-        losses = Parted.apply(run, self.directions, shared, head.scale, *given)
-        return torch.cat(losses), after
 
     @torch.no_grad()
     def layers(

@@ -1,18 +1,22 @@
-"""The softmax over the vocabulary: full, and the draws of the sampled one; `full_softmax.py` has that of evaluation.
+"""The softmax over the vocabulary, full and sampled, and the draws of the sampled one.
 
-Shapes: N positions, P projection, V vocabulary, K negatives.
+Shapes: D directions, N positions, P projection, V vocabulary, K negatives, R touched rows of the table.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from elmo_ray import kernels
+from elmo_ray.model.product import product
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,65 @@ def log_expected_count(ids: NDArray[np.int64], tries: int, n_words: int) -> NDAr
 def full_losses(
     x_NP: Tensor, weight_VP: Tensor, bias_V: Tensor, targets_N: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """[N] losses in nats over the whole vocabulary, differentiable; targets of -1 give 0."""
-    if dtype is None:
-        logits = torch.addmm(bias_V, x_NP, weight_VP.t())
-    else:
-        logits = torch.mm(x_NP.to(dtype), weight_VP.to(dtype).t()).to(x_NP.dtype) + bias_V
-    return F.cross_entropy(logits, targets_N, ignore_index=-1, reduction="none")
+    """Return [N] losses in nats over the whole vocabulary, differentiable; targets of -1 give 0."""
+    weight_PV = weight_VP.t() if dtype is None else weight_VP.t().to(dtype)
+    return F.cross_entropy(product(x_NP, weight_PV) + bias_V, targets_N, ignore_index=-1, reduction="none")
+
+
+def sampled_losses(
+    x_DNP: Tensor,
+    rows_RP: Tensor,
+    bias_R: Tensor,
+    target_rows_DN: Tensor,
+    target_log_count_DN: Tensor,
+    negative_rows_DK: Tensor,
+    negative_log_count_DK: Tensor,
+    dtype: torch.dtype | None = None,
+    mask_hits: bool = True,
+) -> Tensor:
+    """Return [D, N] losses in nats of each position against its target and the negatives of its direction.
+
+    rows_RP, bias_R: the touched rows of the table; the two `_rows_` arguments index them, and a direction's negatives
+    are distinct. A negative that is a position's target is masked (bilm-tf always does), and the log expected count is
+    subtracted from every logit. dtype: of the products.
+    """
+    if run := kernels.sampled_losses(x_DNP):
+        return run(
+            x_DNP,
+            rows_RP,
+            bias_R,
+            target_rows_DN,
+            target_log_count_DN,
+            negative_rows_DK,
+            negative_log_count_DK,
+            dtype,
+            mask_hits,
+        )
+    bias_R1 = bias_R[:, None]  # gathered as an embedding too: its gradient is summed in a fixed order
+    true = (x_DNP * F.embedding(target_rows_DN, rows_RP)).sum(-1)
+    true = true + F.embedding(target_rows_DN, bias_R1)[..., 0] - target_log_count_DN
+    weight_DPK = F.embedding(negative_rows_DK, rows_RP).transpose(1, 2)
+    offset_DK = F.embedding(negative_rows_DK, bias_R1)[..., 0] - negative_log_count_DK
+    sampled = product(x_DNP, weight_DPK if dtype is None else weight_DPK.to(dtype)) + offset_DK[:, None]
+    if mask_hits:
+        sampled = sampled.masked_fill(target_rows_DN[:, :, None] == negative_rows_DK[:, None], -math.inf)
+    return torch.logsumexp(torch.cat([true[..., None], sampled], dim=-1), dim=-1) - true
+
+
+class FullSoftmax:
+    """Losses over the whole vocabulary without gradients, in chunks of positions. dtype: of the products."""
+
+    def __init__(self, weight_VP: Tensor, bias_V: Tensor, dtype: torch.dtype | None = None, rows: int = 256):
+        self.weight, self.bias, self.dtype, self.rows = weight_VP.detach(), bias_V.detach(), dtype, rows
+
+    @torch.no_grad()
+    def losses(self, x_NP: Tensor, targets_N: Tensor) -> Tensor:
+        """Return [N] losses in nats; targets of -1 give 0."""
+        each = zip(x_NP.split(self.rows), targets_N.split(self.rows), strict=True)
+        found = [full_losses(x, self.weight, self.bias, targets, self.dtype) for x, targets in each]
+        return torch.cat(found) if found else x_NP.new_zeros(0)
+
+
+def evaluated(weight_VP: Tensor, bias_V: Tensor, dtype: torch.dtype | None = None, rows: int = 256) -> Any:
+    """Return what gives losses over the whole vocabulary with `losses(x_NP, targets_N)`, by the fastest way."""
+    return (kernels.full_losses(weight_VP) or FullSoftmax)(weight_VP, bias_V, dtype, rows)

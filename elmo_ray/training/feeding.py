@@ -26,7 +26,7 @@ from elmo_ray.errors import ElmoRayError
 from elmo_ray.model.softmax import draw_negatives, log_expected_count
 from elmo_ray.training.graphs import FixedShapes
 from elmo_ray.training.ranks import Exchange, Flags, Gathered
-from elmo_ray.training.step_input import Sent, StepInput, Transfer, divided
+from elmo_ray.training.step_input import Sent, StepInput, Transfer, with_micro_batches
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Feeder:
                 result, flags = self.assembler(batch, step, self.flags())
                 if self.shapes is not None:
                     result = self.shapes(result)
-                result = divided(result, self.assembler.config.train.accumulate)
+                result = with_micro_batches(result, self.assembler.config.train.accumulate)
                 self._put(_Coming(self.transfer(result), batch.cursors, flags))
                 if flags.stop or self._closed.is_set():
                     break

@@ -39,7 +39,7 @@ from elmo_ray.data.characters import PADDING
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
-from elmo_ray.training.step import Computed
+from elmo_ray.training.step import StepResult
 from elmo_ray.training.step_input import StepInput, device_quiet
 
 _GROWTH = 0.1
@@ -164,14 +164,14 @@ _CHECKED = 2
 
 _WARM_UPS = 2
 
-Record = Callable[[Callable[[], Computed], list[torch.Generator]], tuple[Computed, Callable[[], None]]]
+Record = Callable[[Callable[[], StepResult], list[torch.Generator]], tuple[StepResult, Callable[[], None]]]
 """Captures a function that draws from these generators: its result, and what repeats it into the same tensors."""
 
 
 def graphs_for(step: TrainStep) -> StepGraphs | None:
     """Those of this step, where it is to have any; a line in the log says why not where that could be a surprise."""
     train = step.config.train
-    if step.device.type != "cuda" or train.gpu_kernels == "off":
+    if step.device.type != "cuda" or train.kernels == "off":
         return None
     if step.world > 1:
         logger.info("no CUDA graphs with several workers: gradients are summed between them while others are computed")
@@ -188,7 +188,7 @@ class _Graph:
 
     inputs: StepInput
     state: LstmState
-    result: Computed
+    result: StepResult
     replay: Callable[[], None]
     uses: int = 0
 
@@ -211,7 +211,7 @@ class StepGraphs:
         self._graphs.clear()
         self._full = False
 
-    def gradients(self, batch: StepInput) -> Computed:
+    def gradients(self, batch: StepInput) -> StepResult:
         """As `TrainStep.gradients`."""
         if self.failed:
             return self.step.gradients(batch)
@@ -225,7 +225,7 @@ class StepGraphs:
         self._check(self._replayed(graph, batch), expected)
         return expected
 
-    def _first(self, key: tuple, batch: StepInput) -> Computed:
+    def _first(self, key: tuple, batch: StepInput) -> StepResult:
         expected = self.step.gradients(batch)
         if len(self._graphs) >= _MOST_GRAPHS:
             if not self._full:
@@ -249,7 +249,7 @@ class StepGraphs:
         state = LstmState(*(x.clone() for x in step.state))
         self._fill(inputs, state, batch)
 
-        def compute() -> Computed:
+        def compute() -> StepResult:
             return step.gradients(inputs)
 
         with self._standing_in(state), device_quiet:
@@ -266,12 +266,12 @@ class StepGraphs:
         finally:
             step.state, step.dropout = before, None
 
-    def _replayed(self, graph: _Graph, batch: StepInput) -> Computed:
+    def _replayed(self, graph: _Graph, batch: StepInput) -> StepResult:
         self._fill(graph.inputs, graph.state, batch)
         graph.uses += 1
         graph.replay()
         gradients, loss_sums, state = graph.result
-        return Computed(gradients, loss_sums.clone(), state)
+        return StepResult(gradients, loss_sums.clone(), state)
 
     def _fill(self, inputs: StepInput, state: LstmState, batch: StepInput) -> None:
         if self._dropout is not None:
@@ -282,7 +282,7 @@ class StepGraphs:
         assert inputs.scale is not None
         inputs.scale.fill_(self.step.scale_of(batch))
 
-    def _check(self, found: Computed, expected: Computed) -> None:
+    def _check(self, found: StepResult, expected: StepResult) -> None:
         name, worst = largest_difference(found, expected)
         if worst > _tolerance(self.step.dtype):
             self._fail(f"{name} differs by {worst:.2g} from the plain step's")
@@ -293,7 +293,7 @@ class StepGraphs:
         self._graphs.clear()
 
 
-def largest_difference(found: Computed, expected: Computed) -> tuple[str, float]:
+def largest_difference(found: StepResult, expected: StepResult) -> tuple[str, float]:
     """Of all tensors, relative to the largest value of each, and the tensor's name."""
     worst: dict[str, Tensor] = {}
     ours = found.tensors()
@@ -323,8 +323,8 @@ class _CudaRecord:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(
-        self, function: Callable[[], Computed], generators: list[torch.Generator]
-    ) -> tuple[Computed, Callable[[], None]]:
+        self, function: Callable[[], StepResult], generators: list[torch.Generator]
+    ) -> tuple[StepResult, Callable[[], None]]:
         with torch.cuda.device(self.device):
             if self._stream is None:
                 self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()

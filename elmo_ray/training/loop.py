@@ -157,7 +157,7 @@ class _Run:
             self._event(message)
 
     def _conditions(self) -> dict[str, Any]:
-        return {**conditions(self.worker.device, self.config.train.precision), "sums": self.step.order_of_sums}
+        return conditions(self.worker.device, self.config.train.precision)
 
     def _event(self, message: str) -> None:
         if self.metrics is not None:

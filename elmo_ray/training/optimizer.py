@@ -1,4 +1,4 @@
-"""Optimizers: the dense part by torch's Adagrad or AdamW, the tables by Adagrad on the rows that a step touches.
+"""Optimizers: Adagrad for everything, or AdamW for the dense part and Adagrad on the table rows that a step touches.
 
 One global norm over everything decides the clip, as bilm-tf's `clip_by_global_norm`; a step whose norm is not finite
 changes nothing, decided on the device.
@@ -15,14 +15,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from elmo_ray import kernels
 from elmo_ray.config import OptimConfig
-from elmo_ray.kernels.cpu.adagrad import update_rows
-from elmo_ray.kernels.cpu.loops import for_tensor
-from elmo_ray.kernels.gpu.adagrad import adagrad_, usable
-from elmo_ray.kernels.threads import side_by_side
+from elmo_ray.kernels.threads import run_parallel
 from elmo_ray.model.components import part_of
 
 TABLE_LR = 0.2
+ADAMW_SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int) -> float:
@@ -61,20 +60,24 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
         if gradients[part::2]:
             norms[part] = torch._foreach_norm(gradients[part::2])
 
-    side_by_side(run, 2, gradients[0].device)
+    run_parallel(run, 2, gradients[0].device)
     return torch.stack([*norms[0], *norms[1]]).square_().sum().sqrt_()
 
 
-_PIECES = 4
-"""Of the dense part on a CPU: whichever thread is free takes the next."""
+def adagrad(value: Tensor, slot: Tensor, gradient: Tensor, rows: Tensor | None, divisor: Tensor, rate: float) -> None:
+    """Update in place: slot += (gradient / divisor)^2; value -= rate * gradient / divisor / sqrt(slot).
 
-
-def _in_pieces(parameters: Mapping[str, nn.Parameter], count: int) -> list[dict[str, nn.Parameter]]:
-    """At most `count` pieces of about as many numbers each."""
-    pieces: list[dict[str, nn.Parameter]] = [{} for _ in range(count)]
-    for name, parameter in sorted(parameters.items(), key=lambda item: -item[1].numel()):
-        min(pieces, key=lambda piece: sum(p.numel() for p in piece.values()))[name] = parameter
-    return [piece for piece in pieces if piece]
+    rows: the rows of `value` and `slot` that the rows of `gradient` belong to, each of them once; None: all rows.
+    divisor: 0-d; 0 changes nothing, whatever the gradient is.
+    """
+    gradient = torch.where(divisor > 0, gradient / divisor, 0.0)
+    if rows is None:
+        slot.addcmul_(gradient, gradient)
+        value.addcdiv_(gradient, slot.sqrt(), value=-rate)
+        return
+    new_slot = slot.index_select(0, rows).addcmul_(gradient, gradient)
+    slot.index_copy_(0, rows, new_slot)
+    value.index_copy_(0, rows, value.index_select(0, rows).addcdiv_(gradient, new_slot.sqrt_(), value=-rate))
 
 
 class Optimizer:
@@ -82,40 +85,25 @@ class Optimizer:
 
     Row-sparse equals dense for Adagrad because a row without gradient does not move, so the tables keep Adagrad (with
     `optim.table_lr`) when the dense part is trained by AdamW. Parameters that get no gradient keep value and slots.
-    fused: Adagrad's updates in one pass each on a GPU, where that is possible.
     """
 
-    def __init__(
-        self, config: OptimConfig, dense: Mapping[str, nn.Parameter], tables: Mapping[str, Tensor], fused: bool = False
-    ):
+    def __init__(self, config: OptimConfig, dense: Mapping[str, nn.Parameter], tables: Mapping[str, Tensor]):
         self.config = config
         self.dense = dict(dense)
         self.tables = dict(tables)
         self.rates = part_rates(config, self.dense, self.tables)
-        self.accumulators = {name: torch.full_like(table, config.initial_accumulator) for name, table in tables.items()}
-        self.fused = fused and usable(next(iter([*self.dense.values(), *self.tables.values()])).device)
-        on_cpu = all(parameter.device.type == "cpu" for parameter in self.dense.values())
-        pieces = _in_pieces(self.dense, _PIECES if on_cpu else 1)
-        self.inner = [self._inner_of(piece) for piece in pieces]
-        self._inner_of_name = {name: inner for inner, piece in zip(self.inner, pieces, strict=True) for name in piece}
-
-    def _inner_of(self, dense: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        config, first = self.config, next(iter(dense.values()))
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in dense.items():
-            groups.setdefault(self.rates[name], []).append(parameter)
-        groups_of_rates = [{"params": members, "base": rate} for rate, members in groups.items()]
-        if config.name == "adagrad":
-            # fused: one pass over each tensor instead of five; torch has it for the CPU only, and divides by a float32
-            fused = first.device.type == "cpu" and first.dtype == torch.float32
-            return torch.optim.Adagrad(
-                groups_of_rates,
-                lr=config.lr,
-                eps=0.0,
-                fused=fused,
-                initial_accumulator_value=config.initial_accumulator,
-            )
-        return torch.optim.AdamW(groups_of_rates, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.values = {name: parameter.detach() for name, parameter in {**self.dense, **self.tables}.items()}
+        with_adagrad = self.values if config.name == "adagrad" else self.tables
+        self.accumulators = {
+            name: torch.full_like(self.values[name], config.initial_accumulator) for name in with_adagrad
+        }
+        self.adamw: torch.optim.AdamW | None = None
+        if config.name == "adamw":
+            groups: dict[float, list[nn.Parameter]] = {}
+            for name, parameter in self.dense.items():
+                groups.setdefault(self.rates[name], []).append(parameter)
+            of_rates = [{"params": members, "base": rate} for rate, members in groups.items()]
+            self.adamw = torch.optim.AdamW(of_rates, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def apply(
         self,
@@ -131,87 +119,51 @@ class Optimizer:
         Returns the 0-d norm before the clip and the 0-d bool whether it was finite; nothing is updated where it was
         not.
         """
-        norm = global_norm([*dense_gradients.values(), *row_gradients.values()])
+        gradients = {**row_gradients, **dense_gradients}
+        norm = global_norm(list(gradients.values()))
         finite = torch.isfinite(norm)
-        divisor = norm.clamp_min(self.config.clip_norm) / self.config.clip_norm
-        safe = torch.where(finite, divisor, 0.0) if self.fused else divisor  # as `adagrad_` takes it
-        divisor = torch.where(finite, divisor, 1.0)
+        divisor = torch.where(finite, norm.clamp_min(self.config.clip_norm) / self.config.clip_norm, 0.0)
 
-        def rate(name: str) -> float:
-            return learning_rate(self.config, self.rates[name], step, total_steps)
+        def update(name: str) -> None:
+            value, rate = self.values[name], learning_rate(self.config, self.rates[name], step, total_steps)
+            run = kernels.adagrad(value) or adagrad
+            run(value, self.accumulators[name], gradients[name], rows.get(name), divisor, rate)
 
-        def update_table(name: str) -> None:
-            gradient = row_gradients[name]
-            if self.fused:
-                adagrad_(self.tables[name], self.accumulators[name], gradient, rows.get(name), safe, rate(name))
-            elif name in rows and for_tensor(gradient):
-                if bool(finite):  # on a CPU nothing waits for it
-                    update_rows(self.tables[name], self.accumulators[name], rows[name], gradient, divisor, rate(name))
-            else:
-                self._update_rows(name, rows.get(name), torch.where(finite, gradient / divisor, 0.0), rate(name))
+        by_adagrad = [name for name in gradients if name in self.accumulators]
+        # the largest first, so that both threads end at about the same time
+        waiting = deque(partial(update, name) for name in sorted(by_adagrad, key=lambda name: -gradients[name].numel()))
+        if self.adamw is not None and dense_gradients:
+            waiting.appendleft(partial(self._update_by_adamw, dense_gradients, divisor, finite, step, total_steps))
 
-        def update_dense(inner: torch.optim.Optimizer) -> None:
-            own = {name: g for name, g in dense_gradients.items() if self._inner_of_name[name] is inner}
-            if self.fused and self.config.name == "adagrad":
-                for name, gradient in own.items():
-                    adagrad_(
-                        self.dense[name].detach(), self._inner_state(name)["sum"], gradient, None, safe, rate(name)
-                    )
-            elif own:
-                self._update_dense(inner, own, divisor, finite, step, total_steps)
-
-        left = deque(
-            [*(partial(update_table, name) for name in row_gradients), *(partial(update_dense, i) for i in self.inner)]
-        )
-
-        def update(_: int) -> None:
-            while left:
+        def take(_: int) -> None:
+            while waiting:
                 with contextlib.suppress(IndexError):  # the other thread took the last one
-                    left.popleft()()
+                    waiting.popleft()()
 
-        side_by_side(update, 2, norm.device)
+        run_parallel(take, 2, norm.device)
         return norm, finite
 
-    def _update_dense(
-        self,
-        inner: torch.optim.Optimizer,
-        gradients: Mapping[str, Tensor],
-        divisor: Tensor,
-        finite: Tensor,
-        step: int,
-        total_steps: int,
+    def _update_by_adamw(
+        self, gradients: Mapping[str, Tensor], divisor: Tensor, finite: Tensor, step: int, total_steps: int
     ) -> None:
-        fused = bool(inner.param_groups[0].get("fused"))
-        for name, g in gradients.items():
-            # where there is no fused kernel to skip the update, gradients of zero do (Adagrad's rows do not move)
-            self.dense[name].grad = g if fused else torch.where(finite, g / divisor, 0.0)
-        if fused:
-            inner.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
-            inner.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
-        for group in inner.param_groups:
+        assert self.adamw is not None
+        for name, gradient in gradients.items():
+            self.dense[name].grad = gradient
+        self.adamw.grad_scale = torch.where(finite, divisor, 1.0).to(torch.float32)  # type: ignore[attr-defined]
+        self.adamw.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+        for group in self.adamw.param_groups:
             group["lr"] = learning_rate(self.config, group["base"], step, total_steps)
-        inner.step()
-        inner.zero_grad(set_to_none=True)
-
-    def _update_rows(self, name: str, rows: Tensor | None, gradient: Tensor, rate: float) -> None:
-        table, accumulator = self.tables[name], self.accumulators[name]
-        if rows is None:
-            accumulator.addcmul_(gradient, gradient)
-            table.addcdiv_(gradient, accumulator.sqrt(), value=-rate)
-            return
-        slot = accumulator.index_select(0, rows).addcmul_(gradient, gradient)
-        accumulator.index_copy_(0, rows, slot)
-        table.index_copy_(0, rows, table.index_select(0, rows).addcdiv_(gradient, slot.sqrt_(), value=-rate))
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Slots by `<slot>.<parameter>`: `accumulator.*` for Adagrad, `exp_avg.*`, `exp_avg_sq.*`, `step.*` for
+        """Return slots by `<slot>.<parameter>`: `accumulator.*` for Adagrad, `exp_avg.*`, `exp_avg_sq.*`, `step.*` for
         AdamW."""
         state = {f"accumulator.{name}": slot for name, slot in self.accumulators.items()}
-        for name in self.dense:
-            for slot, key in self._slots().items():
-                value = self._inner_state(name).get(key)
-                if value is not None:
-                    state[f"{slot}.{name}"] = value
+        if self.adamw is not None:
+            for name, parameter in self.dense.items():
+                of_adamw = self.adamw.state[parameter]
+                state.update({f"{slot}.{name}": of_adamw[slot] for slot in ADAMW_SLOTS if slot in of_adamw})
         return state
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
@@ -219,26 +171,15 @@ class Optimizer:
 
         AdamW has none for a parameter that it never updated.
         """
-        for name in self.accumulators:
-            self.accumulators[name].copy_(state[f"accumulator.{name}"])
+        for name, slot in self.accumulators.items():
+            slot.copy_(state[f"accumulator.{name}"])
+        if self.adamw is None:
+            return
         for name, parameter in self.dense.items():
-            target = self._inner_state(name)
-            kinds = ("accumulator", *self._slots())
-            if self.config.name == "adamw" and not any(f"{kind}.{name}" in state for kind in kinds):
+            target = self.adamw.state[parameter]
+            if not any(f"{slot}.{name}" in state for slot in ("accumulator", *ADAMW_SLOTS)):
                 target.clear()
                 continue
-            for slot, key in self._slots().items():
-                value = state[f"{slot}.{name}"]
-                if key in target:
-                    target[key].copy_(value)
-                else:
-                    # `step` too: the fused kernels take it on the parameter's device
-                    target[key] = value.to(parameter.device, copy=True)
-
-    def _slots(self) -> dict[str, str]:
-        if self.config.name == "adagrad":
-            return {"accumulator": "sum"}
-        return {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "step"}
-
-    def _inner_state(self, name: str) -> dict:
-        return self._inner_of_name[name].state[self.dense[name]]
+            for slot_name in ADAMW_SLOTS:
+                # `step` too: the fused kernels take it on the parameter's device
+                target[slot_name] = state[f"{slot_name}.{name}"].to(parameter.device, copy=True)

@@ -1,15 +1,12 @@
 """One training step: losses, gradients over all ranks, update, carried state.
 
 Shapes: D directions, B rows, T window, U distinct words, C characters, K negatives, R touched rows, P projection.
-
-What a step's forward and backward give.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,18 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from elmo_ray import kernels
 from elmo_ray.config import PretrainConfig
-from elmo_ray.kernels.cpu.softmax import sampled_losses
-from elmo_ray.kernels.gpu.lstm import choose_steps
-from elmo_ray.kernels.threads import threads_for_parts
-from elmo_ray.model.bilm import TABLES, BiLM, Head
+from elmo_ray.kernels.threads import threads_for_branches
+from elmo_ray.model.bilm import TABLES, BiLM
 from elmo_ray.model.components import trained_at
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
-from elmo_ray.model.softmax import full_losses
+from elmo_ray.model.softmax import full_losses, sampled_losses
 from elmo_ray.training.optimizer import Optimizer
-from elmo_ray.training.shared_sums import SharedSums, shared_sums
-from elmo_ray.training.step_input import StepInput, average, parts_of, send_as_bf16
+from elmo_ray.training.step_input import StepInput, average, micro_batches_of, send_as_bf16
 
 
 @dataclass
@@ -41,7 +36,7 @@ class Gradients:
     rows: dict[str, Tensor]
 
 
-class Computed(NamedTuple):
+class StepResult(NamedTuple):
     """Gradients, [D] sums of this rank's losses in nats, and the state after the window."""
 
     gradients: Gradients
@@ -72,7 +67,7 @@ class StepOutput:
 class CapturedGradients(Protocol):
     """What may stand for `TrainStep.gradients` once it is captured (`graphs.StepGraphs`)."""
 
-    def gradients(self, batch: StepInput) -> Computed: ...
+    def gradients(self, batch: StepInput) -> StepResult: ...
 
     def forget(self) -> None: ...
 
@@ -90,20 +85,14 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         self.sampled = config.softmax.kind == "sampled"
-        tables = {name: p for name, p in model.named_parameters() if name in TABLES}
-        # Triton takes numbers, such as a clip's bound, as float32
-        fused = config.train.gpu_kernels == "auto" and config.train.precision != "fp64"
-        own = {name: p.detach() for name, p in tables.items()}
-        self.optimizer = Optimizer(config.optim, model.dense_parameters(), own, fused)
+        tables = {name: p.detach() for name, p in model.named_parameters() if name in TABLES}
+        kernels.use(config.train.kernels)
+        self.optimizer = Optimizer(config.optim, model.dense_parameters(), tables)
         self.state = model.lstm.zero_state(rows, like=next(model.parameters()).detach())
         self.forward: torch.nn.Module = model
         self.trained: frozenset[str] = frozenset()
         self.dropout: Dropout | None = None  # that of a graph, where one is captured
-        choose_steps(fused, self.device, self.dtype)
         self.graphs: CapturedGradients | None = None
-        self.sums: SharedSums | None = None
-        if self.device.type == "cpu" and config.cluster.shared_memory == "auto" and config.train.gradients == "full":
-            self.sums = shared_sums(rank, world)
         self.begin(0)
         if world > 1:
             for parameter in model.parameters():  # DDP knows neither the tables nor, where nothing else trains, any
@@ -124,7 +113,7 @@ class TrainStep:
         for name, parameter in self.model.named_parameters():
             # of a table with sampled softmax the gradients are taken at copies of the touched rows
             parameter.requires_grad_(name in names and (name in dense or not self.sampled))
-        if self.world > 1 and self.sums is None:
+        if self.world > 1:
             self.forward = self.model
             gc.collect()  # the old wrapper's hooks go with it
             if names & dense.keys():  # DDP refuses a model in which nothing trains
@@ -135,7 +124,7 @@ class TrainStep:
                     send_as_bf16(self.forward)
         return True
 
-    def gradients(self, batch: StepInput) -> Computed:
+    def gradients(self, batch: StepInput) -> StepResult:
         """Forward and backward: gradients averaged over all positions of all ranks, [D] loss sums of this rank, new
         state."""
         config, model = self.config, self.model
@@ -151,54 +140,48 @@ class TrainStep:
         states: list[LstmState] = []
         reset = self.state.zero_rows(batch.reset)
         scale = self.scale_of(batch) if batch.scale is None else batch.scale
-        parts = list(parts_of(batch, config.train.accumulate))
-        for number, (rows_of_part, part) in enumerate(parts):
-            whole = len(parts) == 1
-            before = reset if whole else LstmState(*(x[:, :, rows_of_part.start : rows_of_part.stop] for x in reset))
-            with self._sending(number == len(parts) - 1):
+        micro_batches = list(micro_batches_of(batch, config.train.accumulate))
+        for number, (rows_of_it, micro_batch) in enumerate(micro_batches):
+            before = reset
+            if len(micro_batches) > 1:
+                before = LstmState(*(x[:, :, rows_of_it.start : rows_of_it.stop] for x in reset))
+            with self._sending(number == len(micro_batches) - 1):
                 noise = self.rank * config.train.accumulate + number
-                loss_sums, state = self._losses_of(part, before, leaves, noise, scale)
+                loss_sums, state = self._losses_of(micro_batch, before, leaves, noise)
                 (loss_sums.sum() * scale).backward()
             sums.append(loss_sums.detach())
             states.append(state)
         dense = {name: _taken(p) for name, p in self.optimizer.dense.items() if name in self.trained}
         of_tables = leaves if self.sampled else dict(model.named_parameters())
         tables = {name: _taken(of_tables[name]) for name in self.optimizer.tables if name in self.trained}
-        if self.sums is not None:
-            self.sums.add([*dense.values(), *tables.values()])
-        elif self.world > 1:
+        if self.world > 1:
             for gradient in tables.values():
                 average(gradient, self.world, config.train.gradients)
-        if len(parts) == 1:
-            return Computed(Gradients(dense, tables, rows), sums[0], states[0])
+        if len(micro_batches) == 1:
+            return StepResult(Gradients(dense, tables, rows), sums[0], states[0])
         joined = LstmState(*(torch.cat(values, dim=2) for values in zip(*states, strict=True)))
-        return Computed(Gradients(dense, tables, rows), torch.stack(sums).sum(0), joined)
-
-    @property
-    def order_of_sums(self) -> str | None:
-        """What the bits of sums over workers depend on besides the number of workers; two add up in one way only."""
-        return "shared memory" if self.sums is not None and self.world > 2 else None
+        return StepResult(Gradients(dense, tables, rows), torch.stack(sums).sum(0), joined)
 
     def scale_of(self, batch: StepInput) -> float:
-        """From the sum of this rank's losses to what is differentiated."""
-        averaged = 1 if self.sums is not None else self.world
-        return self.config.train.unroll * averaged / (self.model.directions * max(1, batch.positions))
+        """Return the factor from the sum of this rank's losses to what is differentiated."""
+        # gradients are averaged over ranks, so each rank's part counts `world` times
+        return self.config.train.unroll * self.world / (self.model.directions * max(1, batch.positions))
 
     def _sending(self, now: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients travel with the last part."""
+        """Let gradients travel with the last micro-batch only."""
         if now or not isinstance(self.forward, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.forward.no_sync()
 
     def _losses_of(
-        self, batch: StepInput, before: LstmState, leaves: dict[str, Tensor], noise: int, scale: float | Tensor
+        self, batch: StepInput, before: LstmState, leaves: dict[str, Tensor], noise: int
     ) -> tuple[Tensor, LstmState]:
-        """[D] sums of losses, and the new state."""
+        """Return [D] sums of losses in nats, and the new state."""
         config = self.config
         dropout = self.dropout
         if dropout is None and config.train.dropout > 0.0:
             dropout = Dropout(config.train.dropout, config.run.seed, batch.step, noise, self.device)
-        losses_DN, state = self.forward(
+        top_DBTP, state = self.forward(
             batch.types,
             batch.type_classes,
             batch.inputs,
@@ -207,44 +190,33 @@ class TrainStep:
             dropout,
             self.dtype,
             leaves.get("word_embedding"),
-            self._head(batch, leaves, scale),
         )
-        return losses_DN.sum(dim=1), state
-
-    def _head(self, batch: StepInput, leaves: dict[str, Tensor], scale: float | Tensor) -> Head:
-        """To losses in nats, 0 where there is no position."""
-        bias = leaves["softmax_bias"] if self.sampled else self.model.softmax_bias
-        assert bias is not None
-        weight = self.model.output_weight
-        if self.sampled:
-            weight = leaves["word_embedding" if self.model.tied else "softmax_weight"]
-
-        def losses(of: slice, x_DNP: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-            weight, bias, targets_DN = tables["weight"], tables["bias"], batch.targets[of].flatten(1)
-            if not self.sampled:
-                each = zip(x_DNP, targets_DN, strict=True)
-                return torch.stack([full_losses(x, weight, bias, targets, self.dtype) for x, targets in each])
-            assert batch.target_rows is not None and batch.target_log_count is not None
-            assert batch.negative_rows is not None and batch.negative_log_count is not None
-            losses_DN = sampled_losses(
-                x_DNP,
-                weight,
-                bias,
-                batch.target_rows[of].flatten(1),
-                batch.target_log_count[of].flatten(1),
-                batch.negative_rows[of],
-                batch.negative_log_count[of],
-                self.dtype,
-            )
-            return torch.where(targets_DN >= 0, losses_DN, 0.0)
-
-        return Head(losses, {"weight": weight, "bias": bias}, scale if isinstance(scale, float) else None)
+        x_DNP, targets_DN = top_DBTP.flatten(1, 2), batch.targets.flatten(1)
+        if not self.sampled:
+            bias = self.model.softmax_bias
+            assert bias is not None
+            each = zip(x_DNP, targets_DN, strict=True)
+            losses = [full_losses(x, self.model.output_weight, bias, targets, self.dtype) for x, targets in each]
+            return torch.stack(losses).sum(dim=1), state
+        assert batch.target_rows is not None and batch.target_log_count is not None
+        assert batch.negative_rows is not None and batch.negative_log_count is not None
+        losses_DN = sampled_losses(
+            x_DNP,
+            leaves["word_embedding" if self.model.tied else "softmax_weight"],
+            leaves["softmax_bias"],
+            batch.target_rows.flatten(1),
+            batch.target_log_count.flatten(1),
+            batch.negative_rows,
+            batch.negative_log_count,
+            self.dtype,
+        )
+        return torch.where(targets_DN >= 0, losses_DN, 0.0).sum(dim=1), state
 
     def run(self, batch: StepInput) -> StepOutput:
         """A whole step. Where the gradient is not finite neither the parameters nor the state change."""
-        # nearly all is done in parts then
-        in_parts = self.sampled and self.model.directions > 1
-        with threads_for_parts() if in_parts else contextlib.nullcontext():
+        # nearly all is done by two branches then
+        branches = self.device.type == "cpu" and self.sampled and self.model.directions > 1
+        with threads_for_branches() if branches else contextlib.nullcontext():
             return self._run(batch)
 
     def _run(self, batch: StepInput) -> StepOutput:

@@ -54,7 +54,7 @@ class StepInput:
     negative_log_count: Tensor | None = None
     input_rows: Tensor | None = None
     scale: Tensor | None = None
-    parts: tuple[tuple[range, StepInput], ...] = ()
+    micro_batches: tuple[tuple[range, StepInput], ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the fields that are there, by their names."""
@@ -65,7 +65,7 @@ class StepInput:
         result = copy.copy(self)
         for name, value in self.tensors().items():
             setattr(result, name, function(value))
-        result.parts = tuple((rows, part.each(function)) for rows, part in self.parts)
+        result.micro_batches = tuple((rows, part.each(function)) for rows, part in self.micro_batches)
         return result
 
     def to(self, device: torch.device) -> StepInput:
@@ -81,23 +81,23 @@ _BY_ROWS = {"inputs": 1, "targets": 1, "target_rows": 1, "target_log_count": 1, 
 """The fields of a StepInput that have a row for each stream, and the dimension of it."""
 
 
-def divided(batch: StepInput, parts: int) -> StepInput:
-    """A copy with its parts, found where the batch is made: on a GPU, how many words a part has would be waited for."""
+def with_micro_batches(batch: StepInput, count: int) -> StepInput:
+    """Return a copy with its micro-batches, found where it is made: a step on a GPU would wait for their sizes."""
     result = copy.copy(batch)
-    result.parts = tuple(parts_of(batch, parts)) if parts > 1 else ()
+    result.micro_batches = tuple(micro_batches_of(batch, count)) if count > 1 else ()
     return result
 
 
-def parts_of(batch: StepInput, parts: int) -> Iterator[tuple[range, StepInput]]:
+def micro_batches_of(batch: StepInput, count: int) -> Iterator[tuple[range, StepInput]]:
     """The rows of each part, and its input, with the words of its rows only. One part is the batch itself."""
-    if batch.parts:
-        yield from batch.parts
+    if batch.micro_batches:
+        yield from batch.micro_batches
         return
     rows = len(batch.lengths)
-    if parts == 1 or rows == 1:
+    if count == 1 or rows == 1:
         yield range(rows), batch
         return
-    for share in deal(rows, min(parts, rows)):
+    for share in deal(rows, min(count, rows)):
         part = copy.copy(batch)
         for name, dimension in _BY_ROWS.items():
             value = getattr(batch, name)
@@ -152,7 +152,7 @@ class Sent:
         if self.arrived is not None:
             stream = torch.cuda.current_stream(self.batch.inputs.device)
             stream.wait_event(self.arrived)
-            for batch in (self.batch, *(part for _, part in self.batch.parts)):
+            for batch in (self.batch, *(part for _, part in self.batch.micro_batches)):
                 for tensor in batch.tensors().values():
                     # its memory belongs to the stream of copies, and is not to be used again before this one is done
                     tensor.record_stream(stream)

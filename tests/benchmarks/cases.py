@@ -41,7 +41,7 @@ Run = Callable[[int], dict[str, float]]
 
 
 def our_config(
-    size: dict[str, Any], precision: str, streams: int, dropout: float = 0.1, gpu_kernels: str = "auto"
+    size: dict[str, Any], precision: str, streams: int, dropout: float = 0.1, kernels: str = "auto"
 ) -> PretrainConfig:
     return PretrainConfig.from_dict(
         {
@@ -52,7 +52,7 @@ def our_config(
                 "precision": precision,
                 "validate_every": None,
                 "dropout": dropout,
-                "gpu_kernels": gpu_kernels,
+                "kernels": kernels,
             },
             "cluster": {"workers": 0},
         }

@@ -48,8 +48,7 @@ LIMITS = {"env": 40, "tests": 110, "capture": 60, "parts": 60, "step": 150, "tra
 """Seconds that a command of a section may take."""
 
 GPU_TESTS = (
-    "tests/model/test_gate_kernels.py",
-    "tests/training/test_adagrad_kernel.py",
+    "tests/kernels/test_gpu_adagrad.py",
     "tests/training/test_graphs.py",
 )
 
@@ -133,7 +132,7 @@ def capture(device: torch.device, small: bool) -> dict[str, Any]:
     from cases import SIZES, our_config
     from gpu_step import batches, padded, step_of, wait
 
-    from elmo_ray.training.transfer import Transfer
+    from elmo_ray.training.step_input import Transfer
 
     log, logger = Messages(), logging.getLogger("elmo_ray")
     logger.addHandler(log)
@@ -282,7 +281,7 @@ class Sections:
     def step(self) -> dict[str, Any]:
         options = "--precision bf16 --steps 20 --rounds 3"
         if self.small:
-            options = "--sizes small --words 0 --rows 8 --precision fp32 --gpu-kernels auto --steps 2 --rounds 1"
+            options = "--sizes small --words 0 --rows 8 --precision fp32 --kernels auto --steps 2 --rounds 1"
         script = str(HERE / "gpu_step.py")
         got = self.command("step", LIMITS["step"], script, "--device", self.device, *options.split())
         return without_tail(got | {"cases": json_lines(self.logs / "step.log")})

@@ -1,7 +1,7 @@
 """The training step on a GPU at the original's sizes: checked against float64 first, then timed, then taken apart.
 
     python tests/benchmarks/gpu_step.py [--device cuda] [--sizes original] [--words 793471] [--rows 128 512]
-        [--precision fp32 bf16] [--gpu-kernels off auto] [--steps 50] [--rounds 5]
+        [--precision fp32 bf16] [--kernels off auto] [--steps 50] [--rounds 5]
 
 Made-up batches, without Ray. One JSON line a case: positions per second (median of rounds), their share of what the
 device's product units could do (`limit`: the products of a step by counting, `where_time_goes.py`), milliseconds of a
@@ -27,7 +27,6 @@ from torch.profiler import ProfilerActivity, profile
 from where_time_goes import flops_of, milliseconds_of_parts, peak_of
 
 from elmo_ray.config import PretrainConfig
-from elmo_ray.kernels.gpu.lstm import FUSED, steps_on
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.training.graphs import FixedShapes, graphs_for
 from elmo_ray.training.step import TrainStep
@@ -69,7 +68,7 @@ def error_to_float64(size: dict[str, Any], precision: str, device: torch.device,
     """Largest difference of a step's gradients from float64's, to each tensor's largest value; without dropout."""
     found = []
     for kind in (precision, "fp64"):
-        config = our_config(size, kind, 8, dropout=0.0, gpu_kernels=kernels)
+        config = our_config(size, kind, 8, dropout=0.0, kernels=kernels)
         step = step_of(config, size["words"], 8, device)
         batch = batches(size, size["words"], 8)[0].to(device)
         if kind == "fp64":
@@ -106,7 +105,7 @@ def cudnn_milliseconds(size: dict[str, Any], rows: int, dtype: torch.dtype, devi
 def case(arguments: argparse.Namespace, precision: str, rows: int, kernels: str) -> dict[str, Any]:
     device, size = torch.device(arguments.device), SIZES[arguments.sizes]
     words = arguments.words or size["words"]
-    config = our_config(size, precision, rows, gpu_kernels=kernels)
+    config = our_config(size, precision, rows, kernels=kernels)
     error = error_to_float64(SIZES["small"], precision, device, kernels)
     step = step_of(config, words, rows, device)
     given = batches(size, words, rows)
@@ -138,9 +137,8 @@ def case(arguments: argparse.Namespace, precision: str, rows: int, kernels: str)
         "words": words,
         "batch": f"{rows} x {UNROLL}",
         "precision": precision,
-        "gpu_kernels": kernels,
+        "kernels": kernels,
         "graphs": step.graphs is not None and not step.graphs.failed,
-        "fused_gates": steps_on(device) == FUSED,
         "fused_adagrad": step.optimizer.fused,
         "error_to_float64": error,
         "per_second": round(speed),
@@ -150,7 +148,7 @@ def case(arguments: argparse.Namespace, precision: str, rows: int, kernels: str)
         "share_of_limit": peak and round(flops / peak / milliseconds * 1e3, 3),
         "parts_milliseconds": {**parts, "gaps": round(max(0.0, milliseconds - sum(parts.values())), 3)},
         "lstm_of_torch_milliseconds": round(cudnn_milliseconds(size, rows, dtype, device), 2),
-        "kernels": costliest(run, device),
+        "costliest": costliest(run, device),
         "memory_GB": round(torch.cuda.max_memory_allocated(device) / 1e9, 2) if device.type == "cuda" else None,
     }
 
@@ -172,7 +170,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=793_471, help="0: those of the sizes")
     parser.add_argument("--rows", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--gpu-kernels", nargs="+", choices=["off", "auto"], default=["off", "auto"])
+    parser.add_argument("--kernels", nargs="+", choices=["off", "auto"], default=["off", "auto"])
     parser.add_argument("--steps", type=int, default=50, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -181,7 +179,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*oneDNN.*")
     for precision in arguments.precision:
         for rows in arguments.rows:
-            for kernels in arguments.gpu_kernels:
+            for kernels in arguments.kernels:
                 print(json.dumps(case(arguments, precision, rows, kernels)), flush=True)
 
 

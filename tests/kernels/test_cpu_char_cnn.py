@@ -7,11 +7,11 @@ from typing import Literal
 import pytest
 import torch
 
+from elmo_ray import kernels
 from elmo_ray.config.model import CharCnnConfig
 from elmo_ray.data.characters import N_CHARACTERS
 from elmo_ray.kernels.cpu import loops as cpu_kernels
-from elmo_ray.kernels.cpu.char_cnn import LargestProducts
-from elmo_ray.model import char_cnn
+from elmo_ray.kernels.cpu.char_cnn import _largest
 from elmo_ray.model.char_cnn import CharCnn
 
 pytestmark = pytest.mark.skipif(cpu_kernels.numba is None, reason="Numba is not installed")
@@ -55,13 +55,11 @@ def results(cnn: CharCnn, words: int, dtype: torch.dtype | None = None) -> dict[
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch):
-    """`results` without what is compiled."""
+def plain():
+    """`results` by the plain model."""
 
     def of(*arguments) -> dict[str, torch.Tensor]:
-        with monkeypatch.context() as patch:
-            patch.setattr(char_cnn, "for_tensor", lambda _: False)
-            patch.setattr(char_cnn.LargestProducts, "apply", None)
+        with kernels.using("off"):
             return results(*arguments)
 
     return of
@@ -142,15 +140,6 @@ def of_one_thread_and_two(dtype: torch.dtype | None) -> list[dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_halves_one_after_the_other_and_side_by_side_give_the_same_bits(
-    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(char_cnn, "has_threads_for", lambda _: True)
-    one, two = of_one_thread_and_two(dtype)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_one_thread_takes_the_whole(dtype: torch.dtype | None) -> None:
     one, two = of_one_thread_and_two(dtype)
     near = 1e-5 if dtype is None else 0.03
@@ -163,12 +152,13 @@ def test_words_of_many_windows(windows: int) -> None:
     generator = torch.Generator().manual_seed(4)
     types = torch.randint(0, N_CHARACTERS, (3, windows + 2), generator=generator)
     embedding = torch.randn(N_CHARACTERS, 4, generator=generator).requires_grad_()
-    weight = torch.randn(12, 300, generator=generator).requires_grad_()
-    found = LargestProducts.apply(embedding, weight, 3, None, types)
+    filters = torch.randn(300, 4, 3, generator=generator).requires_grad_()
+    weight = filters.permute(2, 1, 0).reshape(12, 300)
+    found = _largest([types], embedding, filters, None)
     expected = (torch.nn.functional.embedding(types.unfold(1, 3, 1), embedding).flatten(2) @ weight).max(dim=1).values
     torch.testing.assert_close(found, expected)
     gradient = torch.randn(found.shape, generator=generator)
     for ours, reference in zip(
-        *(torch.autograd.grad(x, [embedding, weight], gradient) for x in (found, expected)), strict=True
+        *(torch.autograd.grad(x, [embedding, filters], gradient) for x in (found, expected)), strict=True
     ):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from elmo_ray import kernels
 from elmo_ray.kernels.cpu import loops as cpu_kernels
 from elmo_ray.kernels.cpu.char_cnn import backward_highway, forward_highway, largest_of_windows, spread_to_windows
-from elmo_ray.kernels.cpu.loops import as_array, bound_of, for_tensor
+from elmo_ray.kernels.cpu.loops import as_array, bound_of
 from elmo_ray.kernels.cpu.lstm import backward_gates, backward_projection, forward_gates, forward_projection
 
 needs_numba = pytest.mark.skipif(cpu_kernels.numba is None, reason="Numba is not installed")
@@ -23,8 +24,12 @@ BF16 = torch.bfloat16
 
 
 def test_only_float32_on_a_cpu() -> None:
-    assert for_tensor(torch.zeros(1)) == (cpu_kernels.numba is not None)
-    assert not for_tensor(torch.zeros(1, dtype=torch.float64)) and not for_tensor(torch.zeros(1, device="meta"))
+    for question in (kernels.lstm_window, kernels.highway, kernels.dropout, kernels.sampled_losses, kernels.adagrad):
+        assert (question(torch.zeros(1)) is not None) == (cpu_kernels.numba is not None)
+        assert question(torch.zeros(1, dtype=torch.float64)) is None
+        assert question(torch.zeros(1, device="meta")) is None
+        with kernels.using("off"):
+            assert question(torch.zeros(1)) is None
 
 
 def bit_patterns() -> torch.Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from elmo_ray import kernels
 from elmo_ray.config.model import LstmConfig
 from elmo_ray.kernels.cpu import loops as cpu_kernels
-from elmo_ray.model import lstm
 from elmo_ray.model.lstm import BiLstm, LstmState
 
 pytestmark = pytest.mark.skipif(cpu_kernels.numba is None, reason="Numba is not installed")
@@ -55,13 +55,11 @@ def results(
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch):
-    """`results` without what is compiled."""
+def plain():
+    """`results` by the plain model."""
 
     def of(*arguments) -> dict[str, torch.Tensor]:
-        with monkeypatch.context() as patch:
-            patch.setattr(lstm, "for_tensor", lambda _: False)
-            patch.setattr(lstm.CpuRecurrence, "apply", None)
+        with kernels.using("off"):
             return results(*arguments)
 
     return of

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from elmo_ray import kernels
 from elmo_ray.config.model import LstmConfig
-from elmo_ray.kernels.cpu import lstm_inference as cpu_lstm
-from elmo_ray.kernels.cpu.lstm_inference import CpuLstm
+from elmo_ray.kernels.cpu.lstm_inference import LstmInference
 from elmo_ray.model.lstm import BiLstm, LstmState
+
+pytest.importorskip("numba")
 
 
 def case(
@@ -31,6 +33,16 @@ def case(
     return lstm, x, LstmState(*(0.1 * torch.randn(s.shape, generator=generator).to(dtype) for s in like))
 
 
+def inference(
+    lstm: BiLstm, x: torch.Tensor, rows: Sequence[int], state: LstmState, dtype: torch.dtype | None = None
+) -> tuple[list[torch.Tensor], LstmState]:
+    layers = [layer.weights for layer in lstm.layers]
+    config = lstm.config
+    stack = LstmInference(layers, (config.cell_clip, config.proj_clip), config.use_skip_connections, dtype)
+    outputs, *after = stack.run(*by_word(x), rows, *state)
+    return outputs, LstmState(*after)
+
+
 def by_word(x_DNP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Words, each at one position, and their places, which are not in order."""
     words = x_DNP.flatten(0, 1)
@@ -47,7 +59,7 @@ def expected(
     padded = x_DNP.new_zeros(len(x_DNP), len(rows), b, x_DNP.shape[2])
     valid = torch.arange(len(rows))[:, None] < lengths
     padded[:, valid] = x_DNP
-    with torch.no_grad():
+    with torch.no_grad(), kernels.using("off"):
         outputs, after = lstm(padded, state, lengths)
     return [output[:, valid] for output in outputs], after
 
@@ -60,37 +72,22 @@ def expected(
     ids=["clips", "no projection", "no clips"],
 )
 def test_outputs_and_states(rows: list[int], directions: int, config: dict[str, object]) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
-        lstm, x, state = case(rows, directions, dtype, **config)
-        before = [tensor.clone() for tensor in (x, *state)]
-        found, after = CpuLstm(lstm).run(*by_word(x), rows, state)
-        reference, reference_after = expected(lstm, x, rows, state)
-        for a, b in zip([*found, *after], [*reference, *reference_after], strict=True):
-            assert a.dtype == dtype
-            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-        assert all(torch.equal(a, b) for a, b in zip(before, (x, *state), strict=True)), "its arguments are not changed"
+    lstm, x, state = case(rows, directions, torch.float32, **config)
+    before = [tensor.clone() for tensor in (x, *state)]
+    found, after = inference(lstm, x, rows, state)
+    reference, reference_after = expected(lstm, x, rows, state)
+    for a, b in zip([*found, *after], [*reference, *reference_after], strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, *state), strict=True)), "its arguments are not changed"
 
 
 def test_bf16_is_close_and_its_cells_are_not_rounded() -> None:
     rows = [16, 16, 7]
     lstm, x, state = case(rows, 2, torch.float32, cell_clip=3.0, proj_clip=3.0)
-    found, after = CpuLstm(lstm, torch.bfloat16).run(*by_word(x), rows, state)
-    reference, reference_after = CpuLstm(lstm).run(*by_word(x), rows, state)
+    found, after = inference(lstm, x, rows, state, torch.bfloat16)
+    reference, reference_after = inference(lstm, x, rows, state)
     for a, b in zip([*found, *after], [*reference, *reference_after], strict=True):
         assert a.dtype == torch.float32
         assert 0.0 < float((a - b).abs().max()) < 0.05
     assert not torch.equal(after.cell, after.cell.bfloat16().float())
-
-
-def test_torchscript_runs_here_and_gives_the_bits_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(torch.jit, "script"):
-        pytest.skip("this torch has no TorchScript")
-    assert isinstance(cpu_lstm._steps(), torch.jit.ScriptFunction)
-    rows = [16, 11, 11, 3, 1]
-    lstm, x, state = case(rows, 2, torch.float32)
-    for dtype in (None, torch.bfloat16):
-        found, after = CpuLstm(lstm, dtype).run(*by_word(x), rows, state)
-        with monkeypatch.context() as patch:
-            patch.setattr(cpu_lstm, "_steps", lambda: cpu_lstm._time_steps)
-            python, python_after = CpuLstm(lstm, dtype).run(*by_word(x), rows, state)
-        assert all(torch.equal(a, b) for a, b in zip([*found, *after], [*python, *python_after], strict=True))

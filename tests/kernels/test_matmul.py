@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elmo_ray.kernels.matmul import can_pack, factor_of
+from elmo_ray.kernels.matmul import can_pack, pack
 
 BF16_HERE = can_pack(torch.zeros(2, 2, dtype=torch.bfloat16))
 
@@ -16,7 +16,7 @@ BF16_HERE = can_pack(torch.zeros(2, 2, dtype=torch.bfloat16))
 def test_a_packed_factor_is_the_matrix(dtype: torch.dtype, transposed: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(1024, 1024, generator=generator).to(dtype)
-    factor = factor_of(weight, 32, transposed)
+    factor = pack(weight, 32, transposed)
     assert factor.packed
     plain = weight.t() if transposed else weight
     x = torch.randn(32, plain.shape[0], generator=generator).to(dtype)
@@ -26,6 +26,6 @@ def test_a_packed_factor_is_the_matrix(dtype: torch.dtype, transposed: bool) -> 
 
 
 def test_what_gains_nothing_is_not_packed() -> None:
-    assert not factor_of(torch.zeros(16, 64), 32).packed
-    assert not factor_of(torch.zeros(512, 1024, dtype=torch.float64), 32).packed
+    assert not pack(torch.zeros(16, 64), 32).packed
+    assert not pack(torch.zeros(512, 1024, dtype=torch.float64), 32).packed
     assert not can_pack(torch.zeros(2, 512, 1024))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from elmo_ray.config.model import LstmConfig
-from elmo_ray.kernels.threads import side_by_side, threads_for_parts
+from elmo_ray.kernels.threads import run_parallel, threads_for_branches
 from elmo_ray.model.lstm import BiLstm
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_side_by_side_gives_the_same_bits(threads) -> None:
+def test_run_parallel_gives_the_same_bits(threads) -> None:
     lstm = BiLstm(LstmConfig(dim=64, projection_dim=32, n_layers=2), 2)
     lstm.reset_parameters(torch.Generator().manual_seed(1))
     x = torch.randn(2, 6, 5, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
@@ -48,20 +48,20 @@ def test_an_error_in_a_direction_is_the_callers(threads) -> None:
     for count in (1, 2):
         threads(count)
         with pytest.raises(ValueError, match="of direction 1"):
-            side_by_side(work, 2, CPU)
+            run_parallel(work, 2, CPU)
 
 
 def test_between_parts_there_is_one_thread_and_parts_have_all(threads) -> None:
     threads(2)
     seen = {}
-    with threads_for_parts():
+    with threads_for_branches():
         seen["between"] = torch.get_num_threads()
         names: list[str] = ["", ""]
 
         def work(part: int) -> None:
             names[part] = threading.current_thread().name
 
-        side_by_side(work, 2, CPU)
+        run_parallel(work, 2, CPU)
     assert seen["between"] == 1 and torch.get_num_threads() == 2
     assert len(set(names)) == 2, "each part has its own thread"
 
@@ -77,5 +77,5 @@ def test_all_parts_have_ended_when_one_fails(threads) -> None:
         ended.append(part)
 
     with pytest.raises(ValueError, match="of part 0"):
-        side_by_side(work, 2, CPU)
+        run_parallel(work, 2, CPU)
     assert ended == [1]

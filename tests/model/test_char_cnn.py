@@ -164,27 +164,3 @@ def test_initial_values_are_the_originals(activation: Activation) -> None:
     again = CharCnn(config, 128)
     again.reset_parameters(torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(cnn.parameters(), again.parameters(), strict=True))
-
-
-def test_halves_side_by_side_give_the_whole() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        model = model_config("relu", 2, True, max_characters=20)
-        cnn = random_cnn(model)
-        cnn.highways[0].carry_bias.requires_grad_(False)
-        types = random_types(150, 20)
-        classes = ((51, 12), (1, 14), (len(types) - 52, 20))
-        types = types[torch.argsort((types != 260).sum(dim=1), stable=True)]
-        whole = cnn._encode(types, classes, None, dict(cnn.named_parameters()))
-        halves = cnn(types, classes)
-        close(halves, whole)
-        trained = [p for p in cnn.parameters() if p.requires_grad]
-        generator = torch.Generator().manual_seed(3)
-        weights = torch.randn(whole.shape, generator=generator, dtype=torch.float64)
-        for a, b in zip(*(torch.autograd.grad((x * weights).sum(), trained) for x in (halves, whole)), strict=True):
-            close(a, b)
-        with torch.no_grad():
-            close(cnn(types, classes), whole)
-    finally:
-        torch.set_num_threads(before)

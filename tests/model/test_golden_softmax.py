@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from elmo_ray.kernels.cpu.softmax import sampled_losses
-from elmo_ray.model.softmax import draw_negatives, log_expected_count
+from elmo_ray.model.softmax import draw_negatives, log_expected_count, sampled_losses
 
 FOLDER = Path(__file__).parents[1] / "golden" / "softmax"
 LOSSES = np.load(FOLDER / "sampled_softmax.npz")

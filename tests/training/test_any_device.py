@@ -49,12 +49,12 @@ def model_of(config):
 """
 
 _STEPS = """
-from elmo_ray.training.step_input import divided
+from elmo_ray.training.step_input import with_micro_batches
 from elmo_ray.training.step import TrainStep
 
 for case in CASES:
     config = tiny_config(**case)
-    batches = [divided(batch, config.train.accumulate) for pair in inputs(config, text) for batch in pair]
+    batches = [with_micro_batches(batch, config.train.accumulate) for pair in inputs(config, text) for batch in pair]
     with FakeTensorMode(allow_non_fake_inputs=False):
         step = TrainStep(config, model_of(config), config.data.streams)
         for batch in batches[:2]:

@@ -187,7 +187,7 @@ def test_who_has_graphs(text: Text, caplog: pytest.LogCaptureFixture) -> None:
     assert graphs_for(step) is None and "no CUDA graphs with several workers" in caplog.text
     step.world, step.config = 1, tiny_config(train__accumulate=2)
     assert graphs_for(step) is None and "no CUDA graphs with train.accumulate=2" in caplog.text
-    step.config = tiny_config(train__gpu_kernels="off")
+    step.config = tiny_config(train__kernels="off")
     caplog.clear()
     assert graphs_for(step) is None and not caplog.records
 
@@ -199,7 +199,7 @@ def test_on_a_gpu(text: Text, changes: dict[str, Any]) -> None:
     device = torch.device("cuda")
     found = []
     for kernels in ("off", "auto"):
-        config = tiny_config(**changes, train__gpu_kernels=kernels)
+        config = tiny_config(**changes, train__kernels=kernels)
         step = step_of(config, text, "cuda")
         found.append(outcome(step, (b.to(device) for b in batches(config, text) if [step.begin(b.step)])))
     assert step.graphs is not None and not step.graphs.failed

@@ -28,7 +28,7 @@ def test_a_copy_of_every_tensor() -> None:
     batch = made()
     doubled = batch.each(lambda tensor: tensor * 2)
     assert torch.equal(doubled.inputs, batch.inputs * 2) and doubled.rows is None and doubled.positions == 6
-    assert torch.equal(doubled.parts[0][1].types, batch.types * 2)
+    assert torch.equal(doubled.micro_batches[0][1].types, batch.types * 2)
     assert batch.inputs.tolist() == [1, 2, 3, 4, 5, 6]
 
 

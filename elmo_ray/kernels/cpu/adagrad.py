@@ -1,7 +1,7 @@
-"""Adagrad on the rows of a table that a step touches, on a CPU: one loop, compiled by Numba, over each row's memory.
+"""Adagrad on a CPU as one compiled loop over each number's value, slot and gradient.
 
 PyTorch takes rows out, changes them and puts them back, in some ten passes over all of their numbers.
-Shapes: V words, R touched rows, P numbers of a row.
+Shapes: V rows of a table or of a dense parameter, R rows that are updated, P numbers of a row.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ def _update(value_P: Any, slot_P: Any, gradient_P: Any, divisor: Any, rate: Any)
 
 
 @compiled
-def _update_all(value_VP: Any, slot_VP: Any, rows_R: Any, gradient_RP: Any, divisor: Any, rate: Any) -> None:
+def _update_rows(value_VP: Any, slot_VP: Any, rows_R: Any, gradient_RP: Any, divisor: Any, rate: Any) -> None:
     for r in range(len(rows_R)):
         _update(value_VP[rows_R[r]], slot_VP[rows_R[r]], gradient_RP[r], divisor, rate)
 
 
-def update_rows(value: Tensor, slot: Tensor, rows: Tensor, gradient: Tensor, divisor: Tensor, rate: float) -> None:
-    """slot += (gradient / divisor)^2; value -= rate * gradient / divisor / sqrt(slot), in the given rows of both.
-
-    value, slot: [V, P] or [V], contiguous float32; rows: [R], each of them once; gradient: [R, P] or [R]; divisor: 0-d.
-    """
-    arrays = as_array(value.view(len(value), -1)), as_array(slot.view(len(slot), -1))
-    some = gradient.reshape(len(rows), -1)
-    _update_all(*arrays, as_array(rows), as_array(some), float32(float(divisor)), float32(rate))
+def adagrad(value: Tensor, slot: Tensor, gradient: Tensor, rows: Tensor | None, divisor: Tensor, rate: float) -> None:
+    """Do what `training.optimizer.adagrad` does, with the same arguments; value and slot are contiguous float32."""
+    if not (known := float(divisor)):  # on a CPU nothing waits for it
+        return
+    if rows is None:
+        of_value, of_slot, of_gradient = (as_array(x.reshape(-1)) for x in (value, slot, gradient))
+        _update(of_value, of_slot, of_gradient, float32(known), float32(rate))
+    else:
+        by_row = as_array(value.view(len(value), -1)), as_array(slot.view(len(slot), -1))
+        some = as_array(gradient.reshape(len(rows), -1))
+        _update_rows(*by_row, as_array(rows), some, float32(known), float32(rate))
     for changed in (value, slot):
         torch.autograd.graph.increment_version(changed)  # as PyTorch's own operations do

@@ -1,23 +1,24 @@
-"""Parts of the character CNN on a CPU in float32 or with bf16 products, as autograd functions of few passes.
+"""The character CNN's windows, maxima and highways on a CPU, in float32 or with bf16 products.
 
-Shapes: U words, N characters that they are given with, M windows, W characters of a window, E embedding, F filters.
-
-The character CNN's windows, maxima and highways on a CPU, as compiled loops (`cpu_kernels.py`).
-
-Shapes: U words, N characters, M windows, K numbers of a window, F filters.
+Autograd functions of few passes around compiled loops. Words are divided between two branches that run in parallel.
+Shapes: U words, N characters that they are given with, M windows, W characters of a window, E embedding, K numbers of a
+window, F filters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elmo_ray.kernels.cpu.loops import as_array, compiled, float32, sigmoid, stored, wide
 from elmo_ray.kernels.matmul import linear
+from elmo_ray.kernels.threads import has_threads_for, run_parallel
 
 
 @compiled
@@ -130,10 +131,60 @@ def backward_highway(
 
 
 _WORDS = 32
-"""Whose windows' products are made at a time: a core's cache holds them until their maximum is known."""
+"""Words whose windows' products are made at a time: a core's cache holds them until their maximum is known."""
+
+_WORTH_DIVIDING = 64
+"""Words from which on two branches share them."""
 
 
-class LargestProducts(torch.autograd.Function):
+def largest_windows(
+    groups: Sequence[Tensor], embedding: Tensor, filters: Sequence[Tensor], full: int, dtype: torch.dtype | None
+) -> Tensor:
+    """Return what `model.char_cnn.largest_windows` returns, with the same arguments."""
+    # Words that leave `widest` columns of padding: the windows that begin at their ids and the first of padding alone
+    # hold every filter's maximum, so one product serves all filters, the narrow ones padded with zeros.
+    narrow = [words for words in groups if words.shape[1] < full]
+    widest = max(weight.shape[2] for weight in filters)
+    of_narrow: list[Tensor] = []
+    if narrow:
+        weight = torch.cat([F.pad(w, (0, widest - w.shape[2])) for w in filters])
+        of_narrow = list(_largest(narrow, embedding, weight, dtype).split([len(words) for words in narrow]))
+    if len(narrow) == len(groups):
+        return torch.cat(of_narrow)
+    found = [
+        of_narrow.pop(0)
+        if words.shape[1] < full
+        else torch.cat([_largest([words], embedding, w, dtype) for w in filters], dim=1)
+        for words in groups
+    ]
+    return torch.cat(found)
+
+
+def highway(
+    x_UF: Tensor,
+    carry_weight: Tensor,
+    carry_bias: Tensor,
+    transform_weight: Tensor,
+    transform_bias: Tensor,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Return what `model.char_cnn.highway` returns, with the same arguments."""
+    y_UF: Tensor = _Highway.apply(x_UF, carry_weight, carry_bias, transform_weight, transform_bias, dtype)
+    return y_UF
+
+
+def _largest(groups: Sequence[Tensor], embedding: Tensor, weight_FEW: Tensor, dtype: torch.dtype | None) -> Tensor:
+    weight_KF = weight_FEW.permute(2, 1, 0).reshape(-1, weight_FEW.shape[0])
+    result: Tensor = _LargestProducts.apply(embedding, weight_KF, weight_FEW.shape[2], dtype, *groups)
+    return result
+
+
+def _branches(words: int) -> int:
+    """Return by how many branches so many words are computed."""
+    return 2 if words >= _WORTH_DIVIDING and has_threads_for(2) else 1
+
+
+class _LargestProducts(torch.autograd.Function):
     """(embedding [C, E], weight [W * E, F], W, the products' dtype, types [U, N] ...) -> [U of all, F]: the maximum
     over all windows of W characters of their products with the filters; the gradient goes to the first that has it."""
 
@@ -145,19 +196,27 @@ class LargestProducts(torch.autograd.Function):
         embedding_low, weight_low = as_array(embedding.to(low)), weight.to(low)
         largest_UF = weight.new_empty(sum(map(len, types)), weight.shape[1])
         which_UF = torch.empty_like(largest_UF, dtype=torch.int16)
-        ctx.pieces, start = [], 0
+        pieces, start = [], 0
         for words_UN in types:
             # the loops do not look
             if words_UN.numel() and not 0 <= int(words_UN.min()) <= int(words_UN.max()) < len(embedding):
                 raise IndexError(f"character ids between {words_UN.min()} and {words_UN.max()}")
             for some_UN in words_UN.split(_WORDS):
-                stop = start + len(some_UN)
-                x_UMK = weight.new_empty(len(some_UN), some_UN.shape[1] - width + 1, len(weight), dtype=low)
+                pieces.append((start, start + len(some_UN), some_UN))
+                start += len(some_UN)
+        # every other piece to a branch, so that both have words of all lengths
+        n = _branches(start)
+        ctx.branches = [
+            [(*piece, _windows_of(piece[2], width, weight_low)) for piece in pieces[k::n]] for k in range(n)
+        ]
+
+        def run(k: int) -> None:
+            for first, stop, some_UN, x_UMK in ctx.branches[k]:
                 gather_windows(as_array(some_UN), embedding_low, as_array(x_UMK))
                 products = torch.mm(x_UMK.flatten(0, 1), weight_low).view(*x_UMK.shape[:2], -1)
-                largest_of_windows(as_array(products), as_array(largest_UF[start:stop]), which_UF[start:stop].numpy())
-                ctx.pieces.append((start, stop, some_UN, x_UMK))
-                start = stop
+                largest_of_windows(as_array(products), as_array(largest_UF[first:stop]), which_UF[first:stop].numpy())
+
+        run_parallel(run, n, weight.device)
         ctx.save_for_backward(embedding, weight_low, which_UF)
         return largest_UF
 
@@ -165,24 +224,35 @@ class LargestProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         embedding, weight_low, which_UF = ctx.saved_tensors
-        gradient_UF, which, low = grads[0].contiguous(), which_UF.numpy(), weight_low.dtype
-        d_weight = torch.zeros_like(weight_low, dtype=gradient_UF.dtype)
-        d_embedding = torch.zeros_like(embedding) if ctx.needs_input_grad[0] else None
-        for start, stop, some_UN, x_UMK in ctx.pieces:
-            spread = x_UMK.new_empty(*x_UMK.shape[:2], weight_low.shape[1])
-            spread_to_windows(as_array(gradient_UF[start:stop]), which[start:stop], as_array(spread))
-            spread_NF, x_NK = spread.flatten(0, 1), x_UMK.flatten(0, 1)
-            if low == d_weight.dtype:
-                d_weight.addmm_(x_NK.t(), spread_NF)
-            else:
-                d_weight += torch.mm(x_NK.t(), spread_NF)
-            if d_embedding is not None:
-                d_x = torch.mm(spread_NF, weight_low.t()).view(x_UMK.shape)
-                add_from_windows(as_array(some_UN), as_array(d_x), as_array(d_embedding))
-        return d_embedding, d_weight, *[None] * (len(ctx.needs_input_grad) - 2)
+        gradient_UF, which, low, n = grads[0].contiguous(), which_UF.numpy(), weight_low.dtype, len(ctx.branches)
+        d_weights = torch.zeros(n, *weight_low.shape, dtype=gradient_UF.dtype)
+        d_embeddings = torch.zeros(n, *embedding.shape, dtype=embedding.dtype) if ctx.needs_input_grad[0] else None
+
+        def run(k: int) -> None:
+            d_weight = d_weights[k]
+            for first, stop, some_UN, x_UMK in ctx.branches[k]:
+                spread = x_UMK.new_empty(*x_UMK.shape[:2], weight_low.shape[1])
+                spread_to_windows(as_array(gradient_UF[first:stop]), which[first:stop], as_array(spread))
+                spread_NF, x_NK = spread.flatten(0, 1), x_UMK.flatten(0, 1)
+                if low == d_weight.dtype:
+                    d_weight.addmm_(x_NK.t(), spread_NF)
+                else:
+                    d_weight += torch.mm(x_NK.t(), spread_NF)
+                if d_embeddings is not None:
+                    d_x = torch.mm(spread_NF, weight_low.t()).view(x_UMK.shape)
+                    add_from_windows(as_array(some_UN), as_array(d_x), as_array(d_embeddings[k]))
+
+        run_parallel(run, n, weight_low.device)
+        d_embedding = None if d_embeddings is None else d_embeddings.sum(0)
+        return d_embedding, d_weights.sum(0), *[None] * (len(ctx.needs_input_grad) - 2)
 
 
-class CpuHighway(torch.autograd.Function):
+def _windows_of(some_UN: Tensor, width: int, weight_low: Tensor) -> Tensor:
+    """Return memory [U, M, K] for the windows of some words."""
+    return weight_low.new_empty(len(some_UN), some_UN.shape[1] - width + 1, len(weight_low))
+
+
+class _Highway(torch.autograd.Function):
     """(x [U, F], carry weight [F, F], carry bias, transform weight, transform bias, the products' dtype) -> [U, F]."""
 
     @staticmethod
@@ -196,23 +266,46 @@ class CpuHighway(torch.autograd.Function):
         dtype: torch.dtype | None,
     ) -> Tensor:
         low = x.dtype if dtype is None else dtype
-        x_low, w_carry_low, w_transform_low = x.to(low), w_carry.to(low), w_transform.to(low)
-        carry, transform = linear(x_low, w_carry_low), linear(x_low, w_transform_low)
+        x_low, w_carry_low, w_transform_low = x.contiguous().to(low), w_carry.to(low), w_transform.to(low)
         gate, other, y = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-        arrays = (x, carry, transform, b_carry, b_transform, gate, other, y)
-        forward_highway(*map(as_array, arrays))
+        shares = _shares(len(x))
+
+        def run(k: int) -> None:
+            some = shares[k]
+            carry, transform = linear(x_low[some], w_carry_low), linear(x_low[some], w_transform_low)
+            arrays = (x[some], carry, transform, b_carry, b_transform, gate[some], other[some], y[some])
+            forward_highway(*map(as_array, arrays))
+
+        run_parallel(run, len(shares), x.device)
         ctx.save_for_backward(x, x_low, w_carry_low, w_transform_low, gate, other)
+        ctx.shares = shares
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, x_low, w_carry, w_transform, gate, other = ctx.saved_tensors
-        dy, full = grads[0].contiguous(), x.dtype
+        dy, full, n = grads[0].contiguous(), x.dtype, len(ctx.shares)
         d_carry, d_transform, d_x = torch.empty_like(x_low), torch.empty_like(x_low), torch.empty_like(x)
-        backward_highway(*map(as_array, (dy, x, gate, other, d_carry, d_transform, d_x)))
-        d_w_carry, d_w_transform = (torch.mm(x_low.t(), d).to(full) for d in (d_carry, d_transform))
-        d_b_carry, d_b_transform = (torch.sum(d, dim=0, dtype=full) for d in (d_carry, d_transform))
-        for d, weight in ((d_carry, w_carry), (d_transform, w_transform)):
-            d_x += linear(d, weight.t())
+        # of each branch its own, added up below
+        d_weights, d_biases = x.new_empty(2, n, *w_carry.shape), x.new_empty(2, n, w_carry.shape[1])
+
+        def run(k: int) -> None:
+            some = ctx.shares[k]
+            arrays = (dy, x, gate, other, d_carry, d_transform, d_x)
+            backward_highway(*(as_array(array[some]) for array in arrays))
+            for number, (d, weight) in enumerate(((d_carry[some], w_carry), (d_transform[some], w_transform))):
+                d_weights[number, k] = torch.mm(x_low[some].t(), d).to(full)
+                torch.sum(d, dim=0, dtype=full, out=d_biases[number, k])
+                d_x[some] += linear(d, weight.t())
+
+        run_parallel(run, n, x.device)
+        (d_w_carry, d_w_transform), (d_b_carry, d_b_transform) = d_weights.sum(1), d_biases.sum(1)
         return d_x, d_w_carry, d_b_carry, d_w_transform, d_b_transform, None
+
+
+def _shares(words: int) -> list[slice]:
+    """Return the words of each branch."""
+    n = _branches(words)
+    ends = [words * (k + 1) // n for k in range(n)]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

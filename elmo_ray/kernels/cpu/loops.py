@@ -68,7 +68,7 @@ class _Cache(FunctionCache):
     def __init__(self, function: Any):
         super().__init__(function)
         # what the functions of several modules call is compiled into them: when it changes they do
-        shared = Path(__file__).with_name("cpu_kernels.py").stat()
+        shared = Path(__file__).stat()
         stamp = (self._impl.locator.get_source_stamp(), shared.st_mtime, shared.st_size)
         self._cache_file = _File(self._cache_path, self._impl.filename_base, stamp)
 
@@ -117,10 +117,8 @@ _to_warn = threading.Lock()
 """Who takes it warns; it is never given back."""
 
 
-def for_tensor(tensor: Tensor) -> bool:
-    """Whether the functions here do for this tensor and others of its type."""
-    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-        return False
+def has_compiler() -> bool:
+    """Return whether Numba is there; where it is not, one warning says that training is slower."""
     if numba is None and _to_warn.acquire(blocking=False):
         logger.warning("no Numba here, or NUMBA_DISABLE_JIT is set: training on the CPU is slower")
     return numba is not None

@@ -1,29 +1,26 @@
-"""What `recurrence.py` does, on a CPU in float32 or with bf16 products: made for the way through its caches.
+"""An LSTM layer's window on a CPU in float32, or with bf16 products: made for the way through its caches.
 
 A window's gates are megabytes that come from memory at a fraction of the products' speed. So each time step has one
-product of its input and hidden state together, whose result is used while a cache still holds it, and the gates' loops
-(`cpu_kernels.py`) pass over it once. No call holds Python's lock while it works, and the directions run side by side.
+product of its input and hidden state together, whose result is used while a cache still holds it, and the compiled
+loops of the gates pass over it once. No call holds Python's lock while it works, and the directions run in parallel.
 
-Shapes: D directions, T window, B rows, I input, P output of a cell, K = I + P, H cell, G = 4H gates i, j, f, o.
-
-The LSTM's gates and clips on a CPU, as compiled loops (`cpu_kernels.py`).
-
-Shapes: B rows, H cell, G = 4H gates i, j, f, o, P projection, K what a time step is given.
+Shapes: D directions, T window, B rows, I input, P output of a cell, K = I + P, H memory of a cell, G = 4H gates in the
+order i, j, f, o.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from elmo_ray.kernels.clips import FORGET_BIAS, Clips
 from elmo_ray.kernels.cpu.loops import as_array, bound_of, compiled, float32, limited, sigmoid, stored, tanh, wide
-from elmo_ray.kernels.matmul import Factor, factor_of, linear, times
-from elmo_ray.kernels.threads import by_direction, place_for, put_off
+from elmo_ray.kernels.matmul import PackedWeight, linear, matmul, pack
+from elmo_ray.kernels.threads import run_parallel
 
 
 @compiled
@@ -169,148 +166,162 @@ def backward_gates(
             _to_other(d_gated_BH[b], i, j, f, o, cell_BH[b], before_BH[b], d_cell_BH[b], d, d_bias_G, clip)
 
 
-class CpuRecurrence(torch.autograd.Function):
-    """A layer over a window, with the arguments and results of `recurrence.Recurrence`."""
+FORGET_BIAS = 1.0
 
+
+def window(
+    x_DTBI: Tensor,
+    hidden_DBP: Tensor,
+    memory_DBH: Tensor,
+    weights: Sequence[Tensor | None],
+    clips: Sequence[float | None],
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `model.lstm.window` returns, with the same arguments; the memories have no gradient."""
+    outputs, memories = _Window.apply(x_DTBI, hidden_DBP, memory_DBH, *weights, *clips, dtype)
+    return outputs, memories
+
+
+class _Window(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_DTBI: Tensor,
         hidden_DBP: Tensor,
-        cell_DBH: Tensor,
+        memory_DBH: Tensor,
         w_input: Tensor,
         w_hidden: Tensor,
         bias: Tensor,
         w_projection: Tensor | None,
-        clips: Clips,
+        memory_clip: float | None,
+        projection_clip: float | None,
         dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         d, t, b, i = x_DTBI.shape
-        p, h, low = hidden_DBP.shape[-1], cell_DBH.shape[-1], x_DTBI.dtype if dtype is None else dtype
+        p, h, low = hidden_DBP.shape[-1], memory_DBH.shape[-1], x_DTBI.dtype if dtype is None else dtype
         empty = x_DTBI.new_empty
         given_DTBK = empty(d, t, b, i + p, dtype=low)
         # what goes into a projection; without one it is the output, which is not rounded
         gated_DTBH = empty(d, t, b, h, dtype=x_DTBI.dtype if w_projection is None else low)
-        gates_DTBG, cells_DTBH, outputs_DTBP = empty(d, t, b, 4 * h), empty(d, t, b, h), empty(d, t, b, p)
+        gates_DTBG, memories_DTBH, outputs_DTBP = empty(d, t, b, 4 * h), empty(d, t, b, h), empty(d, t, b, p)
         # in the type of products
         kernel_DKG = empty(d, i + p, 4 * h, dtype=low)
         projection_DHP = None if w_projection is None else w_projection.to(low)
+        # the original has no clip of the projection's result where there is no projection
+        bounds = bound_of(memory_clip), bound_of(None if w_projection is None else projection_clip)
 
-        def run(k: int | slice) -> None:
+        def run(k: int) -> None:
             given_DTBK[k, ..., :i], given_DTBK[k, 0, :, i:] = x_DTBI[k], hidden_DBP[k]
             kernel_DKG[k, :i], kernel_DKG[k, i:] = w_input[k], w_hidden[k]
-            projection = None if projection_DHP is None else factor_of(projection_DHP[k], b)
-            windows = given_DTBK[k], gates_DTBG[k], cells_DTBH[k], gated_DTBH[k], outputs_DTBP[k]
-            _forward_steps(*windows, cell_DBH[k], factor_of(kernel_DKG[k], b), bias[k], projection, clips)
+            projection = None if projection_DHP is None else pack(projection_DHP[k], b)
+            windows = given_DTBK[k], gates_DTBG[k], memories_DTBH[k], gated_DTBH[k], outputs_DTBP[k]
+            _forward_steps(*windows, memory_DBH[k], pack(kernel_DKG[k], b), bias[k], projection, *bounds)
 
-        by_direction(run, d, x_DTBI.device)
+        run_parallel(run, d, x_DTBI.device)
         ctx.save_for_backward(
             w_input,
             w_hidden,
             w_projection,
             None if low == w_input.dtype else kernel_DKG,
             projection_DHP,
-            cell_DBH,
+            memory_DBH,
             given_DTBK,
             gates_DTBG,
-            cells_DTBH,
+            memories_DTBH,
             gated_DTBH,
             outputs_DTBP,
         )
-        ctx.clips = clips
-        ctx.mark_non_differentiable(cells_DTBH)
-        return outputs_DTBP, cells_DTBH
+        ctx.bounds = bounds
+        ctx.mark_non_differentiable(memories_DTBH)
+        return outputs_DTBP, memories_DTBH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         w_input, w_hidden, w_projection, kernel_DKG, projection_DHP, *windows = ctx.saved_tensors
-        cell_DBH, given_DTBK, gates_DTBG, *windows = windows
+        memory_DBH, given_DTBK, gates_DTBG, *windows = windows
         low, i = given_DTBK.dtype, w_input.shape[1]
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         d_x_DTBI = grads[0].new_empty(*given_DTBK.shape[:3], i) if ctx.needs_input_grad[0] else None
-        d_input, d_hidden = place_for(w_input), place_for(w_hidden)
-        d_bias = w_input.new_empty(len(cell_DBH), w_input.shape[2])
-        d_projection = None if w_projection is None else place_for(w_projection)
+        d_input, d_hidden = torch.empty_like(w_input), torch.empty_like(w_hidden)
+        d_bias = w_input.new_empty(len(memory_DBH), w_input.shape[2])
+        d_projection = None if w_projection is None else torch.empty_like(w_projection)
 
-        def run(k: int | slice) -> None:
-            assert isinstance(k, int)
+        def run(k: int) -> None:
             gates_TBG = gates_DTBG[k].clone() if again else gates_DTBG[k]
             # in float32 in place of the gates, for the caches' sake
             d_gates_TBG = gates_TBG if low == gates_TBG.dtype else torch.empty_like(gates_TBG, dtype=low)
-            cells_TBH, gated_TBH, outputs_TBP = (window[k] for window in windows)
+            memories_TBH, gated_TBH, outputs_TBP = (window[k] for window in windows)
             d_raw_TBP = torch.empty_like(outputs_TBP, dtype=low)
             input_IG, hidden_PG = w_input[k], w_hidden[k]
             if kernel_DKG is not None:
                 input_IG, hidden_PG = kernel_DKG[k, :i], kernel_DKG[k, i:]
-            kernel = factor_of(hidden_PG, len(cell_DBH[k]), transposed=True)
+            kernel = pack(hidden_PG, len(memory_DBH[k]), transposed=True)
             projection = None
             if projection_DHP is not None:
-                projection = factor_of(projection_DHP[k], len(cell_DBH[k]), transposed=True)
-            states = gates_TBG, cells_TBH, outputs_TBP, cell_DBH[k]
+                projection = pack(projection_DHP[k], len(memory_DBH[k]), transposed=True)
+            states = gates_TBG, memories_TBH, outputs_TBP, memory_DBH[k]
             d_bias[k] = _backward_steps(
-                grads[0][k].contiguous(), *states, kernel, projection, ctx.clips, d_gates_TBG, d_raw_TBP
+                grads[0][k].contiguous(),
+                *states,
+                kernel,
+                projection,
+                ctx.bounds[0],
+                ctx.bounds[1],
+                d_gates_TBG,
+                d_raw_TBP,
             )
             d_gates_NG, given_KN = d_gates_TBG.flatten(0, 1), given_DTBK[k].flatten(0, 1).t()
             if d_projection is not None:
-                put_off(partial(_projection_gradient, d_projection[k], gated_TBH, d_raw_TBP))
+                d_projection[k] = torch.mm(gated_TBH.flatten(0, 1).t(), d_raw_TBP.flatten(0, 1))
             # not by columns of the gates: for those oneDNN has no fast product
             for into, some in ((d_input[k], given_KN[:i]), (d_hidden[k], given_KN[i:])):
-                put_off(partial(_kernel_gradient, into, some, d_gates_NG))
+                into.copy_(linear(some, d_gates_NG))
             if d_x_DTBI is not None:
                 d_x_DTBI[k].flatten(0, 1).copy_(linear(d_gates_NG, input_IG.t()))
 
-        by_direction(run, len(cell_DBH), cell_DBH.device)
-        return d_x_DTBI, None, None, d_input, d_hidden, d_bias, d_projection, None, None
-
-
-def _kernel_gradient(into: Tensor, given_KN: Tensor, d_gates_NG: Tensor) -> None:
-    into.copy_(linear(given_KN, d_gates_NG))
-
-
-def _projection_gradient(into: Tensor, gated_TBH: Tensor, d_raw_TBP: Tensor) -> None:
-    into.copy_(torch.mm(gated_TBH.flatten(0, 1).t(), d_raw_TBP.flatten(0, 1)))
+        run_parallel(run, len(memory_DBH), memory_DBH.device)
+        return d_x_DTBI, None, None, d_input, d_hidden, d_bias, d_projection, None, None, None
 
 
 def _forward_steps(
     given_TBK: Tensor,
     gates_TBG: Tensor,
-    cells_TBH: Tensor,
+    memories_TBH: Tensor,
     gated_TBH: Tensor,
     outputs_TBP: Tensor,
-    cell_BH: Tensor,
-    kernel: Factor,
+    memory_BH: Tensor,
+    kernel: PackedWeight,
     bias_G: Tensor,
-    projection: Factor | None,
-    clips: Clips,
+    projection: PackedWeight | None,
+    memory_bound: np.float32,
+    output_bound: np.float32,
 ) -> None:
     """Fills the windows; `given` comes with the inputs and the first hidden state, and gets the other ones."""
-    h = cell_BH.shape[1]
+    h = memory_BH.shape[1]
     bias_G = bias_G.clone()
     bias_G[2 * h : 3 * h] += FORGET_BIAS
-    cell_bound = bound_of(clips.cell)
-    # the original has no clip of it where there is no projection
-    output_bound = bound_of(None if projection is None else clips.projection)
-    bias, before, gates, cells = as_array(bias_G), as_array(cell_BH), as_array(gates_TBG), as_array(cells_TBH)
+    bias, before, gates, cells = as_array(bias_G), as_array(memory_BH), as_array(gates_TBG), as_array(memories_TBH)
     gated, outputs, given = as_array(gated_TBH), as_array(outputs_TBP), as_array(given_TBK)
     unused = as_array(torch.empty_like(given_TBK[0]))
     for step, (given_BK, gated_BH) in enumerate(zip(given_TBK.unbind(0), gated_TBH.unbind(0), strict=True)):
-        sums, cell = as_array(times(given_BK, kernel)), cells[step]
-        forward_gates(sums, bias, before, gates[step], cell, gated[step], cell_bound)
+        sums, cell = as_array(matmul(given_BK, kernel)), cells[step]
+        forward_gates(sums, bias, before, gates[step], cell, gated[step], memory_bound)
         before = cell
-        result = gated[step] if projection is None else as_array(times(gated_BH, projection))
+        result = gated[step] if projection is None else as_array(matmul(gated_BH, projection))
         forward_projection(result, outputs[step], given[step + 1] if step + 1 < len(given) else unused, output_bound)
 
 
 def _backward_steps(
     d_outputs_TBP: Tensor,
     gates_TBG: Tensor,
-    cells_TBH: Tensor,
+    memories_TBH: Tensor,
     outputs_TBP: Tensor,
-    cell_BH: Tensor,
-    kernel: Factor,
-    projection: Factor | None,
-    clips: Clips,
+    memory_BH: Tensor,
+    kernel: PackedWeight,
+    projection: PackedWeight | None,
+    memory_bound: np.float32,
+    output_bound: np.float32,
     d_gates_TBG: Tensor,
     d_raw_TBP: Tensor,
 ) -> Tensor:
@@ -319,19 +330,17 @@ def _backward_steps(
     kernel, projection: transposed. d_gates_TBG may be gates_TBG. The state at the window's end has no gradient.
     Returns the gradient of the bias [G].
     """
-    cell_bound = bound_of(clips.cell)
-    output_bound = bound_of(None if projection is None else clips.projection)
-    d_outputs, gates, cells = as_array(d_outputs_TBP), as_array(gates_TBG), as_array(cells_TBH)
-    outputs, first, d_raw = as_array(outputs_TBP), as_array(cell_BH), as_array(d_raw_TBP)
+    d_outputs, gates, cells = as_array(d_outputs_TBP), as_array(gates_TBG), as_array(memories_TBH)
+    outputs, first, d_raw = as_array(outputs_TBP), as_array(memory_BH), as_array(d_raw_TBP)
     d_gates = None if d_gates_TBG is gates_TBG else as_array(d_gates_TBG)
-    d_cell = as_array(torch.zeros_like(cell_BH))
-    d_bias = as_array(cell_BH.new_zeros(gates_TBG.shape[2]))
+    d_cell = as_array(torch.zeros_like(memory_BH))
+    d_bias = as_array(memory_BH.new_zeros(gates_TBG.shape[2]))
     recurrent = as_array(torch.zeros_like(d_raw_TBP[0]))
     for step in reversed(range(len(gates))):
         backward_projection(d_outputs[step], recurrent, outputs[step], d_raw[step], output_bound)
-        d_gated = d_raw[step] if projection is None else as_array(times(d_raw_TBP[step], projection))
+        d_gated = d_raw[step] if projection is None else as_array(matmul(d_raw_TBP[step], projection))
         before, into = cells[step - 1] if step else first, None if d_gates is None else d_gates[step]
-        backward_gates(d_gated, gates[step], before, cells[step], d_cell, into, d_bias, cell_bound)
+        backward_gates(d_gated, gates[step], before, cells[step], d_cell, into, d_bias, memory_bound)
         if step:
-            recurrent = as_array(times(d_gates_TBG[step], kernel))
+            recurrent = as_array(matmul(d_gates_TBG[step], kernel))
     return torch.from_numpy(d_bias)

@@ -1,337 +1,198 @@
-"""The LSTM stack without gradients on a CPU, for many rows at a time.
+"""The LSTM stack without gradients on a CPU, for sentences of unlike length, without work on padding.
 
-What `PackedLstm` does, in fewer products and passes over memory. What the input gives to the first layer's gates is
-worked out once for each distinct word; in the other layers one product has input and hidden state together, and
-activations are part of it. Nothing is kept of a time step but its output. Shapes: D directions, U distinct words, N
-packed positions (all rows of time 0, then of time 1, ...), T times, B rows, I input, P projection, H cell, G = 4 H
-gates.
+Rows come longest first, and at each time step only the rows that still go on are computed. The input's part of the
+gates is computed beforehand: in the first layer once for each distinct word, in the others for some time steps at once.
+Nothing is kept of a time step but its output.
 
-The LSTM stack for use: sentences of unlike length, without work on padding and without what gradients need.
-
-Rows come longest first, and at each time step only the rows that still go on are computed, as in a PackedSequence.
-Shapes: D directions, N packed positions (all rows of time 0, then of time 1, ...), B rows, P projection, H cell.
+Shapes: D directions, L layers, U distinct words, N packed positions (all rows of time 0, then of time 1, ...), B rows,
+I input, P projection, H memory of a cell, G = 4H gates in the order i, j, f, o.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import List, NamedTuple, Optional  # noqa: UP035  (what TorchScript knows)
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from elmo_ray.config.model import LstmConfig
-from elmo_ray.kernels.clips import FORGET_BIAS
-from elmo_ray.kernels.matmul import FusedProduct, apply, apply_and_add, fused_product
-from elmo_ray.kernels.threads import by_direction, side_by_side, without_lock
-from elmo_ray.model.lstm import BiLstm, LstmLayer, LstmState
+from elmo_ray.kernels.cpu.loops import as_array, bound_of, compiled, limited, sigmoid, stored, tanh, wide
+from elmo_ray.kernels.cpu.lstm import FORGET_BIAS, forward_projection
+from elmo_ray.kernels.matmul import FusedProduct, apply, fused_product, matmul, pack
+from elmo_ray.kernels.threads import run_parallel
+
+_TILE, _ROWS = 256, 64
+"""Most inputs of a product, and what their number is a multiple of: a product of a new size takes longer once."""
 
 _GATE_BYTES = 16 << 20
-"""Of the gates at a time: few enough for a CPU's cache, enough for products of full speed."""
+"""Size of the input's gates that are computed at a time: enough for products of full speed, and near a cache."""
 
 
-class _Weights(NamedTuple):
-    """A layer's parameters in the type of the products, gates in the order i, f, o, j; the bias has the forget bias and
-    is in the type of states."""
-
-    input: Tensor
-    hidden: Tensor
-    bias: Tensor
-    projection: Tensor | None
-
-    def of(self, part: slice) -> _Weights:
-        """Of some of the directions."""
-        projection = None if self.projection is None else self.projection[part]
-        return _Weights(self.input[part], self.hidden[part], self.bias[part], projection)
+@compiled
+def _sigmoids(sums: Any, given: Any, gates: Any) -> None:
+    for h in range(len(gates)):
+        gates[h] = sigmoid(wide(sums[h]) + wide(given[h]))
 
 
-class PackedLstm:
-    """Runs a BiLstm without gradients. dtype: of the products; None: the parameters'.
+@compiled
+def _tanhs(sums: Any, given: Any, gates: Any) -> None:
+    for h in range(len(gates)):
+        gates[h] = tanh(wide(sums[h]) + wide(given[h]))
 
-    Converted weights are made once and again when a parameter has changed.
+
+@compiled
+def _cell(i: Any, j: Any, f: Any, o: Any, memory: Any, gated: Any, bound: Any) -> None:
+    for h in range(len(memory)):
+        c = limited(f[h] * memory[h] + i[h] * j[h], bound)
+        memory[h], gated[h] = c, stored(o[h] * tanh(c), gated[h])
+
+
+@compiled
+def _gates_of_step(
+    sums_BG: Any, table_UG: Any, places_B: Any, memory_BH: Any, gated_BH: Any, gates_G: Any, bound: Any
+) -> None:
+    """Update the memories and what goes into the projection. gates_G: room for the gates of a row."""
+    n = memory_BH.shape[1]
+    i, j, f, o = gates_G[:n], gates_G[n : 2 * n], gates_G[2 * n : 3 * n], gates_G[3 * n :]
+    for b in range(len(places_B)):
+        sums, given = sums_BG[b], table_UG[places_B[b]]
+        _sigmoids(sums[:n], given[:n], i)
+        _tanhs(sums[n : 2 * n], given[n : 2 * n], j)
+        _sigmoids(sums[2 * n :], given[2 * n :], gates_G[2 * n :])
+        _cell(i, j, f, o, memory_BH[b], gated_BH[b], bound)
+
+
+class LstmInference:
+    """A stack with its weights as they are now.
+
+    layers: the four weights of each layer, as `model.lstm.Weights`. dtype: of the products and of what the gates let
+    through, None for the weights' own; memories are in the weights' type.
     """
 
-    def __init__(self, lstm: BiLstm, dtype: torch.dtype | None = None):
-        self.lstm, self.dtype = lstm, dtype
-        self._weights: list[_Weights] = []
-        self._made_of: object = None
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Tensor | None]],
+        clips: Sequence[float | None],
+        use_skip_connections: bool,
+        dtype: torch.dtype | None = None,
+    ):
+        self._skips = use_skip_connections
+        directions = len(layers[0][0]) if layers[0][0] is not None else 0
+        self._cells = [[_Cell(weights, k, clips, dtype) for weights in layers] for k in range(directions)]
 
     @torch.no_grad()
-    def run(self, x_DNP: Tensor, rows: Sequence[int], state: LstmState) -> tuple[list[Tensor], LstmState]:
-        """Outputs of every layer [D, N, P], skip connections added, and each row's state after its last position.
+    def run(
+        self, words_UP: Tensor, places_DN: Tensor, rows: Sequence[int], hidden_LDBP: Tensor, memory_LDBH: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return the outputs of every layer [D, N, P], skip connections added, and each row's state after its last
+        position.
 
-        rows: how many rows each time step has, never rising; N is their sum. state: of at least `rows[0]` rows.
+        places_DN: which of the words is at each position. rows: how many rows each time step has, never rising; N is
+        their sum. The state that is given has at least `rows[0]` rows.
         """
-        config = self.lstm.config
-        outputs, hiddens, cells = [], [], []
-        x = x_DNP
-        for index, weights in enumerate(self._converted()):
-            h, hidden, cell = self._layer(x, rows, weights, state.hidden[index], state.cell[index])
-            hiddens.append(hidden)
-            cells.append(cell)
-            x = h + x if index and config.use_skip_connections else h
-            outputs.append(x)
-        return outputs, LstmState(torch.stack(hiddens), torch.stack(cells))
+        outputs = [words_UP.new_empty(*places_DN.shape, words_UP.shape[1]) for _ in hidden_LDBP]
+        hidden_LDBP, memory_LDBH = hidden_LDBP.clone(), memory_LDBH.clone()
 
-    def _layer(
-        self, x_DNP: Tensor, rows: Sequence[int], weights: _Weights, hidden_DBP: Tensor, cell_DBH: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs [D, N, P], and the last hidden and cell of each row."""
-        outputs = x_DNP.new_empty(*x_DNP.shape[:2], hidden_DBP.shape[-1])
-        hidden, cell = hidden_DBP.clone(), cell_DBH.clone()
+        def run(k: int) -> None:
+            for index, cell in enumerate(self._cells[k]):
+                states = hidden_LDBP[index, k], memory_LDBH[index, k]
+                if index == 0:
+                    cell.run(words_UP, as_array(places_DN[k]), rows, *states, outputs[0][k])
+                    continue
+                x, output = outputs[index - 1][k], outputs[index][k]
+                cell.run(x, None, rows, *states, output)
+                if self._skips:
+                    output += x
 
-        def run(part: int | slice) -> None:
-            # A tenth faster than no_grad: the loop is many small operations. What it fills is made outside of it, so
-            # these are ordinary tensors, which a task's mixture may learn from.
-            part = slice(part, part + 1) if isinstance(part, int) else part
-            with torch.inference_mode():
-                self._steps(x_DNP[part], rows, weights.of(part), outputs[part], hidden[part], cell[part])
+        run_parallel(run, len(places_DN), words_UP.device)
+        return outputs, hidden_LDBP, memory_LDBH
 
-        by_direction(run, len(x_DNP), x_DNP.device)
-        return outputs, hidden, cell
 
-    def _steps(
-        self, x_DNP: Tensor, rows: Sequence[int], weights: _Weights, outputs: Tensor, hiddens: Tensor, cells: Tensor
+class _Cell:
+    """One layer of one direction."""
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor | None],
+        direction: int,
+        clips: Sequence[float | None],
+        dtype: torch.dtype | None,
     ) -> None:
-        """Fills `outputs`, and changes `hiddens` [D, B, P] and `cells` [D, B, H] from the first state to the last."""
-        config = self.lstm.config
-        h, cell_clip = config.dim, config.cell_clip
-        proj_clip = config.proj_clip if weights.projection is not None else None
-        low = weights.input.dtype
-        mixed = low != x_DNP.dtype
-        most = _GATE_BYTES // (weights.bias.numel() * weights.bias.element_size())
-        hidden = hiddens
-        first = start = stop = 0
-        for step, count in enumerate(rows):
-            if first == stop:  # the input's part of the gates, for some steps at once
-                start, stop = first, _end_of_steps(rows, step, first, most)
-                x = x_DNP[:, start:stop]
-                if mixed:
-                    gates = torch.bmm(x.to(low), weights.input).to(x.dtype).add_(weights.bias[:, None])
-                else:
-                    gates = torch.baddbmm(weights.bias[:, None], x, weights.input)
-            if count < hidden.shape[1]:  # the shortest have ended: their state stays as it is
-                hiddens[:, count : hidden.shape[1]] = hidden[:, count:]
-                hidden = hidden[:, :count]
-            cell = cells[:, :count]
-            gate = gates[:, first - start : first - start + count]
-            if mixed:
-                gate += torch.bmm(hidden.to(low), weights.hidden)
-            else:
-                gate.baddbmm_(hidden, weights.hidden)
-            ifo, j = gate[..., : 3 * h].sigmoid_(), gate[..., 3 * h :].tanh_()
-            cell.mul_(ifo[..., h : 2 * h]).addcmul_(ifo[..., :h], j)
-            if cell_clip is not None:
-                cell.clamp_(-cell_clip, cell_clip)
-            m = torch.tanh(cell).mul_(ifo[..., 2 * h :])
-            hidden = outputs[:, first : first + count]
-            if weights.projection is None:
-                hidden.copy_(m)
-            elif mixed:
-                hidden.copy_(torch.bmm(m.to(low), weights.projection))
-            else:
-                torch.bmm(m, weights.projection, out=hidden)
-            if proj_clip is not None:
-                hidden.clamp_(-proj_clip, proj_clip)
-            first += count
-        hiddens[:, : hidden.shape[1]] = hidden
+        w_input, w_hidden, bias, projection = (None if w is None else w.detach()[direction] for w in weights)
+        assert w_input is not None and w_hidden is not None and bias is not None
+        self.low = w_input.dtype if dtype is None else dtype
+        h = len(bias) // 4
+        bias = bias.clone()
+        bias[2 * h : 3 * h] += FORGET_BIAS
+        self.input: FusedProduct = fused_product(w_input.t().to(self.low), bias)
+        self.hidden = pack(w_hidden.to(self.low), _TILE)
+        self.projection = None if projection is None else pack(projection.to(self.low), _TILE)
+        # the original has no clip of the projection's result where there is no projection
+        self.bounds = bound_of(clips[0]), bound_of(clips[1] if projection is not None else None)
+        self._width = 4 * h
 
-    def _converted(self) -> list[_Weights]:
-        parameters = list(self.lstm.parameters())
-        made_of = fingerprint(parameters)
-        if made_of != self._made_of:
-            self._weights = [self._convert(layer) for layer in self.lstm.layers]  # type: ignore[arg-type]
-            self._made_of = made_of
-        return self._weights
+    def run(
+        self,
+        inputs: Tensor,
+        places_N: NDArray[np.int64] | None,
+        rows: Sequence[int],
+        hidden_BP: Tensor,
+        memory_BH: Tensor,
+        outputs_NP: Tensor,
+    ) -> None:
+        """Fill the outputs, and change the state from the first to that of each row's end.
 
-    def _convert(self, layer: LstmLayer) -> _Weights:
-        low = layer.input_kernel.dtype if self.dtype is None else self.dtype
-        h = self.lstm.config.dim
-        bias = layer.bias.detach().clone()
-        bias[:, 2 * h : 3 * h] += FORGET_BIAS
-        # i, j, f, o becomes i, f, o, j: one sigmoid over what is side by side
-        input_kernel, hidden_kernel, bias = (
-            torch.cat([x[..., :h], x[..., 2 * h :], x[..., h : 2 * h]], dim=-1)
-            for x in (layer.input_kernel.detach().to(low), layer.hidden_kernel.detach().to(low), bias)
+        inputs: [U, I] distinct words, with the place of each position among them, or [N, I] without.
+        """
+        most = -(-rows[0] // 8) * 8  # products have a multiple of 8 rows, so that they come in few sizes
+        low_BP = hidden_BP.new_zeros(most, hidden_BP.shape[1], dtype=self.low)
+        low_BP[: rows[0]] = hidden_BP[: rows[0]]
+        # without a projection the gated memory is the output, which is not rounded
+        gated = memory_BH.new_zeros(
+            most, memory_BH.shape[1], dtype=memory_BH.dtype if self.projection is None else self.low
         )
-        projection = None if layer.projection is None else layer.projection.detach().to(low)
-        return _Weights(input_kernel, hidden_kernel, bias, projection)
+        gated_BH, memories, low_hidden = as_array(gated), as_array(memory_BH), as_array(low_BP)
+        outputs, room_G = as_array(outputs_NP), np.empty(self._width, np.float32)
+        table = as_array(self._input_gates(inputs)) if places_N is not None else None
+        first = start = stop = 0
+        limit = max(1, _GATE_BYTES // (self._width * 4))
+        for step, count in enumerate(rows):
+            if places_N is None and first == stop:
+                start, stop = first, _end_of_steps(rows, step, first, limit)
+                table = as_array(self._input_gates(inputs[start:stop]))
+                places = np.arange(stop - start)
+            now = places_N[first : first + count] if places_N is not None else places[first - start :][:count]
+            filled = -(-count // 8) * 8
+            sums = as_array(matmul(low_BP[:filled], self.hidden))
+            _gates_of_step(sums, table, now, memories[:count], gated_BH[:count], room_G, self.bounds[0])
+            result = gated_BH
+            if self.projection is not None:
+                result = as_array(matmul(gated[:filled], self.projection))
+            ended = outputs[first : first + count]
+            forward_projection(result[:count], ended, low_hidden[:count], self.bounds[1])
+            following = rows[step + 1] if step + 1 < len(rows) else 0
+            if following < count:  # these rows end here
+                hidden_BP[following:count] = outputs_NP[first + following : first + count]
+            first += count
+
+    def _input_gates(self, x_UI: Tensor) -> Tensor:
+        """Return [U, G], with the bias, in the type of the products; rows are filled up to a multiple."""
+        filled = x_UI.new_zeros(-(-len(x_UI) // _ROWS) * _ROWS, x_UI.shape[1], dtype=self.low)
+        filled[: len(x_UI)] = x_UI
+        table = filled.new_empty(len(filled), self._width)
+        for some, result in zip(filled.split(_TILE), table.split(_TILE), strict=True):
+            result.copy_(apply(self.input, some))
+        return table
 
 
 def _end_of_steps(rows: Sequence[int], step: int, first: int, most: int) -> int:
-    """The end of the steps from `step` on, which begins at `first`, that have `most` positions together; of one at
-    least."""
+    """Return the end of the steps from `step` on, which begins at `first`, that have `most` positions together; at
+    least one step."""
     stop = first + rows[step]
     for count in rows[step + 1 :]:
         if stop + count - first > most:
             break
         stop += count
     return stop
-
-
-def fingerprint(parameters: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype]]:
-    """Changes when a parameter is moved, replaced, or changed in place (through the parameter, not its `.data`)."""
-    return [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
-
-
-_TILE, _ROWS = 256, 64
-"""Most words of a product, and what their number is a multiple of, so that there are few kinds of products."""
-
-
-class CpuLstm:
-    """A BiLstm with its weights as they are now. dtype: of the products and of what the gates let through; cells are in
-    the parameters' own."""
-
-    def __init__(self, lstm: BiLstm, dtype: torch.dtype | None = None):
-        self.config = lstm.config
-        self._cells = [
-            [_Cell(layer, direction, lstm.config, dtype, index == 0) for index, layer in enumerate(lstm.layers)]  # type: ignore[arg-type]
-            for direction in range(lstm.directions)
-        ]
-
-    @torch.no_grad()
-    def run(
-        self, words_UP: Tensor, places_DN: Tensor, rows: Sequence[int], state: LstmState
-    ) -> tuple[list[Tensor], LstmState]:
-        """Outputs of every layer [D, N, P], skip connections added, and each row's state after its last position.
-
-        places_DN: which of the words is at each position. rows: how many rows each time step has, never rising; N is
-        their sum. state: of at least `rows[0]` rows.
-        """
-        outputs = [words_UP.new_empty(*places_DN.shape, words_UP.shape[1]) for _ in state.hidden]
-        after = LstmState(state.hidden.clone(), state.cell.clone())
-
-        def run(k: int) -> None:
-            # a tenth faster than no_grad: the loop is many small operations
-            with torch.inference_mode():
-                for index, cell in enumerate(self._cells[k]):
-                    states = after.hidden[index, k], after.cell[index, k]
-                    if index == 0:
-                        cell.run(places_DN[k], cell.gates_of(words_UP), rows, *states, outputs[0][k])
-                        continue
-                    x, output = outputs[index - 1][k], outputs[index][k]
-                    cell.run(x, None, rows, *states, output)
-                    if self.config.use_skip_connections:
-                        output += x
-
-        side_by_side(run, len(places_DN), words_UP.device)
-        return outputs, after
-
-
-class _Cell:
-    """A layer of one direction. first: whether the input's part of the gates is to be given by word."""
-
-    def __init__(
-        self, layer: LstmLayer, direction: int, config: LstmConfig, dtype: torch.dtype | None, first: bool
-    ) -> None:
-        self.config = config
-        kernels = layer.input_kernel.detach()[direction].t(), layer.hidden_kernel.detach()[direction].t()
-        self.dtype = kernels[0].dtype if dtype is None else dtype
-        bias_i, bias_j, bias_f, bias_o = layer.bias.detach()[direction].chunk(4)
-        bias_ifo = torch.cat([bias_i, bias_f + FORGET_BIAS, bias_o])
-        self.candidate: FusedProduct | None = None
-        if first:  # tanh(x) = 2 sigmoid(2 x) - 1, so that one sigmoid serves all four
-            input_kernel, hidden_kernel = (
-                torch.cat([i, f, o, 2.0 * j]).to(self.dtype) for i, j, f, o in (kernel.chunk(4) for kernel in kernels)
-            )
-            self.of_words = fused_product(input_kernel, torch.cat([bias_ifo, 2.0 * bias_j]))
-            self.gates = fused_product(hidden_kernel)
-        else:
-            i, j, f, o = torch.cat(kernels, dim=1).to(self.dtype).chunk(4)
-            self.gates = fused_product(torch.cat([i, f, o]), bias_ifo, "sigmoid")
-            self.candidate = fused_product(j, bias_j, "tanh")
-        self.projection: FusedProduct | None = None
-        if layer.projection is not None:  # it is given half of what it projects
-            self.projection = fused_product(2.0 * layer.projection.detach()[direction].t().to(self.dtype))
-
-    def gates_of(self, words_UP: Tensor) -> Tensor:
-        """[U, G] the input's part of the first layer's gates."""
-        filled_up = words_UP.new_zeros(-(-len(words_UP) // _ROWS) * _ROWS, words_UP.shape[1], dtype=self.dtype)
-        filled_up[: len(words_UP)] = words_UP
-        table = filled_up.new_empty(len(filled_up), 4 * self.config.dim)
-        for some, result in zip(filled_up.split(_TILE), table.split(_TILE), strict=True):
-            result.copy_(apply(self.of_words, some))
-        return table
-
-    def run(
-        self,
-        inputs: Tensor,
-        gates_UG: Tensor | None,
-        rows: Sequence[int],
-        hidden_BP: Tensor,
-        cell_BH: Tensor,
-        outputs_NP: Tensor,
-    ) -> None:
-        """Fills the outputs and changes the state from the first to that of the end. inputs: [N, I], or [N] places in
-        `gates_UG`."""
-        most = -(-rows[0] // 8) * 8
-        # at each time the input, or none, and the hidden state that it begins with, side by side
-        width = 0 if gates_UG is not None else inputs.shape[1]
-        given_TBK = outputs_NP.new_zeros(len(rows) + 1, most, width + hidden_BP.shape[1], dtype=self.dtype)
-        places_TB = None if gates_UG is None else inputs.new_zeros(len(rows), most)
-        inputs_TB = given_TBK[..., :width] if places_TB is None else places_TB
-        for given, some in zip(inputs_TB, inputs.split(list(rows)), strict=False):
-            given[: len(some)] = some
-        parts = self.gates, self.candidate, self.projection
-        clips = self.config.cell_clip, self.config.proj_clip
-        _steps()(given_TBK, places_TB, gates_UG, list(rows), hidden_BP, cell_BH, outputs_NP, *parts, *clips)
-
-
-def _time_steps(
-    given_TBK: Tensor,
-    places_TB: Optional[Tensor],  # noqa: UP045
-    gates_UG: Optional[Tensor],  # noqa: UP045
-    rows: List[int],  # noqa: UP006
-    hidden_BP: Tensor,
-    cell_BH: Tensor,
-    outputs_NP: Tensor,
-    gates: FusedProduct,
-    candidate: Optional[FusedProduct],  # noqa: UP045
-    projection: Optional[FusedProduct],  # noqa: UP045
-    cell_clip: Optional[float],  # noqa: UP045
-    proj_clip: Optional[float],  # noqa: UP045
-) -> None:
-    h = cell_BH.shape[1]
-    hiddens_TBP = given_TBK[:, :, given_TBK.shape[2] - hidden_BP.shape[1] :]
-    hiddens_TBP[0, : rows[0]] = hidden_BP[: rows[0]]
-    # Twice the cell, for its tanh: tanh(c) / 2 = sigmoid(2 c) - 1 / 2, and PyTorch's tanh takes six times as long as
-    # its sigmoid.
-    twice_BH = cell_BH * 2.0
-    room_BH = torch.empty_like(twice_BH)
-    before = rows[0]
-    for step, count in enumerate(rows):
-        if count < before:  # the shortest have ended
-            hidden_BP[count:before] = hiddens_TBP[step, count:before]
-        before = count
-        # a multiple of 8 rows, so that there are not too many kinds of products
-        filled = -(-count // 8) * 8
-        given = given_TBK[step, :filled]
-        twice, room = twice_BH[:count], room_BH[:count]
-        if places_TB is not None and gates_UG is not None:
-            of_words = gates_UG.index_select(0, places_TB[step, :filled])
-            i, f, o, j = apply_and_add(gates, given, of_words)[:count].to(twice.dtype).sigmoid_().split(h, 1)
-            j = j.mul_(2.0).sub_(1.0)
-        else:
-            i, f, o = apply(gates, given)[:count].to(twice.dtype).split(h, 1)
-            assert candidate is not None
-            j = apply(candidate, given)[:count].to(twice.dtype)
-        twice.mul_(f).addcmul_(i, j, value=2.0)
-        if cell_clip is not None:
-            twice.clamp_(-2.0 * cell_clip, 2.0 * cell_clip)
-        gated = torch.sigmoid(twice, out=room).sub_(0.5).mul_(o)
-        ended = hiddens_TBP[step + 1, :count]
-        if projection is None:
-            ended.copy_(gated.mul_(2.0))
-        else:
-            projected = apply(projection, gated.to(given.dtype))
-            if proj_clip is not None:
-                projected.clamp_(-proj_clip, proj_clip)
-            ended.copy_(projected)
-    hidden_BP[:before] = hiddens_TBP[len(rows), :before]
-    torch.mul(twice_BH, 0.5, out=cell_BH)
-    for step, output in enumerate(outputs_NP.split(rows)):
-        output.copy_(hiddens_TBP[step + 1, : len(output)])
-
-
-_steps = without_lock(_time_steps)
-"""Two threads meet at Python's lock between any two operations, which costs a tenth."""

@@ -1,4 +1,4 @@
-"""The sampled softmax's losses as an autograd function: few passes over the logits, and no mask as big as they are.
+"""The sampled softmax's losses on a CPU: few passes over the logits, and no mask as big as they are.
 
 Shapes: D directions, N positions, P projection, K negatives, R touched rows of the table.
 """
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elmo_ray.kernels.cpu.loops import LARGEST, as_array, compiled, compiled_with, exp, float32, for_tensor
+from elmo_ray.kernels.cpu.loops import LARGEST, as_array, compiled, compiled_with, exp, float32
 from elmo_ray.kernels.matmul import linear
-from elmo_ray.kernels.threads import side_by_side
+from elmo_ray.kernels.threads import run_parallel
 
 _embedding_backward = torch.ops.aten.embedding_dense_backward  # adds in a fixed order with several threads
 
@@ -30,12 +30,7 @@ def sampled_losses(
     dtype: torch.dtype | None = None,
     mask_hits: bool = True,
 ) -> Tensor:
-    """[D, N] losses in nats of each position against its target and the negatives of its direction.
-
-    rows_RP, bias_R: the touched rows of the table; the two `_rows_` arguments index them, and a direction's negatives
-    are distinct. A negative equal to a position's target is masked (bilm-tf always does), and the log expected count is
-    subtracted from every logit. dtype: of the products.
-    """
+    """Return what `model.softmax.sampled_losses` returns, with the same arguments."""
     losses: Tensor = _SampledLosses.apply(
         x_DNP,
         rows_RP,
@@ -106,14 +101,11 @@ class _SampledLosses(torch.autograd.Function):
                 logits.scatter_(1, column, logits.gather(1, column).masked_fill_(hit >= 0, -math.inf))
             top = torch.maximum(logits.amax(dim=1), true)
             others = others_DN[direction]
-            if for_tensor(logits):
-                _to_powers(as_array(logits), as_array(top), as_array(others))
-            else:
-                torch.sum(logits.sub_(top[:, None]).exp_(), dim=1, out=others)
+            _to_powers(as_array(logits), as_array(top), as_array(others))
             total = torch.add(others, torch.exp(true - top), out=total_DN[direction])
             torch.sub(top + total.log(), true, out=losses_DN[direction])
 
-        side_by_side(run, d, x_DNP.device)
+        run_parallel(run, d, x_DNP.device)
         ctx.save_for_backward(x_DNP, rows_RP, target_rows_DN, negative_rows_DK, others_DN, total_DN, *powers_NK)
         ctx.low = x_DNP.dtype if dtype is None else dtype
         return losses_DN
@@ -143,7 +135,7 @@ class _SampledLosses(torch.autograd.Function):
             d_bias[direction] = _embedding_backward(d_true, targets, count, -1, False)[:, 0]
             d_bias[direction].index_add_(0, negatives, torch.mv(powers.t(), scale[:, 0]))
 
-        side_by_side(run, len(x_DNP), x_DNP.device)
+        run_parallel(run, len(x_DNP), x_DNP.device)
         return (d_x, _total(d_rows), _total(d_bias), *[None] * 6)
 
 
