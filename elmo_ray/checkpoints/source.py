@@ -65,7 +65,7 @@ class Source:
     @property
     def has_softmax(self) -> bool:
         """Whether the model can tell what a word's probability is; a weights.hdf5 holds no softmax."""
-        return self.model.softmax_bias is not None
+        return self.model.has_softmax
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -164,8 +164,8 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
     with torch.device("meta"):
         model = BiLM(config.model, config.softmax, vocabulary.size)
     tensors = checkpoint.tensors(MODEL_FILE)
-    if not any(name.startswith("softmax_") for name in tensors):
-        model.softmax_weight = model.softmax_bias = None  # made from a weights.hdf5
+    if not any(name.startswith("softmax") for name in tensors):
+        model.drop_softmax()  # made from a weights.hdf5
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     check_forms(f"{checkpoint.path}/{MODEL_FILE}", tensors, shapes)
     if len({tensor.dtype for tensor in tensors.values()}) != 1:

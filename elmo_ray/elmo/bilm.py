@@ -286,8 +286,8 @@ def read_word_vectors(path: Path, width: int) -> Tensor:
 def _rebuilt(config: ModelConfig, tensors: dict[str, Tensor], n_words: int) -> BiLM:
     with torch.device("meta"):
         bare = BiLM(config, SoftmaxConfig(), n_words)
-    bare.softmax_weight = bare.softmax_bias = None
-    bare.load_state_dict({name: x for name, x in tensors.items() if not name.startswith("softmax_")}, assign=True)
+    bare.drop_softmax()
+    bare.load_state_dict({name: x for name, x in tensors.items() if not name.startswith("softmax")}, assign=True)
     return bare.requires_grad_(False)
 
 

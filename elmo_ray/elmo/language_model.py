@@ -21,7 +21,6 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
 from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.model.softmax import evaluated
 
 _MOST_LOGITS = 1 << 24
 
@@ -58,11 +57,11 @@ class LanguageModel:
 
     def __init__(self, model: BiLM, vocabulary: Vocabulary):
         """Raises FormatError for a model that has no softmax."""
-        if model.softmax_bias is None:
+        if not model.has_softmax:
             raise FormatError("this model holds no softmax, so it gives no word a probability")
         if model.n_words != vocabulary.size:
             raise ConfigError(f"the model has {model.n_words} words, the vocabulary {vocabulary.size}")
-        self.model, self.vocabulary, self._bias = model, vocabulary, model.softmax_bias
+        self.model, self.vocabulary, self.softmax = model, vocabulary, model.softmax_kind
         self.encoder = SentenceEncoder(model)
         self._special = torch.tensor([vocabulary.bos, vocabulary.eos, vocabulary.unk])
 
@@ -102,15 +101,14 @@ class LanguageModel:
         values: dict[str, list[Tensor]] = {name: [] for name in self._names()}
         tile = max(1, _MOST_LOGITS // self.vocabulary.size)
         for first in range(0, max(n, 1), tile):
-            logits = {
-                name: torch.addmm(self._bias, x[first : first + tile], self.model.output_weight.t())
+            log_ps = {
+                name: self.softmax.log_probabilities(self.model, x[first : first + tile])
                 for name, x in predicting.items()
             }
-            if len(logits) == 2:
-                # log p_f + log p_b differs from the sum of the logits by a constant, which the softmax takes away
-                logits["both"] = logits["forward"] + logits["backward"]
-            for name, of_place in logits.items():
-                log_p = torch.log_softmax(of_place, dim=1)
+            if len(log_ps) == 2:
+                # the product of both probabilities, made to sum to 1
+                log_ps["both"] = torch.log_softmax(log_ps["forward"] + log_ps["backward"], dim=1)
+            for name, log_p in log_ps.items():
                 log_p[:, self._special.to(log_p.device)] = -math.inf
                 best = log_p.topk(k, dim=1)
                 ids[name].append(best.indices.cpu())
@@ -128,9 +126,9 @@ class LanguageModel:
         unknown = targets < 0
         targets[unknown] = self.vocabulary.unk
         at = torch.from_numpy(targets).to(top.device)
-        softmax = evaluated(self.model.output_weight, self._bias, rows=max(1, len(words)))
+        exact = self.softmax.exact(self.model, rows=max(1, len(words)))
         nats = {
-            name: softmax.losses(x, at).float().cpu().numpy() for name, x in self._predicting(top, len(words)).items()
+            name: exact.losses(x, at).float().cpu().numpy() for name, x in self._predicting(top, len(words)).items()
         }
         if len(nats) == 2:
             nats["both"] = (nats["forward"] + nats["backward"]) / 2

@@ -28,11 +28,17 @@ def nearest_words(
     frequent ones.
 
     layer: "softmax": vectors are rows of the softmax table, which holds what a word means as a prediction; spelling
-    plays no part in them. "token": the input of the LSTMs, which the char CNN makes of a word's characters.
+    plays no part in them, and a softmax without a table takes "token". "token": the input of the LSTMs, which the char
+    CNN makes of a word's characters.
     """
     special = {vocabulary.bos, vocabulary.eos, vocabulary.unk}
     ids = [i for i in range(min(among + len(special), vocabulary.size)) if i not in special]
-    rows = model.output_weight.detach()[ids] if layer == "softmax" else _token_vectors(model, vocabulary, ids)
+    has_table = model.softmax_weight is not None or (model.tied and model.has_softmax)
+    rows = (
+        model.output_weight.detach()[ids]
+        if layer == "softmax" and has_table
+        else _token_vectors(model, vocabulary, ids)
+    )
     vectors = F.normalize(rows.float(), dim=1)
     result: dict[str, list[str]] = {}
     for word in words:

@@ -25,7 +25,6 @@ from elmo_ray.elmo.word_cache import WordCache
 from elmo_ray.kernels.threads import threads_for_branches
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
-from elmo_ray.model.softmax import evaluated
 
 
 @dataclass
@@ -69,10 +68,9 @@ class FixedModel:
 
     @cached_property
     def softmax(self) -> Any:
-        bias = self.model.softmax_bias
-        if bias is None:
+        if not self.model.has_softmax:
             raise ValueError("this model has no softmax")
-        return evaluated(self.model.output_weight, bias, self.dtype)
+        return self.model.softmax_kind.exact(self.model, self.dtype)
 
     @torch.no_grad()
     def losses(self, batch: Batch, state: LstmState | None) -> tuple[Tensor, LstmState]:

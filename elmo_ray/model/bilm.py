@@ -17,6 +17,7 @@ from elmo_ray.config.model import ModelConfig
 from elmo_ray.model.char_cnn import CharCnn
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import BiLstm, LstmState
+from elmo_ray.model.softmax import KINDS
 
 TABLES = ("softmax_weight", "softmax_bias", "word_embedding")
 """Parameters with a row for each vocabulary word. Training updates only the rows that a step touches."""
@@ -40,9 +41,11 @@ class BiLM(nn.Module):
         self.char_cnn = CharCnn(model.char_cnn, width) if model.input == "characters" else None
         self.word_embedding = nn.Parameter(torch.empty(n_words, width)) if model.input == "words" else None
         self.lstm = BiLstm(model.lstm, self.directions)
-        has_table = n_words > 0 and not softmax.tied
-        self.softmax_weight = nn.Parameter(torch.empty(n_words, width)) if has_table else None
-        self.softmax_bias = nn.Parameter(torch.zeros(n_words)) if n_words > 0 else None
+        self.softmax_kind = KINDS[softmax.kind]
+        self.softmax_weight: nn.Parameter | None = None
+        self.softmax_bias: nn.Parameter | None = None
+        if n_words > 0:
+            self.softmax_kind.add_parameters(self, n_words, width, softmax.tied)
 
     def reset_parameters(self, seed: int) -> None:
         """Initial values as the original's, a pure function of the seed."""
@@ -54,17 +57,31 @@ class BiLM(nn.Module):
             if self.word_embedding is not None:
                 bound = math.sqrt(6.0 / sum(self.word_embedding.shape))
                 self.word_embedding.uniform_(-bound, bound, generator=generator)
-            if self.softmax_weight is not None:
-                self.softmax_weight.normal_(0.0, math.sqrt(1.0 / self.softmax_weight.shape[1]), generator=generator)
-            if self.softmax_bias is not None:
-                self.softmax_bias.zero_()
+            if self.has_softmax:
+                self.softmax_kind.reset_parameters(self, generator)
+
+    @property
+    def has_softmax(self) -> bool:
+        """Whether the model can tell what a word's probability is."""
+        return any(name.startswith("softmax") for name, _ in self.named_parameters())
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the softmax has one vector for each word, `output_weight`."""
+        return self.softmax_bias is not None
+
+    def drop_softmax(self) -> None:
+        """Take the softmax away, as in a model that comes from a published weights file."""
+        for name, _ in [*self.named_parameters(recurse=False), *self.named_children()]:
+            if name.startswith("softmax"):
+                setattr(self, name, None)
 
     @property
     def output_weight(self) -> Tensor:
-        """[V, P] the softmax table, which is the word embedding where they are tied."""
+        """[V, P] the softmax table, which is the word embedding where they are tied. Raises ValueError without one."""
         weight = self.word_embedding if self.tied else self.softmax_weight
         if weight is None:
-            raise ValueError("this model has no softmax")
+            raise ValueError("this model has no table of the softmax")
         return weight
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:

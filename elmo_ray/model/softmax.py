@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from elmo_ray import kernels
 from elmo_ray.model.product import product
@@ -109,7 +109,7 @@ def sampled_losses(
     return torch.logsumexp(torch.cat([true[..., None], sampled], dim=-1), dim=-1) - true
 
 
-class FullSoftmax:
+class ExactLosses:
     """Losses over the whole vocabulary without gradients, in chunks of positions. dtype: of the products."""
 
     def __init__(self, weight_VP: Tensor, bias_V: Tensor, dtype: torch.dtype | None = None, rows: int = 256):
@@ -123,6 +123,65 @@ class FullSoftmax:
         return torch.cat(found) if found else x_NP.new_zeros(0)
 
 
-def evaluated(weight_VP: Tensor, bias_V: Tensor, dtype: torch.dtype | None = None, rows: int = 256) -> Any:
-    """Return what gives losses over the whole vocabulary with `losses(x_NP, targets_N)`, by the fastest way."""
-    return (kernels.full_losses(weight_VP) or FullSoftmax)(weight_VP, bias_V, dtype, rows)
+class Drawn(NamedTuple):
+    """What is drawn for a step of the sampled softmax: the arguments of `sampled_losses`, positions [D, N]."""
+
+    rows_RP: Tensor
+    bias_R: Tensor
+    target_rows_DN: Tensor
+    target_log_count_DN: Tensor
+    negative_rows_DK: Tensor
+    negative_log_count_DK: Tensor
+
+
+class FullSoftmax:
+    """A softmax with a table [V, P] and a bias [V], trained over the whole vocabulary.
+
+    This is the seam for other kinds: a class with these methods and an entry in `KINDS`. A kind has no tensors of its
+    own; parameters are the biLM's, under names that begin with `softmax`.
+    """
+
+    def add_parameters(self, model: Any, n_words: int, width: int, tied: bool) -> None:
+        """Give the model the parameters for so many words; with a tied table the word embedding is the weight."""
+        model.softmax_weight = nn.Parameter(torch.empty(n_words, width)) if not tied else None
+        model.softmax_bias = nn.Parameter(torch.zeros(n_words))
+
+    def reset_parameters(self, model: Any, generator: torch.Generator) -> None:
+        """Draw initial values as the original does."""
+        if model.softmax_weight is not None:
+            model.softmax_weight.normal_(0.0, math.sqrt(1.0 / model.softmax_weight.shape[1]), generator=generator)
+        model.softmax_bias.zero_()
+
+    def losses(
+        self, model: Any, x_DNP: Tensor, targets_DN: Tensor, drawn: Drawn | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        """Return [D, N] losses in nats for training, 0 where the target is -1. dtype: of the products."""
+        each = zip(x_DNP, targets_DN, strict=True)
+        weight, bias = model.output_weight, model.softmax_bias
+        return torch.stack([full_losses(x, weight, bias, targets, dtype) for x, targets in each])
+
+    def exact(self, model: Any, dtype: torch.dtype | None = None, rows: int = 256) -> Any:
+        """Return an object whose `losses(x_NP, targets_N)` are exact and have no gradient, as evaluation needs them.
+
+        rows: about how many positions it will be asked for at a time.
+        """
+        fastest = kernels.full_losses(model.output_weight) or ExactLosses
+        return fastest(model.output_weight, model.softmax_bias, dtype, rows)
+
+    def log_probabilities(self, model: Any, x_NP: Tensor) -> Tensor:
+        """Return [N, V] log probabilities of all words."""
+        return torch.log_softmax(torch.addmm(model.softmax_bias, x_NP, model.output_weight.t()), dim=1)
+
+
+class SampledSoftmax(FullSoftmax):
+    """The same parameters, trained against a few negatives that are drawn for each step."""
+
+    def losses(
+        self, model: Any, x_DNP: Tensor, targets_DN: Tensor, drawn: Drawn | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        assert drawn is not None
+        return torch.where(targets_DN >= 0, sampled_losses(x_DNP, *drawn, dtype), 0.0)
+
+
+KINDS: dict[str, FullSoftmax] = {"sampled": SampledSoftmax(), "full": FullSoftmax()}
+"""The kinds of softmax by the values of `softmax.kind`."""

@@ -21,10 +21,10 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from elmo_ray.data.measures import perplexity
 from elmo_ray.elmo.scoring import LossSums
@@ -37,36 +37,72 @@ _FILE = re.compile(r"^attempt-(\d+)\.jsonl$")
 Record = dict[str, Any]
 
 
+class Sink(Protocol):
+    """A follower of the metrics file. Its errors end it with a warning, and never end training."""
+
+    name: str
+
+    def write(self, record: Record) -> None:
+        """Take a record, whose numbers are finite or None."""
+
+    def close(self) -> None: ...
+
+
+class TensorBoardSink:
+    """Writes the numbers of all records below RUN/tensorboard."""
+
+    name = "TensorBoard's folder"
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    @classmethod
+    def make(cls, directory: Path, attempt: int) -> TensorBoardSink | None:
+        """Return a sink where TensorBoard is installed."""
+        board = _summary_writer(directory / "tensorboard")
+        return None if board is None else cls(board)
+
+    def write(self, record: Record) -> None:
+        for name, value in record.items():
+            if name not in ("kind", "step", "time") and isinstance(value, int | float):
+                self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"], walltime=record["time"])
+
+    def close(self) -> None:
+        self._board.close()
+
+
+SINKS: list[Callable[[Path, int], Sink | None]] = [TensorBoardSink.make]
+"""What makes the sinks of a run, from its folder and the number of the attempt; None where a sink is not to be had."""
+
+
 class MetricsWriter:
-    """Appends records to RUN/metrics/attempt-AAA.jsonl, then to RUN/tensorboard where TensorBoard is installed.
+    """Appends records to RUN/metrics/attempt-AAA.jsonl, then hands them to the sinks.
 
     The line is on its way to the disk when `write` returns, so that a crash loses at most the line being written. While
     the disk is full or away, training goes on: lines wait in memory and are written when it is back.
     """
 
-    def __init__(self, directory: str | Path, attempt: int, tensorboard: bool = True) -> None:
+    def __init__(self, directory: str | Path, attempt: int, sinks: bool = True) -> None:
         self.path = metrics_path(directory, attempt)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _end_torn_line(self.path)
         self._file: io.FileIO | None = None
         self._waiting = bytearray()
         self._failing = False
-        self._board = _summary_writer(Path(directory) / "tensorboard") if tensorboard else None
+        made = [make(Path(directory), attempt) for make in SINKS] if sinks else []
+        self._sinks = [sink for sink in made if sink is not None]
 
     def write(self, record: Mapping[str, Any]) -> None:
         """`record` has `kind` and `step`; `time` is added where it lacks."""
         plain = {name: _number(value) for name, value in {"time": time.time(), **record}.items()}
         self._waiting += (json.dumps(plain, allow_nan=False) + "\n").encode()
         self._flush()
-        if self._board is None:
-            return
-        try:
-            for name, value in plain.items():
-                if name not in ("kind", "step", "time") and isinstance(value, int | float):
-                    self._board.add_scalar(f"{plain['kind']}/{name}", value, plain["step"], walltime=plain["time"])
-        except Exception as error:  # a writer thread that met a full disk tells of it in its own ways
-            _LOG.warning("TensorBoard's files cannot be written (%s) and end here; metrics/ has everything", error)
-            self._board = None
+        for sink in list(self._sinks):
+            try:
+                sink.write(plain)
+            except Exception as error:  # a sink's own thread that met a full disk tells of it in its own ways
+                _LOG.warning("%s cannot be written (%s) and ends here; metrics/ has everything", sink.name, error)
+                self._sinks.remove(sink)
 
     def _flush(self) -> None:
         try:
@@ -98,9 +134,9 @@ class MetricsWriter:
     def close(self) -> None:
         self.sync()
         self._release()
-        if self._board is not None:
+        for sink in self._sinks:
             with contextlib.suppress(Exception):  # as above
-                self._board.close()
+                sink.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

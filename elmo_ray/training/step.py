@@ -22,7 +22,7 @@ from elmo_ray.model.bilm import TABLES, BiLM
 from elmo_ray.model.components import trained_at
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
-from elmo_ray.model.softmax import full_losses, sampled_losses
+from elmo_ray.model.softmax import Drawn
 from elmo_ray.training.optimizer import Optimizer
 from elmo_ray.training.step_input import StepInput, average, micro_batches_of, send_as_bf16
 
@@ -192,25 +192,22 @@ class TrainStep:
             leaves.get("word_embedding"),
         )
         x_DNP, targets_DN = top_DBTP.flatten(1, 2), batch.targets.flatten(1)
-        if not self.sampled:
-            bias = self.model.softmax_bias
-            assert bias is not None
-            each = zip(x_DNP, targets_DN, strict=True)
-            losses = [full_losses(x, self.model.output_weight, bias, targets, self.dtype) for x, targets in each]
-            return torch.stack(losses).sum(dim=1), state
+        drawn = self._drawn(batch, leaves) if self.sampled else None
+        losses_DN = self.model.softmax_kind.losses(self.model, x_DNP, targets_DN, drawn, self.dtype)
+        return losses_DN.sum(dim=1), state
+
+    def _drawn(self, batch: StepInput, leaves: dict[str, Tensor]) -> Drawn:
+        """Return the touched rows of the softmax table, and which of them each position and direction uses."""
         assert batch.target_rows is not None and batch.target_log_count is not None
         assert batch.negative_rows is not None and batch.negative_log_count is not None
-        losses_DN = sampled_losses(
-            x_DNP,
+        return Drawn(
             leaves["word_embedding" if self.model.tied else "softmax_weight"],
             leaves["softmax_bias"],
             batch.target_rows.flatten(1),
             batch.target_log_count.flatten(1),
             batch.negative_rows,
             batch.negative_log_count,
-            self.dtype,
         )
-        return torch.where(targets_DN >= 0, losses_DN, 0.0).sum(dim=1), state
 
     def run(self, batch: StepInput) -> StepOutput:
         """A whole step. Where the gradient is not finite neither the parameters nor the state change."""

@@ -1,7 +1,7 @@
 """What a second worker brings and costs, measured here; and from that what many GPUs would need, computed.
 
     python tests/benchmarks/scaling.py measure --corpus GLOB --vocab FILE [--sizes small original]
-        [--gradients memory full bf16] [--streams 32] [--steps 40] [--rounds 3]
+        [--gradients full bf16] [--streams 32] [--steps 40] [--rounds 3]
     python tests/benchmarks/scaling.py words --corpus GLOB
     python tests/benchmarks/scaling.py plan
 
@@ -30,7 +30,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -52,7 +51,6 @@ from elmo_ray.model.bilm import BiLM
 from elmo_ray.training import step as step_module
 from elmo_ray.training.feeding import Feeder, StepAssembler
 from elmo_ray.training.ranks import Exchange, Flags, Ranks
-from elmo_ray.training.shared_sums import SharedSums
 from elmo_ray.training.step import TrainStep
 
 # ---------------------------------------------------------------- plan: what is assumed
@@ -138,7 +136,7 @@ def words(pattern: str) -> None:
 
 # ---------------------------------------------------------------- measure
 
-GRADIENTS = ["memory", "full", "bf16"]
+GRADIENTS = ["full", "bf16"]
 
 
 def config_of(case: dict[str, Any]) -> PretrainConfig:
@@ -148,7 +146,7 @@ def config_of(case: dict[str, Any]) -> PretrainConfig:
         "model": {"char_cnn": size["char_cnn"], "lstm": size["lstm"]},
         "softmax": {"negatives": size["negatives"]},
         "train": {"validate_every": None, "gradients": "bf16" if case["gradients"] == "bf16" else "full"},
-        "cluster": {"workers": case["workers"], "shared_memory": "auto" if case["gradients"] == "memory" else "off"},
+        "cluster": {"workers": case["workers"]},
     })  # fmt: skip
 
 
@@ -222,8 +220,7 @@ def quiet(step: TrainStep) -> Iterator[None]:
     forward, average = step.forward, step_module.average
     step.forward, step_module.average = step.model, lambda *_: None
     try:
-        with mock.patch.object(SharedSums, "add"):
-            yield
+        yield
     finally:
         step.forward, step_module.average = forward, average
 
@@ -242,7 +239,7 @@ def measure(arguments: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
     for size in arguments.sizes:
         alone: float | None = None
-        for workers, gradients in [(1, "memory"), *((2, g) for g in arguments.gradients)]:
+        for workers, gradients in [(1, "full"), *((2, g) for g in arguments.gradients)]:
             with tempfile.TemporaryDirectory() as folder:
                 lines = Path(arguments.vocab).read_text(encoding="utf-8").splitlines()[: SIZES[size]["words"]]
                 (Path(folder) / "vocab.txt").write_text("".join(f"{w}\n" for w in lines), encoding="utf-8")
@@ -264,9 +261,7 @@ def main() -> None:
     parser.add_argument("--corpus", metavar="GLOB")
     parser.add_argument("--vocab", metavar="FILE")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["small"])
-    parser.add_argument(
-        "--gradients", nargs="+", choices=GRADIENTS, default=GRADIENTS, help="memory: added up in shared memory"
-    )
+    parser.add_argument("--gradients", nargs="+", choices=GRADIENTS, default=GRADIENTS)
     parser.add_argument("--streams", type=int, default=32, help="of a worker")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)

@@ -108,7 +108,7 @@ def _part(event: Any, of_cnn: set[int]) -> str:
     text = " ".join(names)
     if "range optimizer" in names:
         return "optimizer"
-    if "Recurrence" in text:
+    if "_Window" in text:
         return "recurrent products" if any(name in _PRODUCTS for name in names) else "gates"
     if "_SampledLosses" in text:
         return "softmax"
@@ -118,4 +118,4 @@ def _part(event: Any, of_cnn: set[int]) -> str:
         if event.name.startswith("autograd::engine::evaluate_function") and event.sequence_nr in of_cnn:
             return "CNN"
         event = event.cpu_parent
-    return "gates" if "Parted" in text else "rest"  # Parted: a CPU's directions
+    return "rest"

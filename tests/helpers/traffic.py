@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,12 +17,10 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from elmo_ray.training.shared_sums import SharedSums
-
 
 class Traffic:
-    """bytes, calls, seconds: by part. "dense": DDP's buckets; "tables": rows of the word tables, and the word that
-    something is in shared memory; "memory": what is added up there; "exchange": ids and flags."""
+    """bytes, calls, seconds: by part. "dense": DDP's buckets; "tables": rows of the word tables; "exchange": ids
+    and flags."""
 
     def __init__(self) -> None:
         self.bytes: collections.Counter[str] = collections.Counter()
@@ -61,13 +59,6 @@ def counted() -> Iterator[Traffic]:
         traffic.add("exchange" if long else "control", tensor, time.perf_counter() - start)
         return result
 
-    def add(self: SharedSums, tensors: Sequence[torch.Tensor]) -> None:
-        start = time.perf_counter()
-        shared_add(self, tensors)
-        for tensor in tensors:
-            traffic.add("memory", tensor)
-        traffic.seconds["memory"] += time.perf_counter() - start
-
     def full(state, bucket):  # type: ignore[no-untyped-def]  # torch looks at the annotations
         traffic.add("dense", bucket.buffer())
         return default_hooks.allreduce_hook(state, bucket)
@@ -93,11 +84,10 @@ def counted() -> Iterator[Traffic]:
             self.register_comm_hook(None, full)
         return original_forward(self, *args, **kwargs)
 
-    shared_add, original_forward = SharedSums.add, DistributedDataParallel.forward
+    original_forward = DistributedDataParallel.forward
     dist.all_reduce, dist.all_gather = all_reduce, all_gather  # type: ignore[assignment]
     DistributedDataParallel.__init__, DistributedDataParallel.forward = init, forward  # type: ignore[method-assign]
     default_hooks.bf16_compress_hook = half
-    SharedSums.add = add  # type: ignore[method-assign]
     try:
         yield traffic
     finally:
@@ -105,4 +95,3 @@ def counted() -> Iterator[Traffic]:
         DistributedDataParallel.__init__ = kept[2]  # type: ignore[method-assign]
         DistributedDataParallel.forward = original_forward  # type: ignore[method-assign]
         default_hooks.bf16_compress_hook = kept[3]
-        SharedSums.add = shared_add  # type: ignore[method-assign]

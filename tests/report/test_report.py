@@ -23,7 +23,7 @@ from elmo_ray.training.metrics import MetricsWriter
 
 
 def make_run(folder: Path, losses: list[float], valid: dict[int, float] | None = None, backward: bool = True) -> Path:
-    with MetricsWriter(folder, 1, tensorboard=False) as writer:
+    with MetricsWriter(folder, 1, sinks=False) as writer:
         for index, loss in enumerate(losses, 1):
             for kind, value in (("train", loss), ("valid", (valid or {}).get(index * 50))):
                 if value is not None:

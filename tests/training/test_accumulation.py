@@ -37,7 +37,6 @@ EXACT = {
     "data__streams": 8,
     "train__duration": "12 steps",
     "train__log_every": 4,
-    "cluster__shared_memory": "off",
 }
 RUNS: dict[str, dict[str, Any]] = {
     "two parts": {**EXACT, "train__dropout": 0.3, "train__accumulate": 2},

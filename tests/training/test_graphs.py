@@ -17,7 +17,7 @@ from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.training import graphs
 from elmo_ray.training.graphs import StepGraphs, graphs_for
-from elmo_ray.training.step import Computed, TrainStep
+from elmo_ray.training.step import StepResult, TrainStep
 from elmo_ray.training.step_input import StepInput
 
 __all__ = ["text"]
@@ -26,17 +26,19 @@ Text = tuple[Corpus, Vocabulary]
 Replay = Callable[[], None]
 
 
-def tensors_of(computed: Computed) -> list[torch.Tensor]:
+def tensors_of(computed: StepResult) -> list[torch.Tensor]:
     return list(computed.tensors().values())
 
 
 class Played:
     """Plays captures on a CPU: replays run the function again with what the step had then, into the same tensors."""
 
-    def __init__(self, step: TrainStep, spoil: Callable[[int, Computed], None] = lambda replays, result: None):
+    def __init__(self, step: TrainStep, spoil: Callable[[int, StepResult], None] = lambda replays, result: None):
         self.step, self.spoil, self.captures, self.replays = step, spoil, 0, 0
 
-    def __call__(self, function: Callable[[], Computed], generators: list[torch.Generator]) -> tuple[Computed, Replay]:
+    def __call__(
+        self, function: Callable[[], StepResult], generators: list[torch.Generator]
+    ) -> tuple[StepResult, Replay]:
         step = self.step
         state, dropout, result = step.state, step.dropout, function()
         assert (dropout is None) == (not generators)
@@ -120,7 +122,7 @@ def test_a_graph_that_differs_is_left(text: Text, bad: int, caplog: pytest.LogCa
     config = tiny_config()
     expected = outcome(step_of(config, text), batches(config, text))
 
-    def spoil(replays: int, result: Computed) -> None:
+    def spoil(replays: int, result: StepResult) -> None:
         if replays >= bad:
             result.gradients.dense["lstm.layers.1.bias"][0, 0] += 1.0
 
@@ -138,7 +140,7 @@ def test_a_capture_that_fails_leaves_plain_steps(text: Text, caplog: pytest.LogC
     expected = outcome(step_of(config, text), batches(config, text))
     step = step_of(config, text)
 
-    def record(function: Callable[[], Computed], generators: list[torch.Generator]) -> tuple[Computed, Replay]:
+    def record(function: Callable[[], StepResult], generators: list[torch.Generator]) -> tuple[StepResult, Replay]:
         parameter = step.model.lstm.layers[0].bias
         parameter.grad = torch.ones_like(parameter)  # type: ignore[arg-type]  # what a backward leaves that did not end
         raise RuntimeError("operation not permitted when stream is capturing\nand more")

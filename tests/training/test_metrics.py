@@ -16,13 +16,13 @@ from elmo_ray.training.metrics import MetricsWriter, clock, console_line, read_m
 
 
 def write(folder: Path, attempt: int, steps: list[int], kind: str = "train", loss: float = 1.0) -> None:
-    with MetricsWriter(folder, attempt, tensorboard=False) as writer:
+    with MetricsWriter(folder, attempt, sinks=False) as writer:
         for step in steps:
             writer.write({"kind": kind, "step": step, "loss": loss})
 
 
 def test_records_come_back(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, 1, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, 1, sinks=False) as writer:
         writer.write({"kind": "train", "step": 50, "loss": torch.tensor(2.5), "lr": np.float32(0.5), "time": 7})
         # On disk before the file is closed.
         assert len((tmp_path / "metrics" / "attempt-001.jsonl").read_text().splitlines()) == 1
@@ -48,7 +48,7 @@ def test_newest_attempt_wins_and_undone_steps_go(tmp_path: Path) -> None:
 
 def test_a_resume_undoes_all_kinds_after_its_step_and_no_event(tmp_path: Path) -> None:
     def write(attempt: int, *records: tuple[str, int]) -> None:
-        with MetricsWriter(tmp_path, attempt, tensorboard=False) as writer:
+        with MetricsWriter(tmp_path, attempt, sinks=False) as writer:
             for kind, step in records:
                 writer.write({"kind": kind, "step": step, "attempt": attempt})
 

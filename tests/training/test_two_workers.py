@@ -42,10 +42,8 @@ from elmo_ray.training.ranks import Exchange, Flags, Ranks
 WORLD = 2
 DEADLINE_S = 300
 EXACT = {"train__precision": "fp64", "train__dropout": 0.0, "data__streams": 5, "train__duration": "2 epochs"}
-MESSAGES = {"cluster__shared_memory": "off"}
 RUNS: dict[str, dict[str, Any]] = {
     "characters": {**EXACT, "data__valid": "unused.txt", "train__validate_every": "20 steps"},
-    "in messages": {**EXACT, **MESSAGES},
     "words": {**EXACT, **WORDS_UNTIED, "optim__clip_norm": 0.5},
     "accumulated": {**EXACT, "train__accumulate": 2},
     "tied": {**EXACT, **WORDS_TIED, "train__reset": "block"},
@@ -78,7 +76,6 @@ ELASTIC: dict[str, dict[str, Any]] = {
     for precision in ("fp64", "fp32")
 }
 PHASES = {
-    **MESSAGES,  # DDP is made anew for each phase
     "train__dropout": 0.3,
     "data__streams": 5,
     "train__duration": "30 steps",
@@ -121,7 +118,6 @@ def rank_main(rank: int, folder: Path) -> None:
     for name, changes in RUNS.items():
         note(name, partial(run, rank, plan(folder, name, "two", changes)))
     note("noisy", lambda: run(rank, plan(folder, "noisy", "two", NOISY)))
-    note("noisy messages", lambda: run(rank, plan(folder, "noisy-messages", "two", {**NOISY, **MESSAGES})))
     for attempt in (1, 2):  # only the second worker is asked
         stopper = Stopper(7 if rank == 1 else None)
         note(f"stopped {attempt}", partial(run, rank, plan(folder, "stopped", "two", NOISY), stopper))
@@ -272,10 +268,6 @@ def test_one_who_is_asked_stops_both_and_they_go_on_bit_for_bit(folder: Path) ->
         assert first["steps"] == second["steps"] < 30
     assert all(found["resumed"]["finished"] for found in results(folder))
     same_bits(folder / "two" / "stopped", folder / "two" / "noisy")
-
-
-def test_gradients_of_two_add_up_to_the_same_bits_in_shared_memory_and_in_messages(folder: Path) -> None:
-    same_bits(folder / "two" / "noisy-messages", folder / "two" / "noisy")
 
 
 def test_frozen_parts_that_begin_to_train_do_so_bit_for_bit_after_any_stop(folder: Path) -> None:

@@ -72,7 +72,7 @@ def write_weights(path: str | os.PathLike[str], model: BiLM) -> None:
     """
     if model.directions != 2:
         raise FormatError(f"{path}: a forward-only model has no place in bilm-tf's HDF5 form")
-    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax_")}
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax")}
     try:
         with h5py.File(path, "w") as file:
             for variable, array in to_variables(model, parameters).items():
@@ -96,7 +96,7 @@ def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
                 n_words = _word_count(str(path), file, model.lstm.projection_dim)
             with torch.device("meta"):
                 bilm = BiLM(model, SoftmaxConfig(), n_words)
-            bilm.softmax_weight = bilm.softmax_bias = None
+            bilm.drop_softmax()
             arrays = _Datasets(str(path), file, variable_shapes(bilm))
             tensors = from_variables(bilm, arrays, str(path))
     except FormatError:
@@ -192,7 +192,7 @@ def _word_count(path: str, file: h5py.File, width: int) -> int:
 
 def _bits(model: BiLM) -> dict[str, Tensor]:
     """The bits of each parameter as float32: unlike the numbers, they are equal to themselves where they are NaN."""
-    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax_")}
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax")}
     return {name: p.detach().cpu().float().contiguous().view(torch.int32) for name, p in parameters.items()}
 
 
