@@ -14,6 +14,7 @@ The records of a run's metrics, from what the loop has counted. Their fields are
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import logging
@@ -71,7 +72,31 @@ class TensorBoardSink:
         self._board.close()
 
 
-SINKS: list[Callable[[Path, int], Sink | None]] = [TensorBoardSink.make]
+class CsvSink:
+    """Writes the records of training and validation as RUN/metrics/attempt-AAA.csv, for spreadsheets."""
+
+    name = "the CSV file of the metrics"
+    columns = (
+        ("kind", "step", "time", "epoch", "positions", "loss", "loss_forward", "loss_backward")
+        + ("perplexity", "perplexity_forward", "perplexity_backward", "grad_norm", "lr")
+        + ("positions_per_second", "data_wait", "memory")
+    )
+
+    def __init__(self, directory: Path, attempt: int) -> None:
+        self._file = open(metrics_path(directory, attempt).with_suffix(".csv"), "w", encoding="utf-8", newline="")
+        self._rows = csv.DictWriter(self._file, self.columns, extrasaction="ignore")
+        self._rows.writeheader()
+
+    def write(self, record: Record) -> None:
+        if record["kind"] in ("train", "valid"):
+            self._rows.writerow(record)
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+SINKS: list[Callable[[Path, int], Sink | None]] = [TensorBoardSink.make, CsvSink]
 """What makes the sinks of a run, from its folder and the number of the attempt; None where a sink is not to be had."""
 
 
@@ -89,8 +114,13 @@ class MetricsWriter:
         self._file: io.FileIO | None = None
         self._waiting = bytearray()
         self._failing = False
-        made = [make(Path(directory), attempt) for make in SINKS] if sinks else []
-        self._sinks = [sink for sink in made if sink is not None]
+        self._sinks: list[Sink] = []
+        for make in SINKS if sinks else []:
+            try:
+                if (sink := make(Path(directory), attempt)) is not None:
+                    self._sinks.append(sink)
+            except Exception as error:
+                _LOG.warning("a follower of the metrics cannot be opened (%s); metrics/ has everything", error)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """`record` has `kind` and `step`; `time` is added where it lacks."""

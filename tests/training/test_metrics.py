@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -129,3 +130,16 @@ def test_clock(seconds: float, text: str) -> None:
 def test_perplexity() -> None:
     assert perplexity(1000.0) == math.inf
     assert perplexity(2.0) == pytest.approx(math.e**2)
+
+
+def test_a_csv_file_has_the_numbers_of_training_and_validation(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, 3) as writer:
+        writer.write({"kind": "event", "step": 0, "message": "start"})
+        writer.write({"kind": "train", "step": 50, "time": 1.5, "loss": 4.25, "lr": 0.2, "grad_norm": float("nan")})
+        writer.write({"kind": "valid", "step": 50, "time": 2.5, "loss": 5.0})
+    with open(tmp_path / "metrics" / "attempt-003.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["kind"], row["step"], row["loss"], row["grad_norm"]) for row in rows] == [
+        ("train", "50", "4.25", ""),
+        ("valid", "50", "5.0", ""),
+    ]
