@@ -33,6 +33,8 @@ def identity(config: PretrainConfig, corpus_fingerprint: str, vocabulary_sha256:
         "run.seed": config.run.seed,
         "optim.name": config.optim.name,
         "softmax.tied": config.softmax.tied,
+        # the kinds with a table of words have the same parameters, and may follow each other
+        **({"softmax.kind": config.softmax.kind} if config.softmax.kind == "adaptive" else {}),
         **dict(_flat(config.model.to_dict(), "model.")),
     }
 

@@ -58,6 +58,11 @@ def initial_model(
     model = BiLM(config.model, config.softmax, vocabulary.size).to(DTYPES[config.train.precision])
     model.reset_parameters(config.run.seed)
     given = dict(source.named_parameters())
+    if rows is not None and source.has_softmax and not source.has_table:
+        if not torch.equal(rows, torch.arange(source.n_words)):
+            raise ConfigError(
+                "data.vocab: must be the SOURCE's vocabulary, as its softmax has no table of single words"
+            )
     new = torch.zeros(vocabulary.size, dtype=torch.bool) if rows is None else rows < 0
     count = int(new.sum())
     with torch.no_grad():
