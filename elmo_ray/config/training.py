@@ -90,22 +90,40 @@ class DataConfig(TextConfig):
                 yield f"data.{key} mixes `sample` with other text; the embedded corpus stands alone"
 
 
+ADAPTIVE_WORDS = 20
+"""Fewest words of a vocabulary that an adaptive softmax divides."""
+
+
 class SoftmaxConfig(Section):
     path: ClassVar[str] = "softmax."
-    kind: Literal["sampled", "full"] = Field("sampled", description="of training; evaluation is always full")
+    kind: Literal["sampled", "full", "adaptive"] = Field(
+        "sampled",
+        description="how losses are computed in training; evaluation is always exact. adaptive: rare words in clusters "
+        "with smaller vectors (Grave et al. 2017), for a vocabulary in falling count",
+    )
     negatives: Int = Field(
         1024, ge=1, le=1 << 24, description="sampled words of a step and direction, shared by all positions"
     )
     tied: bool = Field(False, description="use the word table of model.input=words as the softmax's weights")
 
     def _unused(self) -> dict[str, str]:
-        return {"negatives": "softmax.kind=full samples no words; remove one of them"} if self.kind == "full" else {}
+        unused = {"negatives": f"softmax.kind={self.kind} samples no words; remove one of them"}
+        return unused if self.kind != "sampled" else {}
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.kind == "adaptive" and self.tied:
+            yield "softmax.kind=adaptive has no table for all words, so softmax.tied=true has nothing to share"
 
     def check_vocabulary(self, n_words: int) -> None:
         """Raises ConfigError where there are not enough words to draw the negatives from."""
         if self.kind == "sampled" and self.negatives >= n_words:
             raise ConfigError(
                 f"softmax.negatives={self.negatives}: must be below the number of words in the vocabulary, {n_words}"
+            )
+        if self.kind == "adaptive" and n_words < ADAPTIVE_WORDS:
+            raise ConfigError(
+                f"softmax.kind=adaptive needs a vocabulary of {ADAPTIVE_WORDS} words or more to cut into clusters, and "
+                f"there are {n_words}; use softmax.kind=full"
             )
 
 

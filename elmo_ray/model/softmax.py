@@ -183,5 +183,54 @@ class SampledSoftmax(FullSoftmax):
         return torch.where(targets_DN >= 0, sampled_losses(x_DNP, *drawn, dtype), 0.0)
 
 
-KINDS: dict[str, FullSoftmax] = {"sampled": SampledSoftmax(), "full": FullSoftmax()}
+class AdaptiveSoftmax(FullSoftmax):
+    """Frequent words in a head, rarer ones in clusters with ever smaller vectors (Grave et al. 2017).
+
+    It is torch's module, as the model's `softmax`, and computes in the parameters' own type.
+    """
+
+    def add_parameters(self, model: Any, n_words: int, width: int, tied: bool) -> None:
+        # the head has a tenth of the words, and each cluster five times as many as there are before it
+        cutoffs = [c for c in (n_words // 10, n_words // 2) if c]
+        # vectors of each cluster are shorter by this factor than those before, and never empty
+        shorter = min(4, math.isqrt(width))
+        model.softmax = nn.AdaptiveLogSoftmaxWithLoss(width, n_words, cutoffs, div_value=shorter, head_bias=True)
+
+    def reset_parameters(self, model: Any, generator: torch.Generator) -> None:
+        for parameter in model.softmax.parameters():
+            deviation = math.sqrt(1.0 / parameter.shape[-1]) if parameter.ndim > 1 else 0.0
+            parameter.normal_(0.0, deviation, generator=generator)
+
+    def losses(
+        self, model: Any, x_DNP: Tensor, targets_DN: Tensor, drawn: Drawn | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        found = [self._losses(model, x, targets) for x, targets in zip(x_DNP, targets_DN, strict=True)]
+        return torch.stack(found)
+
+    def exact(self, model: Any, dtype: torch.dtype | None = None, rows: int = 256) -> Any:
+        return _AdaptiveLosses(self, model)
+
+    def log_probabilities(self, model: Any, x_NP: Tensor) -> Tensor:
+        found: Tensor = model.softmax.log_prob(x_NP)
+        return found
+
+    def _losses(self, model: Any, x_NP: Tensor, targets_N: Tensor) -> Tensor:
+        log_p_N, _ = model.softmax(x_NP, targets_N.clamp_min(0))
+        return torch.where(targets_N >= 0, -log_p_N, 0.0)
+
+
+class _AdaptiveLosses:
+    def __init__(self, kind: AdaptiveSoftmax, model: Any):
+        self.kind, self.model = kind, model
+
+    @torch.no_grad()
+    def losses(self, x_NP: Tensor, targets_N: Tensor) -> Tensor:
+        return self.kind._losses(self.model, x_NP, targets_N)
+
+
+KINDS: dict[str, FullSoftmax] = {
+    "sampled": SampledSoftmax(),
+    "full": FullSoftmax(),
+    "adaptive": AdaptiveSoftmax(),
+}
 """The kinds of softmax by the values of `softmax.kind`."""
