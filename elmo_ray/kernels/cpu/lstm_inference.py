@@ -20,7 +20,7 @@ from torch import Tensor
 
 from elmo_ray.kernels.cpu.loops import as_array, bound_of, compiled, limited, sigmoid, stored, tanh, wide
 from elmo_ray.kernels.cpu.lstm import FORGET_BIAS, forward_projection
-from elmo_ray.kernels.matmul import FusedProduct, apply, fused_product, matmul, pack
+from elmo_ray.kernels.matmul import FusedProduct, apply, fused_product
 from elmo_ray.kernels.threads import run_parallel
 
 _TILE, _ROWS = 256, 64
@@ -127,8 +127,9 @@ class _Cell:
         bias = bias.clone()
         bias[2 * h : 3 * h] += FORGET_BIAS
         self.input: FusedProduct = fused_product(w_input.t().to(self.low), bias)
-        self.hidden = pack(w_hidden.to(self.low), _TILE)
-        self.projection = None if projection is None else pack(projection.to(self.low), _TILE)
+        # packed once, even where that would not pay for a single window
+        self.hidden = fused_product(w_hidden.t().to(self.low))
+        self.projection = None if projection is None else fused_product(projection.t().to(self.low))
         # the original has no clip of the projection's result where there is no projection
         self.bounds = bound_of(clips[0]), bound_of(clips[1] if projection is not None else None)
         self._width = 4 * h
@@ -165,11 +166,11 @@ class _Cell:
                 places = np.arange(stop - start)
             now = places_N[first : first + count] if places_N is not None else places[first - start :][:count]
             filled = -(-count // 8) * 8
-            sums = as_array(matmul(low_BP[:filled], self.hidden))
+            sums = as_array(apply(self.hidden, low_BP[:filled]))
             _gates_of_step(sums, table, now, memories[:count], gated_BH[:count], room_G, self.bounds[0])
             result = gated_BH
             if self.projection is not None:
-                result = as_array(matmul(gated[:filled], self.projection))
+                result = as_array(apply(self.projection, gated[:filled]))
             ended = outputs[first : first + count]
             forward_projection(result[:count], ended, low_hidden[:count], self.bounds[1])
             following = rows[step + 1] if step + 1 < len(rows) else 0
