@@ -1,4 +1,4 @@
-"""The READMEs: the length of the front page, and whether the files, links, settings and commands that they name exist."""
+"""The READMEs: the length of the front page, and that the files, links, settings and commands in them exist."""
 
 from __future__ import annotations
 
