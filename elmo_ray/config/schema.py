@@ -177,10 +177,10 @@ class Section(BaseModel):
 
 
 RENAMED = {"train.gpu_kernels": "train.kernels"}
-"""Old names of settings, accepted for a version with a line that says the new one."""
+"""Old names of settings. They are accepted for one version, with a log line that says the new name."""
 
 REMOVED = {"cluster.shared_memory": "gradients are always summed by torch.distributed; remove it"}
-"""Settings that no longer exist, with the cure. Configurations that are stored in checkpoints may still have them."""
+"""Settings that no longer exist, each with the cure. Configurations in stored checkpoints may still have them."""
 
 
 class Root(Section):

@@ -215,7 +215,7 @@ class TrainConfig(Section):
         "full", description="How workers send gradients; bf16 sends half the bytes, rounded."
     )
     kernels: Literal["auto", "off"] = Field(
-        "auto", description="fast paths for the CPU and the GPU, where there are some; off: the plain model everywhere"
+        "auto", description="auto takes fast paths for the CPU and the GPU where there are any; off: the plain model."
     )
     duration: Duration = Field(Duration(10, "epochs"), description="How long to train.")
     validate_every: Duration | None = Field(Duration(1000, "steps"), description="How often to validate; null: never.")
