@@ -138,7 +138,7 @@ class SoftmaxConfig(Section):
             yield "softmax.kind=adaptive has no table for all words, so softmax.tied=true has nothing to share"
 
     def check_vocabulary(self, n_words: int) -> None:
-        """Raise ConfigError if the vocabulary has too few words for the number of negatives."""
+        """Raise ConfigError if the vocabulary of `n_words` words is too small for this kind of softmax."""
         if self.kind == "sampled" and self.negatives >= n_words:
             raise ConfigError(
                 f"softmax.negatives={self.negatives}: must be below the number of words in the vocabulary, {n_words}"
