@@ -1,4 +1,4 @@
-"""Settings: typed, strict sections with defaults, read from YAML and from `key.path=value` on the command line."""
+"""Settings: typed and strict sections with defaults, read from YAML and from `key.path=value` on the command line."""
 
 from elmo_ray.config.training import (
     COUNTED,

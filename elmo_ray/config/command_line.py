@@ -1,4 +1,6 @@
-"""From the command line to a configuration and back to an exit code; every verb's `main` is one call of `run_verb`.
+"""From the command line to a configuration, and from a result to an exit code.
+
+The `main` of every verb is one call of `run_verb`:
 
 def run(config: PretrainConfig, flags: Flags = Flags()) -> PretrainResult: ...
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,16 +33,16 @@ RootT = TypeVar("RootT", bound=Root)
 _OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_.]*)=(.*)$", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _FLAG_HELP = {
-    "dry-run": "print the resolved configuration and what the run would need, and stop",
-    "resume": "go on with the run of that name from its newest whole checkpoint",
-    "fresh": "start anew instead of going on with what exists",
-    "json": "FILE: also write the result as JSON",
+    "dry-run": "Print all settings and what the run would need, and stop.",
+    "resume": "Continue the run of this name from its newest whole checkpoint.",
+    "fresh": "Start anew instead of continuing what exists.",
+    "json": "FILE: also write the result to this file as JSON.",
 }
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What is no setting: `json` is a file for the result or None."""
+    """Arguments that are not settings. json: a file for the result, or None."""
 
     dry_run: bool = False
     resume: bool = False
@@ -50,9 +52,10 @@ class Flags:
 
 @dataclass(frozen=True)
 class Positional:
-    """An argument without a key: its name in the usage line and the key that it sets; `many` takes all that follow.
+    """Argument without a key.
 
-    It is not expected where the key `unless` is given as key=value.
+    label: its name in the usage line. key: the setting that it sets. many: it takes all arguments that follow.
+    unless: a key; the argument is not expected where the user gives this key as key=value.
     """
 
     label: str
@@ -63,13 +66,13 @@ class Positional:
 
 @dataclass(frozen=True)
 class Verb:
-    """What a verb's command line looks like; `config` says whether CONFIG.yaml is required, optional or not taken."""
+    """Form of a verb's command line. config: CONFIG.yaml is `required`, `optional`, or not taken (`no`)."""
 
     summary: str
     config: str = "optional"
     positionals: tuple[Positional, ...] = ()
     flags: tuple[str, ...] = ()
-    sections: tuple[str, ...] = field(default=())  # only these are listed by --help; () = all
+    sections: tuple[str, ...] = field(default=())  # the sections that --help lists; () means all
 
 
 _SOURCE = Positional("SOURCE", "init.from")
@@ -112,19 +115,22 @@ VERBS: dict[str, Verb] = {
 
 @runtime_checkable
 class Result(Protocol):
-    """What a verb's `run` returns: text for the terminal, and plain values for `--json`."""
+    """Result of a verb's `run`: text for the terminal, and plain values for `--json`."""
 
-    def summary(self) -> str: ...
+    def summary(self) -> str:
+        """Return the text for the terminal."""
 
-    def to_dict(self) -> dict[str, Any]: ...
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
 
 
 def run_verb(
     name: str, root: type[RootT], run: Callable[[RootT, Flags], object], argv: Sequence[str] | None = None
 ) -> int:
-    """Parses `argv` (default: the process's), runs the verb, prints its result; returns the exit code.
+    """Parse `argv` (default: the arguments of the process), run the verb, print its result, and return the exit code.
 
-    0: done; 2: a user's mistake, one line each on stderr; 130: interrupted. Other exceptions are defects and go on.
+    0: done. 2: mistakes of the user, one line each on stderr. 130: interrupted. Other exceptions are defects and are
+    not caught.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
@@ -137,14 +143,14 @@ def run_verb(
         config, flags = parse(arguments, name, root)
         set_up_logging()
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal that has not our curve's characters
+            sys.stdout.reconfigure(errors="replace")  # a terminal may lack the characters of our curve
         result = run(config, flags)
         if isinstance(result, Result):
             print(result.summary(), flush=True)
             if flags.json is not None:
                 write_json(flags.json, result.to_dict())
     except ElmoRayError as error:
-        # Ray raises a mixture of its own error and ours, whose text is a remote traceback; ours is its cause.
+        # Ray raises a mixture of its error and ours, with a remote traceback as its text. Our error is its cause.
         cause = getattr(error, "cause", None)
         print_errors(str(cause if isinstance(cause, ElmoRayError) else error))
         return 2
@@ -155,7 +161,10 @@ def run_verb(
 
 
 def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Flags]:
-    """The configuration and the flags that a verb's arguments say; raises ConfigError, one line for each mistake."""
+    """Return the configuration and the flags for the arguments of a verb.
+
+    Raises ConfigError, with one line for each mistake.
+    """
     verb = VERBS[name]
     words, values = _split(argv, name, verb)
     file: str | None = None
@@ -195,9 +204,10 @@ def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Fla
 def load_config(
     path: str | Path | None, overrides: Sequence[str], root: type[RootT], values: Mapping[str, Any] | None = None
 ) -> RootT:
-    """Defaults, then the YAML file, dotted `values` and `key.path=value`; ${NAME} in strings is the environment's.
+    """Return the configuration: defaults, then the YAML file, then the dotted `values`, then `key.path=value`.
 
-    Raises ConfigError with one line for each unknown key, bad value, contradiction or variable that is not set.
+    ${NAME} in a string is replaced by the environment variable. Raises ConfigError, with one line for each unknown key,
+    bad value, contradiction, or variable that is not set.
     """
     tree: dict[str, Any] = {} if path is None else _read(Path(path))
     problems: list[str] = []
@@ -222,11 +232,11 @@ def load_config(
 
 
 def help_text(name: str, root: type[Root]) -> str:
-    """Usage, flags and all keys of a verb with type, default and description."""
+    """Return the text of `--help`: usage, flags, and all keys of a verb with type, default and description."""
     verb = VERBS[name]
     lines = [f"usage: {_usage(name, verb)}", "", verb.summary[0].upper() + verb.summary[1:] + ".", "", "flags:"]
     flags = [*verb.flags, "help", "version"]
-    texts = {**_FLAG_HELP, "help": "print this text", "version": "print the version"}
+    texts = {**_FLAG_HELP, "help": "Print this text.", "version": "Print the version."}
     lines.extend(f"  --{flag:<10} {texts[flag]}" for flag in flags)
     sets = {place.key: place.label for place in verb.positionals}
     lines.extend(
@@ -244,7 +254,7 @@ def help_text(name: str, root: type[Root]) -> str:
 
 
 def overview() -> str:
-    """The verbs with a line each."""
+    """Return a list of the verbs, with a line for each."""
     lines = ["usage: python -m elmo_ray.VERB ...   (or: elmo-ray VERB ...)", ""]
     lines.extend(f"  {name:<9} {verb.summary}" for name, verb in VERBS.items())
     lines.extend(["", "python -m elmo_ray.VERB --help lists a verb's keys; --version prints the version."])
@@ -252,13 +262,13 @@ def overview() -> str:
 
 
 def print_errors(text: str) -> None:
-    """Each line of the text as an error on stderr."""
+    """Print each line of the text as an error on stderr."""
     for line in text.split("\n"):
         print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def set_up_logging() -> None:
-    """Our log lines go to stderr for a person to read; a program that has its own handlers keeps them."""
+    """Send our log lines to stderr, for a person to read. A program that has its own handlers keeps them."""
     logging.basicConfig(format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("elmo_ray").setLevel(logging.INFO)
 
@@ -271,7 +281,7 @@ def _usage(name: str, verb: Verb) -> str:
 
 
 def _split(argv: Sequence[str], name: str, verb: Verb) -> tuple[list[str], dict[str, Any]]:
-    """The arguments that are no flags, and the flags as fields of `Flags`."""
+    """Return the arguments that are not flags, and the flags as fields of `Flags`."""
     words: list[str] = []
     values: dict[str, Any] = {}
     rest = list(argv)
@@ -357,12 +367,17 @@ def _override(tree: dict[str, Any], text: str, root: type[Root], known: Mapping[
     else:
         parsed = parse_yaml(value, f"{name}={short(value, 100)}")
         if key is not None:
-            _set(tree, name, None)  # a mapping that is one setting, as a sweep's space, is not merged with the file's
+            _set(
+                tree, name, None
+            )  # a mapping that is one setting, such as a sweep's space, replaces the one in the file
         _set(tree, name, parsed)
 
 
 def _text(value: str, key: Key) -> Any:
-    """A path, glob or name as it stands, as `*.txt` and 2024 are no YAML strings; quotes and lists are still YAML."""
+    """Return a path, glob or name as it is written, because `*.txt` and 2024 are not strings in YAML.
+
+    Quoted strings and lists are still read as YAML.
+    """
     if key.optional and value in ("null", "none", "~"):
         return None
     if value[0] in "[\"'":
@@ -389,7 +404,7 @@ def _set(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _expand(value: Any, key: str, problems: list[str]) -> Any:
-    """Strings with ${NAME} replaced; a variable that is not set becomes a problem that names the key."""
+    """Return the value with ${NAME} replaced in all strings; add a problem for each variable that is not set."""
     if isinstance(value, dict):
         return {name: _expand(item, f"{key}.{name}" if key else str(name), problems) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The settings of `finetune`: those of a training run, and what it starts from."""
+"""Settings of `finetune`: those of a training run, and the SOURCE that it starts from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from elmo_ray.config.training import COUNTED, SAMPLE, InitConfig, PretrainConfig
 from elmo_ray.errors import ConfigError
 
 SOFTMAX_FIRST = 1000
-"""Steps of a softmax that the SOURCE does not have before the rest trains with it."""
+"""Number of steps in which a softmax that is new to the SOURCE trains alone."""
 
 
 class _AnyCharCnn(CharCnnConfig):
@@ -27,7 +27,10 @@ class _AnyLstm(LstmConfig):
 
 
 class SourceModelConfig(ModelConfig):
-    """Single settings that are compared with the source's; they need not make a model together with the defaults."""
+    """Settings of `model` that are compared with those of the SOURCE.
+
+    A user may give only some of them, so together with the defaults they need not be a valid model.
+    """
 
     char_cnn: _AnyCharCnn = _AnyCharCnn()
     lstm: _AnyLstm = _AnyLstm()
@@ -40,17 +43,23 @@ class SourceModelConfig(ModelConfig):
 
 
 class FinetuneInitConfig(InitConfig):
-    # Slots of a long training are sums of squares of all its gradients: steps of lr / sqrt(sum) are tiny, and a new
-    # text is learned at the end of the old one's pace. So they begin anew unless one wants just that.
+    """Section `init` of `finetune`, with the choice between a new and the SOURCE's optimizer state."""
+
+    # The accumulators of a long training are sums of squares of all its gradients. Updates of lr / sqrt(sum) are then
+    # tiny, and new text would be learned as slowly as the end of the old text. So they start anew by default.
     optimizer: Literal["keep", "reset"] = Field(
-        "reset", description="the SOURCE's slots: after a long training they make steps tiny, so the default is reset"
+        "reset", description="keep takes the SOURCE's optimizer state, which makes updates tiny after a long training."
     )
 
 
 class FinetuneConfig(PretrainConfig):
+    """Configuration of `finetune`."""
+
     model: SourceModelConfig = SourceModelConfig()
     init: FinetuneInitConfig = FinetuneInitConfig()
-    checkpoint: str = Field("best", min_length=1, description="of a run: best, last, or a checkpoint's name")
+    checkpoint: str = Field(
+        "best", min_length=1, description="Which checkpoint of a run to use: best, last, or its name."
+    )
 
     def _contradictions(self) -> Iterator[str]:
         yield from super()._contradictions()
@@ -69,10 +78,10 @@ class FinetuneConfig(PretrainConfig):
     def training_config(
         self, model: dict[str, Any], softmax: dict[str, Any], vocab: str | None, softmax_first: int
     ) -> PretrainConfig:
-        """The run's settings with the source's `model` and `softmax`, `vocab` in place of data.vocab, and
-        `softmax_first` where it is not set.
+        """Return the settings of the run, completed with those of the SOURCE.
 
-        Raises ConfigError, a line for each key, where model.* or softmax.tied are set to something else.
+        `model` and `softmax` are the SOURCE's, `vocab` replaces data.vocab, and `softmax_first` is used where the user
+        gives none. Raises ConfigError, with a line for each key, where a setting of model or softmax.tied differs.
         """
         problems = [
             f"{key}={show(value)}: the source has {show(theirs)}; remove it, as the model is the source's"
@@ -107,7 +116,7 @@ class FinetuneConfig(PretrainConfig):
 
 
 def explicit(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The settings that a user gave, as dotted key and plain value."""
+    """Return the settings that the user gave, each as its dotted key and its plain value."""
     plain = section.to_dict()
     for name, field in type(section).model_fields.items():
         key = field.alias or name

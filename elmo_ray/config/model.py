@@ -1,6 +1,6 @@
-"""The settings of the model itself: its sizes and kinds.
+"""Settings of the model: its sizes, its kinds, and the learning rates of its components.
 
-Settings that take a number or something else: when states are reset, how many workers there are, rates of parts.
+The types of settings that take a number or something else are also here: `Reset`, `Workers` and `LayerRates`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import Field, PlainValidator
 from elmo_ray.config.schema import Allowed, Int, Pairs, Section
 
 LARGE = 1e30
-"""Of a rate, clip or decay: still a float32."""
+"""Largest rate, clip or decay; it still fits a float32."""
 
 
 def _reset(value: Any) -> float | str:
@@ -34,9 +34,9 @@ _MOST_WORKERS = 1 << 16
 
 
 def _workers(value: Any) -> int | tuple[int, int]:
-    """A number, or [min, max] with 1 <= min <= max."""
+    """Return a number of workers, or (min, max) with 1 <= min <= max; raise ValueError for anything else."""
     if isinstance(value, list | tuple):
-        least, most = map(_workers, value)  # ValueError for another length
+        least, most = map(_workers, value)  # raises ValueError for a list of another length
         if isinstance(least, int) and isinstance(most, int) and 1 <= least <= most:
             return least, most
     elif isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MOST_WORKERS:
@@ -53,7 +53,7 @@ Workers = Annotated[
 
 
 def _layer_rates(value: Any) -> float | tuple[float | None, ...] | None:
-    """A rate for all layers, or a list with one (or null) for each."""
+    """Return a rate for all layers, or a tuple with a rate or None for each layer."""
     if isinstance(value, list | tuple):
         return tuple(None if item is None else _rate(item) for item in value)
     return None if value is None else _rate(value)
@@ -73,19 +73,25 @@ LayerRates = Annotated[
 
 
 class PartRates(Section):
-    """Learning rates of the parts that have their own; the schedule acts on them all."""
+    """Learning rates of components that have their own; the schedule changes all of them."""
 
     path: ClassVar[str] = "optim.part_lr."
-    char_embedding: float | None = Field(None, gt=0, le=LARGE, description="of the characters' vectors; null: optim.lr")
-    char_cnn: float | None = Field(None, gt=0, le=LARGE, description="of the convolutions; null: optim.lr")
-    highway: float | None = Field(None, gt=0, le=LARGE, description="of the highway layers; null: optim.lr")
-    projection: float | None = Field(None, gt=0, le=LARGE, description="of the char CNN's projection; null: optim.lr")
-    word_embedding: float | None = Field(None, gt=0, le=LARGE, description="of the word table; null: optim.table_lr")
-    lstm: LayerRates = Field(None, description="of the LSTM layers, the lowest first; null: optim.lr")
-    softmax: float | None = Field(None, gt=0, le=LARGE, description="of the softmax; null: optim.table_lr")
+    char_embedding: float | None = Field(
+        None, gt=0, le=LARGE, description="The rate of the characters' vectors; null: optim.lr."
+    )
+    char_cnn: float | None = Field(None, gt=0, le=LARGE, description="The rate of the convolutions; null: optim.lr.")
+    highway: float | None = Field(None, gt=0, le=LARGE, description="The rate of the highway layers; null: optim.lr.")
+    projection: float | None = Field(
+        None, gt=0, le=LARGE, description="The rate of the character CNN's projection; null: optim.lr."
+    )
+    word_embedding: float | None = Field(
+        None, gt=0, le=LARGE, description="The rate of the word table; null: optim.table_lr."
+    )
+    lstm: LayerRates = Field(None, description="The rates of the LSTM layers, lowest first; null: optim.lr.")
+    softmax: float | None = Field(None, gt=0, le=LARGE, description="The rate of the softmax; null: optim.table_lr.")
 
     def rate(self, part: str) -> float | None:
-        """Of a part by its name; None where it has none of its own."""
+        """Return the rate of the component `part`, or None where it has no rate of its own."""
         if not part.startswith("lstm."):
             value: float | None = getattr(self, part, None)
             return value
@@ -96,18 +102,24 @@ class PartRates(Section):
 
 
 _MOST_FILTERS = 1 << 16
-_MOST_PARAMETERS = 10**10  # 40 GB, a hundred times the original's
+_MOST_PARAMETERS = 10**10  # 40 GB in float32, a hundred times as many as the original has
 
 
 class CharCnnConfig(Section):
+    """Section `model.char_cnn`."""
+
     path: ClassVar[str] = "model.char_cnn."
     filters: Pairs = Field(
-        ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), description="[width, count] of each convolution"
+        ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256)), description="The [width, count] of each convolution."
     )
-    activation: Literal["relu", "tanh"] = Field("relu", description="after the maximum over positions")
-    embedding_dim: Int = Field(16, ge=1, le=4096, description="size of a character's vector")
-    max_characters: Int = Field(50, ge=3, le=1000, description="ids of a word, its begin and end included")
-    n_highway: Int = Field(2, ge=0, le=100, description="highway layers after the convolutions")
+    activation: Literal["relu", "tanh"] = Field(
+        "relu", description="The function that is applied after the maximum over positions."
+    )
+    embedding_dim: Int = Field(16, ge=1, le=4096, description="The size of a character's vector.")
+    max_characters: Int = Field(
+        50, ge=3, le=1000, description="The number of character ids of a word, with the marks of its begin and end."
+    )
+    n_highway: Int = Field(2, ge=0, le=100, description="The number of highway layers after the convolutions.")
 
     def _contradictions(self) -> Iterator[str]:
         if not self.filters:
@@ -128,15 +140,19 @@ class CharCnnConfig(Section):
 
 
 class LstmConfig(Section):
+    """Section `model.lstm`."""
+
     path: ClassVar[str] = "model.lstm."
-    dim: Int = Field(512, ge=1, le=1 << 16, description="cells of a layer and direction")
+    dim: Int = Field(512, ge=1, le=1 << 16, description="The number of cells of each layer and direction.")
     projection_dim: Int = Field(
-        128, ge=1, le=1 << 16, description="size of a layer's output; equal to dim: no projection"
+        128, ge=1, le=1 << 16, description="The size of a layer's output; equal to dim means no projection."
     )
-    n_layers: Int = Field(2, ge=1, le=100, description="layers of a direction")
-    cell_clip: float | None = Field(3.0, gt=0, le=LARGE, description="bound of the cell state; null: none")
-    proj_clip: float | None = Field(3.0, gt=0, le=LARGE, description="bound of the projected output; null: none")
-    use_skip_connections: bool = Field(True, description="add a layer's input to its output from the second layer on")
+    n_layers: Int = Field(2, ge=1, le=100, description="The number of layers of each direction.")
+    cell_clip: float | None = Field(3.0, gt=0, le=LARGE, description="The bound of the cell state; null: no bound.")
+    proj_clip: float | None = Field(
+        3.0, gt=0, le=LARGE, description="The bound of the projected output; null: no bound."
+    )
+    use_skip_connections: bool = Field(True, description="Add a layer's input to its output, from the second layer on.")
 
     def _contradictions(self) -> Iterator[str]:
         if self.projection_dim > self.dim:
@@ -147,10 +163,12 @@ class LstmConfig(Section):
 
 
 class ModelConfig(Section):
+    """Section `model`."""
+
     path: ClassVar[str] = "model."
-    bidirectional: bool = Field(True, description="false: the forward direction only")
+    bidirectional: bool = Field(True, description="false trains the forward direction only.")
     input: Literal["characters", "words"] = Field(
-        "characters", description="words: a table of the vocabulary, no char CNN"
+        "characters", description="words uses a table of word vectors instead of the character CNN."
     )
     char_cnn: CharCnnConfig = CharCnnConfig()
     lstm: LstmConfig = LstmConfig()
@@ -164,7 +182,7 @@ class ModelConfig(Section):
             yield f"model has {count} parameters in its layers: must be <= {_MOST_PARAMETERS}; lower its sizes"
 
     def parts(self) -> tuple[str, ...]:
-        """The parts that can be frozen or have a learning rate of their own."""
+        """Return the names of the components, which can be frozen or have their own learning rate."""
         parts = ["word_embedding"]
         if self.input == "characters":
             parts = ["char_embedding", "char_cnn"] + (["highway"] if self.char_cnn.n_highway else [])
@@ -173,7 +191,10 @@ class ModelConfig(Section):
         return (*parts, *(f"lstm.{layer}" for layer in range(self.lstm.n_layers)), "softmax")
 
     def layer_parameters(self) -> int:
-        """The number of parameters, tables of words and of characters left out, without making the model."""
+        """Return the number of parameters of the layers, without building the model.
+
+        The tables of words and of characters are not counted.
+        """
         cnn, lstm = self.char_cnn, self.lstm
         cell, width, count = lstm.dim, lstm.projection_dim, 0
         if self.input == "characters":

@@ -1,4 +1,4 @@
-"""What every configuration has: strict frozen sections, a table of keys, errors of one line, plain dicts in and out."""
+"""Common basis of all configurations: strict frozen sections, a table of keys, errors of one line, and plain dicts."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from elmo_ray.errors import ConfigError, one_line, short
 RootT = TypeVar("RootT", bound="Root")
 
 MOST_DURATION = 1e15
-"""In any unit: what is counted still fits an int64."""
+"""Largest amount of a duration in any unit; counts made from it still fit an int64."""
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """Annotation metadata: what a field takes, in words, for errors and `--help`."""
+    """Annotation metadata: the values that a field takes, in words, for errors and `--help`."""
 
     text: str
 
 
 def _integral(value: Any) -> Any:
-    """1e6 is an integer to a user, although YAML reads a float."""
+    """Return an int for a float with an integral value: a user may write 1e6, and YAML reads a float."""
     return int(value) if isinstance(value, float) and math.isfinite(value) and value == int(value) else value
 
 
@@ -55,14 +55,14 @@ Pairs = Annotated[tuple[tuple[Int, Int], ...], BeforeValidator(_as_tuple), Allow
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training: so many optimizer steps, epochs of the corpus, or positions (tokens plus sentences)."""
+    """Length of a training in optimizer steps, epochs of the corpus, or positions (tokens plus sentences)."""
 
     amount: float
     unit: Literal["steps", "epochs", "positions"]
 
     @classmethod
     def parse(cls, text: str) -> Duration:
-        """From "3000 steps", "10 epochs", "1e9 positions"; raises ValueError."""
+        """Return the duration for a text such as "3000 steps", "10 epochs" or "1e9 positions"; raise ValueError."""
         parts = text.split()
         if len(parts) != 2:
             raise ValueError(f"not a duration: {text}")
@@ -73,7 +73,10 @@ class Duration:
         return cls(amount, unit)  # type: ignore[arg-type]
 
     def steps(self, positions_per_step: int, positions_per_epoch: int) -> int:
-        """As optimizer steps, rounded up; positions of a step are all streams', positions of an epoch the corpus's."""
+        """Return the duration in optimizer steps, rounded up.
+
+        positions_per_step: of all streams together. positions_per_epoch: of the whole corpus.
+        """
         if self.unit == "steps":
             return math.ceil(self.amount)
         positions = self.amount * positions_per_epoch if self.unit == "epochs" else self.amount
@@ -99,7 +102,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class Key:
-    """One setting: its dotted name, its field, and the section class that holds it."""
+    """One setting: its dotted name and its field."""
 
     name: str
     field: FieldInfo
@@ -114,12 +117,12 @@ class Key:
 
     @property
     def optional(self) -> bool:
-        """Whether null is one of its values (no globs, for a list of globs)."""
+        """Return True if null is one of its values; for a list of globs, null means no globs."""
         return type(None) in get_args(self.field.annotation) or self._is_globs
 
     @property
     def textual(self) -> bool:
-        """Whether its value on the command line is taken as it stands: a path, a glob, a name, a duration."""
+        """Return True if its value on the command line is taken literally: a path, a glob, a name, a duration."""
         if get_origin(self.field.annotation) is dict:
             return False
         kinds = {_bare(part) for part in get_args(self.field.annotation) or (self.field.annotation,)}
@@ -131,20 +134,23 @@ class Key:
 
 
 class Section(BaseModel):
-    """A group of settings. `_unused` names those that the others make meaningless; setting one of them is an error."""
+    """Group of settings. It is an error to set a key that `_unused` names: the other settings make it useless."""
 
-    path: ClassVar[str] = ""  # the dotted prefix of its keys, with its dot
+    path: ClassVar[str] = ""  # the prefix of its keys, with the final dot
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False, validate_default=False
     )
 
     def _unused(self) -> dict[str, str]:
-        """Keys, dotted from this section on, that have no effect here, each with the reason."""
+        """Return the keys that have no effect beside the other settings, each with the reason.
+
+        The keys are dotted and relative to this section.
+        """
         return {}
 
     def _contradictions(self) -> Iterator[str]:
-        """Messages on settings that exclude each other."""
+        """Yield a message for each pair of settings that exclude each other."""
         return iter(())
 
     @model_validator(mode="after")
@@ -160,7 +166,7 @@ class Section(BaseModel):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON and YAML types; settings without effect are left out."""
+        """Return the settings as plain JSON and YAML types; settings without effect are left out."""
         result: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
@@ -171,14 +177,14 @@ class Section(BaseModel):
 
 
 RENAMED = {"train.gpu_kernels": "train.kernels"}
-"""Old names of settings, accepted for a version with a line that says the new one."""
+"""Old names of settings. They are accepted for one version, with a log line that says the new name."""
 
 REMOVED = {"cluster.shared_memory": "gradients are always summed by torch.distributed; remove it"}
-"""Settings that no longer exist, with the cure. Configurations that are stored in checkpoints may still have them."""
+"""Settings that no longer exist, each with the cure. Configurations in stored checkpoints may still have them."""
 
 
 class Root(Section):
-    """The configuration of one verb; raises ConfigError, with one line for each mistake."""
+    """Configuration of one verb. Its constructor raises ConfigError, with one line for each mistake."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -187,12 +193,15 @@ class Root(Section):
             raise ConfigError("\n".join(_error_lines(type(self), error))) from None
 
     def required(self) -> dict[str, str]:
-        """Keys that a command cannot do without and that are empty here, each with the cure."""
+        """Return the keys that the command needs and that are empty, each with the cure."""
         return {}
 
     @classmethod
     def from_dict(cls: type[RootT], values: Mapping[str, Any]) -> RootT:
-        """From nested plain values, as YAML gives them; raises ConfigError, a line for each bad key or value."""
+        """Return the configuration for nested plain values, as YAML gives them.
+
+        Raises ConfigError, with one line for each bad key or value.
+        """
         try:
             check_size(values)
         except ValueError as error:
@@ -208,6 +217,7 @@ class Root(Section):
         return config
 
     def to_yaml(self) -> str:
+        """Return the settings as YAML."""
         return dump_yaml(self.to_dict())
 
 
@@ -226,7 +236,7 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keys(root: type[Section], prefix: str = "") -> Iterator[Key]:
-    """All keys below a section, in their order."""
+    """Yield all keys below a section, in their order."""
     for name, field in root.model_fields.items():
         full = prefix + (field.alias or name)
         section = _section(field)
@@ -237,7 +247,7 @@ def keys(root: type[Section], prefix: str = "") -> Iterator[Key]:
 
 
 def unknown_key(root: type[Section], name: str) -> str:
-    """The message for a key that does not exist, with the nearest one that does."""
+    """Return the message for a key that does not exist, with the most similar key that does."""
     name = short(name, 100)
     names = [key.name for key in keys(root)]
     last = name.rsplit(".", 1)[-1]
@@ -250,19 +260,19 @@ def unknown_key(root: type[Section], name: str) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as the user would write it, on one line."""
+    """Return a value as a user would write it, on one line."""
     if isinstance(value, str):
         text = value if reads_as_text(value) else f'"{value}"'
     else:
         try:
             text = dump_yaml([value])[1:].strip().removesuffix("]")
-        except (ValueError, RecursionError, yaml.YAMLError):  # a number of thousands of digits, or no plain value
+        except (ValueError, RecursionError, yaml.YAMLError):  # thousands of digits, or not a plain value
             text = f"({type(value).__name__})"
     return short(text, 100)
 
 
 def _known(root: type[Section], values: Mapping[str, Any], prefix: str = "") -> tuple[list[str], dict[str, Any]]:
-    """The dotted names that are no keys, and the values without them."""
+    """Return the dotted names that are not keys, and the values without them."""
     unknown: list[str] = []
     known: dict[str, Any] = {}
     fields = {field.alias or name: field for name, field in root.model_fields.items()}
@@ -335,7 +345,7 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
 
 
 def _error_lines(root: type[Section], error: ValidationError) -> list[str]:
-    """Pydantic's findings in our words, one line a finding and key."""
+    """Return the findings of Pydantic in our words, one line for each finding and key."""
     lines: dict[str, None] = {}
     for item in error.errors():
         section: type[Section] | None = root

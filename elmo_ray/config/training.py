@@ -1,9 +1,10 @@
-"""The settings of every verb: typed, frozen, strict; the same names in YAML, overrides, errors and `--help`.
+"""Settings of a training run, and of the verbs `evaluate`, `export` and `report`.
 
-A root class per verb (`PretrainConfig`, `PrepareConfig`, `EvaluateConfig`, ...) is made of sections.
-`Root.from_dict` and `to_dict` go to and from plain values; `command_line.load_config` reads YAML and overrides.
+Each verb has a root class (`PretrainConfig`, `EvaluateConfig`, ...) that is made of sections. `Root.from_dict` and
+`to_dict` convert from and to plain values, and `command_line.load_config` reads YAML and overrides. A setting has the
+same name in YAML, overrides, errors and `--help`.
 
-Which settings of parts of a model (frozen, with a rate of their own) do not fit the model or each other.
+`part_problems` checks the settings of a model's components: what is frozen and what has its own learning rate.
 """
 
 from __future__ import annotations
@@ -24,57 +25,79 @@ __all__ = [
     "TaskConfig", "TextConfig", "TrainConfig",
 ]  # fmt: skip
 
-SAMPLE = "sample"  # data.train: the embedded corpus
-COUNTED = "counted"  # data.vocab of finetune: not the SOURCE's
+SAMPLE = "sample"  # data.train: the built-in corpus
+COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and not the SOURCE's
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
 
-_MOST_POSITIONS = 1 << 25  # of a step: some GB of indices before any product
+_MOST_POSITIONS = 1 << 25  # in one step; more would need several GB for indices alone
 
 
 class StorageConfig(Section):
+    """Section `run` as far as every verb with a folder of runs has it."""
+
     path: ClassVar[str] = "run."
-    storage_path: str = Field("runs", min_length=1, description="folder of all runs; nothing is written outside of it")
+    storage_path: str = Field(
+        "runs", min_length=1, description="All runs are written to this folder, and nothing is written outside of it."
+    )
 
 
 class RunConfig(StorageConfig):
+    """Section `run` of a training."""
+
     name: Annotated[str | None, Allowed("a file name without a slash, or null")] = Field(
         None,
         pattern=_NAME,
         max_length=200,
-        description="the run's folder under run.storage_path; null: made from the date",
+        description="The run is in this folder of run.storage_path; null takes the date.",
     )
-    seed: Int = Field(1, ge=0, lt=2**63, description="of initial values, order of blocks, dropout and negatives")
-    export: bool = Field(True, description="write export/ with weights.hdf5, options.json and vocab.txt at the end")
+    seed: Int = Field(
+        1, ge=0, lt=2**63, description="It decides initial values, order of blocks, dropout and negatives."
+    )
+    export: bool = Field(True, description="At the end, write export/ with weights.hdf5, options.json and vocab.txt.")
 
 
 class TextConfig(Section):
-    """What any verb needs to know about text."""
+    """Section `data` as every verb with text has it."""
 
     path: ClassVar[str] = "data."
-    test: Globs = Field((), description="test text, for evaluate")
+    test: Globs = Field((), description="The test text, which is measured by evaluate and at the end of a training.")
     prepared_dir: str | None = Field(
-        None, description="index, unpacked shards, vocabulary; null: under run.storage_path"
+        None, description="The index, unpacked text and vocabulary are here; null: run.storage_path/prepared."
     )
-    block_bytes: Int = Field(131072, ge=4096, le=16 << 20, description="size of the blocks that text is read in")
-    on_error: Literal["fail", "replace"] = Field("fail", description="what bytes that are not UTF-8, and NULs, do")
+    block_bytes: Int = Field(
+        131072, ge=4096, le=16 << 20, description="Text is read in blocks of about this size, in bytes."
+    )
+    on_error: Literal["fail", "replace"] = Field(
+        "fail", description="What happens at bytes that are not UTF-8 and at NULs: an error, or a replacement."
+    )
 
 
 class DataConfig(TextConfig):
-    train: Globs = Field((), description="training text, one sentence a line; `sample` is the embedded corpus")
-    valid: Globs = Field((), description="held-out text for validation while training")
+    """Section `data` of a training."""
+
+    train: Globs = Field(
+        (), description="The training text, one sentence in each line; `sample` is the built-in corpus."
+    )
+    valid: Globs = Field((), description="The held-out text for validation during training.")
     vocab: str | None = Field(
         None,
-        description="vocabulary file; null: counted from data.train (finetune: the SOURCE's; `counted` counts)",
+        description="The vocabulary file; null counts data.train (finetune: null is the SOURCE's, counted counts).",
     )
-    streams: Int = Field(32, ge=1, le=1 << 20, description="rows of the global batch, dealt to the workers")
+    streams: Int = Field(
+        32, ge=1, le=1 << 20, description="The number of rows of the global batch, which the workers share."
+    )
     shuffle: Literal["blocks", "off"] = Field(
-        "blocks", description="order of an epoch: shuffled blocks, or files as listed"
+        "blocks", description="The order of an epoch: shuffled blocks, or the files in the given order."
     )
-    holdout: float = Field(0.0, ge=0, lt=0.5, description="share of data.train's blocks set aside as validation text")
-    min_count: Int = Field(1, ge=1, le=10**12, description="words seen less often are left out of a counted vocabulary")
+    holdout: float = Field(
+        0.0, ge=0, lt=0.5, description="This share of the blocks of data.train is set aside as validation text."
+    )
+    min_count: Int = Field(
+        1, ge=1, le=10**12, description="Words that are seen less often are left out of a counted vocabulary."
+    )
     max_vocab: Int | None = Field(
-        None, ge=4, le=10**9, description="most lines of a counted vocabulary; null: no limit"
+        None, ge=4, le=10**9, description="A counted vocabulary has at most this many lines; null: no limit."
     )
 
     def _unused(self) -> dict[str, str]:
@@ -95,16 +118,16 @@ ADAPTIVE_WORDS = 20
 
 
 class SoftmaxConfig(Section):
+    """Section `softmax`."""
+
     path: ClassVar[str] = "softmax."
     kind: Literal["sampled", "full", "adaptive"] = Field(
-        "sampled",
-        description="how losses are computed in training; evaluation is always exact. adaptive: rare words in clusters "
-        "with smaller vectors (Grave et al. 2017), for a vocabulary in falling count",
+        "sampled", description="The loss in training; evaluation is exact. adaptive needs words in falling count."
     )
     negatives: Int = Field(
-        1024, ge=1, le=1 << 24, description="sampled words of a step and direction, shared by all positions"
+        1024, ge=1, le=1 << 24, description="Words sampled per step and direction; all positions share them."
     )
-    tied: bool = Field(False, description="use the word table of model.input=words as the softmax's weights")
+    tied: bool = Field(False, description="Use the word table of model.input=words as the weights of the softmax.")
 
     def _unused(self) -> dict[str, str]:
         unused = {"negatives": f"softmax.kind={self.kind} samples no words; remove one of them"}
@@ -115,7 +138,7 @@ class SoftmaxConfig(Section):
             yield "softmax.kind=adaptive has no table for all words, so softmax.tied=true has nothing to share"
 
     def check_vocabulary(self, n_words: int) -> None:
-        """Raises ConfigError where there are not enough words to draw the negatives from."""
+        """Raise ConfigError if the vocabulary of `n_words` words is too small for this kind of softmax."""
         if self.kind == "sampled" and self.negatives >= n_words:
             raise ConfigError(
                 f"softmax.negatives={self.negatives}: must be below the number of words in the vocabulary, {n_words}"
@@ -128,29 +151,37 @@ class SoftmaxConfig(Section):
 
 
 class ScheduleConfig(Section):
+    """Section `optim.schedule`: how the learning rate changes."""
+
     path: ClassVar[str] = "optim.schedule."
     kind: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="of the learning rate after the warm-up"
+        "constant", description="How the learning rate changes after the warm-up."
     )
-    warmup_steps: Int = Field(0, ge=0, le=10**12, description="steps of linear rise to lr")
-    final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate as a part of lr")
+    warmup_steps: Int = Field(
+        0, ge=0, le=10**12, description="In this many steps the learning rate rises linearly to lr."
+    )
+    final_ratio: float = Field(0.0, ge=0, le=1, description="The last learning rate, as a fraction of lr.")
 
     def _unused(self) -> dict[str, str]:
         return {"final_ratio": "optim.schedule.kind=constant has no decay"} if self.kind == "constant" else {}
 
 
 class OptimConfig(Section):
+    """Section `optim`."""
+
     path: ClassVar[str] = "optim."
     name: Literal["adagrad", "adamw"] = Field(
-        "adagrad", description="adagrad is the original's; adamw is for dense parameters"
+        "adagrad", description="adagrad is the original's; adamw trains the dense parameters only."
     )
-    lr: float = Field(0.2, gt=0, le=LARGE, description="learning rate")
+    lr: float = Field(0.2, gt=0, le=LARGE, description="The learning rate.")
     table_lr: float | None = Field(
-        None, gt=0, le=LARGE, description="of the word tables, which keep Adagrad under adamw; null: lr"
+        None, gt=0, le=LARGE, description="The rate of the word tables, always with Adagrad; null: lr, 0.2 with adamw."
     )
-    clip_norm: float = Field(10.0, gt=0, le=LARGE, description="bound of the global norm of all gradients")
-    initial_accumulator: float = Field(1.0, gt=0, le=LARGE, description="first value of Adagrad's sums of squares")
-    weight_decay: float = Field(0.0, ge=0, le=LARGE, description="of adamw")
+    clip_norm: float = Field(
+        10.0, gt=0, le=LARGE, description="Gradients are scaled down where their global norm is above this bound."
+    )
+    initial_accumulator: float = Field(1.0, gt=0, le=LARGE, description="The first value of Adagrad's sums of squares.")
+    weight_decay: float = Field(0.0, ge=0, le=LARGE, description="The weight decay of adamw.")
     schedule: ScheduleConfig = ScheduleConfig()
     part_lr: PartRates = PartRates()
 
@@ -161,36 +192,51 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
+    """Section `train`."""
+
     path: ClassVar[str] = "train."
     unroll: Int = Field(
-        20, ge=1, le=1 << 16, description="positions of a stream in a step: the window of backpropagation"
+        20, ge=1, le=1 << 16, description="Positions of a stream in a step: the window of backpropagation."
     )
-    reset: Reset = Field(0.01, description="when a stream starts from zero again (probability per step)")
-    dropout: float = Field(0.1, ge=0, lt=1, description="on the input of every LSTM layer and on the last output")
-    precision: Literal["fp32", "bf16", "fp64"] = Field("fp32", description="bf16: products only; fp64: for tests")
+    reset: Reset = Field(0.01, description="When a stream starts from zero again; a number: chance per step.")
+    dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="The share that is dropped at the input of every LSTM layer and at the last output.",
+    )
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        "fp32", description="bf16 computes products in bfloat16; fp64 is for tests."
+    )
     accumulate: Int = Field(
-        1, ge=1, le=1 << 20, description="parts that a worker computes a step in, one after the other, to save memory"
+        1, ge=1, le=1 << 20, description="A worker computes a step in this many micro-batches, to save memory."
     )
     gradients: Literal["full", "bf16"] = Field(
-        "full", description="how gradients travel between workers; bf16: half the bytes, rounded"
+        "full", description="How workers send gradients; bf16 sends half the bytes, rounded."
     )
     kernels: Literal["auto", "off"] = Field(
-        "auto", description="fast paths for the CPU and the GPU, where there are some; off: the plain model everywhere"
+        "auto", description="auto takes fast paths for the CPU and the GPU where there are any; off: the plain model."
     )
-    duration: Duration = Field(Duration(10, "epochs"), description="how long to train")
-    validate_every: Duration | None = Field(Duration(1000, "steps"), description="how often to validate; null: never")
-    validate_positions: Int = Field(200_000, ge=1, le=10**15, description="most positions of a validation")
-    checkpoint_every: Duration = Field(Duration(1000, "steps"), description="how often to write a checkpoint")
-    keep_last: Int = Field(3, ge=1, le=10**6, description="checkpoints kept, besides the best by validation")
-    log_every: Int = Field(50, ge=1, le=10**9, description="steps between two records of metrics")
-    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="what a loss or gradient that is not finite does")
-    max_skips: Int = Field(10, ge=1, le=10**9, description="skipped steps that end the run")
-    freeze: Names = Field((), description="parts that are not trained, such as [char_cnn, highway, lstm.0]")
+    duration: Duration = Field(Duration(10, "epochs"), description="How long to train.")
+    validate_every: Duration | None = Field(Duration(1000, "steps"), description="How often to validate; null: never.")
+    validate_positions: Int = Field(
+        200_000, ge=1, le=10**15, description="A validation reads at most this many positions."
+    )
+    checkpoint_every: Duration = Field(Duration(1000, "steps"), description="How often to write a checkpoint.")
+    keep_last: Int = Field(
+        3, ge=1, le=10**6, description="This many of the newest checkpoints are kept, and the best by validation."
+    )
+    log_every: Int = Field(50, ge=1, le=10**9, description="Metrics are recorded once in this many steps.")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="What happens at a loss or gradient that is not finite: the run stops, or skips the step."
+    )
+    max_skips: Int = Field(10, ge=1, le=10**9, description="The run ends when this many steps are skipped.")
+    freeze: Names = Field((), description="These components are not trained, for example [char_cnn, highway, lstm.0].")
     softmax_first: Int | None = Field(
-        None, ge=0, le=10**12, description="first steps, of the softmax alone; null: 1000 where it is new"
+        None, ge=0, le=10**12, description="The softmax first trains alone this long; null: 1000 if it is new."
     )
     patience: Int | None = Field(
-        None, ge=1, le=10**6, description="validations in a row without a new best that end training"
+        None, ge=1, le=10**6, description="Training ends after this many validations in a row without a new best."
     )
 
     def _unused(self) -> dict[str, str]:
@@ -203,31 +249,43 @@ class TrainConfig(Section):
 
 
 class TaskConfig(Section):
+    """Section `cluster` of a verb whose work needs no device."""
+
     path: ClassVar[str] = "cluster."
-    workers: Int = Field(1, ge=0, le=1 << 16, description="worker processes; 0: in the calling process, without Ray")
-    cpus_per_worker: float = Field(0.5, gt=0, le=4096, description="CPUs that Ray reserves for a worker")
-    max_failures: Int = Field(3, ge=0, le=10**6, description="restarts after lost workers before giving up")
+    workers: Int = Field(
+        1, ge=0, le=1 << 16, description="The number of worker processes; 0: the calling process, without Ray."
+    )
+    cpus_per_worker: float = Field(0.5, gt=0, le=4096, description="Ray reserves this many CPUs for each worker.")
+    max_failures: Int = Field(
+        3, ge=0, le=10**6, description="Lost workers are restarted this many times before the command gives up."
+    )
 
 
 class ComputeConfig(TaskConfig):
+    """Section `cluster` of a verb that computes with a model."""
+
     device: Literal["auto", "cpu", "gpu"] = Field(
-        "auto", description="auto: a GPU for each worker where the cluster has them"
+        "auto", description="auto uses a GPU for each worker where the cluster has them."
     )
     threads: Int | None = Field(
-        None, ge=1, le=4096, description="torch threads of a worker; null: its share of the cores"
+        None, ge=1, le=4096, description="The number of torch threads of a worker; null: its share of the cores."
     )
 
 
 class ClusterConfig(ComputeConfig):
+    """Section `cluster` of a training."""
+
     workers: Workers = Field(  # type: ignore[assignment]
-        1, description="processes; 0: this one, without Ray; [min, max]: as many as fit"
+        1, description="The processes; 0: this one, no Ray; [min, max]: as many as fit."
     )
-    data_cpus: float = Field(0.25, gt=0, le=4096, description="CPUs of a data task; each worker runs one")
+    data_cpus: float = Field(
+        0.25, gt=0, le=4096, description="Ray reserves this many CPUs for the data task of each worker."
+    )
     timeout_s: float = Field(
-        300.0, ge=1, le=86400, description="seconds after which a worker that waits for another gives up"
+        300.0, ge=1, le=86400, description="A worker gives up after it has waited this many seconds for another one."
     )
     resize_every_s: float = Field(
-        60.0, ge=1, le=86400, description="seconds between two looks for room for more of [min, max] workers"
+        60.0, ge=1, le=86400, description="How often, in seconds, to look for room for more of [min, max] workers."
     )
 
     def _unused(self) -> dict[str, str]:
@@ -237,26 +295,35 @@ class ClusterConfig(ComputeConfig):
 
     @property
     def elastic(self) -> bool:
+        """Return True if the number of workers may change during the run."""
         return isinstance(self.workers, tuple)
 
     @property
     def fewest_workers(self) -> int:
+        """Return the smallest number of workers."""
         return self.workers[0] if isinstance(self.workers, tuple) else self.workers
 
     @property
     def most_workers(self) -> int:
+        """Return the largest number of workers."""
         return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class EvalConfig(Section):
+    """Section `evaluate`: how held-out text is measured."""
+
     path: ClassVar[str] = "evaluate."
     streams: Int = Field(
-        32, ge=1, le=1 << 20, description="contiguous parts that the text is read in, each from zero states"
+        32, ge=1, le=1 << 20, description="The text is read in this many contiguous parts, each from a zero state."
     )
-    reset: Literal["never", "sentence"] = Field("never", description="sentence: zero states at each sentence")
-    rows: Int = Field(128, ge=1, le=1 << 20, description="streams computed at a time; the result does not depend on it")
+    reset: Literal["never", "sentence"] = Field(
+        "never", description="sentence starts every sentence from a zero state."
+    )
+    rows: Int = Field(
+        128, ge=1, le=1 << 20, description="This many streams are computed at a time; the result does not change."
+    )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: products only; of `evaluate` and of the final test text"
+        "fp32", description="bf16 computes products in bfloat16, in evaluate and for the test text after training."
     )
 
     def _unused(self) -> dict[str, str]:
@@ -264,17 +331,25 @@ class EvalConfig(Section):
 
 
 class InitConfig(Section):
-    """Where weights come from; the key of `source` is `init.from`."""
+    """Section `init`: where the weights come from. The key of `source` is `init.from`."""
 
     path: ClassVar[str] = "init."
     source: str | None = Field(
-        None, alias="from", description="SOURCE: run, checkpoint, bilm-tf save folder, or weights.hdf5"
+        None,
+        alias="from",
+        description="The SOURCE: a run, a checkpoint, a folder that bilm-tf saved in, or weights.hdf5.",
     )
-    options: str | None = Field(None, description="options.json of bilm-tf's files; null: the one beside them")
-    vocab: str | None = Field(None, description="vocabulary of bilm-tf's files; null: a vocab.txt beside them")
+    options: str | None = Field(
+        None, description="The options.json of bilm-tf's files; null takes the one beside them."
+    )
+    vocab: str | None = Field(
+        None, description="The vocabulary of bilm-tf's files; null takes the vocab.txt beside them."
+    )
 
 
 class PretrainConfig(Root):
+    """Configuration of `pretrain`."""
+
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -320,41 +395,57 @@ class PretrainConfig(Root):
 
 
 class PrepareConfig(PretrainConfig):
-    """The file of a pretrain run; only run, data and cluster matter to `prepare`."""
+    """Configuration of `prepare`: the file of a pretrain run, of which only run, data and cluster are used."""
 
 
 class EvaluateConfig(Root):
+    """Configuration of `evaluate`."""
+
     run: StorageConfig = StorageConfig()
     data: TextConfig = TextConfig()
     evaluate: EvalConfig = EvalConfig()
     cluster: ComputeConfig = ComputeConfig()
     init: InitConfig = InitConfig()
-    checkpoint: str = Field("best", min_length=1, description="of a run: best, last, or a checkpoint's name")
+    checkpoint: str = Field(
+        "best", min_length=1, description="Which checkpoint of a run to use: best, last, or its name."
+    )
 
     def required(self) -> dict[str, str]:
         return {} if self.data.test else {"data.test": "set it to a glob of text files, or to `sample`"}
 
 
 class FormatConfig(Section):
+    """Section `export`."""
+
     path: ClassVar[str] = "export."
     format: Literal["bilm", "checkpoint"] = Field(
         "bilm",
-        description="bilm: weights.hdf5, options.json, vocab.txt; checkpoint: elmo_ray's, with softmax and slots",
+        description="bilm writes the files of bilm-tf; checkpoint keeps softmax and optimizer, for elmo_ray.",
     )
 
 
 class ExportConfig(Root):
+    """Configuration of `export`."""
+
     cluster: TaskConfig = TaskConfig()
     init: InitConfig = InitConfig()
-    checkpoint: str = Field("best", min_length=1, description="of a run: best, last, or a checkpoint's name")
-    out: str | None = Field(None, description="OUT: the folder to write")
+    checkpoint: str = Field(
+        "best", min_length=1, description="Which checkpoint of a run to use: best, last, or its name."
+    )
+    out: str | None = Field(None, description="OUT: the folder to write.")
     export: FormatConfig = FormatConfig()
 
 
 class ReportConfig(Root):
-    runs: Globs = Field((), description="RUN ...: folders of runs")
-    out: str | None = Field(None, description="folder for report.html and its PNGs; null: the first run's folder")
-    words: Globs = Field((), description="words whose nearest neighbours are shown; none: some frequent English ones")
+    """Configuration of `report`."""
+
+    runs: Globs = Field((), description="RUN: the folders of the runs.")
+    out: str | None = Field(
+        None, description="The folder for report.html and its PNGs; null takes the folder of the first run."
+    )
+    words: Globs = Field(
+        (), description="Show the nearest neighbours of these words; none: of some frequent English ones."
+    )
 
 
 if TYPE_CHECKING:
@@ -364,7 +455,7 @@ _TABLE_PARTS = ("word_embedding", "softmax")
 
 
 def part_problems(config: PretrainConfig) -> Iterator[str]:
-    """Messages for `train.freeze`, `train.softmax_first` and `optim.part_lr`, checked against `config.model`."""
+    """Yield a message for each value of `train.freeze`, `train.softmax_first` and `optim.part_lr` that does not fit."""
     parts, freeze, rates = config.model.parts(), config.train.freeze, config.optim.part_lr
     for part in freeze:
         if part not in parts:

@@ -1,7 +1,7 @@
-"""YAML as people expect it: the scalars of YAML 1.2, no duplicate keys, and a dumper whose output reads back alike.
+"""Reader and writer of YAML: scalars as in YAML 1.2, no duplicate keys, and output that reads back to the same values.
 
-Only null, booleans, numbers, strings, lists and mappings are read, and not too many of them: a stranger's file can
-neither make objects, nor grow in memory by aliases, nor be nested so deep that those who walk through it fail.
+The reader accepts null, booleans, numbers, strings, lists and mappings, and limits their number and depth. So a file
+of a stranger cannot create objects, fill the memory by aliases, or exceed the recursion limit.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _FLOAT = re.compile(
 _RESOLVERS = (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT))
 
 _MOST_CHARACTERS = 1 << 20
-_MOST_VALUES = 100_000  # an alias counts as often as it is used
+_MOST_VALUES = 100_000  # an alias counts each time it is used
 _DEEPEST = 40
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader whose plain scalars are YAML 1.2's, so that `off` and `no` are strings and `3e-4` is a number."""
+    """SafeLoader with the plain scalars of YAML 1.2: `off` and `no` are strings, and `3e-4` is a number."""
 
     yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {
         None: [(f"tag:yaml.org,2002:{kind}", pattern) for kind, pattern in _RESOLVERS]
@@ -79,7 +79,7 @@ def _problem(text: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, text, node.start_mark)
 
 
-# Instead of SafeLoader's, which also makes dates, bytes and sets, of which no setting is one.
+# These replace SafeLoader's constructors, which also make dates, bytes and sets; no setting has such a value.
 _Loader.yaml_constructors = {
     "tag:yaml.org,2002:null": _null,
     "tag:yaml.org,2002:bool": _bool,
@@ -93,7 +93,7 @@ _Loader.yaml_constructors = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that also quotes what only our reader would take for a number or null."""
+    """SafeDumper that also quotes strings that only our reader would take for a number or null."""
 
     yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 
@@ -109,7 +109,10 @@ _Dumper.add_representer(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of one YAML document. `where` (a file or a key) begins the message of the ConfigError for a bad one."""
+    """Return the value of one YAML document.
+
+    Raises ConfigError for a bad document; its message begins with `where` (a file or a key).
+    """
     place = one_line(where)
     if len(text) > _MOST_CHARACTERS:
         raise ConfigError(f"{place}: has more than {_MOST_CHARACTERS} characters; settings are shorter")
@@ -125,12 +128,15 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def check_size(value: Any) -> None:
-    """Raises ValueError for plain values that are too many, an alias counted as often as it is used, or too deep."""
+    """Raise ValueError if there are too many plain values or they are nested too deep.
+
+    An alias counts each time it is used.
+    """
     _size(value, {}, 0)
 
 
 def _size(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[int, int]:
-    """How many values this one is made of, and how deep they are."""
+    """Return the number of values inside this one, itself included, and their depth."""
     if not isinstance(value, dict | list | tuple):
         return 1, 0
     if id(value) not in known:
@@ -145,10 +151,10 @@ def _size(value: Any, known: dict[int, tuple[int, int]], depth: int) -> tuple[in
 
 
 def dump_yaml(value: Any) -> str:
-    """A mapping of plain values as YAML: keys in their order, lists on one line."""
+    """Return a mapping of plain values as YAML, with the keys in their order and each list on one line."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def reads_as_text(text: str) -> bool:
-    """Whether a plain scalar is a string to our reader, not a number, a boolean or null."""
+    """Return True if our reader takes this plain scalar for a string, not for a number, a boolean or null."""
     return not any(pattern.match(text) for _, pattern in _RESOLVERS)

@@ -1,4 +1,4 @@
-"""The settings of `embed`."""
+"""Settings of `embed`."""
 
 from __future__ import annotations
 
@@ -28,30 +28,44 @@ Layers = Annotated[
 
 
 class EmbedTextConfig(Section):
+    """Section `data` of `embed`."""
+
     path: ClassVar[str] = "data."
-    block_bytes: Int = Field(262144, ge=1024, le=1 << 30, description="text of a shard of the output, about")
-    on_error: Literal["fail", "replace"] = Field("fail", description="what bytes that are not UTF-8, and NULs, do")
+    block_bytes: Int = Field(
+        262144, ge=1024, le=1 << 30, description="Each shard of the output holds about this many bytes of text."
+    )
+    on_error: Literal["fail", "replace"] = Field(
+        "fail", description="What happens at bytes that are not UTF-8 and at NULs: an error, or a replacement."
+    )
 
 
 class EmbedOptions(Section):
+    """Section `embed`."""
+
     path: ClassVar[str] = "embed."
     output: Literal["vectors", "means", "substitutes", "surprisal"] = Field(
-        "vectors", description="means: over a sentence; surprisal: nats of each word"
+        "vectors", description="means: one of each sentence; surprisal: nats of each word."
     )
-    layers: Layers = Field("all", description="numbers: a factor for each layer of a sum, the word vectors first")
-    dtype: Literal["float32", "float16"] = Field("float32", description="of the vectors that are written")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: products only")
+    layers: Layers = Field("all", description="A list has a factor for each layer of a sum, word vectors first.")
+    dtype: Literal["float32", "float16"] = Field(
+        "float32", description="The number type of the vectors that are written."
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 computes products in bfloat16.")
     state: Literal["reset", "carry"] = Field(
-        "reset", description="reset: each sentence from zero; carry: a file's sentences one after another, as bilm-tf"
+        "reset", description="reset starts each sentence from zero; carry goes on through a file, as bilm-tf does."
     )
     format: Literal["auto", "hdf5", "parquet"] = Field(
-        "auto", description="auto: by OUT's name, .hdf5 and .h5 are HDF5"
+        "auto", description="auto decides by the name of OUT: .hdf5 and .h5 are HDF5."
     )
-    column: str | None = Field(None, min_length=1, description="of JSONL and Parquet input: text, or a list of words")
-    k: Int = Field(10, ge=1, le=10000, description="words for each position, for embed.output=substitutes")
-    batch_positions: Int = Field(2048, ge=1, le=1 << 24, description="positions computed at a time")
+    column: str | None = Field(
+        None, min_length=1, description="The column of JSONL or Parquet input; it holds text or lists of words."
+    )
+    k: Int = Field(10, ge=1, le=10000, description="How many words embed.output=substitutes lists at each position.")
+    batch_positions: Int = Field(2048, ge=1, le=1 << 24, description="This many positions are computed at a time.")
     tokens: str | None = Field(
-        None, min_length=1, description="vocabulary file: write its words' context-independent vectors; there is no IN"
+        None,
+        min_length=1,
+        description="A vocabulary file: write the context-independent vectors of its words; there is no IN.",
     )
 
     def _unused(self) -> dict[str, str]:
@@ -73,13 +87,19 @@ class EmbedOptions(Section):
 
 
 class EmbedConfig(Root):
+    """Configuration of `embed`."""
+
     data: EmbedTextConfig = EmbedTextConfig()
     embed: EmbedOptions = EmbedOptions()
     cluster: ComputeConfig = ComputeConfig()
     init: InitConfig = InitConfig()
-    checkpoint: str = Field("best", min_length=1, description="of a run: best, last, or a checkpoint's name")
-    texts: Globs = Field((), alias="in", description="IN: text with a sentence a line, .jsonl or .parquet files")
-    out: str | None = Field(None, description="OUT: an HDF5 file, or the folder of Parquet files")
+    checkpoint: str = Field(
+        "best", min_length=1, description="Which checkpoint of a run to use: best, last, or its name."
+    )
+    texts: Globs = Field(
+        (), alias="in", description="IN: text with one sentence in each line, .jsonl files or .parquet files."
+    )
+    out: str | None = Field(None, description="OUT: an HDF5 file, or a folder of Parquet files.")
 
     def required(self) -> dict[str, str]:
         needed = {} if self.out is not None else {"out": "name the file or folder to write"}

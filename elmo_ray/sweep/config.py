@@ -1,6 +1,6 @@
-"""The settings of `sweep`: those of the run that is varied, and how.
+"""Settings of `sweep`: those of the run that is varied, and the space of the values that are tried.
 
-What a sweep tries: dotted keys, each with a way to draw its values, and the draws as a pure function of the seed.
+A space gives each dotted key a domain of values. The values of a trial are a pure function of the seed and the trial.
 """
 
 from __future__ import annotations
@@ -24,16 +24,21 @@ KINDS = ("loguniform", "uniform", "randint", "choice", "grid")
 
 @dataclass(frozen=True)
 class Domain:
-    """kind: one of KINDS. values: [low, high] of a range (randint's ends are both taken), else all that there are."""
+    """Values of one key. kind: one of KINDS.
+
+    values: (low, high) of a range (randint includes both), or all values of `choice` and `grid`.
+    """
 
     kind: str
     values: tuple[Any, ...]
 
     @property
     def is_range(self) -> bool:
+        """Return True if the values are (low, high)."""
         return self.kind not in ("choice", "grid")
 
     def draw(self, random: np.random.Generator) -> Any:
+        """Return one value, drawn from `random`."""
         if not self.is_range:
             return self.values[int(random.integers(len(self.values)))]
         low, high = self.values
@@ -45,7 +50,7 @@ class Domain:
 
 
 def parse_domain(spec: Any) -> Domain:
-    """Of {kind: values}; raises ValueError that says what is wrong with it."""
+    """Return the domain for {kind: values}; raise a ValueError that says what is wrong."""
     if not isinstance(spec, Mapping) or len(spec) != 1:
         raise ValueError(f"must be one of {', '.join(KINDS)} with a list")
     kind, values = next(iter(spec.items()))
@@ -68,8 +73,10 @@ def parse_domain(spec: Any) -> Domain:
 
 
 def draw_trials(space: Mapping[str, Domain], trials: int, seed: int) -> list[dict[str, Any]]:
-    """The values of each trial by dotted key. Values of `grid` go through all their combinations again and again, the
-    others are drawn from (seed, trial)."""
+    """Return the values of each trial, by dotted key.
+
+    The keys with `grid` go through all their combinations again and again. The others are drawn from (seed, trial).
+    """
     grids = [key for key, domain in space.items() if domain.kind == "grid"]
     combinations = list(itertools.product(*(space[key].values for key in grids)))
     drawn = []
@@ -81,7 +88,7 @@ def draw_trials(space: Mapping[str, Domain], trials: int, seed: int) -> list[dic
 
 
 def all_combinations(space: Mapping[str, Domain]) -> list[dict[str, Any]]:
-    """Every combination of the values of `choice` and `grid`."""
+    """Return every combination of the values of `choice` and `grid`."""
     return [
         dict(zip(space, values, strict=True)) for values in itertools.product(*(each.values for each in space.values()))
     ]
@@ -91,7 +98,7 @@ _SHARED = (
     "data.train", "data.valid", "data.test", "data.vocab", "data.prepared_dir", "data.block_bytes", "data.on_error",
     "data.holdout", "data.min_count", "data.max_vocab", "evaluate.streams", "train.validate_positions",
 )  # fmt: skip
-"""Trials share the prepared text, and are compared by it."""
+"""Keys that cannot vary: all trials share the prepared text and are compared on it."""
 
 
 def _space(value: Any) -> dict[str, Any]:
@@ -108,18 +115,24 @@ Space = Annotated[
 
 
 class SweepSection(Section):
+    """Section `sweep`."""
+
     path: ClassVar[str] = "sweep."
-    space: Space = Field({}, description="what is varied")
-    trials: Int = Field(8, ge=1, le=100_000, description="number of trials, the first included")
-    first: bool = Field(True, description="trial 0 is the configuration as it stands, and is never ended early")
+    space: Space = Field({}, description="What is varied.")
+    trials: Int = Field(8, ge=1, le=100_000, description="The number of trials, trial 0 included.")
+    first: bool = Field(True, description="Trial 0 is the configuration as it is, and it is never ended early.")
     search: Literal["random", "grid", "optuna"] = Field(
-        "random", description="optuna: an extra; grid: all combinations"
+        "random", description="grid tries all combinations; optuna needs pip install 'elmo-ray[optuna]'."
     )
-    scheduler: Literal["asha"] | None = Field("asha", description="asha: ends trials that are worse than others early")
-    grace: Duration = Field(Duration(100, "steps"), description="that no trial is ended before (asha); steps")
-    reduction: float = Field(3.0, gt=1, le=100, description="of so many trials one goes on at each rung (asha)")
-    concurrent: Int | None = Field(None, ge=1, le=10_000, description="trials at a time; null: as many as fit")
-    show_every_s: float = Field(30.0, ge=1, le=86400, description="seconds between two tables in the terminal")
+    scheduler: Literal["asha"] | None = Field("asha", description="asha ends trials early that are worse than others.")
+    grace: Duration = Field(Duration(100, "steps"), description="asha ends no trial before this many steps.")
+    reduction: float = Field(3.0, gt=1, le=100, description="At each rung asha lets one of this many trials continue.")
+    concurrent: Int | None = Field(
+        None, ge=1, le=10_000, description="How many trials run at a time; null: as many as fit."
+    )
+    show_every_s: float = Field(
+        30.0, ge=1, le=86400, description="The number of seconds between two tables in the terminal."
+    )
 
     def _unused(self) -> dict[str, str]:
         if self.scheduler == "asha":
@@ -146,11 +159,12 @@ class SweepSection(Section):
             yield "sweep.search=optuna cannot take grid; use choice"
 
     def domains(self) -> dict[str, Domain]:
+        """Return the domain of each varied key."""
         return {key: parse_domain(spec) for key, spec in self.space.items()}
 
 
 class SweepConfig(FinetuneConfig):
-    """With init.from the trials are runs of `finetune`, without it of `pretrain`."""
+    """Configuration of `sweep`. With init.from the trials are runs of `finetune`, without it runs of `pretrain`."""
 
     sweep: SweepSection = SweepSection()
 
@@ -184,11 +198,11 @@ class SweepConfig(FinetuneConfig):
                 return
 
     def tree(self) -> dict[str, Any]:
-        """What was given, as nested plain values, without `sweep`."""
+        """Return the settings that the user gave, as nested plain values, without the section `sweep`."""
         return nested({key: value for key, value in explicit(self, "") if not key.startswith("sweep.")})
 
     def trial(self, values: dict[str, Any]) -> FinetuneConfig | PretrainConfig:
-        """The configuration of a trial; raises ConfigError for values that do not fit."""
+        """Return the configuration of a trial; raise ConfigError for values that do not fit."""
         tree = self.tree()
         for key, value in values.items():
             place = tree
@@ -203,7 +217,7 @@ class SweepConfig(FinetuneConfig):
         return PretrainConfig.from_dict(tree)
 
     def as_given(self) -> dict[str, Any]:
-        """The configuration's own values of what is varied; raises ConfigError where one is not in its domain."""
+        """Return the values of the varied keys in the file itself; raise ConfigError if one is not in its domain."""
         whole = dict(explicit_or_default(self.trial({})))
         values = {key: whole.get(key) for key in self.sweep.space}
         for key, domain in self.sweep.domains().items():
@@ -220,7 +234,7 @@ class SweepConfig(FinetuneConfig):
         return values
 
     def places(self, values: dict[str, Any]) -> dict[str, Any]:
-        """As Optuna knows them: of a choice, the place among its values."""
+        """Return the values in the form that Optuna takes: for a choice, the index of the value as a string."""
         domains = self.sweep.domains()
         return {
             key: str(domains[key].values.index(value)) if domains[key].kind == "choice" else value
@@ -228,7 +242,10 @@ class SweepConfig(FinetuneConfig):
         }
 
     def draws(self) -> list[dict[str, Any]]:
-        """What each trial varies, where that does not depend on others' results; the first may vary nothing."""
+        """Return the varied values of each trial that does not depend on the results of others.
+
+        The values of the first trial may be empty: it is the file as it is.
+        """
         domains = self.sweep.domains()
         if self.sweep.search == "optuna":
             return [self.as_given()] if self.sweep.first else []
@@ -239,7 +256,7 @@ class SweepConfig(FinetuneConfig):
 
 
 def explicit_or_default(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All settings, as dotted key and plain value."""
+    """Yield all settings, each as its dotted key and its plain value."""
     for name, value in section.to_dict().items():
         field = next(n for n, f in type(section).model_fields.items() if name in (n, f.alias))
         below = getattr(section, field)
@@ -250,7 +267,7 @@ def explicit_or_default(section: Section, prefix: str = "") -> Iterator[tuple[st
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested mappings."""
+    """Return dotted keys as nested mappings."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         place = tree
