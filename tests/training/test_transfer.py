@@ -16,7 +16,9 @@ from elmo_ray.training.step_input import Sent, StepInput, Transfer, device_quiet
 def made() -> StepInput:
     numbers = torch.arange(6)
     part = StepInput(0, numbers, (), numbers, numbers, numbers, numbers > 2, 6)
-    return StepInput(0, numbers, ((6, 1),), numbers + 1, numbers, numbers, numbers > 2, 6, parts=((range(6), part),))
+    return StepInput(
+        0, numbers, ((6, 1),), numbers + 1, numbers, numbers, numbers > 2, 6, micro_batches=((range(6), part),)
+    )
 
 
 def test_nothing_happens_on_a_cpu() -> None:
