@@ -7,18 +7,16 @@ import sys
 from collections.abc import Sequence
 
 from elmo_ray import __version__
-from elmo_ray.config.command_line import VERBS, overview, print_errors
+from elmo_ray.config.command_line import VERBS, overview, print_errors, print_result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `VERB ...` and returns its exit code; without arguments, prints the verbs."""
+    """Run `VERB ...` and return its exit code; without arguments, print the verbs."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(overview())
-        return 0
+        return print_result(overview())
     if arguments[0] == "--version":
-        print(f"elmo_ray {__version__}")
-        return 0
+        return print_result(f"elmo_ray {__version__}")
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         print_errors(f"unknown verb {verb}; the verbs are {', '.join(VERBS)}")

@@ -9,8 +9,10 @@ cluster.workers > 0 the parts are dealt to Ray tasks, with 0 all is done here.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import operator
 import os
 import sys
 import time
@@ -19,16 +21,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from elmo_ray import prepare
 from elmo_ray.checkpoints.source import Source, open_source
+from elmo_ray.cluster.session import TORCH_NAMES, check_room, device_for, in_this_process
+from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import ComputeConfig, EvaluateConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.elmo.evaluation import Job, Tally, measure_part
 from elmo_ray.elmo.scoring import LossSums
-from elmo_ray.errors import ConfigError, DataError, ElmoRayError, FormatError
+from elmo_ray.errors import DataError, FormatError
 
 logger = logging.getLogger("elmo_ray.evaluate")  # also where this module is __main__
 
@@ -37,7 +40,6 @@ NOTE = (
     "the more unknown words there are, and only those of one vocabulary compare"
 )
 
-_PROGRESS_SECONDS = 20.0
 _COLUMNS = (
     ("forward", "perplexity_forward", ",.2f"),
     ("backward", "perplexity_backward", ",.2f"),
@@ -205,65 +207,31 @@ def measures(nats: np.ndarray, positions: int, characters: int) -> dict[str, Any
 
 
 def _measure_here(job: Job, source: Source, cluster: ComputeConfig) -> Tally:
-    if cluster.device == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("cluster.device=gpu: torch sees no GPU on this machine; set cluster.device=cpu")
-    device = "cuda" if cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
-    before = torch.get_num_threads()
-    torch.set_num_threads(cluster.threads or before)
-    try:
+    with in_this_process(cluster) as device:
         (part,) = job.parts(1)
         return job.measure(part, source.model.to(device), source.vocabulary)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measure_on_ray(job: Job, cluster: ComputeConfig) -> Tally:
-    import ray
-
-    from elmo_ray.cluster.session import ensure_ray
-
     parts = job.parts(cluster.workers)
     if len(parts) < cluster.workers:
         logger.info("the text has %d parts, so %d workers are used", len(parts), len(parts))
-    ensure_ray()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if cluster.cpus_per_worker > max(node.get("CPU", 0.0) for node in nodes):
-        raise ConfigError(f"cluster.cpus_per_worker={cluster.cpus_per_worker}: no node of the cluster has so many CPUs")
-    gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    if cluster.device == "gpu" and not gpus:
-        raise ConfigError("cluster.device=gpu: the Ray cluster has no GPU; set cluster.device=cpu")
-    on_gpu = cluster.device == "gpu" or (cluster.device == "auto" and gpus >= len(parts))
-    device, share = "cuda" if on_gpu else "cpu", -(-len(parts) // len(nodes))
-    task = ray.remote(measure_part).options(
-        num_cpus=cluster.cpus_per_worker, num_gpus=1 if on_gpu else 0, max_retries=cluster.max_failures
+    # Parts can wait for one another, so one place is enough; but a GPU is used unasked only where each part gets one.
+    device = device_for(cluster, 1 if cluster.device == "gpu" else len(parts))
+    check_room(cluster, 1, device)
+    tallies = dict(
+        run_tasks(
+            functools.partial(measure_part, job, device=TORCH_NAMES[device]),
+            parts,
+            workers=len(parts),
+            cpus=cluster.cpus_per_worker,
+            device=device,
+            threads=cluster.threads,
+            max_failures=cluster.max_failures,
+        )
     )
-    shared = ray.put(job)
-    waiting = [task.remote(shared, part, device, cluster.threads, share) for part in parts]
-    order = {reference: number for number, reference in enumerate(waiting)}
-    tallies: dict[int, Tally] = {}
-    try:
-        while waiting:
-            ready, waiting = ray.wait(waiting, timeout=_PROGRESS_SECONDS)
-            for reference in ready:
-                tallies[order[reference]] = ray.get(reference)
-            if not ready:
-                logger.info("%d of %d parts are done", len(tallies), len(parts))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ElmoRayError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        raise ElmoRayError(
-            f"evaluation lost a worker more than cluster.max_failures={cluster.max_failures} times: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from None
-    finally:
-        for reference in waiting:
-            ray.cancel(reference)
-    total = tallies[0]
-    for number in range(1, len(parts)):
-        total += tallies[number]
-    return total
+    # in the order of the parts: a sum of floats depends on its order
+    return functools.reduce(operator.add, (tallies[number] for number in range(len(parts))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

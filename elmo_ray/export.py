@@ -30,11 +30,13 @@ from elmo_ray.checkpoints.manifest import MANIFEST
 from elmo_ray.checkpoints.read import open_checkpoint
 from elmo_ray.checkpoints.source import BEST, OPTIONS, VOCABULARY, WEIGHTS, Source, open_source
 from elmo_ray.checkpoints.write import copy_best
+from elmo_ray.cluster.session import check_room, in_cluster
+from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import ExportConfig, PretrainConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.encoder import embed_sentences
-from elmo_ray.errors import CheckpointError, ConfigError, DataError, ElmoRayError, FormatError
+from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.storage import absolute
 from elmo_ray.storage.files import write_aside
@@ -187,20 +189,18 @@ def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult | Impo
         work = import_checkpoint
     places = [_absolute(path) for path in (init.source, config.out, init.options, init.vocab)]
     arguments = (places[0], places[1], config.checkpoint, places[2], places[3])
-    if config.cluster.workers == 0 or not _in_cluster():
+    if config.cluster.workers == 0 or not in_cluster():
         return work(*arguments)
-    import ray
-
-    from elmo_ray.cluster.session import ensure_ray
-
-    ensure_ray()
-    task = ray.remote(work).options(num_cpus=config.cluster.cpus_per_worker, max_retries=config.cluster.max_failures)
-    try:
-        return ray.get(task.remote(*arguments))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ElmoRayError):
-            raise error.cause from None
-        raise
+    cluster = config.cluster
+    check_room(cluster, 1)
+    results: Iterator[tuple[int, ExportResult | ImportResult]] = run_tasks(
+        lambda arguments: work(*arguments),
+        [arguments],
+        workers=1,
+        cpus=cluster.cpus_per_worker,
+        max_failures=cluster.max_failures,
+    )
+    return dict(results)[0]
 
 
 def export_model(
@@ -296,14 +296,6 @@ def _embed(model: BiLM, vocabulary: Vocabulary) -> np.ndarray:
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else absolute(path)
-
-
-def _in_cluster() -> bool:
-    """In a Ray job or with RAY_ADDRESS: another machine may do it. A cluster of our own is not started for this."""
-    if os.environ.get("RAY_ADDRESS"):
-        return True
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

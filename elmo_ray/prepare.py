@@ -12,19 +12,21 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elmo_ray import storage
+from elmo_ray.cluster.session import free_cpus
+from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import SAMPLE, ClusterConfig, DataConfig, PrepareConfig, PretrainConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.data import sample, scan
 from elmo_ray.data.corpus import Corpus, expand_paths, shard_fields
 from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.encode import read_block
-from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, perform_rows, run_here
+from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, perform, run_here
 from elmo_ray.data.text import OnError, decode, file_status
 from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
@@ -38,8 +40,6 @@ logger = logging.getLogger("elmo_ray.prepare")  # __name__ is __main__ as a comm
 CORPUS_WORDS = 4_000_000
 # Less work than this, in bytes of text, is done in this process: it takes less time than Ray needs to start.
 SMALL_BYTES = 8 << 20
-# Tasks in one Dataset: every task is an object that this process makes.
-_DATASET_TASKS = 1000
 TEXTS = ("train", "valid", "test")
 
 
@@ -143,7 +143,7 @@ def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
     """Prepares the texts of data.train, data.valid and data.test, and the vocabulary.
 
     Writes only under data.prepared_dir: vocab.txt, {train,valid,test}.npz (`Corpus.load`), prepare.json, and what it
-    knows of each file, which `fresh` forgets. Ray Data does the work, a segment of a file a task; with
+    knows of each file, which `fresh` forgets. Ray tasks do the work, a segment of a file each; with
     cluster.workers=0 or little to do, this process. Raises ConfigError and DataError.
     """
     data = config.data
@@ -332,12 +332,12 @@ def _sha256_of(path: Path) -> str | None:
 
 
 def _runner(cluster: ClusterConfig) -> Runner:
-    def run_tasks(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
+    def runner(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
         if cluster.workers == 0 or _bytes_of(todo) < SMALL_BYTES:
             return run_here(todo)
-        return _run_on_ray(todo)
+        return _run_on_ray(todo, cluster.max_failures)
 
-    return run_tasks
+    return runner
 
 
 def _bytes_of(todo: Sequence[Task]) -> int:
@@ -351,30 +351,16 @@ def _bytes_of(todo: Sequence[Task]) -> int:
     )
 
 
-def _run_on_ray(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
-    from elmo_ray.cluster.session import ensure_ray
-
-    # First, because Ray Data takes its logging level from the environment when it is imported.
-    ensure_ray()
-    import ray
-    import ray.data
-
-    free = ray.available_resources().get("CPU", 0.0)
-    cpus = 1.0 if free >= 1 else 0.25
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    for first in range(0, len(todo), _DATASET_TASKS):
-        items = [
-            {"number": number, "task": json.dumps(task)}
-            for number, task in enumerate(todo[first : first + _DATASET_TASKS], start=first)
-        ]
-        pool = ray.data.TaskPoolStrategy(size=max(1, min(int(free), len(items))))
-        results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            perform_rows, batch_size=1, batch_format="pyarrow", num_cpus=cpus, compute=pool
-        )
-        for row in results.iter_rows():
-            if row["error"]:
-                raise DataError(row["error"])
-            yield row["number"], row["result"]
+def _run_on_ray(todo: Sequence[Task], max_failures: int) -> Iterator[tuple[int, bytes]]:
+    free = free_cpus()
+    return run_tasks(
+        perform,
+        todo,
+        workers=max(1, int(free)),
+        cpus=1.0 if free >= 1 else 0.25,
+        max_failures=max_failures,
+        advice="run it again, and it goes on where it was",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray import prepare
+from elmo_ray.cluster.session import Device, check_cluster
 from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.errors import ConfigError, FormatError
@@ -127,8 +128,6 @@ def train_in(
     folder: RunFolder, config: PretrainConfig, begin: Callable[[TrainPlan], None] | None = None
 ) -> PretrainResult:
     """A run in its folder from whatever it has there to the end; `begin` writes what a new one starts from."""
-    from elmo_ray.cluster.session import check_cluster
-
     if folder.finished and (done := _finished(folder)) is not None:
         logger.info("%s: finished at step %d; nothing to do", folder.place, done.training["steps"])
         return done
@@ -150,7 +149,7 @@ def train_in(
         return _finish(config, folder.path, prepared, training)
 
 
-def fit_and_show(plan: TrainPlan, device: Any) -> dict[str, Any]:
+def fit_and_show(plan: TrainPlan, device: Device) -> dict[str, Any]:
     """Train, and show the metrics file's new lines meanwhile."""
     from elmo_ray.cluster.trainer import fit
 

@@ -1,25 +1,31 @@
-"""Starting or joining Ray, and what a run may take of the cluster."""
+"""The one place that starts or joins Ray, counts what its nodes have, and decides between CPUs and GPUs."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import secrets
 import socket
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from elmo_ray.config import ClusterConfig
-from elmo_ray.errors import ConfigError
+from elmo_ray.config import ClusterConfig, ComputeConfig, TaskConfig
+from elmo_ray.errors import ConfigError, short
 from elmo_ray.machine import starting_in_background
 
 logger = logging.getLogger(__name__)
 
 Device = Literal["cpu", "gpu"]
+
+TORCH_NAMES = {"cpu": "cpu", "gpu": "cuda"}
+"""Names that torch has for the devices."""
 
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,7 +39,13 @@ _RAY_ENVIRONMENT = {
 }
 
 
-# ---------------------------------------------------------------- the cluster
+# ---------------------------------------------------------------- starting and joining
+
+
+def set_environment() -> None:
+    """Set the variables that Ray reads when it is imported, where the user has not set them."""
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def ensure_ray() -> None:
@@ -41,8 +53,7 @@ def ensure_ray() -> None:
 
     Raises ConfigError if nothing answers at RAY_ADDRESS.
     """
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     address = os.environ.get("RAY_ADDRESS") or None
     if address is None and "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         # With the mode unset Ray asks for a token on a cluster of its own, and would write one to the home directory.
@@ -56,7 +67,7 @@ def ensure_ray() -> None:
         try:
             ray.init(logging_level="ERROR", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster can be joined: {first_line(error)}") from None
+            raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster can be joined: {last_line(error)}") from None
         return
     # Ray gives its workers a niceness of 15, so that its own processes would take the cores from training at any time.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -69,9 +80,26 @@ def ensure_ray() -> None:
             ray.init(**options, logging_level="ERROR", log_to_driver=False)
         except Exception as error:
             # Ray gives its own processes 30 s, which a busy machine may need for their imports alone.
-            logger.warning("Ray did not start (%s); trying once more", first_line(error))
+            logger.warning("Ray did not start (%s); trying once more", last_line(error))
             ray.shutdown()
             ray.init(**options, logging_level="ERROR", log_to_driver=False)
+
+
+def in_cluster() -> bool:
+    """Return True in a Ray job, in a session, and where RAY_ADDRESS names a cluster: others' machines may do the work.
+
+    Starts nothing and does not import Ray.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return True
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def last_line(error: BaseException) -> str:
+    """Return the class and the last line of an exception, in bounded length: Ray puts remote tracebacks first."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return short(f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__, 240)
 
 
 def _check_address(address: str) -> None:
@@ -85,86 +113,156 @@ def _check_address(address: str) -> None:
         raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster can be joined: {error}") from None
 
 
-def check_resources(cluster: ClusterConfig) -> Device:
-    """The device that workers will use, if the cluster can hold them and their data tasks; call `ensure_ray` first.
+# ---------------------------------------------------------------- what there is
 
-    A data task that is held back keeps its CPU: with less than this, a rank could wait for ever for its data. Raises
-    ConfigError with the numbers, for the sum and for the nodes.
-    """
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, with the CPUs and whole GPUs that Ray counts on it."""
+
+    cpus: float
+    gpus: int
+
+
+def alive_nodes() -> list[Node]:
+    """Return the nodes of the cluster that are alive; starts or joins Ray first."""
+    ensure_ray()
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    device = _device(cluster, sum(node.get("GPU", 0.0) for node in nodes))
-    cpus = [node.get("CPU", 0.0) for node in nodes]
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(node.get("CPU", 0.0), int(node.get("GPU", 0.0))) for node in resources]
+
+
+def free_cpus() -> float:
+    """Return how many CPUs nobody has reserved now; starts or joins Ray first."""
+    ensure_ray()
+    import ray
+
+    return float(ray.available_resources().get("CPU", 0.0))
+
+
+def describe_cpus(nodes: Sequence[Node]) -> str:
+    """Return the sum of the nodes' CPUs and the CPUs of each, for a message: `6 on 2 nodes (4, 2)`."""
+    each = ", ".join(f"{node.cpus:g}" for node in nodes)
+    return f"{sum(node.cpus for node in nodes):g} on {len(nodes)} node{'s' if len(nodes) != 1 else ''} ({each})"
+
+
+# ---------------------------------------------------------------- which device
+
+
+def local_device(cluster: ComputeConfig) -> Device:
+    """Return the device for work in this process. Raises ConfigError for cluster.device=gpu where torch sees none."""
+    if cluster.device == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("cluster.device=gpu: torch sees no GPU on this machine; set cluster.device=cpu")
+    return "gpu" if cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def in_this_process(cluster: ComputeConfig) -> Iterator[str]:
+    """Yield torch's name of the local device; within the context torch has cluster.threads threads, where it is set."""
+    device, before = TORCH_NAMES[local_device(cluster)], torch.get_num_threads()
+    try:
+        torch.set_num_threads(cluster.threads or before)
+        yield device
+    finally:
+        torch.set_num_threads(before)
+
+
+def device_for(cluster: ComputeConfig, workers: int) -> Device:
+    """Return the device of `workers` processes that run side by side; starts or joins Ray first.
+
+    Raises ConfigError where cluster.device=gpu and the cluster has not a GPU for each.
+    """
+    if cluster.device == "cpu":
+        return "cpu"
+    gpus = sum(node.gpus for node in alive_nodes())
+    if gpus >= workers:
+        return "gpu"
+    message = f"cluster.workers={shown_workers(cluster)} needs a GPU each, and the cluster has {gpus}"
+    if cluster.device == "gpu":
+        raise ConfigError(f"cluster.device=gpu: {message}; lower cluster.workers or set cluster.device=cpu")
+    if gpus:
+        logger.warning("cluster.device=auto: %s: using CPUs", message)
+    return "cpu"
+
+
+# ---------------------------------------------------------------- what fits
+
+
+def fits(nodes: Sequence[Node], device: Device, workers: int, cpus: float, task_cpus: float = 0.0) -> bool:
+    """Return True if some placement holds all `workers`, each with `cpus` and, on GPUs, one of them on its node.
+
+    task_cpus: of the data task that each worker has, which may be on another node.
+    """
+    # tasks[k]: most data tasks that fit beside k workers on the nodes so far
+    tasks: list[float] = [0.0] + [-math.inf] * workers
+    for node in nodes:
+        most = min(_places(node, device, cpus), workers)
+        free = [int((node.cpus - k * cpus) / task_cpus + 1e-6) if task_cpus else workers for k in range(most + 1)]
+        tasks = [max(tasks[n - k] + free[k] for k in range(min(n, most) + 1)) for n in range(workers + 1)]
+    return tasks[workers] >= workers
+
+
+def check_room(cluster: TaskConfig, workers: int, device: Device = "cpu") -> None:
+    """Raise ConfigError unless the cluster has nodes that hold `workers` workers at a time; starts or joins Ray first.
+
+    A process that no node can hold would wait for ever.
+    """
+    nodes = alive_nodes()
+    room = sum(_places(node, device, cluster.cpus_per_worker) for node in nodes)
+    if room >= workers:
+        return
+    have = f"the CPUs of the Ray cluster are {describe_cpus(nodes)}"
+    if not room:
+        so_many = "so many CPUs beside a GPU" if device == "gpu" else "so many CPUs"
+        raise ConfigError(f"cluster.cpus_per_worker={cluster.cpus_per_worker}: no node has {so_many}; {have}")
+    raise ConfigError(
+        f"cluster.workers={shown_workers(cluster)} x cluster.cpus_per_worker={cluster.cpus_per_worker}: the Ray "
+        f"cluster has room for {room}; {have}; lower one of them"
+    )
+
+
+def check_cluster(cluster: ClusterConfig) -> Device:
+    """Return the device of training's workers; starts or joins Ray where `cluster` needs it.
+
+    Raises ConfigError, with the numbers, where this machine or the cluster cannot hold all workers and their data
+    tasks: a data task that is held back keeps its CPU, so a rank could wait for ever for its data.
+    """
+    if cluster.workers == 0:
+        return local_device(cluster)
+    nodes = alive_nodes()
     n, worker, task = cluster.fewest_workers, cluster.cpus_per_worker, cluster.data_cpus
+    device = device_for(cluster, n)
     if cluster.elastic:  # a worker and its task are on one node
         worker, task = worker + task, 0.0
     request = (
-        f"cluster.workers={_shown(cluster)} x (cluster.cpus_per_worker={cluster.cpus_per_worker} + "
+        f"cluster.workers={shown_workers(cluster)} x (cluster.cpus_per_worker={cluster.cpus_per_worker} + "
         f"cluster.data_cpus={cluster.data_cpus})"
     )
-    have = f"{sum(cpus):g} on {len(nodes)} node{'s' if len(nodes) != 1 else ''} ({', '.join(f'{c:g}' for c in cpus)})"
-    if n * (worker + task) > sum(cpus) + 1e-6:
-        raise ConfigError(
-            f"{request} needs {n * (worker + task):g} CPUs, the Ray cluster has {have}; lower one of them"
-        )
-    gpus = [int(node.get("GPU", 0.0)) if device == "gpu" else n for node in nodes]
-    if not fits(cpus, gpus, n, worker, task):
+    needed, have = n * (worker + task), describe_cpus(nodes)
+    if needed > sum(node.cpus for node in nodes) + 1e-6:
+        raise ConfigError(f"{request} needs {needed:g} CPUs, the Ray cluster has {have}; lower one of them")
+    if not fits(nodes, device, n, worker, task):
         raise ConfigError(
             f"{request} cannot be placed: the CPUs are {have}, and a worker or data task must be on one node"
         )
     for pause in (0.0, 0.2, 0.8):  # CPUs of tasks that have just ended are told of a moment later
         time.sleep(pause)
-        free = ray.available_resources().get("CPU", 0.0)
-        if n * (worker + task) <= free + 1e-6:
+        free = free_cpus()
+        if needed <= free + 1e-6:
             break
     else:
         logger.warning("%s: only %g CPUs are free; training waits for others to end", request, free)
     return device
 
 
-def _device(cluster: ClusterConfig, gpus: float) -> Device:
-    if cluster.device == "cpu" or (cluster.device == "auto" and gpus == 0):
-        return "cpu"
-    if gpus >= cluster.fewest_workers:
-        return "gpu"
-    message = f"cluster.workers={_shown(cluster)} needs a GPU each, and the cluster has {gpus:g}"
-    if cluster.device == "gpu":
-        raise ConfigError(f"cluster.device=gpu: {message}; lower cluster.workers or set cluster.device=cpu")
-    logger.warning("cluster.device=auto: %s: training on CPUs", message)
-    return "cpu"
+def shown_workers(cluster: TaskConfig) -> str:
+    """Return cluster.workers as a user writes it."""
+    workers: int | tuple[int, int] = cluster.workers
+    return str(list(workers)) if isinstance(workers, tuple) else str(workers)
 
 
-def _shown(cluster: ClusterConfig) -> str:
-    return f"[{cluster.fewest_workers}, {cluster.most_workers}]" if cluster.elastic else str(cluster.workers)
-
-
-def fits(cpus: Sequence[float], gpus: Sequence[int], workers: int, worker: float, task: float) -> bool:
-    """Whether some placement holds `workers` workers (a worker on one node, with a GPU if counted) and its task."""
-    # tasks[k]: most data tasks that fit beside k workers on the nodes so far
-    tasks: list[float] = [0.0] + [-math.inf] * workers
-    for cpu, gpu in zip(cpus, gpus, strict=True):
-        most = min(int(cpu / worker + 1e-6), gpu, workers)
-        room = [int((cpu - k * worker) / task + 1e-6) if task else workers for k in range(most + 1)]
-        tasks = [max(tasks[n - k] + room[k] for k in range(min(n, most) + 1)) for n in range(workers + 1)]
-    return tasks[workers] >= workers
-
-
-def check_cluster(cluster: ClusterConfig) -> Device:
-    """The device that workers will use; starts or joins Ray where `cluster` needs it.
-
-    Raises ConfigError where this machine or cluster has not what is asked for.
-    """
-    if cluster.workers == 0:
-        if cluster.device == "gpu" and not torch.cuda.is_available():
-            raise ConfigError("cluster.device=gpu: torch sees no GPU on this machine; set cluster.device=cpu")
-        return "gpu" if cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
-    ensure_ray()
-    return check_resources(cluster)
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line of bounded length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-    return text if len(text) <= 240 else text[:240] + "..."
+def _places(node: Node, device: Device, cpus: float) -> int:
+    """Return how many workers of `cpus` a node holds, with a GPU for each where the device is `gpu`."""
+    places = int(node.cpus / cpus + 1e-6)
+    return min(places, node.gpus) if device == "gpu" else places

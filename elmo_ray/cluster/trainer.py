@@ -16,7 +16,7 @@ import torch
 
 from elmo_ray import errors, storage
 from elmo_ray.cluster.logs import LogRelay, log_to_run
-from elmo_ray.cluster.session import _RAY_ENVIRONMENT, Device, _shown, check_cluster, first_line
+from elmo_ray.cluster.session import TORCH_NAMES, Device, check_cluster, last_line, set_environment, shown_workers
 from elmo_ray.cluster.stopping import STOP_FILE, in_thread, leave_note, stop_check, stop_on_signals
 from elmo_ray.config import ClusterConfig
 from elmo_ray.data.encode import thread_source
@@ -76,8 +76,7 @@ def _local_worker(plan: TrainPlan, device: Device) -> Worker:
         max_characters=plan.config.model.char_cnn.max_characters,
         on_error=plan.config.data.on_error,
     )
-    place = torch.device("cuda" if device == "gpu" else "cpu")
-    return Worker(0, 1, place, source, lambda step, path, metrics: None, lambda: False)
+    return Worker(0, 1, torch.device(TORCH_NAMES[device]), source, lambda step, path, metrics: None, lambda: False)
 
 
 def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFunction) -> dict[str, Any]:
@@ -141,11 +140,11 @@ def _training_error(error: Exception, cluster: ClusterConfig) -> TrainingError:
         rank, failure = next(iter(failures.items()))
         return TrainingError(
             f"workers failed more than cluster.max_failures={cluster.max_failures} times; last, worker {rank}: "
-            f"{first_line(failure)}; --resume goes on from the newest checkpoint"
+            f"{last_line(failure)}; --resume goes on from the newest checkpoint"
         )
     return TrainingError(
-        f"Ray could not run cluster.workers={_shown(cluster)} with cluster.cpus_per_worker={cluster.cpus_per_worker}: "
-        f"{first_line(getattr(error, 'controller_failure', error))}"
+        f"Ray could not run cluster.workers={shown_workers(cluster)} with "
+        f"cluster.cpus_per_worker={cluster.cpus_per_worker}: {last_line(getattr(error, 'controller_failure', error))}"
     )
 
 
@@ -162,7 +161,7 @@ def _failure_log(run_dir: str, max_failures: int) -> Any:
                 with contextlib.suppress(OSError):  # an error here would end training
                     log_to_run(run_dir, None)
             self.count += 1
-            lost = "; ".join(f"worker {rank}: {first_line(error)}" for rank, error in worker_exceptions.items())
+            lost = "; ".join(f"worker {rank}: {last_line(error)}" for rank, error in worker_exceptions.items())
             then = "restarting all" if self.count <= max_failures else "giving up"
             logging.getLogger("elmo_ray").warning("failure %d of %d: %s: %s", self.count, max_failures, then, lost)
 
@@ -174,8 +173,7 @@ def _failure_log(run_dir: str, max_failures: int) -> Any:
 
 def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs in each worker process."""
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     import ray.train
     import ray.train.torch
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TextIO, TypeVar, runtime_checkable
 
 from elmo_ray import __version__
 from elmo_ray.config.schema import REMOVED, RENAMED, Key, Root, keys, unknown_key
@@ -129,16 +129,15 @@ def run_verb(
 ) -> int:
     """Parse `argv` (default: the arguments of the process), run the verb, print its result, and return the exit code.
 
-    0: done. 2: mistakes of the user, one line each on stderr. 130: interrupted. Other exceptions are defects and are
-    not caught.
+    0: done. 2: mistakes of the user, one line each on stderr. 130: interrupted. 141: nobody reads stdout any more.
+    Other exceptions are defects and are not caught.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(name, root))
-        return 0
+        return print_result(help_text(name, root))
     if "--version" in arguments:
-        print(f"elmo_ray {__version__}")
-        return 0
+        return print_result(f"elmo_ray {__version__}")
+    code = 0
     try:
         config, flags = parse(arguments, name, root)
         set_up_logging()
@@ -146,7 +145,7 @@ def run_verb(
             sys.stdout.reconfigure(errors="replace")  # a terminal may lack the characters of our curve
         result = run(config, flags)
         if isinstance(result, Result):
-            print(result.summary(), flush=True)
+            code = print_result(result.summary())
             if flags.json is not None:
                 write_json(flags.json, result.to_dict())
     except ElmoRayError as error:
@@ -157,7 +156,7 @@ def run_verb(
     except KeyboardInterrupt:
         print_errors("interrupted")
         return 130
-    return 0
+    return code
 
 
 def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Flags]:
@@ -261,10 +260,28 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def print_result(text: str) -> int:
+    """Print to stdout and return the exit code: 0, or 141 (as of SIGPIPE) where its reader has gone, as `head` does."""
+    return 0 if _print(text, sys.stdout) else 141
+
+
 def print_errors(text: str) -> None:
     """Print each line of the text as an error on stderr."""
     for line in text.split("\n"):
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        _print(f"error: {line}", sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> bool:
+    """Return False where the stream is a pipe that nobody reads."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        # Python flushes its streams once more when it ends, and would complain: what is left goes nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return False
+    return True
 
 
 def set_up_logging() -> None:

@@ -12,13 +12,12 @@ runs, so the processes must see the same folders.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elmo_ray import storage
 from elmo_ray.data import scan
@@ -35,12 +34,9 @@ from elmo_ray.data.scan import (
 )
 from elmo_ray.data.text import OnError, file_status
 from elmo_ray.data.unpack import check_space, compression, is_unpacked, unpack, unpacked_path
-from elmo_ray.errors import DataError, ElmoRayError
+from elmo_ray.errors import DataError
 from elmo_ray.storage.files import write_aside
 from elmo_ray.storage.local_copy import origin
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 def unpack_task(source: str, target: str) -> dict[str, Any]:
@@ -66,27 +62,6 @@ def scan_task(
 def hash_task(path: str) -> dict[str, Any]:
     """Hashes a file; the result is an index file with its `size`, `mtime_ns` and `sha256` (hexadecimal)."""
     return {"kind": "hash", "path": path}
-
-
-def perform_rows(rows: pa.Table) -> pa.Table:
-    """Does the tasks in the JSON column `task` of an Arrow table, in a Ray Data process.
-
-    Returns the columns `number` (as given), `result` and `error`. A user's mistake is a value, because Ray wraps
-    exceptions and may retry them.
-    """
-    import pyarrow as pa
-
-    results: list[bytes] = []
-    errors: list[str] = []
-    for text in rows["task"].to_pylist():
-        result, error = b"", ""
-        try:
-            result = perform(json.loads(text))
-        except ElmoRayError as mistake:
-            error = str(mistake)
-        results.append(result)
-        errors.append(error)
-    return pa.table({"number": rows["number"], "result": pa.array(results, pa.large_binary()), "error": errors})
 
 
 def perform(task: dict[str, Any]) -> bytes:

@@ -26,7 +26,7 @@ from elmo_ray.data.text import OnError
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.scoring import FixedModel, character_table, stream_losses
 from elmo_ray.errors import CheckpointError
-from elmo_ray.machine import available_cores, keep_freed_memory, leave_background
+from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
 
 POSITIONS_PER_BATCH = 4096
@@ -108,14 +108,11 @@ class Job:
         return scorer.streams(part, self.settings.streams, self.settings.rows)
 
 
-def measure_part(job: Job, part: range, device: str, threads: int | None, share: int) -> Tally:
-    """What a worker process does, one of `share` on its machine unless the number of its threads is given.
+def measure_part(job: Job, part: range, device: str) -> Tally:
+    """Return the sums of one of the job's parts, with the model opened here, in another process than the driver's.
 
     Raises CheckpointError where the checkpoint is no longer what it was for the driver.
     """
-    leave_background()
-    cores = available_cores()
-    torch.set_num_threads(threads or max(1, cores // share))
     source = open_source(job.checkpoint, options=job.options, vocab=job.vocab, verify=False)
     if source.fingerprint != job.fingerprint:
         raise CheckpointError(f"{job.checkpoint}: was replaced by another checkpoint while it was evaluated; try again")

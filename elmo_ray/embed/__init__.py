@@ -3,22 +3,21 @@
     python -m elmo_ray.embed SOURCE IN OUT [key.path=value ...] [--resume | --fresh] [--dry-run] [--json FILE]
     python -m elmo_ray.embed SOURCE OUT embed.tokens=vocab.txt
 
-A Ray Data job with a pool of actors, each with the model; with cluster.workers=0 this process. The text is cut into
+A pool of Ray actors does it, each with the model; with cluster.workers=0 this process. The text is cut into
 units, each a file below OUT; a job that was stopped goes on with --resume, and does not do finished units again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,9 @@ from typing import Any
 import torch
 
 from elmo_ray.checkpoints.source import Source, open_source
+from elmo_ray.cluster.session import TORCH_NAMES, check_room, device_for, in_this_process, local_device
+from elmo_ray.cluster.tasks import run_tasks
+from elmo_ray.config import ComputeConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.embed.config import EmbedConfig
 from elmo_ray.embed.record import (
@@ -41,8 +43,8 @@ from elmo_ray.embed.record import (
 )
 from elmo_ray.embed.shards import is_finished, join_hdf5
 from elmo_ray.embed.units import Unit, cut_units, find_files
-from elmo_ray.embed.worker import EmbedWorker, Progress, check_layers, write_token_vectors
-from elmo_ray.errors import ConfigError, DataError, ElmoRayError, FormatError
+from elmo_ray.embed.worker import EmbedTask, EmbedWorker, Progress, check_layers, write_token_vectors
+from elmo_ray.errors import ConfigError, DataError, FormatError
 from elmo_ray.storage.files import write_json
 
 logger = logging.getLogger("elmo_ray.embed")  # also where this module is __main__
@@ -136,105 +138,41 @@ def run(config: EmbedConfig, flags: Flags | None = None) -> EmbedResult | EmbedP
 
 
 def _perform(job: EmbedJob, source: Source, units: Sequence[Unit], config: EmbedConfig, progress: Progress) -> None:
+    """Make all units, here or on Ray, in whatever order they are done: each is a file of its own."""
     if config.cluster.workers == 0:
-        before = torch.get_num_threads()
-        try:
-            worker = EmbedWorker(dataclasses.replace(job, device=_device_here(config)), source)
-            results: Iterable[dict[str, Any]] = map(worker.make, units)
-            _follow(results, units, progress)
-        finally:
-            torch.set_num_threads(before)
+        with in_this_process(config.cluster) as device:
+            worker = EmbedWorker(dataclasses.replace(job, device=device), source)
+            _follow(enumerate(map(worker.make, units)), units, progress)
     else:
-        _follow(_on_ray(job, units, config), units, progress)
+        with contextlib.closing(_on_ray(job, units, config.cluster)) as results:
+            _follow(results, units, progress)
 
 
-def _follow(results: Iterable[dict[str, Any]], units: Sequence[Unit], progress: Progress) -> None:
-    counts = {unit.number: unit.count for unit in units}
+def _follow(results: Iterable[tuple[int, dict[str, Any]]], units: Sequence[Unit], progress: Progress) -> None:
     try:
-        for result in results:
-            if result.get("error"):
-                raise DataError(result["error"])
-            progress.add(counts.pop(result["unit"]), result["words"])
+        for number, result in results:
+            progress.add(units[number].count, result["words"])
     finally:
         progress.close()
-    if counts:
-        raise ElmoRayError(f"{len(counts)} shards were not done; --resume does them")
 
 
-def _device_here(config: EmbedConfig) -> str:
-    if config.cluster.device == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("cluster.device=gpu: torch sees no GPU on this machine; set cluster.device=cpu")
-    return "cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _on_ray(job: EmbedJob, units: Sequence[Unit], config: EmbedConfig) -> Iterator[dict[str, Any]]:
-    """Results as they come, in any order: each unit is a file of its own."""
-    from elmo_ray.cluster.session import ensure_ray
-
-    # First, because Ray Data takes its logging level from the environment when it is imported.
-    ensure_ray()
-    import ray
-    import ray.data
-
-    from elmo_ray.embed.worker import EmbedActor
-
-    cluster = config.cluster
+def _on_ray(
+    job: EmbedJob, units: Sequence[Unit], cluster: ComputeConfig
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
     workers = min(cluster.workers, len(units))
-    on_gpu, threads = _place(workers, config)
-    job = dataclasses.replace(job, device="cuda" if on_gpu else "cpu", threads=cluster.threads or threads)
-    items = [{"unit": json.dumps(dataclasses.asdict(unit))} for unit in units]
-    # an object for each block is made in this process: some thousand at most
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), 2000))
-    context = dataset.context
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # a unit may be a file of hours
-    with warnings.catch_warnings():
-        # the number of retries is given as Ray 2.60 takes it, which says that another version will not
-        warnings.simplefilter("ignore")
-        results = dataset.map_batches(
-            EmbedActor,
-            fn_constructor_args=(json.dumps(dataclasses.asdict(job)),),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=cluster.cpus_per_worker,
-            num_gpus=1 if on_gpu else 0,
-            max_task_retries=cluster.max_failures,  # of a shard; an actor that died is replaced in any case
-        )
-    try:
-        yield from results.iter_rows()
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, ElmoRayError):
-            raise cause from None
-        raise ElmoRayError(
-            f"a shard lost its worker more than cluster.max_failures={cluster.max_failures} times; --resume goes on: "
-            f"{' '.join(str(error).split())[-300:]}"
-        ) from None
-
-
-def _place(workers: int, config: EmbedConfig) -> tuple[bool, int]:
-    """Whether workers use GPUs, and their share of a node's cores. Raises ConfigError where they cannot all be placed:
-    a pool that waits for an actor waits for ever."""
-    import ray
-
-    cluster = config.cluster
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = [int(node.get("GPU", 0)) for node in nodes]
-    if cluster.device == "gpu" and sum(gpus) < workers:
-        raise ConfigError(f"cluster.device=gpu: {workers} workers need a GPU each, the Ray cluster has {sum(gpus)}")
-    on_gpu = cluster.device == "gpu" or (cluster.device == "auto" and sum(gpus) >= workers)
-    cpus = [node.get("CPU", 0.0) for node in nodes]
-    places = [int(have / cluster.cpus_per_worker + 1e-6) for have in cpus]
-    if on_gpu:
-        places = [min(place, have) for place, have in zip(places, gpus, strict=True)]
-    if sum(places) < workers:
-        raise ConfigError(
-            f"cluster.workers={cluster.workers} x cluster.cpus_per_worker={cluster.cpus_per_worker}: the Ray cluster "
-            f"has room for {sum(places)} (CPUs of its nodes: {', '.join(f'{c:g}' for c in cpus)}); lower one of them"
-        )
-    return on_gpu, max(1, int(max(cpus) / -(-workers // len(nodes))))
+    device = device_for(cluster, workers)
+    check_room(cluster, workers, device)
+    return run_tasks(
+        EmbedTask(dataclasses.replace(job, device=TORCH_NAMES[device])),
+        units,
+        workers=workers,
+        cpus=cluster.cpus_per_worker,
+        device=device,
+        threads=cluster.threads,
+        max_failures=cluster.max_failures,
+        keep=True,
+        advice="--resume goes on",
+    )
 
 
 def _job(config: EmbedConfig, source: Source, parts: Path, is_hdf5: bool) -> EmbedJob:
@@ -267,7 +205,6 @@ def _job(config: EmbedConfig, source: Source, parts: Path, is_hdf5: bool) -> Emb
         batch_positions=embed.batch_positions,
         on_error=config.data.on_error,
         device="cpu",
-        threads=config.cluster.threads,
     )
 
 
@@ -299,7 +236,7 @@ def _embed_tokens(config: EmbedConfig, source: Source, out: Path, flags: Flags) 
     if out.exists() and not (flags.fresh or flags.resume):
         raise ConfigError(f"out={out}: is there already; --fresh replaces it")
     start = time.monotonic()
-    source.model.to(_device_here(config))
+    source.model.to(TORCH_NAMES[local_device(config.cluster)])
     words = write_token_vectors(source, str(config.embed.tokens), out, config.embed.precision)
     return EmbedResult({"out": str(out), "words": words, "seconds": time.monotonic() - start})
 

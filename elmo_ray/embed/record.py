@@ -28,7 +28,7 @@ Output = Literal["vectors", "means", "substitutes", "surprisal"]
 @dataclass(frozen=True)
 class EmbedJob:
     """source, checkpoint, options, vocab: as for `open_source`; fingerprint: of its weights. out: the file or folder;
-    parts: the folder of finished units. layers: as in the settings. threads: of torch in a worker, None to leave it.
+    parts: the folder of finished units. layers: as in the settings.
     """
 
     source: str
@@ -48,7 +48,6 @@ class EmbedJob:
     batch_positions: int
     on_error: Literal["fail", "replace"]
     device: str
-    threads: int | None
 
     def settled(self) -> dict[str, Any]:
         """What the finished units depend on: a job may only go on with all of it the same."""

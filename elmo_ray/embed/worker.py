@@ -1,24 +1,21 @@
-"""What one worker does: it holds the model and makes unit after unit. Needs no Ray; `embed` puts it in an actor.
+"""A worker that holds the model and makes unit after unit. Needs no Ray; `embed` has it called in an actor.
 
 How far an embedding job is: a bar in a terminal, a line now and then elsewhere.
 
 Context-independent vectors of a vocabulary's words: bilm-tf's token cache (`dump_token_embeddings`).
-
-The actor of `embed`'s Ray Data pool: a worker behind tables of one column. Needs no Ray itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
@@ -32,8 +29,7 @@ from elmo_ray.elmo.language_model import LanguageModel
 from elmo_ray.embed.record import EmbedJob
 from elmo_ray.embed.shards import Row, part_writer
 from elmo_ray.embed.units import Unit, read_sentences
-from elmo_ray.errors import ConfigError, DataError, ElmoRayError
-from elmo_ray.machine import leave_background
+from elmo_ray.errors import ConfigError, DataError
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.training.metrics import clock
 
@@ -124,8 +120,6 @@ class EmbedWorker:
     def __init__(self, job: EmbedJob, source: Source | None = None):
         """source: the opened model, where this process has it already. Raises ElmoRayErrors as `open_source`."""
         self.job = job
-        if job.threads is not None:
-            torch.set_num_threads(job.threads)
         if source is None:
             source = open_source(job.source, job.checkpoint, job.options, job.vocab, verify=False)
         self.vocabulary = source.words
@@ -238,34 +232,15 @@ def _batches(window: Sequence[Sequence[str]], most: int) -> Iterator[list[int]]:
         yield [number, *itertools.islice(waiting, rows - 1)]
 
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+class EmbedTask:
+    """A job for any process: the model is opened at the first unit, in the process that is called."""
 
-
-class EmbedActor:
-    """Made once a process, with the job as JSON; called with units as JSON in the column `unit`."""
-
-    def __init__(self, job: str):
-        values = json.loads(job)
-        layers = values["layers"]
-        values["layers"] = layers if isinstance(layers, str) else tuple(layers)
-        self.job = EmbedJob(**values)
+    def __init__(self, job: EmbedJob):
+        self.job = job
         self.worker: EmbedWorker | None = None
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """The columns unit, words, seconds and error. A user's mistake is a value: Ray would retry an exception."""
-        import pyarrow as pa
-
-        rows: list[dict[str, Any]] = []
-        for text in batch.column("unit").to_pylist():
-            unit = Unit(**json.loads(text))
-            row: dict[str, Any] = {"unit": unit.number, "words": 0, "seconds": 0.0, "error": ""}
-            try:
-                if self.worker is None:
-                    leave_background()
-                    self.worker = EmbedWorker(self.job)
-                row |= self.worker.make(unit)
-            except ElmoRayError as mistake:
-                row["error"] = str(mistake)
-            rows.append(row)
-        return pa.Table.from_pylist(rows)
+    def __call__(self, unit: Unit) -> dict[str, Any]:
+        """Make a unit's part; results and errors as of `EmbedWorker`."""
+        if self.worker is None:
+            self.worker = EmbedWorker(self.job)
+        return self.worker.make(unit)

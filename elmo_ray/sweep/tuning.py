@@ -10,10 +10,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from elmo_ray.cluster.session import Device, alive_nodes, check_cluster, describe_cpus, fits
 from elmo_ray.errors import ConfigError
 from elmo_ray.storage.files import write_json
 from elmo_ray.sweep.config import SweepConfig
@@ -28,28 +29,22 @@ DRIVER_CPUS = 0.05
 _SESSION = "session.json"
 
 
-def room(config: SweepConfig) -> tuple[Any, int]:
-    """The device of workers, and how many trials fit at a time; ConfigError with the numbers where it is none.
+def room(config: SweepConfig) -> tuple[Device, int]:
+    """Return the device of workers, and how many trials fit at a time; ConfigError with the numbers where it is none.
 
     A trial's process, its workers and their data tasks must all find their CPUs: trials that hold theirs while they
     wait for others' would wait for ever.
     """
-    import ray
-
-    from elmo_ray.cluster.session import check_cluster, fits
-
     cluster = config.cluster
     device = check_cluster(cluster)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = [node.get("CPU", 0.0) for node in nodes]
+    nodes = alive_nodes()
     workers = cluster.fewest_workers
     one = DRIVER_CPUS + workers * (cluster.cpus_per_worker + cluster.data_cpus)
 
     def fit(trials: int) -> bool:
-        gpus = [int(node.get("GPU", 0.0)) if device == "gpu" else trials * workers for node in nodes]
-        left = [cpu - DRIVER_CPUS * trials / len(nodes) for cpu in cpus]
-        whole = trials * one <= sum(cpus) + 1e-6
-        return whole and fits(left, gpus, trials * workers, cluster.cpus_per_worker, cluster.data_cpus)
+        left = [replace(node, cpus=node.cpus - DRIVER_CPUS * trials / len(nodes)) for node in nodes]
+        whole = trials * one <= sum(node.cpus for node in nodes) + 1e-6
+        return whole and fits(left, device, trials * workers, cluster.cpus_per_worker, cluster.data_cpus)
 
     asked = config.sweep.concurrent
     most = 0
@@ -59,9 +54,9 @@ def room(config: SweepConfig) -> tuple[Any, int]:
         f"a trial needs {one:g} CPUs: {DRIVER_CPUS:g} + cluster.workers={workers} x (cluster.cpus_per_worker="
         f"{cluster.cpus_per_worker} + cluster.data_cpus={cluster.data_cpus})"
     )
-    have = f"the Ray cluster has {sum(cpus):g} CPUs on {len(cpus)} node{'s' if len(cpus) > 1 else ''}"
+    have = f"the CPUs of the Ray cluster are {describe_cpus(nodes)}"
     if device == "gpu":
-        have += f" and {sum(node.get('GPU', 0.0) for node in nodes):g} GPUs, one for each worker"
+        have += f", and it has {sum(node.gpus for node in nodes)} GPUs, one for each worker"
     if not most or (asked is not None and asked > most):
         wanted = f"sweep.concurrent={asked}: only {most} fit" if asked is not None else "no trial fits"
         raise ConfigError(f"{wanted}: {needs}; {have}; lower one of them")

@@ -62,16 +62,19 @@ def fits_by_trial(cpus: list[int], gpus: list[int], workers: int, worker: int, t
 def test_placement_is_found_if_there_is_one(nodes: list[tuple[int, int]], workers: int, worker: int, task: int) -> None:
     cpus, gpus = [node[0] for node in nodes], [node[1] for node in nodes]
     expected = fits_by_trial(cpus, gpus, workers, worker, task)
-    assert session.fits([float(cpu) for cpu in cpus], gpus, workers, worker, task) == expected
-    tenths = [cpu / 10 for cpu in cpus]
-    assert session.fits(tenths, gpus, workers, worker / 10, task / 10) == expected
+    whole = [session.Node(float(cpu), gpu) for cpu, gpu in zip(cpus, gpus, strict=True)]
+    assert session.fits(whole, "gpu", workers, worker, task) == expected
+    tenths = [session.Node(cpu / 10, gpu) for cpu, gpu in zip(cpus, gpus, strict=True)]
+    assert session.fits(tenths, "gpu", workers, worker / 10, task / 10) == expected
+    plenty = fits_by_trial(cpus, [workers] * len(cpus), workers, worker, task)
+    assert session.fits(whole, "cpu", workers, worker, task) == plenty
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_resources_of_the_cluster(caplog: pytest.LogCaptureFixture) -> None:
     def check(**keys: Any) -> str:
-        return session.check_resources(ClusterConfig(**keys))
+        return session.check_cluster(ClusterConfig(**keys))
 
     assert check(workers=2) == "cpu"
     assert check(workers=4, cpus_per_worker=0.75, data_cpus=0.25, device="cpu") == "cpu"

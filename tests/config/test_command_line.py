@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -269,3 +270,20 @@ def test_each_verb_is_a_module_with_help(verb: str, repository: Path) -> None:
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: python -m elmo_ray.{verb} ")
+
+
+@pytest.mark.parametrize(("arguments", "code"), [
+    (["elmo_ray.pretrain", "--help"], 141), (["elmo_ray"], 141), (["elmo_ray", "--version"], 141),
+    (["elmo_ray", "nonsense"], 2),
+])  # fmt: skip
+def test_a_pipe_that_nobody_reads(arguments: list[str], code: int, repository: Path) -> None:
+    """`--help | head` ends without a word; the exit code of a mistake stays where its message finds no reader."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": writer, "stderr": subprocess.PIPE} if code == 141 else {"stderr": writer}
+    command = [sys.executable, "-m", *arguments]
+    try:
+        done = subprocess.run(command, cwd=repository, timeout=120, check=False, **streams)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr or b"") == (code, b"")

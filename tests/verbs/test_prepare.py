@@ -281,7 +281,7 @@ def test_command(folder: Path) -> None:
 
 
 @pytest.mark.ray
-def test_ray_data_finds_the_same(
+def test_ray_tasks_find_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, ray_session: None
 ) -> None:
     here = prepare.run(configure(folder))
