@@ -133,7 +133,7 @@ def test_a_run_in_a_store_is_killed_and_goes_on(
         first = subprocess.Popen(
             command, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}, stdout=log, stderr=subprocess.STDOUT
         )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(storage.folders(f"{bucket}/runs/run/checkpoints")) < 3:
         assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
         time.sleep(0.1)
@@ -211,7 +211,7 @@ def test_damage_in_a_store_is_found_and_walked_past(bucket: str, text: Path, tmp
     data[len(data) // 2] ^= 1
     storage.write_bytes(victim, bytes(data))
     damaged: list = []
-    found = newest_checkpoint(folder, damaged)
+    found = newest_checkpoint(folder, damaged=damaged)
     assert found is not None and found.place == f"{folder}/{names[-2]}" and damaged == [f"{folder}/{names[-1]}"]
     storage.remove(f"{folder}/{names[-2]}/manifest.json")  # never finished
     found = newest_checkpoint(folder)
