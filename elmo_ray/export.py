@@ -117,7 +117,6 @@ def save_as_checkpoint(source: Source, target: Path) -> None:
     words = source.vocabulary
     about = identity(config, "", words.sha256) | {"data.train": f"unknown: imported from {source.path.name}"}
     slots = None if source.slots is None else source.slots()
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_initial(
         target, config, words, source.model, slots, about, source.step or 0, {"imported_from": str(source.path)}
     )

@@ -19,8 +19,7 @@ from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.config.finetune import SOFTMAX_FIRST, FinetuneConfig
 from elmo_ray.errors import ConfigError
 from elmo_ray.pretrain import NO_FLAGS, PretrainResult, estimate, train_in
-from elmo_ray.storage import is_uri, join
-from elmo_ray.storage.local_copy import local_folder
+from elmo_ray.storage import join
 from elmo_ray.training.dry_run import DryRun
 from elmo_ray.training.plan import TrainPlan
 from elmo_ray.training.run_folder import RunFolder, open_run
@@ -67,12 +66,10 @@ def settings(config: FinetuneConfig, source: Source) -> PretrainConfig:
 def settings_of_run(config: FinetuneConfig, folder: RunFolder) -> PretrainConfig:
     """The settings of a run that goes on: what came from the SOURCE at its start comes from its checkpoint."""
     from elmo_ray.checkpoints.identity import saved_config
-    from elmo_ray.checkpoints.stores import store_of
 
     assert folder.newest is not None
-    newest = store_of(folder.place).fetch(str(folder.newest.path))
-    before = saved_config(newest)
-    words = str(newest.path / VOCABULARY)
+    before = saved_config(folder.newest)
+    words = str(folder.newest.path / VOCABULARY)
     return config.training_config(
         before.model.to_dict(), before.softmax.to_dict(), words, before.train.softmax_first or 0
     )
@@ -93,7 +90,6 @@ def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> 
 
     from elmo_ray.checkpoints.identity import ORIGIN, identity
     from elmo_ray.checkpoints.manifest import directory_name
-    from elmo_ray.checkpoints.object_store import publish
     from elmo_ray.data.corpus import Corpus
     from elmo_ray.data.vocabulary import Vocabulary
     from elmo_ray.training.initialize import initial_model, initial_slots, source_rows, write_initial
@@ -116,13 +112,10 @@ def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> 
         kept = source.slots()
     slots = initial_slots(training, model, kept, rows)
     corpus = Corpus.load(plan.corpus_path)
-    folder = local_folder(plan.run_dir) / "checkpoints" / directory_name(0, 0)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     about = identity(training, corpus.fingerprint, words.sha256)
     origin = (source.origin or os.fspath(source.path)) + ("" if source.step is None else f" (step {source.step:,})")
-    write_initial(folder, training, words, model, slots, about, fields={ORIGIN: origin})
-    if is_uri(plan.run_dir):
-        publish(folder, join(plan.run_dir, "checkpoints", folder.name))
+    place = join(plan.run_dir, "checkpoints", directory_name(0, 0))
+    write_initial(place, training, words, model, slots, about, fields={ORIGIN: origin})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without:
     """
     saved = checkpoint.manifest.get("identity")
     if not isinstance(saved, dict):
-        raise CheckpointError(f"{checkpoint.path}: its manifest does not say of which run it is")
+        raise CheckpointError(f"{checkpoint.place}: its manifest does not say of which run it is")
     keys = [key for key in dict.fromkeys([*expected, *map(str, saved)]) if saved.get(key) != expected.get(key)]
     keys = [key for key in keys if key not in without]
     if "data.train" in keys and "data.vocab" in keys:
@@ -58,7 +58,7 @@ def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without:
     if keys:
         raise ConfigError(
             "\n".join(
-                f"{key} is {_shown(expected.get(key))}, but {base_name(str(checkpoint.path))} was made with "
+                f"{key} is {_shown(expected.get(key))}, but {base_name(checkpoint.place)} was made with "
                 f"{_shown(saved.get(key))}; use the same, or --fresh, or another run.name"
                 for key in keys
             )
@@ -67,7 +67,7 @@ def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without:
 
 def saved_config(checkpoint: Checkpoint) -> PretrainConfig:
     """The configuration that a checkpoint was made with; CheckpointError if it has none that can be read."""
-    place = f"{checkpoint.path}/config.yaml"
+    place = checkpoint.at("config.yaml")
     try:
         values = parse_yaml(checkpoint.text("config.yaml"), place)
         if not isinstance(values, dict):
@@ -80,7 +80,7 @@ def saved_config(checkpoint: Checkpoint) -> PretrainConfig:
 def saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Dotted key -> plain value of the configuration that a checkpoint was made with; CheckpointError if it has none
     that can be read."""
-    place = f"{checkpoint.path}/config.yaml"
+    place = checkpoint.at("config.yaml")
     try:
         values = parse_yaml(checkpoint.text("config.yaml"), place)
     except ConfigError as error:
@@ -143,7 +143,7 @@ def start_messages(
     manifest = checkpoint.manifest
     if is_initial(checkpoint):
         return [f"start: initialised from {manifest[ORIGIN]}, {total_steps} steps, {workers}"]
-    messages = [f"start: resume from step {checkpoint.step} of {total_steps}, {workers} ({checkpoint.path})"]
+    messages = [f"start: resume from step {checkpoint.step} of {total_steps}, {workers} ({checkpoint.place})"]
     now = {"workers": world, **now}
     before = {**manifest, "workers": manifest["world"]}
     moved = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]

@@ -1,4 +1,4 @@
-"""The form of a checkpoint's `manifest.json`: which names and values are allowed, and its own hash.
+"""The form of a checkpoint's `manifest.json`: names and values that are allowed, its own hash, and checks of files.
 
 Everything here treats what it reads as a stranger's: whatever the bytes are, only CheckpointError comes out.
 """
@@ -10,16 +10,20 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from elmo_ray.errors import CheckpointError
+from elmo_ray.storage import Place, join
+from elmo_ray.storage.files import file_hash
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+PROGRESS_FILE = "progress.json"
+MAX_JSON_BYTES = 16 << 20
 _OWN_HASH = "manifest_sha256"
-_MAX_JSON_BYTES = 16 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 _DIRECTORY_NAME = re.compile(r"step-(\d{1,18})-attempt-(\d{1,9})\Z", re.ASCII)
 _STREAMS_NAME = re.compile(r"streams-(\d{5,9})-(\d{5,9})\.safetensors\Z", re.ASCII)
@@ -60,36 +64,46 @@ def is_file_name(name: object) -> bool:
     )
 
 
-def finished_manifest(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`manifest` checked, as plain JSON values, with its own hash; raises CheckpointError, ValueError if not JSON."""
+def finished_manifest(manifest: dict[str, Any], directory: Place) -> dict[str, Any]:
+    """Return `manifest` checked, as plain JSON values, with its own hash; CheckpointError, ValueError if not JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(manifest, allow_nan=False))
     plain[_OWN_HASH] = _hash_of(plain)
-    check_manifest(folder, plain)
+    check_manifest(directory, plain)
     return plain
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of at most 16 MiB, without NaN; raises CheckpointError naming the file."""
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """Return the text of a manifest or of the manifest of a part."""
+    return json.dumps(value, indent=1).encode("ascii")
+
+
+def read_small(path: Path) -> bytes:
+    """Return the bytes of a regular file of at most 16 MiB; raises CheckpointError naming the file."""
     check_size(path, None)
     try:
         with open(path, "rb") as raw:
-            data = raw.read(_MAX_JSON_BYTES + 1)
+            data = raw.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if len(data) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: is larger than {_MAX_JSON_BYTES >> 20} MiB")
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: is larger than {MAX_JSON_BYTES >> 20} MiB")
+    return data
+
+
+def parse_json(place: Place, data: bytes) -> dict[str, Any]:
+    """Return the object that JSON text holds, without NaN; raises CheckpointError naming the file."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error}): the file is damaged") from None
+        raise CheckpointError(f"{place}: is not valid JSON ({error}): the file is damaged") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
+        raise CheckpointError(f"{place}: is not a JSON object")
     return value
 
 
-def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def check_manifest(directory: Place, manifest: dict[str, Any]) -> None:
     """Raise CheckpointError unless the manifest is one that this version writes and its own hash is right."""
-    path = folder / MANIFEST
+    path = join(directory, MANIFEST)
     if manifest.get("format") != FORMAT or isinstance(manifest["format"], bool):
         raise CheckpointError(f"{path}: has format {manifest.get('format')!r:.40}; this version reads format {FORMAT}")
     if manifest.get(_OWN_HASH) != _hash_of(manifest):
@@ -110,8 +124,8 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: has files for streams 0..{expected - 1}, but the run has {manifest['streams']}")
 
 
-def checked_files(path: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The `files` of a manifest or part manifest: name -> {size, sha256}; `path` is for the message."""
+def checked_files(path: Place, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the `files` of a manifest or part manifest: name -> {size, sha256}; `path` is for the message."""
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise CheckpointError(f"{path}: has no table of files")
@@ -124,19 +138,53 @@ def checked_files(path: Path, manifest: dict[str, Any]) -> dict[str, dict[str, A
     return files
 
 
-def check_size(path: Path, size: int | None) -> None:
-    """Raise CheckpointError unless `path` is a regular file of `size` bytes (None: any size)."""
+def entry_of(path: Path) -> dict[str, Any]:
+    """Return what a manifest says of a file: its size and sha256. Raises OSError."""
+    return {"size": path.stat().st_size, "sha256": file_hash(path)}
+
+
+def check_size(path: Path, size: int | None, place: Place | None = None) -> None:
+    """Raise CheckpointError unless `path` is a regular file of `size` bytes (None: any size).
+
+    place: how the message names it, where it is a copy.
+    """
+    place = path if place is None else place
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing") from None
+        raise CheckpointError(f"{place}: the file is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{place}: cannot be read: {error.strerror or error}") from None
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise CheckpointError(f"{path}: is not a regular file")
-    if size is not None and status.st_size != size:
-        what = "truncated" if status.st_size < size else "too long"
-        raise CheckpointError(f"{path}: has {status.st_size} bytes, not {size}: the file is {what}")
+        raise CheckpointError(f"{place}: is not a regular file")
+    if size is not None:
+        _compare_size(place, status.st_size, size)
+
+
+def check_sizes(directory: Place, files: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> None:
+    """Raise CheckpointError unless all `files` of a manifest are among those of a directory, in their sizes."""
+    for name, entry in files.items():
+        if name not in sizes:
+            raise CheckpointError(f"{join(directory, name)}: the file is missing or not a regular file")
+        _compare_size(join(directory, name), sizes[name], entry["size"])
+
+
+def check_content(path: Path, entry: Mapping[str, Any], place: Place | None = None) -> None:
+    """Raise CheckpointError unless a file has the size and sha256 that the manifest says; place: as `check_size`."""
+    place = path if place is None else place
+    check_size(path, entry["size"], place)
+    try:
+        damaged = file_hash(path) != entry["sha256"]
+    except OSError as error:
+        raise CheckpointError(f"{place}: cannot be read: {error.strerror or error}") from None
+    if damaged:
+        raise CheckpointError(f"{place}: content differs from its sha256 in {MANIFEST}: the file is damaged")
+
+
+def _compare_size(place: Place, found: int, size: int) -> None:
+    if found != size:
+        what = "truncated" if found < size else "too long"
+        raise CheckpointError(f"{place}: has {found} bytes, not {size}: the file is {what}")
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -155,6 +203,3 @@ def _hash_of(manifest: dict[str, Any]) -> str:
     except (ValueError, RecursionError):
         return "not hashable"
     return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"

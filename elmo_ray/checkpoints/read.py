@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,33 @@ from elmo_ray.checkpoints.manifest import (
     MANIFEST,
     check_manifest,
     check_size,
+    check_sizes,
     parse_directory_name,
-    read_json,
+    parse_json,
+    read_small,
     stream_files,
 )
+from elmo_ray.checkpoints.stores import StorageError, previous_copy, store_of
 from elmo_ray.errors import CheckpointError, short
-from elmo_ray.storage.files import file_hash
+from elmo_ray.storage import Place, base_name, join
 
 logger = logging.getLogger(__name__)
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint. Every method raises CheckpointError naming the file if it is missing or damaged."""
+    """A committed checkpoint. Every method raises CheckpointError naming the file if it is missing or damaged.
 
-    path: Path
+    place: its path or URI, by which all machines find it.
+    """
+
+    place: str
     manifest: dict[str, Any]
+
+    @cached_property
+    def path(self) -> Path:
+        """The folder on this machine with its files; one in an object store is fetched when this is first asked for."""
+        return store_of(self.place).fetch(self.place, self.manifest)
 
     @property
     def step(self) -> int:
@@ -54,36 +64,37 @@ class Checkpoint:
 
     def verify(self, hashes: bool = True) -> None:
         """Compare the size and (if `hashes`) the sha256 of every file with the manifest."""
-        for name, entry in self.manifest["files"].items():
-            path = self.path / name
-            check_size(path, entry["size"])
-            try:
-                damaged = hashes and file_hash(path) != entry["sha256"]
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-            if damaged:
-                raise CheckpointError(f"{path}: content differs from its sha256 in {MANIFEST}: the file is damaged")
+        store = store_of(self.place)
+        check_sizes(self.place, self.manifest["files"], store.files(self.place))
+        if hashes:
+            store.check(self.place, self.manifest)
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """All tensors of one safetensors file, in host memory."""
+        """Return all tensors of one safetensors file, in host memory."""
         with self._open(name) as handle:
             # Cloned: a tensor that is still mapped from the file would suffer when the file is pruned on NFS.
             return {key: handle.get_tensor(key).clone() for key in handle.keys()}
 
     def text(self, name: str) -> str:
+        """Return the text of a file."""
         path = self._named(name)
         try:
             return path.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+            raise CheckpointError(f"{self.at(name)}: cannot be read: {error}") from None
 
     def json(self, name: str) -> dict[str, Any]:
-        return read_json(self._named(name))
+        """Return the object in a JSON file."""
+        return parse_json(self.at(name), read_small(self._named(name)))
+
+    def at(self, name: str) -> str:
+        """Return the place of a file, for messages."""
+        return join(self.place, name)
 
     def stream_tensors(self, first: int, last_exclusive: int) -> dict[str, torch.Tensor]:
-        """Rows first..last_exclusive-1 of every tensor of the stream files, whose leading dimension is streams."""
+        """Return rows first..last_exclusive-1 (the leading dimension) of every tensor of the stream files."""
         if not 0 <= first < last_exclusive <= self.streams:
-            raise CheckpointError(f"{self.path}: has streams 0..{self.streams - 1}, not {first}..{last_exclusive - 1}")
+            raise CheckpointError(f"{self.place}: has streams 0..{self.streams - 1}, not {first}..{last_exclusive - 1}")
         pieces: dict[str, list[torch.Tensor]] = {}
         for begin, end, name in stream_files(self.files):
             if end <= first or begin >= last_exclusive:
@@ -91,11 +102,11 @@ class Checkpoint:
             rows = slice(max(first, begin) - begin, min(last_exclusive, end) - begin)
             part = self._stream_rows(name, end - begin, rows)
             if pieces and set(part) != set(pieces):
-                raise CheckpointError(f"{self.path / name}: has tensors {sorted(part)}, others have {sorted(pieces)}")
+                raise CheckpointError(f"{self.at(name)}: has tensors {sorted(part)}, others have {sorted(pieces)}")
             for key, piece in part.items():
                 others = pieces.setdefault(key, [])
                 if others and (others[0].shape[1:] != piece.shape[1:] or others[0].dtype != piece.dtype):
-                    raise CheckpointError(f"{self.path / name}: the form of {key} does not fit that of other streams")
+                    raise CheckpointError(f"{self.at(name)}: the form of {key} does not fit that of other streams")
                 others.append(piece)
         return {key: torch.cat(group) for key, group in pieces.items()}
 
@@ -106,14 +117,14 @@ class Checkpoint:
                 lazy = handle.get_slice(key)
                 shape = lazy.get_shape()
                 if not shape or shape[0] != n_streams:
-                    raise CheckpointError(f"{self.path / name}: {key} has shape {shape}, not [{n_streams}, ...]")
+                    raise CheckpointError(f"{self.at(name)}: {key} has shape {shape}, not [{n_streams}, ...]")
                 part[key] = lazy[rows.start : rows.stop].clone()
         return part
 
     def _named(self, name: str) -> Path:
         if name not in self.manifest["files"]:
-            raise CheckpointError(f"{self.path}: has no file {name}; it has {', '.join(sorted(self.files))}")
-        check_size(self.path / name, self.manifest["files"][name]["size"])
+            raise CheckpointError(f"{self.place}: has no file {name}; it has {', '.join(sorted(self.files))}")
+        check_size(self.path / name, self.manifest["files"][name]["size"], self.at(name))
         return self.path / name
 
     @contextlib.contextmanager
@@ -125,71 +136,72 @@ class Checkpoint:
         except CheckpointError:
             raise
         except Exception as error:  # whatever a library makes of a stranger's bytes
-            raise CheckpointError(f"{path}: is not a readable safetensors file: {short(str(error))}") from None
+            raise CheckpointError(f"{self.at(name)}: is not a readable safetensors file: {short(str(error))}") from None
 
 
-def open_checkpoint(directory: PathLike, verify: bool = True) -> Checkpoint:
+def open_checkpoint(directory: Place, verify: bool = True) -> Checkpoint:
     """Open a committed checkpoint; with `verify` every byte of it is read and hashed.
 
     Raises CheckpointError naming the file and what is wrong with it: missing, truncated, damaged, or not ours.
     """
-    folder = Path(directory)
-    if not folder.exists() and previous_copy(folder).exists():
-        folder = previous_copy(folder)  # copy_best was stopped between its two renames
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such checkpoint directory")
-    manifest = read_json(folder / MANIFEST)
-    check_manifest(folder, manifest)
-    checkpoint = Checkpoint(folder, manifest)
+    place = os.fspath(directory)
+    store = store_of(place)
+    if not store.exists(join(place, MANIFEST)):
+        previous = previous_copy(place)  # copy_best was stopped between its two renames
+        if not store.exists(join(previous, MANIFEST)):
+            raise CheckpointError(f"{place}: there is no such checkpoint: it has no {MANIFEST}")
+        place = previous
+    manifest = parse_json(join(place, MANIFEST), store.read(join(place, MANIFEST)))
+    check_manifest(place, manifest)
+    checkpoint = Checkpoint(place, manifest)
     if verify:
         checkpoint.verify()
     return checkpoint
 
 
 def newest_checkpoint(
-    checkpoints_dir: PathLike, verify: bool = True, damaged: list[Path] | None = None
+    checkpoints_dir: Place, verify: bool = True, damaged: list[Place] | None = None
 ) -> Checkpoint | None:
-    """The newest checkpoint (by attempt, then step) that verifies, with a logged warning for each newer one.
+    """Return the newest checkpoint (by attempt, then step) that verifies, with a logged warning for each newer one.
 
-    `damaged` gets the directories of those. None if nothing was ever committed. Raises CheckpointError if there are
-    committed checkpoints and all are damaged: starting again from nothing must be the user's decision.
+    `damaged` gets the places of those. None if nothing was ever committed. Raises CheckpointError if there are
+    committed checkpoints and all are damaged: starting again from nothing must be the user's decision. Storage that
+    does not answer is an error and never a damaged checkpoint.
     """
     problems: list[str] = []
-    for folder in reversed(listed_checkpoints(Path(checkpoints_dir))):
-        if not (folder / MANIFEST).exists():
-            logger.warning("%s has no %s: it was never finished; skipped", folder, MANIFEST)
-            continue
+    for place in reversed(listed_checkpoints(checkpoints_dir)):
         try:
-            checkpoint = open_checkpoint(folder, verify)
+            if not store_of(place).exists(join(place, MANIFEST)):
+                logger.warning("%s has no %s: it was never finished; skipped", place, MANIFEST)
+                continue
+            checkpoint = open_checkpoint(place, verify)
+        except StorageError:
+            raise
         except CheckpointError as error:
             logger.warning("checkpoint skipped: %s", error)
             problems.append(str(error))
             if damaged is not None:
-                damaged.append(folder)
+                damaged.append(place)
             continue
         if problems:
-            logger.warning("%s is taken instead: the newest checkpoint that is whole", folder)
+            logger.warning("%s is taken instead: the newest checkpoint that is whole", place)
         return checkpoint
     if problems:
-        raise CheckpointError(f"{checkpoints_dir}: no checkpoint is whole; the newest: {problems[0]}")
+        raise CheckpointError(f"{os.fspath(checkpoints_dir)}: no checkpoint is whole; the newest: {problems[0]}")
     return None
 
 
-def listed_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """Directories with the name of a checkpoint, finished or not, oldest first: by attempt, then by step.
+def listed_checkpoints(checkpoints_dir: Place) -> list[str]:
+    """Return the places of all checkpoints, finished or not, oldest first: by attempt, then by step.
 
     That is the order in which they were written: an attempt that walked back past a damaged checkpoint comes after it.
     """
-    try:
-        names = os.listdir(checkpoints_dir)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise CheckpointError(f"{checkpoints_dir}: cannot be listed: {error.strerror or error}") from None
+    names = store_of(checkpoints_dir).directories(os.fspath(checkpoints_dir))
     found = [(key, name) for name in names if (key := parse_directory_name(name)) is not None]
-    return [checkpoints_dir / name for _, name in sorted(found) if (checkpoints_dir / name).is_dir()]
+    return [join(checkpoints_dir, name) for _, name in sorted(found)]
 
 
-def previous_copy(folder: Path) -> Path:
-    """Where `copy_best` puts the old copy for a moment."""
-    return folder.with_name(folder.name + ".previous")
+def checkpoints_of_step(checkpoints_dir: Place, step: int) -> list[str]:
+    """Return the places of the checkpoints of a step, the newest attempt first, whole or not."""
+    found = reversed(listed_checkpoints(checkpoints_dir))
+    return [place for place in found if (parse_directory_name(base_name(place)) or (0, -1))[1] == step]

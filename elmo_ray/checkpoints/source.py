@@ -7,10 +7,11 @@ checked before it is used: hashes of a checkpoint, shapes against the model, the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +24,15 @@ from elmo_ray.checkpoints.bilm_tf.tensorflow import find_checkpoint, is_save_fol
 from elmo_ray.checkpoints.check import check_forms
 from elmo_ray.checkpoints.identity import saved_config
 from elmo_ray.checkpoints.manifest import MANIFEST, MODEL_FILE, OPTIMIZER_FILE
-from elmo_ray.checkpoints.object_store import fetched_files, open_stored, stored_source
-from elmo_ray.checkpoints.read import Checkpoint, listed_checkpoints, newest_checkpoint, open_checkpoint, previous_copy
+from elmo_ray.checkpoints.read import Checkpoint, listed_checkpoints, newest_checkpoint, open_checkpoint
+from elmo_ray.checkpoints.stores import StorageError, previous_copy, store_of
 from elmo_ray.config import PretrainConfig, SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.storage import absolute, is_uri
+from elmo_ray.storage import absolute, base_name, download, exists, is_uri, join
+from elmo_ray.storage.local_copy import scratch
 
 logger = logging.getLogger(__name__)
 
@@ -97,27 +99,34 @@ def open_source(
     """
     if source is None:
         raise ConfigError(f"init.from is empty: name {_KINDS}")
-    if is_uri(source):
-        return _fetched(absolute(source), checkpoint, options, vocab)
-    path = Path(os.path.abspath(os.path.expanduser(source)))
+    place = absolute(source)
+    try:
+        is_checkpoint, is_run = _is_checkpoint(place), _is_run(place)
+        if is_checkpoint or is_run:
+            if not is_run and checkpoint != BEST:
+                raise _no_choice(source, checkpoint)
+            for key, value in (("init.options", options), ("init.vocab", vocab)):
+                if value is not None:
+                    raise ConfigError(f"{key}={value}: {source} has its own; leave it out")
+            opened = open_checkpoint(place, verify) if is_checkpoint else _of_run(place, checkpoint, verify)
+            return _from_checkpoint(opened)
+    except StorageError as error:
+        raise ConfigError(f"init.from={source}: {error}") from None
+    if is_uri(place):
+        if checkpoint != BEST:
+            raise _no_choice(source, checkpoint)
+        return _from_weights(_fetched_weights(place), options, vocab)
+    path = Path(place)
     if path.with_name(path.name + ".index").is_file() and not path.is_dir():
         path, checkpoint = path.parent, path.name  # a TensorFlow checkpoint by its own name
-    if not os.path.exists(path) and not os.path.exists(previous_copy(path)):
+    if not path.exists():
         raise ConfigError(f"{source}: no such file or folder; SOURCE is {_KINDS}")
-    weights = path if path.is_file() else path / WEIGHTS
-    is_checkpoint = (path / MANIFEST).exists() or (not path.exists() and previous_copy(path).exists())
-    is_run = (path / "checkpoints").is_dir() or (path / BEST).is_dir()
-    is_saved = not is_checkpoint and not is_run and is_save_folder(path)
-    if not is_run and not is_saved and checkpoint != BEST:
-        raise ConfigError(f"checkpoint={checkpoint} chooses among a run's, but {source} is no run; leave it out")
-    if is_checkpoint or is_run:
-        for key, value in (("init.options", options), ("init.vocab", vocab)):
-            if value is not None:
-                raise ConfigError(f"{key}={value}: {source} has its own; leave it out")
-        return _from_checkpoint(open_checkpoint(path, verify) if is_checkpoint else _of_run(path, checkpoint, verify))
-    if is_saved:
+    if is_save_folder(path):
         name = None if checkpoint in (BEST, LAST) else checkpoint
         return _from_tensorflow(find_checkpoint(path, name), options, vocab)
+    if checkpoint != BEST:
+        raise _no_choice(source, checkpoint)
+    weights = path if path.is_file() else path / WEIGHTS
     if path.is_dir() and not weights.exists():
         raise ConfigError(
             f"{source}: no run (checkpoints/), no checkpoint ({MANIFEST}), no folder with {WEIGHTS} or that TensorFlow "
@@ -126,22 +135,46 @@ def open_source(
     return _from_weights(weights, options, vocab)
 
 
-def _fetched(uri: str, checkpoint: str, options: str | None, vocab: str | None) -> Source:
-    """Open what is in an object store from this machine's copy of it, which is compared with its hashes."""
+def _no_choice(source: str | os.PathLike[str], checkpoint: str) -> ConfigError:
+    return ConfigError(f"checkpoint={checkpoint} chooses among a run's, but {source} is no run; leave it out")
+
+
+def _is_checkpoint(place: str) -> bool:
+    store = store_of(place)
+    if store.exists(join(place, MANIFEST)):
+        return True
+    return not os.path.exists(place) and store.exists(join(previous_copy(place), MANIFEST))
+
+
+def _is_run(place: str) -> bool:
+    return not os.path.isfile(place) and bool({"checkpoints", BEST} & set(store_of(place).directories(place)))
+
+
+def _fetched_weights(uri: str) -> Path:
+    """Return a local copy of weights in an object store, a file or in a folder, beside copies of what belongs to them.
+
+    Raises ConfigError where there are none, or the store does not answer.
+    """
+    folder, name = (uri.rpartition("/")[0], base_name(uri)) if uri.endswith(".hdf5") else (uri, WEIGHTS)
+    target = scratch("fetched")
     try:
-        place = stored_source(uri, checkpoint)
-        if place is None:
-            return open_source(fetched_files(uri, (WEIGHTS, OPTIONS, VOCABULARY)), BEST, options, vocab)
-        return replace(_from_checkpoint(open_stored(place)), origin=place)
+        if not exists(join(folder, name)):
+            raise ConfigError(f"{uri}: no run, checkpoint or {WEIGHTS}")
+        for each in (name, OPTIONS, VOCABULARY):
+            with contextlib.suppress(FileNotFoundError):
+                download(join(folder, each), target / each)
     except OSError as error:
         raise ConfigError(f"init.from={uri}: {error.strerror or error}") from None
+    return target / name
 
 
-def _of_run(run: Path, name: str, verify: bool) -> Checkpoint:
-    folder = run / "checkpoints"
+def _of_run(run: str, name: str, verify: bool) -> Checkpoint:
+    store, folder, best = store_of(run), join(run, "checkpoints"), join(run, BEST)
     if name == BEST:
-        best = run / BEST
-        if best.exists() or previous_copy(best).exists():
+        inside = store.directories(run)
+        # In an object store a copy that was interrupted leaves a `best` without a manifest, which is none.
+        is_there = BEST in inside and (not is_uri(run) or store.exists(join(best, MANIFEST)))
+        if is_there or base_name(previous_copy(best)) in inside:
             return open_checkpoint(best, verify)
         logger.info("%s: has no %s/, as it has not validated; taking its newest checkpoint", run, BEST)
     if name in (BEST, LAST):
@@ -149,10 +182,11 @@ def _of_run(run: Path, name: str, verify: bool) -> Checkpoint:
         if newest is None:
             raise CheckpointError(f"{folder}: has no finished checkpoint yet")
         return newest
-    if name not in (path.name for path in listed_checkpoints(folder)):
-        names = ", ".join(path.name for path in listed_checkpoints(folder)[-5:]) or "none"
+    known = [base_name(place) for place in listed_checkpoints(folder)]
+    if name not in known:
+        names = ", ".join(known[-5:]) or "none"
         raise ConfigError(f"checkpoint={name}: must be best, last or a folder in {folder} (newest: {names})")
-    return open_checkpoint(folder / name, verify)
+    return open_checkpoint(join(folder, name), verify)
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Source:
@@ -167,14 +201,17 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
     if not any(name.startswith("softmax") for name in tensors):
         model.drop_softmax()  # made from a weights.hdf5
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    check_forms(f"{checkpoint.path}/{MODEL_FILE}", tensors, shapes)
+    check_forms(checkpoint.at(MODEL_FILE), tensors, shapes)
     if len({tensor.dtype for tensor in tensors.values()}) != 1:
-        raise CheckpointError(f"{checkpoint.path}/{MODEL_FILE}: has numbers of several types")
+        raise CheckpointError(f"{checkpoint.at(MODEL_FILE)}: has numbers of several types")
     model.load_state_dict(tensors, assign=True)
     fingerprint = str(checkpoint.manifest["files"][MODEL_FILE]["sha256"])
     model.requires_grad_(False)
     slots = partial(checkpoint.tensors, OPTIMIZER_FILE) if OPTIMIZER_FILE in checkpoint.files else None
-    return Source(checkpoint.path, model, config.softmax, vocabulary, checkpoint.step, fingerprint, config, slots=slots)
+    origin = checkpoint.place if is_uri(checkpoint.place) else None
+    return Source(
+        checkpoint.path, model, config.softmax, vocabulary, checkpoint.step, fingerprint, config, origin, slots
+    )
 
 
 def _from_tensorflow(prefix: Path, options: str | None, vocab: str | None) -> Source:

@@ -6,7 +6,6 @@ What an embedding job does, in plain values that travel to its workers, and the 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from elmo_ray.checkpoints.source import Source
 from elmo_ray.config.command_line import Flags
 from elmo_ray.embed.units import TextFile, Unit
 from elmo_ray.errors import CheckpointError, ConfigError
+from elmo_ray.storage.files import file_lock
 
 Output = Literal["vectors", "means", "substitutes", "surprisal"]
 
@@ -96,26 +96,23 @@ def remove(out: Path, parts: Path) -> None:
 @contextlib.contextmanager
 def locked(parts: Path) -> Iterator[None]:
     """Makes the folder and keeps other jobs out of it. What a killed job left half written is removed."""
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-        lock = open(parts / ".lock", "wb")
-    except OSError as error:
-        raise ConfigError(f"out: {parts} cannot be written ({error.strerror})") from None
-    with lock:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, parts)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(file_lock(parts / ".lock"))
         except BlockingIOError:
             raise ConfigError(f"out: another embed is writing {parts}; wait for its end or stop it") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s cannot be locked (%s): do not start this job twice", parts, error.strerror)
+        except OSError as error:
+            raise ConfigError(f"out: {parts} cannot be written ({error.strerror})") from None
         for stale in parts.glob(".part-*"):
             stale.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            (parts / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                parts.rmdir()  # where nothing was written
+        yield
+
+
+def _remove_empty(parts: Path) -> None:
+    """Remove the folder where nothing was written to it."""
+    with contextlib.suppress(OSError):
+        parts.rmdir()
 
 
 def job_record(

@@ -6,8 +6,6 @@ Shapes: L layers, n words, D a vector.
 from __future__ import annotations
 
 import contextlib
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from elmo_ray.elmo.language_model import Substitutes, Surprisal
 from elmo_ray.embed.record import EmbedJob
 from elmo_ray.embed.units import Unit
-from elmo_ray.errors import DataError
+from elmo_ray.storage.files import atomic_write
 
 Row = NDArray | Substitutes | Surprisal
 """Of a sentence: vectors [L, n, D], means [L, D], substitutes or surprisal."""
@@ -38,18 +36,9 @@ def part_path(job: EmbedJob, unit: Unit) -> Path:
 def part_writer(job: EmbedJob, unit: Unit) -> Iterator[PartWriter]:
     """Writes a unit's file aside; it takes its name when all is written. DataError where the disk takes no more."""
     target = part_path(job, unit)
-    aside = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        with _Hdf5Part(aside) if job.is_hdf5 else _ParquetPart(aside, job) as writer:
+    with atomic_write(target, sync=True) as temporary:
+        with _Hdf5Part(temporary) if job.is_hdf5 else _ParquetPart(temporary, job) as writer:
             yield writer
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, target)
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 def is_finished(job: EmbedJob, unit: Unit) -> bool:
@@ -68,19 +57,12 @@ def is_finished(job: EmbedJob, unit: Unit) -> bool:
 
 def join_hdf5(job: EmbedJob, units: Sequence[Unit], out: Path) -> None:
     """All parts as one file with the keys 0, 1, ...; appears whole or not at all. DataError for a full disk."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with h5py.File(aside, "w") as whole:
-            for unit in units:
-                with h5py.File(part_path(job, unit), "r") as part:
-                    for number in range(unit.first, unit.first + unit.count):
-                        part.copy(str(number), whole)
-        os.replace(aside, out)
-    except (OSError, RuntimeError, ValueError) as error:  # what h5py makes of a full disk
-        raise DataError(f"{out}: cannot be written ({' '.join(str(error).split())[:200]})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+    # RuntimeError and ValueError: what h5py makes of a full disk
+    with atomic_write(out, also=(RuntimeError, ValueError)) as temporary, h5py.File(temporary, "w") as whole:
+        for unit in units:
+            with h5py.File(part_path(job, unit), "r") as part:
+                for number in range(unit.first, unit.first + unit.count):
+                    part.copy(str(number), whole)
 
 
 class _Hdf5Part:

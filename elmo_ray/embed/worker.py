@@ -7,10 +7,8 @@ Context-independent vectors of a vocabulary's words: bilm-tf's token cache (`dum
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +29,7 @@ from elmo_ray.embed.shards import Row, part_writer
 from elmo_ray.embed.units import Unit, read_sentences
 from elmo_ray.errors import ConfigError, DataError
 from elmo_ray.model.lstm import LstmState
+from elmo_ray.storage.files import atomic_write
 from elmo_ray.training.metrics import clock
 
 logger = logging.getLogger("elmo_ray.embed")
@@ -92,21 +91,12 @@ def write_token_vectors(source: Source, vocab: str, out: Path, precision: str = 
     vocabulary = Vocabulary.read(vocab)
     encoder = SentenceEncoder(source.model, torch.bfloat16 if precision == "bf16" else None)
     table_VC = vocabulary.characters(source.config.char_cnn.max_characters)
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(aside, "w") as file, torch.no_grad():
-            shape = (vocabulary.size, source.config.lstm.projection_dim)
-            vectors = file.create_dataset("embedding", shape, dtype="float32", track_times=False)
-            for first in range(0, vocabulary.size, _WORDS):
-                part = encoder.word_vectors(table_VC[first : first + _WORDS])
-                vectors[first : first + _WORDS] = part.float().cpu().numpy()
-        os.replace(aside, out)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{out}: cannot be written ({' '.join(str(error).split())[:200]})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+    with atomic_write(out, also=(RuntimeError,)) as temporary, h5py.File(temporary, "w") as file, torch.no_grad():
+        shape = (vocabulary.size, source.config.lstm.projection_dim)
+        vectors = file.create_dataset("embedding", shape, dtype="float32", track_times=False)
+        for first in range(0, vocabulary.size, _WORDS):
+            part = encoder.word_vectors(table_VC[first : first + _WORDS])
+            vectors[first : first + _WORDS] = part.float().cpu().numpy()
     return vocabulary.size
 
 

@@ -6,15 +6,15 @@ import base64
 import html
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from elmo_ray.config.yaml_reader import parse_yaml
-from elmo_ray.errors import DataError, ElmoRayError
+from elmo_ray.errors import ElmoRayError
 from elmo_ray.report.curves import NOTE, RunCurve, round_ticks, table_cells
+from elmo_ray.storage.files import atomic_write, write_aside
 from elmo_ray.training.metrics import clock
 
 logger = logging.getLogger(__name__)
@@ -160,13 +160,8 @@ def _draw(panel: _Panel, runs: Sequence[RunCurve], target: Path) -> Path:
         axes.yaxis.set_minor_locator(NullLocator())
     if labelled:
         axes.legend()
-    aside = target.with_name(f".{target.stem}.{os.getpid()}.png")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, format="png")
-        os.replace(aside, target)
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written: {error.strerror}") from None
+    with atomic_write(target) as temporary:
+        figure.savefig(temporary, format="png")
     return target
 
 
@@ -187,12 +182,7 @@ def write_page(path: Path, runs: Sequence[RunCurve], about: Sequence[About], pic
         + "\n".join(body)
         + "\n</body></html>\n"
     )
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from None
+    write_aside(path, text.encode())
 
 
 def _evaluations(names: Sequence[str], about: Sequence[About]) -> list[str]:

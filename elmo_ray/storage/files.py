@@ -1,85 +1,110 @@
-"""Files that are written aside, hashed on the way, synced and renamed; and the safetensors form written that way.
-
-safetensors' own writer takes a whole file as one byte string or leaves no place to hash: here a tensor's memory goes to
-the file in pieces, so that saving needs no second copy of a model. Reading is left to the safetensors library.
-"""
+"""Local files that appear whole or not at all, their hashes, and a lock between processes."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-import torch
+from elmo_ray.errors import ConfigError, DataError, ElmoRayError, short
 
-from elmo_ray.errors import ConfigError, DataError
+logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+_CURES = {
+    errno.ENOSPC: "free space on that disk",
+    errno.EDQUOT: "free space in your quota",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EACCES: "allow writing there, or choose another place",
+    errno.EPERM: "allow writing there, or choose another place",
+    errno.EROFS: "choose a place that is not read-only",
+    errno.ENOTDIR: "choose another place: a file stands where a folder is needed",
+    errno.EISDIR: "choose another place: a folder has this name",
 }
 
 
-class HashingFile:
-    """A binary file opened for writing that knows the size and the sha256 of what went through it."""
+@contextlib.contextmanager
+def atomic_write(
+    target: str | os.PathLike[str],
+    error: type[ElmoRayError] | None = DataError,
+    *,
+    sync: bool = False,
+    also: tuple[type[Exception], ...] = (),
+) -> Iterator[Path]:
+    """Yield a temporary path beside `target`, to be written to; it takes the name `target` when the block ends well.
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self.raw, self.size, self.sha256 = raw, 0, hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        for start in range(0, view.nbytes, _CHUNK_BYTES):
-            chunk = view[start : start + _CHUNK_BYTES]
-            self.raw.write(chunk)
-            self.sha256.update(chunk)
-        self.size += view.nbytes
-
-
-def aside(path: Path, owner: int) -> Path:
-    """Where `write_file` writes before it renames."""
-    return path.with_name(f"{path.name}.tmp-{owner:05d}")
-
-
-def write_file(path: Path, owner: int, fill: Callable[[HashingFile], object]) -> tuple[int, str]:
-    """Write aside, sync, rename; returns size and sha256 of the bytes in memory, so that a bad disk is found on load.
-
-    `owner` (a rank) keeps the names of two writers apart. After an error the file aside may be left; raises OSError.
+    Missing folders are made. After a failure the temporary file is removed and a file that had the name stays. Raises
+    `error` (None: the OSError itself) with the reason and its cure; `also` are exceptions of a library that mean the
+    same as an OSError. sync: the content is on the disk before the file has its name.
     """
-    temporary = aside(path, owner)
-    with open(temporary, "wb") as raw:
-        out = HashingFile(raw)
-        fill(out)
-        raw.flush()
-        os.fsync(raw.fileno())
-    os.replace(temporary, path)
-    return out.size, out.sha256.hexdigest()
+    path = Path(target)
+    # Processes of several machines may write the same file on a network file system: a process id is not enough.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    kinds: tuple[type[Exception], ...] = (OSError, *also)
+    try:
+        make_folder(path.parent)
+        yield temporary
+        if sync:
+            _sync(temporary)
+        os.replace(temporary, path)
+    except kinds as problem:
+        if error is None:
+            raise
+        raise error(_unwritable(path, problem)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_aside(path: str | os.PathLike[str], data: bytes, error: type[ElmoRayError] = DataError) -> None:
+    """Write a file of these bytes by `atomic_write`."""
+    with atomic_write(path, error) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: str | os.PathLike[str], value: object, error: type[ElmoRayError] = ConfigError) -> None:
+    """Write a value as indented JSON by `atomic_write`; ValueError for NaN and infinities."""
+    write_aside(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode(), error)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, if they are not there; NotADirectoryError where one of them is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+
+
+def _unwritable(path: Path, problem: Exception) -> str:
+    """Return one line: what cannot be written, why, and what to do about it where that is known."""
+    reason = getattr(problem, "strerror", None) or short(str(problem)) or type(problem).__name__
+    cure = _CURES.get(getattr(problem, "errno", None) or 0)
+    return f"{path}: cannot be written ({reason})" + (f"; {cure}" if cure else "")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(folder: Path) -> None:
     """Make renames in `folder` durable where the file system can; some network file systems cannot sync a directory."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(folder)
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, read in pieces; raises OSError."""
+    """Return the sha256 of a file, read in pieces; raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb") as raw:
         while chunk := raw.read(_CHUNK_BYTES):
@@ -87,53 +112,34 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_safetensors(out: HashingFile, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors (any shapes, on the host) in safetensors form; equal tensors give equal bytes in any order of keys.
+@contextlib.contextmanager
+def file_lock(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of the file `path`, which is made for it and removed at the end.
 
-    Raises ValueError for a dtype that the form does not have.
+    Raises BlockingIOError where another process holds it, unless `wait`; OSError where the file cannot be made. The
+    system releases the lock when its holder ends in whatever way.
     """
-    # Widest elements first keeps every tensor aligned without holes, which the form forbids.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, object] = {}
-    offset = 0
-    for name, tensor in ordered:
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"tensor {name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    out.write(len(text).to_bytes(8, "little") + text)
-    for _, tensor in ordered:
-        if tensor.numel():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            out.write(flat.view(torch.uint8).numpy().data)
-
-
-def write_json(path: str | Path, value: object) -> None:
-    """Writes aside, then renames; raises ConfigError where the file cannot be written."""
-    target = Path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, target)
-    except OSError as error:
-        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
-
-
-def write_aside(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file such that it appears whole or not at all. DataError when the disk takes no more."""
-    target = Path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(data)
-        os.replace(aside, target)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+    make_folder(path.parent)
+    how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+    while True:
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, how)
+            # A holder removes the file when it ends: what was opened before that is nobody's lock any more.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+            file.close()
+        except FileNotFoundError:
+            file.close()
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s): do not start this twice", path, error.strerror)
+            break
+    with file:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from elmo_ray.errors import ConfigError, ElmoRayError
+from elmo_ray.storage.files import atomic_write, make_folder
 
 Place = str | os.PathLike[str]
 
@@ -188,8 +189,20 @@ class _Object(io.RawIOBase):
 
 
 def write_bytes(place: Place, data: bytes, only_new: bool = False) -> None:
-    """An object of these bytes. only_new: FileExistsError where there is one already, as far as the store can tell
-    (S3 can; elsewhere two writers at the same moment may both be told that they were first)."""
+    """Write an object or file of these bytes, which appears whole or not at all.
+
+    only_new (for few bytes): FileExistsError where there is one already, as far as the store can tell. Folders and S3
+    can; elsewhere two writers at the same moment may both be told that they were first.
+    """
+    if not is_uri(place):
+        if not only_new:
+            with atomic_write(place, None) as temporary:
+                temporary.write_bytes(data)
+            return
+        make_folder(Path(place).parent)
+        with open(place, "xb") as file:
+            file.write(data)
+        return
     system, path = file_system(place)
     with _explained(place):
         if only_new and system.exists(path):
@@ -201,34 +214,28 @@ def write_bytes(place: Place, data: bytes, only_new: bool = False) -> None:
 
 
 def upload(source: Path, place: Place) -> None:
-    """A local file to an object, or to another plain path."""
+    """Copy a local file to an object."""
     system, path = file_system(place)
     with _explained(place):
         system.put_file(os.fspath(source), path)
 
 
 def download(place: Place, target: Path) -> None:
-    """An object to a local file, which appears whole or not at all."""
+    """Copy an object to a local file, which appears whole or not at all."""
     system, path = file_system(place)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _explained(place):
-            system.get_file(path, os.fspath(aside))
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic_write(target, None) as temporary, _explained(place):
+        system.get_file(path, os.fspath(temporary))
 
 
 def copy(source: Place, target: Place) -> None:
-    """An object to another of the same store, without a way through this machine."""
+    """Copy an object to another of the same store, without a way through this machine."""
     system, path = file_system(source)
     with _explained(source):
         system.cp_file(path, file_system(target)[1])
 
 
 def remove(place: Place) -> None:
-    """An object away; nothing where there is none."""
+    """Remove an object, if it is there."""
     system, path = file_system(place)
     with _explained(place), contextlib.suppress(FileNotFoundError):
         system.rm_file(path)

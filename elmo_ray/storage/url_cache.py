@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
-from elmo_ray.errors import FormatError
+from elmo_ray.errors import FormatError, short
+from elmo_ray.storage.files import atomic_write
 
 CACHE_VARIABLE = "ELMO_RAY_CACHE"
 
 
 def local_file(name: str | os.PathLike[str]) -> Path:
-    """The path of a file; one at a URL (https, s3, gs, ... by fsspec) is fetched to the cache first.
+    """Return the path of a file; one at a URL (https, s3, gs, ... by fsspec) is fetched to the cache first.
 
     The cache is the folder of $ELMO_RAY_CACHE, else ~/.cache/elmo_ray; a file stays there until it is removed. Raises
     FormatError where the file is not there or cannot be fetched.
@@ -35,23 +36,15 @@ def local_file(name: str | os.PathLike[str]) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where fetched files are kept."""
+    """Return the folder in which fetched files are kept."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "elmo_ray")
 
 
 def _fetch(url: str, target: Path) -> None:
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         import fsspec
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with fsspec.open(url, "rb") as source, open(aside, "wb") as file:
-            while data := source.read(1 << 20):
-                file.write(data)
-        os.replace(aside, target)
+        with fsspec.open(url, "rb") as source, atomic_write(target, None) as temporary, open(temporary, "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
     except Exception as error:  # fsspec's systems raise what their libraries raise
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise FormatError(f"{url}: cannot be fetched: {what}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+        raise FormatError(f"{url}: cannot be fetched: {short(str(error)) or type(error).__name__}") from None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from elmo_ray.config.schema import show
-from elmo_ray.errors import DataError
+from elmo_ray.storage.files import atomic_write
 from elmo_ray.sweep.trials import FAILED, STOPPED, Trial
 
 _COLUMNS = 3
@@ -40,12 +39,8 @@ def draw(path: Path, trials: Sequence[Trial], best: Trial | None) -> None:
     _perplexity(axes)
     for place, key in enumerate(keys):
         _against(figure.add_subplot(grid[1 + place // _COLUMNS, place % _COLUMNS]), key, trials, best)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    try:
-        figure.savefig(aside, format="png", dpi=110)
-        os.replace(aside, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from None
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def _against(axes: Any, key: str, trials: Sequence[Trial], best: Trial | None) -> None:

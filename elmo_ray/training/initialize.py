@@ -10,10 +10,9 @@ A checkpoint at which training can begin: a given model with given slots, zero s
 from __future__ import annotations
 
 import math
-import shutil
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +20,14 @@ from torch import Tensor
 
 from elmo_ray.checkpoints.manifest import MODEL_FILE, OPTIMIZER_FILE
 from elmo_ray.checkpoints.read import Checkpoint
+from elmo_ray.checkpoints.stores import store_of
 from elmo_ray.checkpoints.write import commit, write_part
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import StreamCursors
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import CheckpointError, ConfigError
 from elmo_ray.model.bilm import TABLES, BiLM
+from elmo_ray.storage import Place
 from elmo_ray.training.snapshot import Progress, Snapshot
 from elmo_ray.training.step import DTYPES
 
@@ -126,7 +127,7 @@ def initial_slots(
 
 
 def write_initial(
-    folder: Path,
+    place: Place,
     config: PretrainConfig,
     vocabulary: Vocabulary,
     model: BiLM,
@@ -135,7 +136,7 @@ def write_initial(
     step: int = 0,
     fields: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Write a whole checkpoint into `folder`, aside and renamed; what was there before is replaced.
+    """Write a whole checkpoint at `place`, a path or URI, which replaces what was there before.
 
     slots: as `Optimizer.state_tensors`; None: the checkpoint has none. fields: more for the manifest. Raises
     CheckpointError where it cannot be written.
@@ -149,16 +150,12 @@ def write_initial(
     tensors[MODEL_FILE] = dict(model.state_dict())
     if slots is not None:
         tensors[OPTIMIZER_FILE] = slots
-    aside = folder.with_name(f".{folder.name}.new")
+    target = os.fspath(place)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        write_part(aside, 0, tensors, snapshot.texts(config, vocabulary))
-        manifest = {"step": step, "streams": len(streams), "identity": dict(identity), **(fields or {})}
-        checkpoint = commit(aside, 1, manifest, patience_s=0)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
+        with store_of(target).replacing(target) as new:
+            write_part(new, 0, tensors, snapshot.texts(config, vocabulary))
+            manifest = {"step": step, "streams": len(streams), "identity": dict(identity), **(fields or {})}
+            checkpoint = commit(new, 1, manifest, patience_s=0)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
-    return Checkpoint(folder, checkpoint.manifest)
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error})") from None
+    return Checkpoint(target, checkpoint.manifest)

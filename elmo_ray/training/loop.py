@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from elmo_ray.checkpoints.identity import conditions, identity, is_initial, start_messages
-from elmo_ray.checkpoints.read import Checkpoint
-from elmo_ray.checkpoints.stores import Committed
+from elmo_ray.checkpoints.read import Checkpoint, open_checkpoint
 from elmo_ray.config.schema import Duration
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import thread_source
@@ -70,7 +69,7 @@ class _Run:
         self.metrics = MetricsWriter(self.outbox.folder, self.attempt) if worker.rank == 0 else None
         self.saver = Saver(plan.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
         self.saver.writer.before = self.outbox.send  # metrics that a checkpoint follows are never lost
-        self.start_checkpoint: Committed | None = None  # of a model that was trained before, to be measured first
+        self.start_checkpoint: Checkpoint | None = None  # of a model that was trained before, to be measured first
         self._resume()
         self.started = time.monotonic()
         self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
@@ -142,9 +141,9 @@ class _Run:
         checkpoint: Checkpoint | None = None
         try:
             if path is not None:
-                checkpoint = self.saver.store.fetch(path)
+                checkpoint = open_checkpoint(path, verify=False)  # rank 0 has verified it
                 snapshot = Snapshot.load(checkpoint, self._identity(), self.step, self.streams)
-                self.saver.last, self.saver.last_step = self.saver.store.at(path, checkpoint), checkpoint.step
+                self.saver.last, self.saver.last_step = checkpoint, checkpoint.step
                 self.progress, self.cursors, self.sums = snapshot.progress, snapshot.cursors, snapshot.window_sums
         except ElmoRayError as problem:
             error = problem
@@ -234,7 +233,7 @@ class _Run:
         patience = self.config.train.patience
         return self.progress.step >= self.total_steps or (patience is not None and self.progress.stale >= patience)
 
-    def _measure_start(self, checkpoint: Committed) -> None:
+    def _measure_start(self, checkpoint: Checkpoint) -> None:
         """Validate before the first step; what the run starts from is its best until something is better."""
         self._validate()
         self.save_wanted = self.best_wanted = False
@@ -410,5 +409,5 @@ class _Run:
             "initial": progress.initial,
             "last_valid": progress.last_valid,
             "seconds": progress.seconds,
-            "checkpoint": None if last is None else str(last.path),
+            "checkpoint": None if last is None else last.place,
         }

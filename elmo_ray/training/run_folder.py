@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from elmo_ray import storage
 from elmo_ray.checkpoints.identity import saved_settings
-from elmo_ray.checkpoints.stores import Committed, store_of
+from elmo_ray.checkpoints.manifest import PROGRESS_FILE
+from elmo_ray.checkpoints.read import Checkpoint, newest_checkpoint
 from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import ConfigError
+from elmo_ray.storage.files import file_lock
 from elmo_ray.storage.local_copy import local_folder
 from elmo_ray.storage.store_lock import store_lock
 
@@ -33,7 +33,7 @@ class RunFolder:
     local folder that this process works in."""
 
     path: Path
-    newest: Committed | None
+    newest: Checkpoint | None
     finished: bool
     aside: Path | None = None
     uri: str | None = None
@@ -64,46 +64,19 @@ class RunFolder:
         Raises ConfigError where another process has it, or the storage cannot be written. The system lets go of the
         lock when its holder ends in whatever way.
         """
-        if self.uri is not None:
-            with contextlib.ExitStack() as stack:
-                try:
+        with contextlib.ExitStack() as stack:
+            try:
+                if self.uri is not None:
                     stack.enter_context(store_lock(self.uri))
-                except OSError as error:
-                    raise self._unwritable(error) from None
-                yield
-            return
-        lock = self.path.parent / f".{self.path.name}.lock"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self._lock(lock)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        with file:
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    lock.unlink()
-
-    def _lock(self, lock: Path) -> IO[bytes]:
-        while True:
-            file = open(lock, "ab")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # a holder removes the file when it ends: what was opened before that is nobody's lock any more
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
-                    return file
-                file.close()
+                else:
+                    stack.enter_context(file_lock(self.path.parent / f".{self.path.name}.lock"))
             except BlockingIOError:
-                file.close()
                 raise ConfigError(
                     f"run.name={self.path.name}: another process is running {self.path}; wait for its end or stop it"
                 ) from None
-            except FileNotFoundError:
-                file.close()
-            except OSError as error:  # some network file systems have no locks
-                logger.warning("%s cannot be locked (%s): do not start this run twice", self.path, error.strerror)
-                return file
+            except OSError as error:
+                raise self._unwritable(error) from None
+            yield
 
 
 def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:
@@ -132,12 +105,11 @@ def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:
         raise ConfigError(f"run.name={name}: {place} has a run already; --resume goes on with it, --fresh starts anew")
     if resume and not used:
         logger.info("--resume: there is no run in %s yet; starting fresh", place)
-    newest = store_of(place).newest_checkpoint(storage.join(place, "checkpoints")) if used else None
+    newest = newest_checkpoint(storage.join(place, "checkpoints")) if used else None
     finished = newest is not None and _is_finished(newest, config)
     return RunFolder(path, newest, finished, uri=place if storage.is_uri(place) else None)
 
 
-def _is_finished(newest: Committed, config: PretrainConfig) -> bool:
-    checkpoint = store_of(str(newest.path)).fetch(str(newest.path))
-    asked = saved_settings(checkpoint).get("train.duration") == str(config.train.duration)
-    return asked and checkpoint.json("progress.json").get("finished") is True
+def _is_finished(newest: Checkpoint, config: PretrainConfig) -> bool:
+    asked = saved_settings(newest).get("train.duration") == str(config.train.duration)
+    return asked and newest.json(PROGRESS_FILE).get("finished") is True

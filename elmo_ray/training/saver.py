@@ -14,17 +14,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from elmo_ray import storage
 from elmo_ray.checkpoints.manifest import directory_name
-from elmo_ray.checkpoints.stores import Committed, store_of
-from elmo_ray.checkpoints.write import CheckpointWriter
+from elmo_ray.checkpoints.read import Checkpoint, checkpoints_of_step, newest_checkpoint, open_checkpoint
+from elmo_ray.checkpoints.stores import store_of
+from elmo_ray.checkpoints.write import CheckpointWriter, commit, copy_best, discard, prune
 from elmo_ray.errors import CheckpointError, TrainingError
-from elmo_ray.storage import Place, base_name, is_uri, join
+from elmo_ray.storage import Place, is_uri, join
 from elmo_ray.training.metrics import metrics_path
 from elmo_ray.training.ranks import Flags, Ranks
 
@@ -35,41 +35,27 @@ FAILURES_IN_A_ROW = 5
 
 
 def claim_attempt(run_dir: Place) -> int:
-    """Number of this start of a run: one more than any that left metrics or a checkpoint. Its metrics file exists then,
-    so that no other start has the same number. Raises TrainingError where the run's folder cannot be written."""
-    if is_uri(run_dir):
-        return _claim_in_store(run_dir)
-    run_dir = Path(run_dir)
-    names = [path.stem for folder in ("metrics", "checkpoints") for path in (run_dir / folder).glob("*attempt-*")]
-    numbers = [int(digits) for name in names if (digits := name.rsplit("attempt-", 1)[1]).isdigit()]
-    attempt = max(numbers, default=0) + 1
-    try:
-        (run_dir / "metrics").mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                metrics_path(run_dir, attempt).touch(exist_ok=False)
-                return attempt
-            except FileExistsError:
-                attempt += 1
-    except OSError as error:
-        raise TrainingError(f"{run_dir}/metrics: cannot be written: {error.strerror or error}") from None
+    """Return the number of this start of a run: one more than any that left metrics or a checkpoint.
 
-
-def _claim_in_store(run_dir: Place) -> int:
+    Its metrics file exists then, so that no other start has the same number. Raises TrainingError where the run's
+    folder cannot be written.
+    """
+    metrics, store = join(run_dir, "metrics"), store_of(run_dir)
     try:
-        names = [base_name(name).removesuffix(".jsonl") for name in storage.listing(join(run_dir, "metrics"))]
-        names += storage.folders(join(run_dir, "checkpoints"))
+        names = [name.removesuffix(".jsonl") for name in store.files(metrics)]
+        names += store.directories(join(run_dir, "checkpoints"))
         numbers = [int(digits) for name in names if (digits := name.rpartition("attempt-")[2]).isdigit()]
         attempt = max(numbers, default=0) + 1
         while True:
             try:
-                name = join(run_dir, "metrics", metrics_path("", attempt).name)
-                storage.write_bytes(name, b"", only_new=True)
+                storage.write_bytes(join(metrics, metrics_path("", attempt).name), b"", only_new=True)
                 return attempt
             except FileExistsError:
                 attempt += 1
     except OSError as error:
-        raise TrainingError(f"{run_dir}/metrics: cannot be written: {error.strerror or error}") from None
+        raise TrainingError(f"{metrics}: cannot be written: {error.strerror or error}") from None
+    except CheckpointError as error:
+        raise TrainingError(str(error)) from None
 
 
 WARN_AFTER_S = 300.0
@@ -112,17 +98,16 @@ class Saver:
         keep: int,
         register: Callable[[int, str, dict[str, Any]], None],
     ):
-        self.store = store_of(run_dir)
         self.folder = join(run_dir, "checkpoints")
         self.best_folder = join(run_dir, "best")
         self.attempt, self.ranks, self.keep, self.register = attempt, ranks, keep, register
-        self.writer = CheckpointWriter(ranks.rank, self.store.write_part)
+        self.writer = CheckpointWriter(ranks.rank)
         self.clerk = CheckpointWriter(ranks.rank)  # of rank 0: commits and tidies
-        self.last: Committed | None = None
+        self.last: Checkpoint | None = None
         self.last_step: int | None = None
         self.best_lost = False
         self.damaged: list[Place] = []
-        self._best_due: Committed | None = None
+        self._best_due: Checkpoint | None = None
         self._save: _Save | None = None
         self._number = 0
         self._failures = 0
@@ -199,7 +184,7 @@ class Saver:
         if self.ranks.rank == 0:
 
             def commit_it() -> None:
-                self.last = self.store.commit(save.directory, self.ranks.world, save.fields)
+                self.last = commit(save.directory, self.ranks.world, save.fields)
 
             self.clerk.reset()
             self.clerk.start_job(commit_it)
@@ -222,7 +207,7 @@ class Saver:
         self._failures += 1
         self.best_lost = save.best
         if self.ranks.rank == 0:
-            self.store.discard(save.directory)  # before the others go on, who may soon write there again
+            discard(save.directory)  # before the others go on, who may soon write there again
         problems = [p for p in self.ranks.all(None if error is None else str(error)) if p]
         problem = problems[0] if problems else "no reason given"
         if self.ranks.rank == 0:
@@ -245,32 +230,33 @@ class Saver:
             self._best_due = self.last
         if self._best_due is not None:
             self.copy_to_best(self._best_due)
-        protect = [save.directory] + ([self._best_due.path] if self._best_due is not None else [])
-        self.store.prune(self.folder, self.keep, protect, self.damaged)
+        protect = [save.directory] + ([self._best_due.place] if self._best_due is not None else [])
+        prune(self.folder, self.keep, protect, self.damaged)
 
     def newest(self) -> str | None:
         """Rank 0: where the newest whole checkpoint of the run is, if it has one; the damaged ones are noted."""
-        found = self.store.newest_checkpoint(self.folder, damaged=self.damaged)
-        return None if found is None else str(found.path)
+        found = newest_checkpoint(self.folder, damaged=self.damaged)
+        return None if found is None else found.place
 
     def restore_best(self, start: str, best_step: int | None) -> None:
         """Rank 0, when going on from `start`: a run that was killed between a save and the copy of it to `best/` makes
         the copy now."""
         if best_step is None:
             return
-        for path in (self.best_folder, start, *self.store.of_step(self.folder, best_step)):
+        for place in (self.best_folder, start, *checkpoints_of_step(self.folder, best_step)):
             with contextlib.suppress(CheckpointError):
-                found = self.store.look(path)
+                found = open_checkpoint(place, verify=False)
                 if found.step == best_step:
-                    if path != self.best_folder:
+                    found.verify(hashes=not is_uri(place))  # hashes would fetch all of it
+                    if place != self.best_folder:
                         self.copy_to_best(found)
                     return
 
-    def copy_to_best(self, checkpoint: Committed) -> None:
+    def copy_to_best(self, checkpoint: Checkpoint) -> None:
         """Rank 0: make `best/` a copy of this checkpoint; a failure is a warning, and tried again after later saves."""
         self._best_due = checkpoint
         try:
-            self.store.copy_best(checkpoint, self.best_folder)
+            copy_best(checkpoint, self.best_folder)
             self._best_due = None
         except (CheckpointError, OSError) as error:
             logger.warning(

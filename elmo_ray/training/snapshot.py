@@ -16,7 +16,7 @@ from torch import Tensor
 
 from elmo_ray.checkpoints.check import check_cursors, check_forms, check_slots
 from elmo_ray.checkpoints.identity import check_identity
-from elmo_ray.checkpoints.manifest import MODEL_FILE, OPTIMIZER_FILE, is_count, streams_name
+from elmo_ray.checkpoints.manifest import MODEL_FILE, OPTIMIZER_FILE, PROGRESS_FILE, is_count, streams_name
 from elmo_ray.checkpoints.read import Checkpoint
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import StreamCursors
@@ -90,8 +90,6 @@ _KINDS: dict[str, Callable[[object], bool]] = {
     "dict[str, Any]": _is_record,
 }
 
-PROGRESS_FILE = "progress.json"
-
 
 @dataclass
 class Snapshot:
@@ -137,19 +135,19 @@ class Snapshot:
         check_identity(checkpoint, expected)
         load_model(checkpoint, step.model.state_dict())
         slots, parameters = checkpoint.tensors(OPTIMIZER_FILE), dict(step.model.named_parameters())
-        check_slots(f"{checkpoint.path}/{OPTIMIZER_FILE}", slots, parameters)
+        check_slots(checkpoint.at(OPTIMIZER_FILE), slots, parameters)
         try:
             step.optimizer.load_state_tensors(slots)
         except (KeyError, RuntimeError) as problem:
             name = step.config.optim.name
             raise CheckpointError(
-                f"{checkpoint.path}/{OPTIMIZER_FILE}: does not fit optim.name={name}: {problem}"
+                f"{checkpoint.at(OPTIMIZER_FILE)}: does not fit optim.name={name}: {problem}"
             ) from None
-        progress = Progress.from_dict(checkpoint.json(PROGRESS_FILE), str(checkpoint.path))
+        progress = Progress.from_dict(checkpoint.json(PROGRESS_FILE), checkpoint.place)
         if progress.step != checkpoint.step:
-            raise CheckpointError(f"{checkpoint.path}/{PROGRESS_FILE}: step is {progress.step}, not {checkpoint.step}")
+            raise CheckpointError(f"{checkpoint.at(PROGRESS_FILE)}: step is {progress.step}, not {checkpoint.step}")
         rows = checkpoint.stream_tensors(streams.start, streams.stop)
-        state, place = step.state, f"{checkpoint.path}: streams {streams.start}..{streams.stop - 1}"
+        state, place = step.state, f"{checkpoint.place}: streams {streams.start}..{streams.stop - 1}"
         shapes = {"hidden": tuple(state.hidden.permute(2, 0, 1, 3).shape)}
         shapes["cell"] = tuple(state.cell.permute(2, 0, 1, 3).shape)
         shapes["window_sums"] = (len(streams), step.model.directions + 1)
@@ -168,7 +166,7 @@ class Snapshot:
 def load_model(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:
     """Copy a checkpoint's parameters into those of a model of the same sizes. Raises CheckpointError."""
     saved = checkpoint.tensors(MODEL_FILE)
-    check_forms(f"{checkpoint.path}/{MODEL_FILE}", saved, {key: tuple(p.shape) for key, p in into.items()})
+    check_forms(checkpoint.at(MODEL_FILE), saved, {key: tuple(p.shape) for key, p in into.items()})
     for key, target in into.items():
         with torch.no_grad():
             target.copy_(saved[key])

@@ -1,12 +1,16 @@
-"""Whole checkpoints of strangers, damaged at random or made to look right: only our own errors come out."""
+"""Whole checkpoints of strangers, damaged at random or made to look right: only our own errors come out.
+
+In a folder and in an object store (fsspec's memory://), by the same tests.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from helpers.fuzzing import (
     replaced,
     scalars,
 )
+from helpers.places import contents, copy_tree, place_of, remove
 from helpers.saved_models import random_model
 from helpers.tiny_runs import tiny_config
 from hypothesis import given
@@ -34,10 +39,11 @@ from elmo_ray.checkpoints.identity import identity
 from elmo_ray.checkpoints.manifest import MANIFEST, MODEL_FILE, OPTIMIZER_FILE, directory_name, streams_name
 from elmo_ray.checkpoints.read import Checkpoint, newest_checkpoint, open_checkpoint
 from elmo_ray.checkpoints.source import open_source
-from elmo_ray.checkpoints.write import commit, write_part
+from elmo_ray.checkpoints.write import commit, discard, write_part
 from elmo_ray.data.streams import StreamCursors
 from elmo_ray.data.vocabulary import SPECIAL_WORDS
 from elmo_ray.errors import CheckpointError, ConfigError, ElmoRayError
+from elmo_ray.storage import is_uri, join, read_bytes, write_bytes
 from elmo_ray.training.snapshot import PROGRESS_FILE, Progress, Snapshot, load_model
 from elmo_ray.training.step import TrainStep
 
@@ -50,6 +56,7 @@ CONFIGS = {
 STREAMS = CONFIGS["adagrad"].data.streams
 STEP = 7
 Tensors = dict[str, dict[str, torch.Tensor]]
+NUMBERED = itertools.count()
 STREAM_FILE = streams_name(0, STREAMS)
 
 
@@ -84,9 +91,9 @@ def identity_of(name: str) -> dict[str, Any]:
     return json.loads(json.dumps(identity(CONFIGS[name], "corpus", "vocabulary")))
 
 
-def save(folder: Path, name: str, tensors: Tensors, texts: dict[str, str], **fields: Any) -> Path:
+def save(folder: str, name: str, tensors: Tensors, texts: dict[str, str], **fields: Any) -> str:
     """A checkpoint whose hashes are right, whatever is in it."""
-    shutil.rmtree(folder, ignore_errors=True)
+    discard(folder)
     write_part(folder, 0, tensors, texts)
     commit(folder, 1, {"step": STEP, "streams": STREAMS, "identity": identity_of(name), **fields}, patience_s=0)
     return folder
@@ -100,14 +107,16 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("strangers")
+@pytest.fixture(scope="module", params=["folder", pytest.param("store", marks=pytest.mark.slow)])
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmp")))
+        yield place_of(request.param, tmp_path_factory.mktemp("strangers"))
 
 
 @pytest.fixture(scope="module")
-def whole(root: Path) -> Path:
-    return save(root / "whole", "adagrad", *PARTS["adagrad"])
+def whole(root: str) -> str:
+    return save(join(root, "whole"), "adagrad", *PARTS["adagrad"])
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +124,7 @@ def steps() -> dict[str, TrainStep]:
     return {name: step_of(name) for name in CONFIGS}
 
 
-def outcomes(folder: Path, steps: dict[str, TrainStep], name: str = "adagrad") -> Iterator[ElmoRayError | None]:
+def outcomes(folder: str, steps: dict[str, TrainStep], name: str = "adagrad") -> Iterator[ElmoRayError | None]:
     """Everything that reads a checkpoint, on this one: the error of each, or None."""
 
     def load() -> None:
@@ -124,8 +133,8 @@ def outcomes(folder: Path, steps: dict[str, TrainStep], name: str = "adagrad") -
         assert (snapshot.cursors.epoch >= 0).all() and (snapshot.cursors.offset >= 0).all()
 
     def open_as_run() -> None:
-        newest = newest_checkpoint(folder.parent)
-        assert newest is None or newest.path.parent == folder.parent
+        newest = newest_checkpoint(os.path.dirname(folder))
+        assert newest is None or newest.place == folder
 
     for read in (lambda: open_source(folder), lambda: open_source(folder, verify=False), load, open_as_run):
         try:
@@ -137,9 +146,11 @@ def outcomes(folder: Path, steps: dict[str, TrainStep], name: str = "adagrad") -
             yield None
 
 
-def test_a_whole_one_is_taken_by_all_readers(root: Path, steps: dict[str, TrainStep]) -> None:
+def test_a_whole_one_is_taken_by_all_readers(root: str, steps: dict[str, TrainStep]) -> None:
     for name, parts in PARTS.items():
-        assert list(outcomes(save(root / "good" / directory_name(STEP, 1), name, *parts), steps, name)) == [None] * 4
+        assert (
+            list(outcomes(save(join(root, "good", directory_name(STEP, 1)), name, *parts), steps, name)) == [None] * 4
+        )
 
 
 # ---------------------------------------------------------------- damage that hashes find
@@ -147,26 +158,27 @@ def test_a_whole_one_is_taken_by_all_readers(root: Path, steps: dict[str, TrainS
 
 @fuzz(60)
 @given(st.data())
-def test_damaged_files(root: Path, whole: Path, steps: dict[str, TrainStep], data: st.DataObject) -> None:
-    folder = root / "damaged" / directory_name(STEP, 1)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(whole, folder)
-    names = sorted(os.listdir(whole))
+def test_damaged_files(root: str, whole: str, steps: dict[str, TrainStep], data: st.DataObject) -> None:
+    # a place of its own: what a machine has fetched from a store it does not fetch again
+    folder = join(root, f"damaged-{next(NUMBERED)}", directory_name(STEP, 1))
+    copy_tree(whole, folder)
+    names = sorted(contents(whole))
     name = data.draw(st.sampled_from([n for n in names if not n.startswith("part-")]))
-    how = data.draw(st.sampled_from([*DAMAGES, "gone", "swapped", "folder", "link", "pipe"]))
-    path, before = folder / name, (whole / name).read_bytes()
+    more = [] if is_uri(root) else ["folder", "link", "pipe"]
+    how = data.draw(st.sampled_from([*DAMAGES, "gone", "swapped", *more]))
+    place, before = join(folder, name), read_bytes(join(whole, name))
     if how in DAMAGES:
-        path.write_bytes(damaged(before, how, data.draw(st.integers(0, 2**32))))
+        write_bytes(place, damaged(before, how, data.draw(st.integers(0, 2**32))))
     elif how == "swapped":
-        other = folder / data.draw(st.sampled_from(names))
-        path.write_bytes(other.read_bytes())
+        write_bytes(place, read_bytes(join(folder, data.draw(st.sampled_from(names)))))
     else:
-        path.unlink()
+        remove(place)
+        path = Path(place)
         make: dict[str, Callable[[], Any]] = {
             "folder": path.mkdir, "link": lambda: path.symlink_to("/dev/zero"), "pipe": lambda: os.mkfifo(path),
         }  # fmt: skip
         make.get(how, lambda: None)()
-    unchanged = path.is_file() and path.read_bytes() == before
+    unchanged = how in (*DAMAGES, "swapped") and read_bytes(place) == before
     found = list(outcomes(folder, steps))
     assert unchanged or name == MANIFEST or (found[0] and found[2] and found[3])
 
@@ -174,15 +186,15 @@ def test_damaged_files(root: Path, whole: Path, steps: dict[str, TrainStep], dat
 # ---------------------------------------------------------------- right hashes, absurd values
 
 
-def manifest_with(folder: Path, whole: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+def manifest_with(folder: str, whole: str, change: Callable[[dict[str, Any]], Any]) -> str:
     """A copy with a changed manifest whose own hash is right."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(whole, folder)
-    manifest = change(json.loads((whole / MANIFEST).read_text()))
+    discard(folder)
+    copy_tree(whole, folder)
+    manifest = change(json.loads(read_bytes(join(whole, MANIFEST))))
     manifest.pop("manifest_sha256")
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     manifest["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_bytes(join(folder, MANIFEST), json.dumps(manifest).encode())
     return folder
 
 
@@ -195,13 +207,13 @@ MANIFEST_PLACES += [("files", MODEL_FILE), ("files", MODEL_FILE, "size"), ("file
 @fuzz(60)
 @given(place=st.sampled_from(MANIFEST_PLACES), value=plain_values | absurd_numbers | st.just(...))
 def test_absurd_manifests(
-    root: Path, whole: Path, steps: dict[str, TrainStep], place: tuple[Any, ...], value: Any
+    root: str, whole: str, steps: dict[str, TrainStep], place: tuple[Any, ...], value: Any
 ) -> None:
     def change(manifest: dict[str, Any]) -> Any:
         known = value is not ... or place in paths_of(manifest)
         return replaced(manifest, place, value) if known else manifest
 
-    list(outcomes(manifest_with(root / "manifests" / directory_name(STEP, 1), whole, change), steps))
+    list(outcomes(manifest_with(join(root, "manifests", directory_name(STEP, 1)), whole, change), steps))
 
 
 PROGRESS_PLACES = [(key,) for key in Progress().to_dict()] + [("last_valid", "perplexity"), ("more",)]
@@ -209,11 +221,13 @@ PROGRESS_PLACES = [(key,) for key in Progress().to_dict()] + [("last_valid", "pe
 
 @fuzz(60)
 @given(st.sampled_from(PROGRESS_PLACES), scalars | absurd_numbers | plain_values | st.just("1e999"))
-def test_absurd_progress(root: Path, steps: dict[str, TrainStep], place: tuple[Any, ...], value: Any) -> None:
+def test_absurd_progress(root: str, steps: dict[str, TrainStep], place: tuple[Any, ...], value: Any) -> None:
     tensors, texts = PARTS["adagrad"]
     text = json.dumps(replaced(json.loads(texts[PROGRESS_FILE]), place, value)).replace('"1e999"', "1e999")
     list(
-        outcomes(save(root / "p" / directory_name(STEP, 1), "adagrad", tensors, {**texts, PROGRESS_FILE: text}), steps)
+        outcomes(
+            save(join(root, "p", directory_name(STEP, 1)), "adagrad", tensors, {**texts, PROGRESS_FILE: text}), steps
+        )
     )
 
 
@@ -239,10 +253,10 @@ HOSTILE_CONFIGS = [
     )
     | st.lists(st.sampled_from([*WORDS, "", "!!!MAXTERMID", "\r", "\0", "\ufeff<S>", "x" * 99])).map("\n".join),
 )
-def test_hostile_texts(root: Path, steps: dict[str, TrainStep], file: str, text: str) -> None:
+def test_hostile_texts(root: str, steps: dict[str, TrainStep], file: str, text: str) -> None:
     tensors, texts = PARTS["adagrad"]
     text = text.encode("utf-8", "replace").decode()
-    list(outcomes(save(root / "t" / directory_name(STEP, 1), "adagrad", tensors, {**texts, file: text}), steps))
+    list(outcomes(save(join(root, "t", directory_name(STEP, 1)), "adagrad", tensors, {**texts, file: text}), steps))
 
 
 def remade(tensor: torch.Tensor, how: str, number: float) -> torch.Tensor:
@@ -269,7 +283,7 @@ NUMBERS += [float("nan"), float("inf")]
 
 @fuzz(110)
 @given(st.data())
-def test_other_tensors(root: Path, steps: dict[str, TrainStep], data: st.DataObject) -> None:
+def test_other_tensors(root: str, steps: dict[str, TrainStep], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(CONFIGS)))
     tensors, texts = PARTS[name]
     tensors = {file: dict(group) for file, group in tensors.items()}
@@ -293,7 +307,7 @@ def test_other_tensors(root: Path, steps: dict[str, TrainStep], data: st.DataObj
             if abs(number) > 3e38 and tensor.dtype == torch.float32 and number != float("inf"):
                 number = 3e38
             tensors[file][key] = remade(tensor, how, number)
-    folder = save(root / "o" / directory_name(STEP, 1), name, tensors, texts)
+    folder = save(join(root, "o", directory_name(STEP, 1)), name, tensors, texts)
     errors = list(outcomes(folder, steps, name))
     if all(error is None for error in errors):
         read = {kind: open_checkpoint(folder).tensors(kind) for kind in (MODEL_FILE, OPTIMIZER_FILE)}
@@ -316,32 +330,32 @@ CURSORS: dict[str, tuple[dict[str, list[int]], bool]] = {
 
 
 @pytest.mark.parametrize("name", CURSORS)
-def test_cursors_that_no_reading_could_have_left(root: Path, steps: dict[str, TrainStep], name: str) -> None:
+def test_cursors_that_no_reading_could_have_left(root: str, steps: dict[str, TrainStep], name: str) -> None:
     change, good = CURSORS[name]
     tensors, texts = PARTS["adagrad"]
     rows = dict(tensors[STREAM_FILE])
     for key, (value,) in change.items():
         rows[key] = rows[key].clone()
         rows[key][-1] = value
-    folder = save(root / "c" / directory_name(STEP, 1), "adagrad", {**tensors, STREAM_FILE: rows}, texts)
+    folder = save(join(root, "c", directory_name(STEP, 1)), "adagrad", {**tensors, STREAM_FILE: rows}, texts)
     error = list(outcomes(folder, steps))[2]
     assert (error is None) == good and (good or isinstance(error, CheckpointError)), error
 
 
-def test_a_stranger_s_config_runs_no_code(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stranger_s_config_runs_no_code(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tensors, texts = PARTS["adagrad"]
     for text in ("!!python/object/apply:os.system [touch hacked]", "run: !!python/object/new:os.mkdir [hacked]"):
-        folder = save(root / "code" / directory_name(STEP, 1), "adagrad", tensors, {**texts, "config.yaml": text})
+        folder = save(join(root, "code", directory_name(STEP, 1)), "adagrad", tensors, {**texts, "config.yaml": text})
         with pytest.raises(CheckpointError, match=r"config.yaml line 1.*python/object"):
             open_source(folder)
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_alone_are_checked_too(root: Path, steps: dict[str, TrainStep]) -> None:
+def test_weights_alone_are_checked_too(root: str, steps: dict[str, TrainStep]) -> None:
     tensors, texts = PARTS["adagrad"]
     model = {key: tensor[None] for key, tensor in tensors[MODEL_FILE].items()}
-    folder = save(root / "m" / directory_name(STEP, 1), "adagrad", {**tensors, MODEL_FILE: model}, texts)
+    folder = save(join(root, "m", directory_name(STEP, 1)), "adagrad", {**tensors, MODEL_FILE: model}, texts)
     checkpoint: Checkpoint = open_checkpoint(folder)
     with pytest.raises(CheckpointError, match=r"model.safetensors: .* has shape"):
         load_model(checkpoint, steps["adagrad"].model.state_dict())
