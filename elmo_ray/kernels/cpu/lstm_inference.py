@@ -20,11 +20,14 @@ from torch import Tensor
 
 from elmo_ray.kernels.cpu.loops import as_array, bound_of, compiled, limited, sigmoid, stored, tanh, wide
 from elmo_ray.kernels.cpu.lstm import FORGET_BIAS, forward_projection
-from elmo_ray.kernels.matmul import FusedProduct, apply, fused_product
+from elmo_ray.kernels.matmul import apply, fused_product
 from elmo_ray.kernels.threads import run_parallel
 
 _TILE, _ROWS = 256, 64
 """Most inputs of a product, and what their number is a multiple of: a product of a new size takes longer once."""
+
+_FEW = 8
+"""Rows below which a plain product is faster than one with a packed weight."""
 
 _GATE_BYTES = 16 << 20
 """Size of the input's gates that are computed at a time: enough for products of full speed, and near a cache."""
@@ -110,6 +113,18 @@ class LstmInference:
         return outputs, hidden_LDBP, memory_LDBH
 
 
+class _Weight:
+    """A matrix [K, N] for products of many rows, in oneDNN's order, and of few, for which that order is slower."""
+
+    def __init__(self, weight_KN: Tensor, low: torch.dtype, bias: Tensor | None = None) -> None:
+        self.few = weight_KN.to(low)
+        self.many = fused_product(self.few.t(), bias)
+
+    def times(self, x_MK: Tensor, count: int) -> Tensor:
+        """Return the first `count` rows of x @ weight, and maybe some more, so that products come in few sizes."""
+        return torch.mm(x_MK[:count], self.few) if count < _FEW else apply(self.many, x_MK[: -(-count // 8) * 8])
+
+
 class _Cell:
     """One layer of one direction."""
 
@@ -126,10 +141,9 @@ class _Cell:
         h = len(bias) // 4
         bias = bias.clone()
         bias[2 * h : 3 * h] += FORGET_BIAS
-        self.input: FusedProduct = fused_product(w_input.t().to(self.low), bias)
-        # packed once, even where that would not pay for a single window
-        self.hidden = fused_product(w_hidden.t().to(self.low))
-        self.projection = None if projection is None else fused_product(projection.t().to(self.low))
+        self.bias = bias.to(self.low)
+        self.input, self.hidden = _Weight(w_input, self.low, bias), _Weight(w_hidden, self.low)
+        self.projection = None if projection is None else _Weight(projection, self.low)
         # the original has no clip of the projection's result where there is no projection
         self.bounds = bound_of(clips[0]), bound_of(clips[1] if projection is not None else None)
         self._width = 4 * h
@@ -165,12 +179,11 @@ class _Cell:
                 table = as_array(self._input_gates(inputs[start:stop]))
                 places = np.arange(stop - start)
             now = places_N[first : first + count] if places_N is not None else places[first - start :][:count]
-            filled = -(-count // 8) * 8
-            sums = as_array(apply(self.hidden, low_BP[:filled]))
+            sums = as_array(self.hidden.times(low_BP, count))
             _gates_of_step(sums, table, now, memories[:count], gated_BH[:count], room_G, self.bounds[0])
             result = gated_BH
             if self.projection is not None:
-                result = as_array(apply(self.projection, gated[:filled]))
+                result = as_array(self.projection.times(gated, count))
             ended = outputs[first : first + count]
             forward_projection(result[:count], ended, low_hidden[:count], self.bounds[1])
             following = rows[step + 1] if step + 1 < len(rows) else 0
@@ -180,11 +193,13 @@ class _Cell:
 
     def _input_gates(self, x_UI: Tensor) -> Tensor:
         """Return [U, G], with the bias, in the type of the products; rows are filled up to a multiple."""
+        if len(x_UI) < _FEW:
+            return torch.addmm(self.bias, x_UI.to(self.low), self.input.few)
         filled = x_UI.new_zeros(-(-len(x_UI) // _ROWS) * _ROWS, x_UI.shape[1], dtype=self.low)
         filled[: len(x_UI)] = x_UI
         table = filled.new_empty(len(filled), self._width)
         for some, result in zip(filled.split(_TILE), table.split(_TILE), strict=True):
-            result.copy_(apply(self.input, some))
+            result.copy_(apply(self.input.many, some))
         return table
 
 
