@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.gpu import DEVICE, PRODUCTS, Random, compare, products, relative_error
+from helpers.gpu import DEVICE, INTERPRETED, PRODUCTS, Random, compare, products, relative_error
 from torch import Tensor
 
 from elmo_ray.kernels.gpu.lstm_window import serves, split_product, splits_for, window
 
 CLIPS = {"both": (0.3, 0.4), "none": (None, None), "cell": (0.3, None), "projection": (None, 0.4), "rare": (3.0, 3.0)}
 SHAPES = {
-    "ordinary": (2, 3, 5, 24, 32, 20),
+    "ordinary": (2, 3, 3, 24, 32, 20),
     "one of each": (1, 1, 1, 1, 1, 1),
     "one step": (2, 1, 3, 7, 40, 9),
-    "one direction and odd sizes": (1, 4, 3, 11, 37, 5),
+    "one direction and odd sizes": (1, 4, 2, 11, 37, 5),
     "more than a block": (2, 2, 2, 6, 1030, 6),
 }
 """D, T, B, P, H and I."""
@@ -113,7 +113,7 @@ def test_gradient_at_a_bound_is_zero(dtype: torch.dtype | None, tolerance: float
     (hidden, memory), (x, *weights) = random_layer((1, 1, 2, 3, 8, 4))
     x.requires_grad_()
     outputs = window(x, hidden, memory, *weights[:-1], weights[-1] * 1e4, None, 0.7, dtype)[0]
-    assert float((outputs.abs() - 0.7).abs().max()) < 0.002
+    assert float((outputs.detach().abs() - 0.7).abs().max()) < 0.002
     (gradient,) = torch.autograd.grad(outputs.sum(), x)
     assert float(gradient.abs().max()) == 0.0
 
@@ -121,8 +121,10 @@ def test_gradient_at_a_bound_is_zero(dtype: torch.dtype | None, tolerance: float
 def test_sums_that_are_split() -> None:
     """Few rows and long sums: both products go through the split one."""
     d, t, b, p, h, i = shape = (1, 2, 3, 8, 4096, 4)
-    assert (splits_for(b, h, torch.bfloat16), splits_for(b, 4 * h, torch.bfloat16)) == (8, 16)
-    check(shape, CLIPS["rare"], True, *PRODUCTS["bfloat16"])
+    # Triton's interpreter multiplies bf16 as if its bits were integers (`tl.dot` of 3.7).
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    assert (splits_for(b, h, dtype), splits_for(b, 4 * h, dtype)) == (8, 16)
+    check(shape, CLIPS["rare"], True, dtype, 0.03)
 
 
 def test_when_sums_are_split() -> None:
