@@ -61,10 +61,12 @@ def compare(ours: Function, plain: Function, leaves: Sequence[Tensor], tolerance
     given, exact = [x.clone().requires_grad_() for x in leaves], [x.double().requires_grad_() for x in leaves]
     found, expected = ours(*given), plain(*exact)
     assert found.dtype == torch.float32 and found.shape == expected.shape
-    assert relative_error(found, expected) <= tolerance
+    error = relative_error(found, expected)
+    assert error <= tolerance, f"result: {error:.2g}"
     gradient = Random(7).normal(*expected.shape)
     gradients = torch.autograd.grad(found, given, gradient)
     wanted = torch.autograd.grad(expected, exact, gradient.double())
     for number, (ours_of, plain_of) in enumerate(zip(gradients, wanted, strict=True)):
         assert ours_of.dtype == torch.float32 and ours_of.shape == plain_of.shape, f"leaf {number}"
-        assert relative_error(ours_of, plain_of) <= tolerance, f"gradient of leaf {number}"
+        error = relative_error(ours_of, plain_of)
+        assert error <= tolerance, f"gradient of leaf {number}: {error:.2g}"

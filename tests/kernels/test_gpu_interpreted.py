@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = sorted(path for path in HERE.glob("test_gpu_*.py") if "from helpers.gpu import" in path.read_text("utf-8"))
+FILES = sorted(path for path in HERE.glob("test_gpu_*.py") if "\nfrom helpers.gpu import" in path.read_text("utf-8"))
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed; it comes with torch's CUDA build")
 
@@ -34,12 +34,16 @@ def test_in_the_interpreter() -> None:
         pytest.skip("the interpreters of Triton up to 3.6 and of 3.9 stumble over these kernels")
     assert len(FILES) >= 6
     out = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, FILES), interpret="1")
-    assert " passed" in out and "failed" not in out and "SKIPPED" not in out
+    skipped = [line for line in out.splitlines() if line.startswith("SKIPPED")]
+    assert " passed" in out and all("captures are a GPU's" in line for line in skipped), out
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_an_h100() -> None:
     out = run(str(HERE.parent / "benchmarks" / "compile_gpu_kernels.py"), interpret="0")
-    spills = {line.split()[0]: int(line.split()[-1]) for line in out.splitlines()[1:]}
-    assert len(spills) >= 18
-    # The one-hot product of _fold keeps two tiles of float32 in registers; a few bytes are known and measured.
-    assert {name: count for name, count in spills.items() if count > (64 if name == "_fold" else 0)} == {}
+    rows = [line.split() for line in out.splitlines()[1:]]
+    assert len({name for name, *_ in rows}) >= 18
+    for name, _, _, products, spilt in rows:
+        assert name != "_split_product" or int(products) > 0, "it does not use the tensor cores"
+        # The product in _fold keeps tiles of float32 in registers: 16 bytes were spilt when it was measured.
+        assert int(spilt) <= (64 if name == "_fold" else 0), f"{name} spills {spilt} bytes"
