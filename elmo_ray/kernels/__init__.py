@@ -46,6 +46,11 @@ def lstm_window(x: Tensor) -> Function | None:
         from elmo_ray.kernels.cpu.lstm import window
 
         return window
+    if _on_gpu(x):
+        from elmo_ray.kernels.gpu.lstm_window import window as of_window
+
+        on_gpu: Function = of_window
+        return lambda x, hidden, memory, weights, clips, dtype: on_gpu(x, hidden, memory, *weights, *clips, dtype)
     return None
 
 
@@ -64,6 +69,10 @@ def highway(x: Tensor) -> Function | None:
         from elmo_ray.kernels.cpu.char_cnn import highway
 
         return highway
+    if _on_gpu(x):
+        from elmo_ray.kernels.gpu.highway import highway as on_gpu
+
+        return on_gpu
     return None
 
 
@@ -76,12 +85,16 @@ def dropout(x: Tensor) -> Function | None:
     return None
 
 
-def sampled_losses(x: Tensor) -> Function | None:
+def sampled_losses(x: Tensor, negatives: Tensor) -> Function | None:
     """Counterpart of the plain form of `model.softmax.sampled_losses`."""
     if _on_cpu(x):
         from elmo_ray.kernels.cpu.softmax import sampled_losses
 
         return sampled_losses
+    if _on_gpu(x):
+        from elmo_ray.kernels.gpu import softmax
+
+        return softmax.sampled_losses if softmax.serves(x, negatives) else None
     return None
 
 

@@ -86,7 +86,7 @@ def sampled_losses(
     are distinct. A negative that is a position's target is masked (bilm-tf always does), and the log expected count is
     subtracted from every logit. dtype: of the products.
     """
-    if run := kernels.sampled_losses(x_DNP):
+    if run := kernels.sampled_losses(x_DNP, negative_rows_DK):
         return run(
             x_DNP,
             rows_RP,

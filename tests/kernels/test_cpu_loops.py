@@ -24,7 +24,7 @@ BF16 = torch.bfloat16
 
 
 def test_only_float32_on_a_cpu() -> None:
-    for question in (kernels.lstm_window, kernels.highway, kernels.dropout, kernels.sampled_losses, kernels.adagrad):
+    for question in (kernels.lstm_window, kernels.highway, kernels.dropout, kernels.adagrad):
         assert (question(torch.zeros(1)) is not None) == (cpu_kernels.numba is not None)
         assert question(torch.zeros(1, dtype=torch.float64)) is None
         assert question(torch.zeros(1, device="meta")) is None
