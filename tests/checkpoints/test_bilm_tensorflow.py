@@ -93,6 +93,7 @@ def test_evaluation_of_the_original_checkpoint(shared: Path, tmp_path: Path, ten
     assert result.values["step"] == 657
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["opened", "imported", "variables"])
 def test_two_more_training_steps(shared: Path, tmp_path: Path, way: str) -> None:
     """`variables`: from the list of all variables beside the checkpoint, for which TensorFlow is not needed."""

@@ -111,6 +111,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
 def test_training_is_more_urgent_than_the_other_processes_of_a_cluster_of_its_own(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ STAND_INS = {
 }
 
 
+@pytest.mark.slow
 def test_slurm(tmp_path: Path) -> None:
     """Two allocations: the first is told that its time is nearly up, the second finishes the run."""
     commands = tmp_path / "bin"

@@ -266,6 +266,7 @@ def test_unpacked_text_that_was_changed_is_unpacked_again(place: TextFolder) -> 
     assert unpacked.read_bytes() == (place.folder / "text").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

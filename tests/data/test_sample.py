@@ -43,6 +43,7 @@ def test_it_is_english(corpus: SampleCorpus) -> None:
     assert 10 < len(words) / len(text) < 30
 
 
+@pytest.mark.slow
 def test_gathered_once_and_the_same_everywhere(corpus: SampleCorpus, tmp_path: Path) -> None:
     folder = Path(corpus.train[0]).parent
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -56,6 +57,7 @@ def test_gathered_once_and_the_same_everywhere(corpus: SampleCorpus, tmp_path: P
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_gathered_again(corpus: SampleCorpus, tmp_path: Path) -> None:
     for path in Path(corpus.train[0]).parent.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

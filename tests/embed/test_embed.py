@@ -231,6 +231,7 @@ def test_a_job_goes_on_where_it_was(tmp_path: Path, checkpoint: Path) -> None:
     assert sorted(os.listdir(tmp_path / "stopped")) == sorted(os.listdir(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path: Path, checkpoint: Path) -> None:
     """kill -9 of the command while it writes; HDF5, which is joined from its parts at the end."""
     text = tmp_path / "text.txt"

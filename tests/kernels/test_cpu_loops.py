@@ -254,6 +254,7 @@ save_file(found, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @needs_numba
 def test_without_numba_there_is_one_warning_and_the_same_results(tmp_path: Path) -> None:
     results = []

@@ -107,6 +107,7 @@ def test_page_and_pictures(tmp_path: Path) -> None:
     assert names == ["curve.png", "directions.png", "report.html", "throughput.png"]
 
 
+@pytest.mark.slow
 def test_page_of_trained_runs(tmp_path: Path) -> None:
     """Two real runs, one of them stopped and resumed: evaluation, differences, history, neighbours."""
     folder = tmp_path / "text"

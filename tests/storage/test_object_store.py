@@ -121,6 +121,7 @@ def test_wrong_credentials_are_one_line(
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "redentials" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_is_killed_and_goes_on(
     bucket: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

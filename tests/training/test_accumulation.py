@@ -31,6 +31,8 @@ from elmo_ray.errors import ConfigError
 from elmo_ray.training.loop import train
 from elmo_ray.training.plan import TrainPlan
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 EXACT = {
     "train__precision": "fp64",

@@ -29,6 +29,7 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "elmo_ray.pretrain", str(folder / "config.yaml"), "--fresh"]
 
 
+@pytest.mark.slow
 def test_a_bar_in_a_terminal_and_lines_elsewhere(tmp_path: Path) -> None:
     arguments = command(tmp_path)
     ours, theirs = pty.openpty()

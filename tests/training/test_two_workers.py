@@ -39,6 +39,8 @@ from elmo_ray.training.loop import train
 from elmo_ray.training.plan import TrainPlan
 from elmo_ray.training.ranks import Exchange, Flags, Ranks
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 DEADLINE_S = 300
 EXACT = {"train__precision": "fp64", "train__dropout": 0.0, "data__streams": 5, "train__duration": "2 epochs"}
