@@ -54,7 +54,7 @@ class FullSoftmax:
 
     @torch.no_grad()
     def losses(self, x_NP: Tensor, targets_N: Tensor) -> Tensor:
-        """[N] losses in nats; targets of -1 give 0."""
+        """Return [N] losses in nats; targets of -1 give 0."""
         safe_N = targets_N.clamp_min(0)
         true_N = (x_NP * self.weight[safe_N]).sum(dim=1).add_(self.bias[safe_N])
         # There is no pass for the largest logit; positions beyond the range of exp are done again with one.
@@ -65,7 +65,7 @@ class FullSoftmax:
         return torch.where(targets_N >= 0, losses_N, 0.0)
 
     def _losses(self, x_NP: Tensor, true_N: Tensor) -> Tensor:
-        """[N] log of the sum of exp(logit - true logit); not finite where that is beyond the numbers' range."""
+        """Return [N] log of the sum of exp(logit - true logit), not finite where that is beyond the numbers' range."""
         n, p = x_NP.shape
         x_NK = x_NP
         if self._columns > p or n % _ROWS:
@@ -92,7 +92,7 @@ class FullSoftmax:
         return logs_N.div_(_LOG2_E).sub_(true_N).to(true_N.dtype)
 
     def _logits_of(self, start: int, end: int) -> FusedProduct:
-        """The product for a chunk, to the base of 2: PyTorch's exp2 takes a third of its exp's time."""
+        """Return the product for a chunk, to the base of 2: PyTorch's exp2 takes a third of its exp's time."""
         if start in self._kept:
             return self._kept[start]
         chunk = slice(start, min(start + CHUNK, end))
@@ -112,7 +112,7 @@ class FullSoftmax:
         return product
 
     def _safe_log_sums(self, x_NP: Tensor) -> Tensor:
-        """[N] log of the sum of exp(logit), whatever the logits are."""
+        """Return [N] log of the sum of exp(logit), whatever the logits are."""
         x_low = x_NP.to(self.low)
         total_N = torch.full_like(x_NP[:, 0], -math.inf)
         for start in range(0, len(self.weight), CHUNK):

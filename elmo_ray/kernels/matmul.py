@@ -40,13 +40,13 @@ def pack(weight: Tensor, rows: int, transposed: bool = False) -> PackedWeight:
 
 
 def packed(weight_NK: Tensor, rows: int) -> Tensor:
-    """The weight of a linear layer, which is a factor's transpose, in oneDNN's order for products of so many rows."""
+    """Return the weight [N, K] of a linear layer in oneDNN's order for products of so many rows."""
     result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK, rows)
     return result
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether torch has packed products for this matrix here, and they are fast in its type."""
+    """Return whether torch has packed products for this matrix here that are fast in its type."""
     return weight.dim() == 2 and _packs(weight.device.type, weight.dtype)
 
 
@@ -105,7 +105,7 @@ class FusedProduct(NamedTuple):
 def fused_product(
     weight_NK: Tensor, bias_N: Tensor | None = None, activation: Activation = "none", rows: int = 256
 ) -> FusedProduct:
-    """For about `rows` rows at a time, on the device and in the type of the weight; the bias may be in a wider one.
+    """Lay a weight out for about `rows` rows at a time, on its device and in its type; the bias may be in a wider one.
 
     oneDNN's own layout of the weight makes float32 products a tenth faster than `torch.mm`. What follows a product
     there is worked out on float32 that is still in registers: `tanh` takes a fifth of the time of PyTorch's, and
@@ -118,7 +118,7 @@ def fused_product(
 
 
 def apply(product: FusedProduct, x_MK: Tensor) -> Tensor:
-    """[M, N], M at least 1."""
+    """Return activation(x @ weight + bias), [M, N], for an M of at least 1."""
     bias = product.bias
     if product.packed:
         return torch.ops.mkldnn._linear_pointwise(x_MK, product.weight, bias, product.activation, [], "")

@@ -48,7 +48,7 @@ class BiLM(nn.Module):
             self.softmax_kind.add_parameters(self, n_words, width, softmax.tied)
 
     def reset_parameters(self, seed: int) -> None:
-        """Initial values as the original's, a pure function of the seed."""
+        """Draw initial values as the original does; they are a pure function of the seed."""
         generator = torch.Generator().manual_seed(seed)
         if self.char_cnn is not None:
             self.char_cnn.reset_parameters(generator)
@@ -62,12 +62,12 @@ class BiLM(nn.Module):
 
     @property
     def has_softmax(self) -> bool:
-        """Whether the model can tell what a word's probability is."""
+        """Return whether the model can tell what a word's probability is."""
         return any(name.startswith("softmax") for name, _ in self.named_parameters())
 
     @property
     def has_table(self) -> bool:
-        """Whether the softmax has one vector for each word, `output_weight`."""
+        """Return whether the softmax has one vector for each word, `output_weight`."""
         return self.softmax_bias is not None
 
     def drop_softmax(self) -> None:
@@ -78,14 +78,14 @@ class BiLM(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """[V, P] the softmax table, which is the word embedding where they are tied. Raises ValueError without one."""
+        """Return the softmax table [V, P]; it is the word embedding where they are tied. Raises ValueError without one."""
         weight = self.word_embedding if self.tied else self.softmax_weight
         if weight is None:
             raise ValueError("this model has no table of the softmax")
         return weight
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything but the tables."""
+        """Return all parameters but the tables, by name."""
         return {name: p for name, p in self.named_parameters() if name not in TABLES}
 
     def encode_types(
@@ -95,8 +95,10 @@ class BiLM(nn.Module):
         rows_RP: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """[U, P] vectors of distinct words: [U, C] character ids, or [U] ids into the word embedding (or into
-        `rows_RP`)."""
+        """Return [U, P] vectors of distinct words.
+
+        types: [U, C] character ids, or [U] ids into the word embedding (or into `rows_RP`).
+        """
         if self.char_cnn is not None:
             return self.char_cnn(types, classes, dtype)
         table = self.word_embedding if rows_RP is None else rows_RP
@@ -134,7 +136,7 @@ class BiLM(nn.Module):
         lengths_B: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], LstmState]:
-        """For use: [D, B, T, P] of the word inputs and of every LSTM layer, from word vectors that are at hand."""
+        """Return [D, B, T, P] of the word inputs and of every LSTM layer, from given word vectors, without gradients."""
         x_DTBP = F.embedding(inputs_DBT.transpose(1, 2), types_UP)
         outputs, state = self.lstm(x_DTBP, state, lengths_B, None, dtype)
         return [x.transpose(1, 2) for x in (x_DTBP, *outputs)], state

@@ -180,7 +180,7 @@ class BiLstm(nn.Module):
 
 
 def _at_length(all_DTBX: Tensor, start_DBX: Tensor, lengths_B: Tensor | None) -> Tensor:
-    """[D, B, X]: what each row has at its last valid position, or at the start where it has none."""
+    """Return [D, B, X]: the value of each row at its last valid position, or at the start where it has none."""
     if lengths_B is None:
         return all_DTBX[:, -1]
     d, _, b, x = all_DTBX.shape

@@ -44,7 +44,7 @@ class StepResult(NamedTuple):
     state: LstmState
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that was computed, by name."""
+        """Return all that was computed, by name."""
         found = {"loss": self.loss_sums, "hidden": self.state.hidden, "cell": self.state.cell}
         return {**found, **self.gradients.dense, **self.gradients.tables}
 
@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
 __all__ = ["DTYPES", "Gradients", "StepInput", "StepOutput", "TrainStep"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""Of parameters, states and sums; bf16 is for the products only."""
+"""Types of parameters, states and sums by `train.precision`; bf16 is for the products only."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ class TrainStep:
                 dist.broadcast(parameter.detach(), src=0)
 
     def begin(self, step: int) -> bool:
-        """Get ready to train the parameters that are due at 0-based `step`; whether they are others than before.
+        """Get ready to train the parameters that are due at 0-based `step`. Returns True if the set changed.
 
         Slots stay as they are. With several ranks gradients must be taken once, and thrown away, before they count.
         """
@@ -125,8 +125,7 @@ class TrainStep:
         return True
 
     def gradients(self, batch: StepInput) -> StepResult:
-        """Forward and backward: gradients averaged over all positions of all ranks, [D] loss sums of this rank, new
-        state."""
+        """Run forward and backward: gradients averaged over all positions of all ranks, [D] sums of losses, new state."""
         config, model = self.config, self.model
         leaves: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
@@ -210,7 +209,7 @@ class TrainStep:
         )
 
     def run(self, batch: StepInput) -> StepOutput:
-        """A whole step. Where the gradient is not finite neither the parameters nor the state change."""
+        """Do a whole step. Where the gradient is not finite neither the parameters nor the state change."""
         # nearly all is done by two branches then
         branches = self.device.type == "cpu" and self.sampled and self.model.directions > 1
         with threads_for_branches() if branches else contextlib.nullcontext():

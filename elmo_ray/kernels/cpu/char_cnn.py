@@ -23,7 +23,7 @@ from elmo_ray.kernels.threads import has_threads_for, run_parallel
 
 @compiled
 def gather_windows(types_UN: Any, embedding: Any, x_UMK: Any) -> None:
-    """The vectors of each window's characters beside each other."""
+    """Write the vectors of each window's characters side by side into x."""
     size = embedding.shape[1]
     for u in range(x_UMK.shape[0]):
         for m in range(x_UMK.shape[1]):
@@ -40,7 +40,7 @@ def _add(x: Any, into: Any) -> None:
 
 @compiled
 def add_from_windows(types_UN: Any, d_x_UMK: Any, d_embedding: Any) -> None:
-    """The gradient of `gather_windows`, added to what is there."""
+    """Add the gradient of `gather_windows` to d_embedding."""
     size = d_embedding.shape[1]
     for u in range(d_x_UMK.shape[0]):
         for m in range(d_x_UMK.shape[1]):
@@ -65,7 +65,7 @@ def _larger(row: Any, largest: Any, which: Any, number: Any) -> None:
 
 @compiled
 def largest_of_windows(products_UMF: Any, largest_UF: Any, which_UF: Any) -> None:
-    """The maximum over the windows, and the first window that has it."""
+    """Write the maximum over the windows and the first window that has it."""
     for u in range(len(products_UMF)):
         products, largest, which = products_UMF[u], largest_UF[u], which_UF[u]
         _first(products[0], largest, which)
@@ -81,7 +81,7 @@ def _where(gradient: Any, which: Any, number: Any, row: Any) -> None:
 
 @compiled
 def spread_to_windows(gradient_UF: Any, which_UF: Any, gradient_UMF: Any) -> None:
-    """The gradient of `largest_of_windows`: to the window that was chosen, and 0 to the others."""
+    """Write the gradient of `largest_of_windows`: to the chosen window, and 0 to the others."""
     for u in range(len(gradient_UMF)):
         for m in range(gradient_UMF.shape[1]):
             _where(gradient_UF[u], which_UF[u], np.int16(m), gradient_UMF[u, m])
@@ -106,7 +106,7 @@ def forward_highway(
     other_UF: Any,
     y_UF: Any,
 ) -> None:
-    """From two products of x: the gate sigmoid(carry), the other relu(transform), and gate * other + (1 - gate) * x."""
+    """Compute from two products of x: the gate sigmoid(carry), the other relu(transform), and gate * other + (1 - gate) * x."""
     for u in range(len(x_UF)):
         _mix(x_UF[u], carry_UF[u], transform_UF[u], b_carry, b_transform, gate_UF[u], other_UF[u], y_UF[u])
 
@@ -125,7 +125,7 @@ def _unmix(dy: Any, x: Any, gate: Any, other: Any, d_carry: Any, d_transform: An
 def backward_highway(
     dy_UF: Any, x_UF: Any, gate_UF: Any, other_UF: Any, d_carry_UF: Any, d_transform_UF: Any, d_x_UF: Any
 ) -> None:
-    """The gradients of both products with their biases, and the part of x's that does not come through them."""
+    """Write the gradients of both products, and the part of x's gradient that does not come through them."""
     for u in range(len(x_UF)):
         _unmix(dy_UF[u], x_UF[u], gate_UF[u], other_UF[u], d_carry_UF[u], d_transform_UF[u], d_x_UF[u])
 

@@ -1,17 +1,13 @@
-"""How loops of the training step are compiled by Numba for a CPU, and the arithmetic that they share.
+"""How kernels for a CPU are compiled by Numba, and the arithmetic that they share.
 
-PyTorch does an LSTM's gates in some twenty operations, each of which reads and writes all of its numbers and asks for
-Python's lock; a compiled loop does neither. Loops work on float32, and on bfloat16, which NumPy lacks, as uint16. Where
-Numba is missing, and for other types and devices, `for_tensor` says no and PyTorch's operations do the same.
+PyTorch computes an LSTM's gates in some twenty operations, each of which reads and writes all of its numbers and asks
+for Python's lock; a compiled loop does neither. Loops work on float32, and on bfloat16 as uint16, since NumPy lacks it.
+Each loop over a row is a function of its own: only there does the compiler see that arrays can be told apart. Arrays of
+one call must not overlap, or the loop is slow.
 
-Each loop over a row is a function of its own: only there does the compiler see that arrays can be told apart. Arrays
-of one call do not overlap, or it is slow.
-
-Numba's cache of compiled functions, made so that it can fail and nothing is lost but the seconds of compiling.
-
-Numba's own lets errors through: a full disk or a file that a crash left empty ends the run, and the latter every run
-that follows. It also numbers files as they come: processes of two precisions, or on two kinds of CPUs with one home
-directory, that start at once may take the same number, and one is given what was compiled for the other later.
+Numba's own cache of compiled functions lets errors through: a full disk, or a file that a crash left empty, ends the
+run. It also numbers its files in the order of their making, so that processes of two precisions that start at once may
+take the same number, and one is given the other's code later. `keep_compiled` is a cache that can only lose time.
 """
 
 from __future__ import annotations
@@ -38,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 def keep_compiled(function: Any) -> None:
-    """What Numba compiles for this function, of `numba.njit` without a cache, is kept for other processes, if it can
-    be."""
+    """Keep what Numba compiles for this function for other processes, where that is possible.
+
+    function: made by `numba.njit` without a cache.
+    """
     try:
         function._cache = _Cache(function.py_func)
     except Exception as error:  # no folder to write to, or a Numba that is made differently
@@ -106,7 +104,7 @@ _OPTIONS: dict[str, Any] = {
 }
 
 float32 = np.float32
-"""Of constants: Python's own would make everything float64."""
+"""Type for constants in kernels: a Python float would promote the loop to float64."""
 _LOG2_E, _LN2_HIGH, _LN2_LOW = float32(math.log2(math.e)), float32(0.693359375), float32(-2.12194440e-4)
 _EXPONENT = np.int32(127)
 _TO_INTEGER = float32(1.5 * 2**23)
@@ -114,7 +112,7 @@ _TO_INTEGER = float32(1.5 * 2**23)
 LARGEST = float32(80.0)
 
 _to_warn = threading.Lock()
-"""Who takes it warns; it is never given back."""
+"""Lock that the thread which warns takes and never gives back."""
 
 
 def has_compiler() -> bool:
@@ -125,19 +123,19 @@ def has_compiler() -> bool:
 
 
 def numba_version() -> str | None:
-    """Of the compiler; None where there is none."""
+    """Return the version of Numba; None where there is none."""
     return None if numba is None else str(numba.__version__)
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's memory, without a copy; bfloat16 as uint16."""
+    """Return the tensor's memory without a copy; bfloat16 comes as uint16."""
     tensor = tensor.detach() if tensor.requires_grad else tensor
     array: NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
 
 
 def bound_of(clip: float | None) -> np.float32:
-    """A clip's bound, which is never reached where there is none."""
+    """Return a clip's bound, or infinity where there is none."""
     return float32(math.inf if clip is None else clip)
 
 
@@ -159,12 +157,12 @@ compiled = compiled_with()
 
 
 def wide(x: Any) -> Any:
-    """A number as float32."""
+    """Return a number as float32."""
     raise NotImplementedError("for compiled code")
 
 
 def stored(x: Any, like: Any) -> Any:
-    """A float32 in the type of `like`."""
+    """Return a float32 in the type of `like`."""
     raise NotImplementedError("for compiled code")
 
 
@@ -185,7 +183,7 @@ if numba is not None:
 
 @compiled
 def _rounded(x: Any) -> Any:
-    """To the nearest bfloat16, ties to even."""
+    """Round to the nearest bfloat16, ties to even."""
     bits = np.float32(x).view(np.uint32)
     bits = np.uint32(bits + np.uint32(0x7FFF) + np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1)))
     bits = np.uint32(bits >> np.uint32(16))
@@ -194,14 +192,14 @@ def _rounded(x: Any) -> Any:
 
 @compiled
 def limited(x: Any, bound: Any) -> Any:
-    """Between -bound and bound; a number that is none stays so."""
+    """Limit x to [-bound, bound]; NaN stays NaN."""
     x = bound if x > bound else x
     return -bound if x < -bound else x
 
 
 @compiled
 def exp(x: Any) -> Any:
-    """To one unit of the last place, between -80 and 80 (Cephes' polynomial)."""
+    """Return exp(x) to one unit of the last place, for x between -80 and 80 (Cephes' polynomial)."""
     x = limited(x, LARGEST)
     n = (x * _LOG2_E + _TO_INTEGER) - _TO_INTEGER
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW

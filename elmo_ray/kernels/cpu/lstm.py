@@ -46,7 +46,7 @@ def _cell(i: Any, j: Any, f: Any, o: Any, before: Any, cell: Any, gated: Any, cl
 def forward_gates(
     sums_BG: Any, bias_G: Any, before_BH: Any, gates_BG: Any, cell_BH: Any, gated_BH: Any, clip: Any
 ) -> None:
-    """From the sums of products: the activated gates i, j, f, o, the clipped cell, and o * tanh(cell)."""
+    """Compute from the sums of products the activated gates i, j, f, o, the clipped memory, and o * tanh(memory)."""
     n = before_BH.shape[1]
     for b in range(len(before_BH)):
         sums, gates = sums_BG[b], gates_BG[b]
@@ -66,7 +66,7 @@ def _limits(x: Any, output: Any, low: Any, clip: Any) -> None:
 
 @compiled
 def forward_projection(x_BP: Any, output_BP: Any, given_BK: Any, clip: Any) -> None:
-    """The clipped result, and the same in the type of products as the last columns of what the next step is given."""
+    """Write the clipped result, and again in the products' type as the last columns of the next step's input."""
     start = given_BK.shape[1] - output_BP.shape[1]
     for b in range(len(x_BP)):
         _limits(x_BP[b], output_BP[b], given_BK[b][start:], clip)
@@ -81,14 +81,14 @@ def _passed(gradient: Any, recurrent: Any, output: Any, d_raw: Any, clip: Any) -
 
 @compiled
 def backward_projection(gradient_BP: Any, recurrent_BP: Any, output_BP: Any, d_raw_BP: Any, clip: Any) -> None:
-    """The sum of both gradients of an output, or 0 where that is at its bound."""
+    """Write the sum of both gradients of an output, or 0 where the output is at its bound."""
     for b in range(len(output_BP)):
         _passed(gradient_BP[b], recurrent_BP[b], output_BP[b], d_raw_BP[b], clip)
 
 
 @compiled
 def _gradients_of(d_m: Any, i: Any, j: Any, f: Any, o: Any, c: Any, before: Any, d_cell: Any, clip: Any) -> Any:
-    """Of one cell's gates before their activations, and of the cell before."""
+    """Return the gradients of one cell's gates before their activations, and of the memory before."""
     one, t = float32(1.0), tanh(c)
     d_c = d_m * o * (one - t * t) + d_cell
     d_c = float32(0.0) if abs(c) >= clip else d_c
@@ -150,8 +150,8 @@ def backward_gates(
     d_bias_G: Any,
     clip: Any,
 ) -> None:
-    """The gradients of the gates before their activations, in d_gates or, where that is None, in place of the gates;
-    their sums are added to d_bias.
+    """Write the gradients of the gates before their activations to d_gates or, where that is None, in place of the
+    gates; add their sums to d_bias.
 
     d_cell is that of the cell, and becomes that of `before`. No gradient passes where the cell is at its bound.
     """
@@ -297,7 +297,7 @@ def _forward_steps(
     memory_bound: np.float32,
     output_bound: np.float32,
 ) -> None:
-    """Fills the windows; `given` comes with the inputs and the first hidden state, and gets the other ones."""
+    """Fill the windows; `given` comes with the inputs and the first hidden state, and gets the other hidden states."""
     h = memory_BH.shape[1]
     bias_G = bias_G.clone()
     bias_G[2 * h : 3 * h] += FORGET_BIAS
@@ -325,7 +325,7 @@ def _backward_steps(
     d_gates_TBG: Tensor,
     d_raw_TBP: Tensor,
 ) -> Tensor:
-    """Fills the gradients of the gates before their activations, and of the projection's result before its clip.
+    """Fill the gradients of the gates before their activations, and of the projection's result before its clip.
 
     kernel, projection: transposed. d_gates_TBG may be gates_TBG. The state at the window's end has no gradient.
     Returns the gradient of the bias [G].

@@ -72,7 +72,7 @@ def largest_windows(
 def _unfold(  # type: ignore[no-untyped-def]
     types, windows, offsets, embedding, out, C, PADDING, E: tl.constexpr, KE: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """Writes out [M, BK]: the vectors of a window's characters one after another, KE numbers, then zeros."""
+    """Write out [M, BK]: the vectors of a window's characters one after another, KE numbers, then zeros."""
     u, k = tl.program_id(0).to(tl.int64), tl.arange(0, BK)
     n, at = tl.load(windows + u), tl.load(offsets + u).to(tl.int64)
     for first in range(0, n, 16):
@@ -87,7 +87,7 @@ def _unfold(  # type: ignore[no-untyped-def]
 def _window_maximum(  # type: ignore[no-untyped-def]
     product, windows, offsets, widths, bias, out, which, C, F, RELU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Writes out [U, F]: activation(bias + the largest of a word's products [M, F]), and which window it is of."""
+    """Write out [U, F]: activation(bias + the largest of a word's products [M, F]), and which window it is of."""
     u, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = f < F
     n, at, width = tl.load(windows + u), tl.load(offsets + u).to(tl.int64), tl.load(widths + f, inside, 0)
@@ -107,7 +107,7 @@ def _window_maximum(  # type: ignore[no-untyped-def]
 def _window_gradient(  # type: ignore[no-untyped-def]
     gradient, out, which, windows, offsets, d_product, F, RELU: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Writes d_product [M, F]: the gradient where the window was the largest, elsewhere 0."""
+    """Write d_product [M, F]: the gradient where the window was the largest, elsewhere 0."""
     u, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = f < F
     g, y = tl.load(gradient + u * F + f, inside, 0.0), tl.load(out + u * F + f, inside, 0.0)
@@ -124,7 +124,7 @@ def _fold(  # type: ignore[no-untyped-def]
     E: tl.constexpr, W: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, BU: tl.constexpr, BV: tl.constexpr,
     V: tl.constexpr,
 ):  # fmt: skip
-    """Writes parts [S, V, E]: the gradient of the characters' vectors from the windows of PER words each.
+    """Write parts [S, V, E]: the gradient of the characters' vectors from the windows of PER words each.
 
     The sum over the places where a character stands is a product with the matrix that says where it does.
     """

@@ -39,7 +39,7 @@ def highway(
 
 @triton.jit
 def _highway_forward(product, carry_bias, transform_bias, x, y, F, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Writes y [U, F] from x [U, F] and its products with both weights [U, 2F]."""
+    """Write y [U, F] from x [U, F] and its products with both weights [U, 2F]."""
     u, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = f < F
     g = tl.sigmoid(tl.load(product + u * 2 * F + f, inside).to(tl.float32) + tl.load(carry_bias + f, inside))
@@ -53,7 +53,7 @@ def _highway_forward(product, carry_bias, transform_bias, x, y, F, BLOCK: tl.con
 def _highway_backward(  # type: ignore[no-untyped-def]
     gradient, product, carry_bias, transform_bias, x, d_product, d_x, F, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Writes d_product [U, 2F] and the part of d_x [U, F] that does not come through it.
+    """Write d_product [U, 2F] and the part of d_x [U, F] that does not come through it.
 
     Both gates are computed again from the product, which is cheaper than keeping them.
     """

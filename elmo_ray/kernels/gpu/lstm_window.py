@@ -71,7 +71,7 @@ def _clip(x, bound):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gate(gates, recurrent, bias, inside):  # type: ignore[no-untyped-def]
-    """A gate before its activation: the input's product, the bias, and the product with the output before."""
+    """Return a gate before its activation: the input's product, the bias, and the product with the output before."""
     return tl.load(gates, inside).to(tl.float32) + tl.load(bias, inside) + tl.load(recurrent, inside).to(tl.float32)
 
 
@@ -158,7 +158,7 @@ def _backward_clip(  # type: ignore[no-untyped-def]
     d_output, parts, output, d_raw, d_output_d, d_output_b, output_d, d_raw_d, rows, P, bound,
     SPLITS: tl.constexpr, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient before the clip, d_raw [D, B, P]: d_output plus the parts [SPLITS, D, B, P] that came back
+    """Write the gradient before the clip, d_raw [D, B, P]: d_output plus the parts [SPLITS, D, B, P] that came back
     through the step after this one, and 0 where the output is at a bound."""
     d, b = (tl.program_id(0) // rows).to(tl.int64), (tl.program_id(0) % rows).to(tl.int64)
     x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -180,7 +180,7 @@ def _split_product(  # type: ignore[no-untyped-def]
     a, w, out, a_d, a_b, w_d, w_k, w_n, rows, N, PER,
     SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Writes out [SPLITS, D, B, N]: the parts of a [D, B, K] @ w [D, K, N] that each PER of the sum's K terms give."""
+    """Write out [SPLITS, D, B, N]: the parts of a [D, B, K] @ w [D, K, N] that each PER of the sum's K terms give."""
     d, s = (tl.program_id(2) // SPLITS).to(tl.int64), tl.program_id(2) % SPLITS
     m, n = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     k = s * PER + tl.arange(0, BK)

@@ -48,7 +48,7 @@ def gather_rows(rows_RP: Tensor, ids: Tensor, positions: SortedPositions | None 
 
 @triton.jit
 def _sum_rows(x, order, starts, out, P, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Writes out [R, P]: of each row the sum of x [N, P] at its places."""
+    """Write out [R, P]: of each row the sum of x [N, P] at its places."""
     r, p = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     first, end = tl.load(starts + r), tl.load(starts + r + 1)
     total = tl.zeros((BLOCK,), tl.float32)

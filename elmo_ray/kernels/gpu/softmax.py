@@ -96,7 +96,7 @@ def _softmax_forward(  # type: ignore[no-untyped-def]
 def _softmax_backward(  # type: ignore[no-untyped-def]
     product, x, rows, target, gradient, others, total, d_x, x_scaled, scale, d_true, N, P, BP: tl.constexpr
 ):  # fmt: skip
-    """Writes a position's d_x = scale * (powers @ weight) + d_true * its target's row, and x_scaled = scale * x.
+    """Write a position's d_x = scale * (powers @ weight) + d_true * its target's row, and x_scaled = scale * x.
 
     product: powers @ weight [D, N, P]; the scale goes to the short side of each product, not to the powers.
     """
@@ -115,7 +115,7 @@ def _softmax_backward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _column_sums(x, scale, out, N, K, PER, BN: tl.constexpr, BK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Writes out [S, D, K]: of x [D, N, K] times scale [D, N] the sum of PER positions each."""
+    """Write out [S, D, K]: of x [D, N, K] times scale [D, N] the sum of PER positions each."""
     s, d, k = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.program_id(0) * BK + tl.arange(0, BK)
     total = tl.zeros((BK,), tl.float32)
     for first in range(s * PER, tl.minimum((s + 1) * PER, N), BN):
@@ -141,7 +141,7 @@ def _softmax_rows(  # type: ignore[no-untyped-def]
     x, d_true, order, starts, of_negatives, bias_of_negatives, column_of_row, d_rows, d_bias, P, R, K,
     D: tl.constexpr, BP: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Writes a touched row's gradient: as the target of its positions, and as a negative of each direction."""
+    """Write a touched row's gradient: as the target of its positions, and as a negative of each direction."""
     r, p = tl.program_id(0).to(tl.int64), tl.arange(0, BP)
     first, end = tl.load(starts + r), tl.load(starts + r + 1)
     total, of_bias = tl.zeros((BP,), tl.float32), 0.0
