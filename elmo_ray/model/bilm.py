@@ -78,7 +78,7 @@ class BiLM(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """Return the softmax table [V, P]; it is the word embedding where they are tied. Raises ValueError without one."""
+        """Return the softmax table [V, P], with tied tables the word embedding. Raises ValueError if there is none."""
         weight = self.word_embedding if self.tied else self.softmax_weight
         if weight is None:
             raise ValueError("this model has no table of the softmax")
@@ -136,7 +136,7 @@ class BiLM(nn.Module):
         lengths_B: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[list[Tensor], LstmState]:
-        """Return [D, B, T, P] of the word inputs and of every LSTM layer, from given word vectors, without gradients."""
+        """Return [D, B, T, P] of the word inputs and of every LSTM layer, from word vectors, without gradients."""
         x_DTBP = F.embedding(inputs_DBT.transpose(1, 2), types_UP)
         outputs, state = self.lstm(x_DTBP, state, lengths_B, None, dtype)
         return [x.transpose(1, 2) for x in (x_DTBP, *outputs)], state

@@ -106,7 +106,7 @@ def forward_highway(
     other_UF: Any,
     y_UF: Any,
 ) -> None:
-    """Compute from two products of x: the gate sigmoid(carry), the other relu(transform), and gate * other + (1 - gate) * x."""
+    """Compute from two products of x the gate sigmoid(carry), the other relu(transform), and their mixture with x."""
     for u in range(len(x_UF)):
         _mix(x_UF[u], carry_UF[u], transform_UF[u], b_carry, b_transform, gate_UF[u], other_UF[u], y_UF[u])
 
