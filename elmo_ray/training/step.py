@@ -125,7 +125,7 @@ class TrainStep:
         return True
 
     def gradients(self, batch: StepInput) -> StepResult:
-        """Run forward and backward; gradients are averaged over all positions of all ranks, loss sums are this rank's."""
+        """Run forward and backward; gradients are averaged over all positions of all ranks, losses are this rank's."""
         config, model = self.config, self.model
         leaves: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
