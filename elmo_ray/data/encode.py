@@ -68,7 +68,7 @@ def encode_block(
 ) -> EncodedBlock:
     """Encode whole lines of UTF-8.
 
-    They stand at byte `offset` of `path`; the DataError for bytes that are no text names that place (see `decode`).
+    They stand at byte `offset` of `path`, and the DataError for invalid bytes names this place (see `decode`).
     """
     text, replaced = decode(data, on_error, path, offset)
     if not replaced and b"\r" not in data and not has_wide_spaces(data):

@@ -1,4 +1,4 @@
-"""The sample corpus: English prose from the documentation that every Python carries, so that a first run needs no data.
+"""The sample corpus: English prose from the documentation of every Python, so that a first run needs no data.
 
 Its sources are `pydoc_data.topics` (the language reference) and the docstrings of the standard library's modules, which
 are read with `ast` and never imported. Code, tables and markup are dropped; the remaining sentences are tokenised and

@@ -417,9 +417,9 @@ class StreamLoader:
 
 
 def split_evenly(n: int, ranges: int) -> list[range]:
-    """Return `ranges` contiguous ranges that tile range(n), with lengths that differ by at most one.
+    """Return `ranges` contiguous ranges that tile range(n) and differ in length by at most one.
 
-    Streams are split so among workers, and rows among micro-batches; `ranges` is at most `n`.
+    Streams are split among workers in this way, and rows among micro-batches; `ranges` is at most `n`.
     """
     edges = [-(-i * n // ranges) for i in range(ranges + 1)]
     return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]

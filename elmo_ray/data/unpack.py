@@ -181,7 +181,7 @@ def _zst_pieces(packed: BinaryIO, source: str) -> Iterator[bytes]:
 
 
 def _estimate(source: str) -> int:
-    """Return the unpacked size in bytes that a compressed file states, or a guess where that is missing or unlikely."""
+    """Return the unpacked size in bytes by the compressed file, or a guess where it is not stated or unlikely."""
     size = storage.status(source).st_size
     guess = size * _USUAL_RATIO
     with storage.open_read(source) as packed:
@@ -208,7 +208,7 @@ def _check_free(target: Path, source: str) -> None:
 
 
 def _note_path(target: Place) -> str:
-    """Return the path of the file that says from which source `target` was unpacked."""
+    """Return the path of the note on sizes and times of change of `target` and its source."""
     return os.fspath(target).removesuffix(".txt") + ".unpacked.json"
 
 
