@@ -1,7 +1,7 @@
-"""Trains, judges and exports ELMo bidirectional language models on Ray; `python -m elmo_ray` lists the verbs.
+"""Trainer of ELMo bidirectional language models on Ray; `python -m elmo_ray` lists its verbs.
 
-`Elmo`, `ElmoEmbedder`, `ElmoTokenEmbedder`, `ScalarMix` and `batch_to_ids` are for programs that use a model; they need
-no Ray.
+Programs that use a trained model import `Elmo`, `ElmoEmbedder`, `ElmoTokenEmbedder`, `ScalarMix` and `batch_to_ids`
+from here. They need no Ray.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.3.1"
 
-_HOMES = {
+_MODULES = {
     "Elmo": "layer",
     "ElmoEmbedder": "embedder",
     "ElmoTokenEmbedder": "embedder",
@@ -28,11 +28,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: with them comes torch, and the command line has no use for it.
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"elmo_ray.elmo.{_HOMES[name]}"), name)
+    # These modules import torch, which takes seconds. The command line does without them.
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"elmo_ray.elmo.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

@@ -1,4 +1,4 @@
-"""`python -m elmo_ray`, also the console command `elmo-ray`: lists the verbs, or runs one of them."""
+"""The command `python -m elmo_ray`, also installed as `elmo-ray`: it lists the verbs, or runs one of them."""
 
 from __future__ import annotations
 

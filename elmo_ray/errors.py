@@ -1,4 +1,7 @@
-"""Errors that users can cause. A verb prints them as one line and exits with code 2; anything else is our defect."""
+"""Errors that users can cause.
+
+A verb prints such an error as one line and exits with code 2; any other exception is a defect of this package.
+"""
 
 
 class ElmoRayError(Exception):
@@ -6,31 +9,31 @@ class ElmoRayError(Exception):
 
 
 class ConfigError(ElmoRayError):
-    """A configuration key is unknown, of the wrong type, out of range, or contradicts another one."""
+    """Error of a configuration key: unknown, of the wrong type, out of range, or in contradiction to another one."""
 
 
 class DataError(ElmoRayError):
-    """A corpus, shard or vocabulary cannot be used; the message names the file and, where there is one, the line."""
+    """Error of a corpus, shard or vocabulary; the message names the file and, where there is one, the line."""
 
 
 class CheckpointError(ElmoRayError):
-    """A checkpoint is missing, incomplete or damaged; the message names the file."""
+    """Error of a missing, incomplete or damaged checkpoint; the message names the file."""
 
 
 class FormatError(ElmoRayError):
-    """A weights, options or checkpoint file of another program has the wrong form."""
+    """Error in the form of a weights, options or checkpoint file of another program."""
 
 
 class TrainingError(ElmoRayError):
-    """Training cannot go on: a loss or gradient is not finite, or checkpoints cannot be written."""
+    """Error that ends training: a loss or gradient is not finite, or checkpoints cannot be written."""
 
 
 def one_line(text: str) -> str:
-    """The text without line ends and runs of blanks, so that a message stays one line."""
+    """Return the text with every line end and run of blanks as one space, so that a message stays one line."""
     return " ".join(text.split())
 
 
-def short(text: str, most: int = 200) -> str:
-    """The text on one line and cut to `most` characters."""
+def short(text: str, limit: int = 200) -> str:
+    """Return the text on one line, cut to `limit` characters."""
     line = one_line(text)
-    return line if len(line) <= most else line[: most - 3] + "..."
+    return line if len(line) <= limit else line[: limit - 3] + "..."

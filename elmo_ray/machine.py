@@ -1,4 +1,4 @@
-"""What this process may use of the machine."""
+"""The machine as this process sees it: its cores, its memory, and its priority."""
 
 from __future__ import annotations
 
@@ -13,50 +13,54 @@ import torch
 
 
 def available_cores() -> int:
-    """CPU cores that the scheduler lets this process run on, or all of them where it does not say."""
+    """Return the number of CPU cores that this process may run on, or of all cores where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes of memory that this process holds now, or, for a GPU, the most that its tensors have taken."""
+    """Return the bytes of memory that this process holds now; for a GPU, the most that its tensors have taken.
+
+    Outside of Linux it is the most that the process has ever held.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no Linux: the most so far, in kilobytes but on a Mac
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
+    except OSError:  # There is no /proc here.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, other systems kilobytes.
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # Numbers of these parameters in malloc.h.
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep memory that it frees, instead of giving it back to the system to ask for it anew.
+    """Let this process keep the memory that it frees, instead of returning it to the system.
 
-    A step of training takes and frees the same blocks every time, and glibc gives big ones back at once: at the
-    original's sizes the system cleared a gigabyte a step, a fifth of its time. Threads keep arenas of their own (with
-    one for all, those of `side_by_side` wait for its lock), but for blocks above 64 MB that they take themselves, which
-    glibc still gives back. It holds until the process ends. Does nothing where the C library is not glibc.
+    It holds until the process ends. Does nothing where the C library is not glibc.
     """
+    # A training step allocates and frees the same blocks every time, and glibc returns big ones at once: at the sizes
+    # of the original model the system cleared a gigabyte in each step, which was a fifth of the step's time.
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
+        # Threads keep arenas of their own: with a single arena the threads of `run_parallel` would wait for its lock.
+        # Blocks above 64 MB that such a thread allocates itself are still returned to the system.
         for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             mallopt(parameter, value)
 
 
 @contextlib.contextmanager
 def starting_in_background() -> Iterator[None]:
-    """Processes and threads that are started within this get a core when one is free, or when their turn comes, and do
-    not take it at once from one that computes when they wake (Linux's SCHED_BATCH). Children of theirs do the same.
+    """Start the processes and threads of this context under Linux's scheduling policy SCHED_BATCH.
 
-    For Ray's own processes, a dozen, each of which looks a hundred times a second whether there is something to do.
-    Does nothing where the system has no such thing.
+    When they wake they do not take the core from a process that computes, but wait until one is free or their turn
+    comes. Their children inherit the policy. Does nothing where the system has no such policy.
     """
-    changed = _schedule("SCHED_BATCH", instead_of="SCHED_OTHER")
+    # It is for Ray's own processes: a dozen, and each of them looks for work a hundred times a second.
+    changed = _change_policy("SCHED_BATCH", instead_of="SCHED_OTHER")
     try:
         yield
     finally:
@@ -65,13 +69,14 @@ def starting_in_background() -> Iterator[None]:
 
 
 def leave_background() -> None:
-    """This thread, and those that it starts, as if no `starting_in_background` had been around its process."""
-    _schedule("SCHED_OTHER", instead_of="SCHED_BATCH")
+    """Put this thread, and those that it starts, back under the usual policy, as if never started in the background."""
+    _change_policy("SCHED_OTHER", instead_of="SCHED_BATCH")
 
 
-def _schedule(policy: str, instead_of: str) -> bool:
-    """Whether this thread had the other of the system's policies and has this one now."""
-    with contextlib.suppress(AttributeError, OSError):  # no Linux, or a container that forbids it: all runs without
+def _change_policy(policy: str, instead_of: str) -> bool:
+    """Give this thread `policy` if it has `instead_of` now; return whether that was done."""
+    # Where the system is not Linux, or a container forbids the change, everything runs without it.
+    with contextlib.suppress(AttributeError, OSError):
         if os.sched_getscheduler(0) == getattr(os, instead_of):
             os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
             return True

@@ -26,7 +26,7 @@ from elmo_ray.data import sample, scan
 from elmo_ray.data.corpus import Corpus, expand_paths, shard_fields
 from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.encode import read_block
-from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, perform, run_here
+from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, run_locally, run_task
 from elmo_ray.data.text import OnError, decode, file_status
 from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
@@ -201,11 +201,11 @@ def plan(config: PretrainConfig) -> PreparePlan:
     """What `run` would do; compressed files that are not unpacked count with their compressed size."""
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
-    indexer = Indexer(directory, data.block_bytes, data.on_error, run_here)
+    indexer = Indexer(directory, data.block_bytes, data.on_error, run_locally)
     files = _files(data, directory)
     todo: list[Task] = []
     for name, paths in files.items():
-        todo.extend(indexer.todo(paths, name == "train" and data.vocab is None))
+        todo.extend(indexer.pending_tasks(paths, name == "train" and data.vocab is None))
     return PreparePlan({name: len(paths) for name, paths in files.items()}, len(todo), _bytes_of(todo))
 
 
@@ -217,10 +217,10 @@ def index_texts(
     `directory` is one of `prepared_dir`; ("sample",) is the sample corpus's test text. Errors name `key`.
     """
     if tuple(globs) == (SAMPLE,):
-        paths = list(sample.gather(directory / "sample").test)
+        paths = list(sample.write_sample(directory / "sample").test)
     else:
         paths = expand_paths(globs, key)
-    return Indexer(directory, block_bytes, on_error, run_here).index(paths, key)
+    return Indexer(directory, block_bytes, on_error, run_locally).index(paths, key)
 
 
 def prepared_dir(storage_path: str, configured: str | None) -> Path:
@@ -249,7 +249,7 @@ def _files(data: DataConfig, directory: Path) -> dict[str, list[str]]:
     files = {}
     for name, patterns in globs.items():
         if patterns == (SAMPLE,):
-            files[name] = list(getattr(sample.gather(directory / "sample"), name))
+            files[name] = list(getattr(sample.write_sample(directory / "sample"), name))
         elif patterns or name == "train":
             files[name] = expand_paths(patterns, f"data.{name}")
     return files
@@ -334,7 +334,7 @@ def _sha256_of(path: Path) -> str | None:
 def _runner(cluster: ClusterConfig) -> Runner:
     def runner(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
         if cluster.workers == 0 or _bytes_of(todo) < SMALL_BYTES:
-            return run_here(todo)
+            return run_locally(todo)
         return _run_on_ray(todo, cluster.max_failures)
 
     return runner
@@ -354,7 +354,7 @@ def _bytes_of(todo: Sequence[Task]) -> int:
 def _run_on_ray(todo: Sequence[Task], max_failures: int) -> Iterator[tuple[int, bytes]]:
     free = free_cpus()
     return run_tasks(
-        perform,
+        run_task,
         todo,
         workers=max(1, int(free)),
         cpus=1.0 if free >= 1 else 0.25,

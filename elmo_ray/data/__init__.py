@@ -1,1 +1,1 @@
-"""From text on disk to batches of word types: vocabulary, shards, encoding, streams."""
+"""The data path from text on disk to batches; its map is at the head of `data/streams.py`."""

@@ -1,7 +1,8 @@
-"""Words as rows of character ids, as bilm-tf makes them for training.
+"""Encoding of words as rows of character ids, as bilm-tf makes them for training.
 
-A word is `max_characters` ids (C): begin-of-word, its UTF-8 bytes cut at C - 2 (even inside a character), end-of-word,
-then padding. Sentence begin and end are "words" with one character of their own.
+A word becomes `max_characters` ids (C): begin-of-word, the word's UTF-8 bytes, end-of-word, then padding. The bytes are
+cut at C - 2, even inside a character. The begin and the end of a sentence are "words" of one special character each.
+Shapes: N words, C characters.
 """
 
 from collections.abc import Sequence
@@ -16,15 +17,15 @@ WORD_END = 259
 PADDING = 260
 N_CHARACTERS = 261
 
-# Bounds the index arrays below: some 50 MB for words of ordinary length.
+# The limit keeps the index arrays below at some 50 MB for words of ordinary length.
 _WORDS_PER_CHUNK = 1 << 16
 
 
 def encode_words(words: Sequence[str], max_characters: int = 50) -> npt.NDArray[np.int16]:
-    """Returns the character ids of each word, int16 [len(words), max_characters].
+    """Return the character ids of each word, int16 [len(words), max_characters].
 
-    No word is special here: `<S>` is spelt out (see `sentence_marker_rows`). Lone surrogates, which have no UTF-8
-    form, are dropped as in the original. `max_characters` is at least 3.
+    No word is special here: `<S>` is spelt out (see `sentence_marker_rows`). Lone surrogates have no UTF-8 form and are
+    dropped, as in the original. `max_characters` must be at least 3.
     """
     chars_NC = np.full((len(words), max_characters), PADDING, dtype=np.int16)
     chars_NC[:, 0] = WORD_BEGIN
@@ -42,7 +43,7 @@ def encode_words(words: Sequence[str], max_characters: int = 50) -> npt.NDArray[
 
 
 def sentence_marker_rows(max_characters: int = 50) -> npt.NDArray[np.int16]:
-    """Returns the rows of `<S>` and `</S>`, int16 [2, max_characters]."""
+    """Return the rows of `<S>` and `</S>`, int16 [2, max_characters]."""
     rows_2C = np.full((2, max_characters), PADDING, dtype=np.int16)
     rows_2C[:, 0] = WORD_BEGIN
     rows_2C[:, 1] = (SENTENCE_BEGIN, SENTENCE_END)

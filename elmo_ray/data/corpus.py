@@ -1,6 +1,7 @@
 """The index of a corpus: shards of text, cut into line-aligned blocks whose positions are counted.
 
-Index files: plain fields and arrays in an .npz, without pickle.
+`Shard` describes one text file, `Corpus` the blocks of several, and `Block` is what is read at once. `expand_paths`
+finds the files that a setting names. An index file is an .npz with plain fields (as JSON) and arrays, without pickle.
 """
 
 import glob
@@ -25,72 +26,26 @@ from elmo_ray.errors import ConfigError, DataError
 from elmo_ray.storage import is_uri
 from elmo_ray.storage.files import write_aside
 
-# What zipfile and numpy raise for damaged bytes: also RuntimeError for encryption, TypeError for a file of one array.
-_DAMAGES = (
-    OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, struct.error,
-    RuntimeError, TypeError, AttributeError, OverflowError, MemoryError,
-)  # fmt: skip
-
-
-def pack_index(fields: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> bytes:
-    """Plain fields (as JSON) and arrays as the bytes of a compressed .npz."""
-    buffer = io.BytesIO()
-    text = np.frombuffer(json.dumps(fields).encode(), dtype=np.uint8)
-    np.savez_compressed(buffer, allow_pickle=False, fields=text, **arrays)
-    return buffer.getvalue()
-
-
-def unpack_index(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """The fields and arrays of what `pack` made; DataError, naming `name`, when they are damaged."""
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-        return _index_fields(arrays.pop("fields")), arrays
-    except _DAMAGES as error:
-        raise DataError(f"{name}: damaged index ({error}); delete it and run prepare again") from None
-
-
-def _index_fields(text: npt.NDArray[Any]) -> dict[str, Any]:
-    fields = json.loads(text.tobytes())
-    if not isinstance(fields, dict):
-        raise ValueError("no fields in it")
-    return fields
-
-
-def read_index(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """The fields and arrays of a file; DataError when it is missing or damaged."""
-    return unpack_index(read_index_bytes(path), os.fspath(path))
-
-
-def read_index_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The plain fields alone, without reading the arrays; DataError as in `read`."""
-    try:
-        with np.load(io.BytesIO(storage.read_bytes(path)) if is_uri(path) else path, allow_pickle=False) as file:
-            return _index_fields(file["fields"])
-    except _DAMAGES as error:
-        raise DataError(f"{path}: no index ({error}); run prepare") from None
-
-
-def read_index_bytes(path: str | os.PathLike[str]) -> bytes:
-    """A file's bytes; DataError when it cannot be read."""
-    try:
-        return storage.read_bytes(path)
-    except OSError as error:
-        raise DataError(f"{path}: no index ({error.strerror}); run prepare") from None
-
-
 logger = logging.getLogger(__name__)
 
 Int64 = npt.NDArray[np.int64]
 
 _FORMAT_VERSION = 2
 
+# Errors of zipfile and numpy for damaged bytes: also RuntimeError for encryption, TypeError for a file of one array.
+_DAMAGES = (
+    OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, struct.error,
+    RuntimeError, TypeError, AttributeError, OverflowError, MemoryError,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Block:
-    """The lines in bytes [start, end) of a text file.
+    """Lines in the bytes [start, end) of a text file.
 
-    positions: words + sentences, in each direction. crc32: of the bytes (zlib), 0 to 2**32 - 1.
+    path:      absolute path, or URI, of the text.
+    positions: number of words and sentences together, the same in each direction.
+    crc32:     the CRC-32 (zlib) of the bytes, 0 to 2**32 - 1.
     """
 
     path: str
@@ -104,11 +59,12 @@ class Block:
 class Shard:
     """One text file and its blocks, which tile it from byte 0.
 
-    path:       absolute path, or URI, of the seekable text; `source` is the file it was unpacked from, or the same.
-    size, mtime_ns, sha256: of the file at `path`, in bytes, ns and hexadecimal.
-    characters: Unicode code points of all words.
-    block_*:    int64 [n]: the byte each block ends at; its positions, words and code points of its words; the CRC-32
-                of its bytes.
+    path:       absolute path, or URI, of the seekable text.
+    source:     the compressed file from which the text was unpacked, otherwise the same as `path`.
+    size, mtime_ns, sha256: size (bytes), time of change (ns) and hash (hexadecimal) of the file at `path`.
+    characters: number of Unicode code points of all words.
+    block_*:    int64 [n], for each block: the byte at which it ends; its positions; its words; the code points of its
+                words; the CRC-32 of its bytes.
     """
 
     path: str
@@ -127,12 +83,12 @@ class Shard:
 
 
 class Corpus:
-    """Blocks of text in order: all those of some shards, or a choice of them.
+    """Blocks of text in order: all blocks of some shards, or a selection of them.
 
     block_shard:  int32 [N], index into `shards`.
     block_start, block_end: int64 [N], bytes.
-    block_positions, block_tokens, block_characters, block_crc32: int64 [N].
-    positions, tokens, sentences, characters: their sums over the corpus's blocks.
+    block_positions, block_tokens, block_characters, block_crc32: int64 [N], as in `Shard`.
+    positions, tokens, sentences, characters: the sums over the blocks.
     """
 
     def __init__(
@@ -161,7 +117,7 @@ class Corpus:
 
     @classmethod
     def from_shards(cls, shards: Sequence[Shard]) -> "Corpus":
-        """All blocks of all shards, in the order given. A shard may be empty."""
+        """Return the corpus of all blocks of all shards, in the order given. A shard may be empty."""
         empty = np.zeros(0, dtype=np.int64)
         starts = [np.concatenate((np.zeros(1, np.int64), shard.block_ends))[:-1] for shard in shards]
         numbers = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.block_ends) for shard in shards])
@@ -177,11 +133,11 @@ class Corpus:
         )
 
     def __len__(self) -> int:
-        """Number of blocks."""
+        """Return the number of blocks."""
         return len(self.block_shard)
 
     def block(self, index: int) -> Block:
-        """The block of this index."""
+        """Return the block of this index."""
         return Block(
             self.shards[self.block_shard[index]].path,
             int(self.block_start[index]),
@@ -191,12 +147,12 @@ class Corpus:
         )
 
     def blocks(self) -> Iterable[Block]:
-        """All blocks in order."""
+        """Return an iterable over all blocks in order."""
         return map(self.block, range(len(self)))
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the texts, their order, and the blocks; it does not depend on where the files are."""
+        """Hash of the texts, their order and the blocks; it does not depend on the place of the files."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(shard.sha256.encode())
@@ -204,8 +160,8 @@ class Corpus:
             digest.update(array.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def choose(self, indices: Int64) -> "Corpus":
-        """The corpus of these blocks, in this order."""
+    def select(self, indices: Int64) -> "Corpus":
+        """Return the corpus of these blocks, in this order."""
         return Corpus(
             self.shards,
             self.block_shard[indices],
@@ -218,23 +174,24 @@ class Corpus:
         )
 
     def split(self, holdout: float, seed: int) -> tuple["Corpus", "Corpus"]:
-        """Sets whole blocks aside: (the rest, about `holdout` of all positions but at least one block).
+        """Set whole blocks aside; return the remaining corpus and the held-out one.
 
-        A pure function of the blocks' positions, `holdout` and `seed`. Raises ConfigError when nothing would remain.
+        The held-out corpus has about the share `holdout` of all positions, but at least one block. The split is a pure
+        function of the blocks' positions, `holdout` and `seed`. Raises ConfigError when nothing would remain.
         """
         order = np.argsort(_scramble(np.arange(len(self), dtype=np.uint64), seed), kind="stable")
         before = np.cumsum(self.block_positions[order]) - self.block_positions[order]
-        aside = np.zeros(len(self), dtype=bool)
-        aside[order] = before < holdout * self.positions
-        if aside.all():
+        held_out = np.zeros(len(self), dtype=bool)
+        held_out[order] = before < holdout * self.positions
+        if held_out.all():
             raise ConfigError(
                 f"data.holdout={holdout} needs more blocks than the {len(self)} of this corpus; "
                 "lower data.block_bytes or name data.valid"
             )
-        return self.choose(np.flatnonzero(~aside)), self.choose(np.flatnonzero(aside))
+        return self.select(np.flatnonzero(~held_out)), self.select(np.flatnonzero(held_out))
 
     def check_files(self) -> None:
-        """Raises DataError when a file of the corpus is gone or is not the one that was indexed."""
+        """Raise DataError when a file of the corpus is gone or has another size than the one that was indexed."""
         for shard in self.shards:
             try:
                 status = storage.status(shard.path)
@@ -244,7 +201,7 @@ class Corpus:
                 raise DataError(f"{shard.path}: {status.st_size} bytes, {shard.size} when indexed; run prepare again")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the index as .npz (arrays and one JSON text, no pickle), whole or not at all."""
+        """Write the index as .npz, whole or not at all."""
         shards = [shard_fields(shard) for shard in self.shards]
         arrays = {f"block_{name}": getattr(self, f"block_{name}") for name in _CORPUS_ARRAYS}
         for number, shard in enumerate(self.shards):
@@ -253,7 +210,7 @@ class Corpus:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Corpus":
-        """Reads what `save` wrote; DataError when it is not such a file."""
+        """Return the corpus of a file that `save` wrote. Raises DataError for any other file."""
         fields, arrays = read_index(path)
         try:
             if fields["format_version"] != _FORMAT_VERSION:
@@ -265,15 +222,15 @@ class Corpus:
                 for number, shard in enumerate(fields["shards"])
             ]
             blocks = [arrays[f"block_{name}"] for name in _CORPUS_ARRAYS]
-            if not _fit_together(blocks, len(shards)):
+            if not _are_valid(blocks, len(shards)):
                 raise KeyError("blocks")
             return cls(shards, *blocks)
         except (KeyError, TypeError):
             raise DataError(f"{path}: not a corpus index; run prepare again") from None
 
 
-def _fit_together(blocks: Sequence[npt.NDArray[Any]], n_shards: int) -> bool:
-    """Whether these are arrays of `_CORPUS_ARRAYS`: one line of integers each, of the same blocks."""
+def _are_valid(blocks: Sequence[npt.NDArray[Any]], n_shards: int) -> bool:
+    """Return whether the arrays of `_CORPUS_ARRAYS` are of integers, [N] each, and hold possible values."""
     shard, start, end, positions, tokens, *_ = blocks
     if any(array.ndim != 1 or len(array) != len(shard) or array.dtype.kind != "i" for array in blocks):
         return False
@@ -289,20 +246,67 @@ _SHARD_FIELDS = ("path", "source", "size", "mtime_ns", "sentences", "tokens", "c
 
 
 def shard_fields(shard: Shard) -> dict[str, str | int]:
-    """The plain fields of a shard, as they go into JSON."""
+    """Return the plain fields of a shard, as they go into JSON."""
     return {name: getattr(shard, name) for name in _SHARD_FIELDS}
 
 
-def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
-    """The absolute paths, or URIs, of the files that `patterns` (files or globs, `**` too) name.
+def pack_index(fields: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> bytes:
+    """Return plain fields (as JSON) and arrays as the bytes of a compressed .npz."""
+    buffer = io.BytesIO()
+    text = np.frombuffer(json.dumps(fields).encode(), dtype=np.uint8)
+    np.savez_compressed(buffer, allow_pickle=False, fields=text, **arrays)
+    return buffer.getvalue()
 
-    In the order of the patterns, sorted within each, every file once. Raises ConfigError, naming `key`, for a pattern
-    that matches nothing and for directories, DataError for a file that cannot be read.
+
+def unpack_index(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Return the fields and arrays that `pack_index` packed. Raises DataError, naming `name`, for damaged bytes."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return _index_fields(arrays.pop("fields")), arrays
+    except _DAMAGES as error:
+        raise DataError(f"{name}: damaged index ({error}); delete it and run prepare again") from None
+
+
+def _index_fields(text: npt.NDArray[Any]) -> dict[str, Any]:
+    fields = json.loads(text.tobytes())
+    if not isinstance(fields, dict):
+        raise ValueError("no fields in it")
+    return fields
+
+
+def read_index(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Return the fields and arrays of an index file. Raises DataError when it is missing or damaged."""
+    return unpack_index(read_index_bytes(path), os.fspath(path))
+
+
+def read_index_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the plain fields of an index file without reading its arrays. Raises DataError as `read_index` does."""
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(path)) if is_uri(path) else path, allow_pickle=False) as file:
+            return _index_fields(file["fields"])
+    except _DAMAGES as error:
+        raise DataError(f"{path}: no index ({error}); run prepare") from None
+
+
+def read_index_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of an index file. Raises DataError when it cannot be read."""
+    try:
+        return storage.read_bytes(path)
+    except OSError as error:
+        raise DataError(f"{path}: no index ({error.strerror}); run prepare") from None
+
+
+def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
+    """Return the absolute paths, or URIs, of the files that `patterns` name; a pattern is a file or a glob, also `**`.
+
+    They are in the order of the patterns, sorted within each, and every file comes once. Raises ConfigError, naming
+    `key`, for a pattern that matches nothing and for a directory; DataError for a file that cannot be read.
     """
     paths: dict[str, None] = {}
     for pattern in patterns:
         if storage.is_uri(pattern):
-            paths.update(dict.fromkeys(_objects(pattern, key)))
+            paths.update(dict.fromkeys(_matching_objects(pattern, key)))
             continue
         expanded = os.path.expanduser(pattern)
         found = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
@@ -312,7 +316,7 @@ def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
             path = os.path.abspath(name)
             if os.path.isdir(path):
                 raise ConfigError(f"{key}={pattern}: {name} is a directory; name its files, as in {name}/*.txt")
-            reason = _why_unreadable(path)
+            reason = _unreadable_reason(path)
             if reason is not None:
                 raise DataError(f"{path}: {reason} ({key}={pattern}); mend or remove it, or name other files")
             if path in paths:
@@ -321,8 +325,8 @@ def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
     return list(paths)
 
 
-def _objects(pattern: str, key: str) -> list[str]:
-    """The URIs that a URI with or without a glob names."""
+def _matching_objects(pattern: str, key: str) -> list[str]:
+    """Return the URIs of the objects that a URI, with or without a glob, names."""
     try:
         found = storage.matches(storage.absolute(pattern))
     except OSError as error:
@@ -334,20 +338,22 @@ def _objects(pattern: str, key: str) -> list[str]:
     return found
 
 
-def _why_unreadable(path: str) -> str | None:
-    """What keeps a path from being read as a file. A pipe is never opened: that would wait for a writer."""
+def _unreadable_reason(path: str) -> str | None:
+    """Return the reason why a path cannot be read as a file, or None."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
         link = f"is a symbolic link to {os.readlink(path)}: " if os.path.islink(path) else ""
         return f"{link}{error.strerror}"
+    # A pipe is never opened: that would wait for a writer.
     if not stat.S_ISREG(mode):
         return "is no regular file but a pipe or a device"
     return None if os.access(path, os.R_OK) else "no permission to read it"
 
 
 def _scramble(values: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """SplitMix64's output function of our own input, so that a split never changes with a library's generator."""
+    """Return SplitMix64's output function of `values` and `seed`."""
+    # A library's random generator may change with its version, and with it the split.
     offset = np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
     mixed = (values + offset) * np.uint64(0xD6E8FEB86659FD93)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

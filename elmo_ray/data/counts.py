@@ -1,4 +1,4 @@
-"""Counting words in bounded memory."""
+"""Counts of words in bounded memory."""
 
 import collections
 import logging
@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 class WordCounter:
-    """Counts of words, of at most `cap` distinct ones.
+    """Counter of at most `cap` distinct words; each takes some 170 bytes.
 
-    When there are more, the counts of 1 are dropped, then those of 2 and so on until at most half of `cap` are left.
-    What is lost is bounded: a word's count is short by at most `max_missing`, the sum of the highest counts dropped
-    each time, so every word that occurs more often than that is there. Without a pruning all counts are exact. A word
-    costs some 170 bytes.
+    When there are more, it is pruned: the counts of 1 are dropped, then those of 2 and so on, until at most half of
+    `cap` words are left. The loss is bounded: a word's count is too small by at most `max_missing`, so every word that
+    occurs more often is there. Without pruning all counts are exact.
 
+    max_missing:    the sum over all prunings of the highest count dropped.
     pruned_entries: how many times a word was dropped (a word may come back and be dropped again).
     pruned_tokens:  the occurrences that were dropped with them.
     """
@@ -31,24 +31,24 @@ class WordCounter:
         self.max_missing = 0
 
     def add(self, words: Iterable[str]) -> None:
-        """Counts each of `words` once. The cap holds between calls, so each should bring few words beside it."""
+        """Count each of `words` once. The cap holds only between calls, so `words` should be few beside it."""
         self.counts.update(words)
         self._prune()
 
     def merge(self, other: "WordCounter") -> None:
-        """Adds the counts of another counter, and what it lost."""
+        """Add the counts of another counter, and its losses."""
         self.merge_counts(other.counts)
         self.pruned_entries += other.pruned_entries
         self.pruned_tokens += other.pruned_tokens
         self.max_missing += other.max_missing
 
     def merge_counts(self, counts: Mapping[str, int]) -> None:
-        """Adds counts."""
+        """Add the counts of a mapping."""
         self.counts.update(counts)
         self._prune()
 
     def subtract(self, words: Iterable[str]) -> None:
-        """Takes back one occurrence of each of `words` that is still counted."""
+        """Take back one occurrence for each of `words`; a word that is no longer counted is ignored."""
         for word, number in collections.Counter(words).items():
             left = self.counts.get(word, 0) - number
             if left > 0:
@@ -57,7 +57,7 @@ class WordCounter:
                 self.counts.pop(word, None)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What `from_arrays` makes the counter of again: words ended by \\n in UTF-8, counts, and the other fields."""
+        """Return the counter as arrays for `from_arrays`: words in UTF-8, each ended by \\n; counts; other fields."""
         words = "".join(f"{word}\n" for word in self.counts).encode()
         return {
             "words": np.frombuffer(words, dtype=np.uint8),
@@ -67,7 +67,7 @@ class WordCounter:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], cap: int) -> "WordCounter":
-        """The counter that `to_arrays` was called on, with another cap."""
+        """Return the counter of these arrays from `to_arrays`, with this cap."""
         counter = cls(cap)
         counter.pruned_entries, counter.pruned_tokens, counter.max_missing = arrays["pruned"].tolist()
         words = arrays["words"].tobytes().decode().split("\n")[:-1]
@@ -75,7 +75,10 @@ class WordCounter:
         return counter
 
     def by_falling_count(self, min_count: int = 1, limit: int | None = None) -> list[tuple[str, int]]:
-        """(word, count) for counts of `min_count` and more, at most `limit`; equal counts in the order of the words."""
+        """Return at most `limit` pairs (word, count) with counts of at least `min_count`, by falling count.
+
+        Words of equal count are in alphabetical order (by code points).
+        """
         kept = [item for item in self.counts.items() if item[1] >= min_count]
         kept.sort(key=lambda item: (-item[1], item[0]))
         return kept[:limit]
@@ -84,7 +87,7 @@ class WordCounter:
         if len(self.counts) <= self.cap:
             return
         values = np.fromiter(self.counts.values(), dtype=np.int64, count=len(self.counts))
-        # The smallest threshold such that at most cap // 2 counts are above it.
+        # This is the smallest threshold with at most cap // 2 counts above it.
         keep = self.cap // 2
         threshold = int(np.partition(values, len(values) - keep - 1)[len(values) - keep - 1])
         dropped = values[values <= threshold]

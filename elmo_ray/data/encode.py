@@ -1,4 +1,8 @@
-"""A block of text to word ids, sentence lengths and the characters of words outside the vocabulary."""
+"""Encoding of a block of text: word ids, sentence lengths, and the characters of words outside the vocabulary.
+
+`load_block` reads a block and encodes it. `thread_source` does so for many blocks in a thread of this process;
+`elmo_ray.data.ray_source` does it in tasks of Ray.
+"""
 
 import contextlib
 import itertools
@@ -22,12 +26,12 @@ from elmo_ray.storage import is_uri, read_range
 
 @dataclass(frozen=True, eq=False)
 class EncodedBlock:
-    """The sentences of one block, without sentence markers.
+    """Sentences of one block, without sentence markers.
 
     ids:      int32 [tokens]. An id >= 0 is a vocabulary id; -(k + 1) stands for row k of `unknown`.
-    lengths:  int32 [sentences], words of each; their sum is the length of `ids`.
+    lengths:  int32 [sentences], the number of words of each; their sum is the length of `ids`.
     unknown:  int16 [n, C], the characters of the block's distinct unknown words in the order of their first appearance.
-    replaced: how many invalid sequences and NULs became U+FFFD.
+    replaced: the number of invalid sequences and NULs that became U+FFFD.
     """
 
     ids: npt.NDArray[np.int32]
@@ -37,21 +41,21 @@ class EncodedBlock:
 
     @property
     def positions(self) -> int:
-        """A sentence of n words has n + 1 positions in each direction."""
+        """Positions in each direction: a sentence of n words has n + 1 of them."""
         return len(self.ids) + len(self.lengths)
 
 
 def encode_text(text: str, vocabulary: Vocabulary, max_characters: int = 50) -> EncodedBlock:
-    """Encodes text that has no NUL; sentences and words as in `elmo_ray.data.text`."""
+    """Encode text without NULs; sentences and words are those of `elmo_ray.data.text`."""
     sentences = [line.split() for line in split_lines(text)]
     lengths = np.fromiter(map(len, sentences), dtype=np.int32, count=len(sentences))
     words = list(itertools.chain.from_iterable(sentences))
     ids = np.fromiter(map(vocabulary.ids.get, words, itertools.repeat(MISSING)), dtype=np.int32, count=len(words))
     missing = np.flatnonzero(ids == MISSING)
-    rows: dict[str, int] = {}
-    places = [rows.setdefault(words[index], len(rows)) for index in missing.tolist()]
-    ids[missing] = -1 - np.asarray(places, dtype=np.int32)
-    return EncodedBlock(ids, lengths, encode_words(list(rows), max_characters))
+    unknown: dict[str, int] = {}  # The row of each unknown word.
+    rows = [unknown.setdefault(words[index], len(unknown)) for index in missing.tolist()]
+    ids[missing] = -1 - np.asarray(rows, dtype=np.int32)
+    return EncodedBlock(ids, lengths, encode_words(list(unknown), max_characters))
 
 
 def encode_block(
@@ -62,9 +66,9 @@ def encode_block(
     path: str = "text",
     offset: int = 0,
 ) -> EncodedBlock:
-    """Encodes whole lines of UTF-8.
+    """Encode whole lines of UTF-8.
 
-    `path` and `offset` say where they stand, for the DataError of bytes that are no text (see `decode`).
+    They stand at byte `offset` of `path`, and the DataError for invalid bytes names this place (see `decode`).
     """
     text, replaced = decode(data, on_error, path, offset)
     if not replaced and b"\r" not in data and not has_wide_spaces(data):
@@ -74,7 +78,7 @@ def encode_block(
 
 
 def _encode_plain(data: bytes, vocabulary: Vocabulary, max_characters: int) -> EncodedBlock:
-    """What `encode_text` gives, some three times as fast, for UTF-8 with \\n and ASCII spaces alone."""
+    """Encode UTF-8 with \\n and ASCII spaces alone: the result of `encode_text`, some three times as fast."""
     table = vocabulary.table
     padded = np.frombuffer(data + bytes(table.PADDING - len(data) % 8), dtype=np.uint8)
     starts, ends = word_bounds(padded[: len(data)])
@@ -85,18 +89,19 @@ def _encode_plain(data: bytes, vocabulary: Vocabulary, max_characters: int) -> E
     lengths = np.diff(np.searchsorted(starts, line_ends), prepend=0).astype(np.int32)
     ids = table.find(padded, starts, word_lengths)
     missing = np.flatnonzero(ids == MISSING)
-    rows: dict[str, int] = {}
-    places = []
+    unknown: dict[str, int] = {}  # The row of each unknown word.
+    found = []
     for start, end in zip(starts[missing].tolist(), ends[missing].tolist(), strict=True):
         word = data[start:end].decode()
+        # The table has no words above LONGEST bytes; the dictionary has all.
         known = vocabulary.ids.get(word) if end - start > table.LONGEST else None
-        places.append(known if known is not None else -1 - rows.setdefault(word, len(rows)))
-    ids[missing] = np.asarray(places, dtype=np.int32)
-    return EncodedBlock(ids, lengths, encode_words(list(rows), max_characters))
+        found.append(known if known is not None else -1 - unknown.setdefault(word, len(unknown)))
+    ids[missing] = np.asarray(found, dtype=np.int32)
+    return EncodedBlock(ids, lengths, encode_words(list(unknown), max_characters))
 
 
 def read_block(block: Block) -> bytes:
-    """The bytes of a block; DataError when the file is gone or these are not the bytes that were indexed."""
+    """Return the bytes of a block. Raises DataError when the file is gone or has changed since it was indexed."""
     try:
         if is_uri(block.path):
             data = read_range(block.path, block.start, block.end)
@@ -119,12 +124,13 @@ def read_block(block: Block) -> bytes:
 def load_block(
     block: Block, vocabulary: Vocabulary, max_characters: int = 50, on_error: OnError = "fail"
 ) -> EncodedBlock:
-    """Reads and encodes a block, and holds it to the index: DataError as in `read_block` and `encode_block`.
+    """Read and encode a block, and compare it with the index.
 
-    The same bytes have another number of positions where another version of Python takes other characters as spaces.
+    Raises DataError as `read_block` and `encode_block` do, and when the block has other positions than the index says.
     """
     data = read_block(block)
     encoded = encode_block(data, vocabulary, max_characters, on_error, block.path, block.start)
+    # Another version of Python may take other characters as spaces; then the same bytes have other positions.
     if encoded.positions != block.positions:
         raise DataError(
             f"{block.path}: bytes {block.start} to {block.end} have {encoded.positions} positions and had "
@@ -140,10 +146,10 @@ def thread_source(
     look_ahead: int = 8,
     on_error: OnError = "fail",
 ) -> Generator[EncodedBlock, None, None]:
-    """Encodes `blocks`, which may never end, in order in a background thread, `look_ahead` ahead of the consumer.
+    """Yield encoded `blocks` in order, from a background thread that is `look_ahead` blocks ahead of the consumer.
 
-    An error of the thread is raised by the consumer's `next` in its place in the order. Closing the generator, or
-    dropping it, stops the thread and waits for it.
+    `blocks` may be endless. An error of the thread is raised by the consumer's `next` in place of its block. Closing or
+    dropping the generator stops the thread and waits for it.
     """
     done: queue.Queue[EncodedBlock | BaseException | None] = queue.Queue(maxsize=max(1, look_ahead))
     stop = threading.Event()
@@ -160,7 +166,7 @@ def thread_source(
                 if stop.is_set():
                     return
                 put(load_block(block, vocabulary, max_characters, on_error))
-        except BaseException as error:  # the consumer raises it
+        except BaseException as error:  # The consumer raises it.
             put(error)
         else:
             put(None)

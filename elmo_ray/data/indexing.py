@@ -1,12 +1,11 @@
-"""The index of many files, kept on disk: what has been found out about a file is not found out again.
+"""Indexing of many files as independent tasks, with results that are kept on disk.
 
-The state of each segment of a file is one small file in `state/`, and counts as long as the text's size and time of
-change, the cut of the blocks, and what was asked (word counts or not) are the same.
+A task is a dictionary of plain values, and its result is bytes: `run_task` unpacks a compressed file, scans a segment
+of a text, or hashes a file, in any process. Files are read and unpacked where the task runs, so all processes must see
+the same folders. `Indexer` finds the tasks that are not done yet, gives them to a runner, and joins their results.
 
-The work of `prepare`, in tasks that know nothing of each other and can run in any process.
-
-A task is a dictionary of plain values; its result is bytes. Files are read and, for unpacking, written where the task
-runs, so the processes must see the same folders.
+The state of each segment is one small file in `state/`. It is used again as long as the text's size and time of change,
+the block size and segment size, and the request (word counts or not) are the same.
 """
 
 from __future__ import annotations
@@ -38,16 +37,28 @@ from elmo_ray.errors import DataError
 from elmo_ray.storage.files import write_aside
 from elmo_ray.storage.local_copy import origin
 
+logger = logging.getLogger(__name__)
 
-def unpack_task(source: str, target: str) -> dict[str, Any]:
-    """Writes the text of a compressed shard; the result is empty."""
+# Distinct words that a task holds for its segment, at most; beyond them the rarest are dropped (see WordCounter).
+SEGMENT_WORDS = 1_000_000
+# A larger share of words with punctuation at their end is a sign of text that is not tokenised.
+_UNTOKENISED_SHARE = 0.04
+_PROGRESS_SECONDS = 10.0
+
+Task = dict[str, Any]
+Runner = Callable[[Sequence[Task]], Iterable[tuple[int, bytes]]]
+"""A function that runs tasks in any order and yields (index of the task, its result). Raises DataError."""
+
+
+def unpack_task(source: str, target: str) -> Task:
+    """Return the task that writes the text of a compressed shard; its result is empty."""
     return {"kind": "unpack", "source": source, "target": target}
 
 
 def scan_task(
     path: str, number: int, block_bytes: int, on_error: str, cap: int | None, source: str | None = None
-) -> dict[str, Any]:
-    """Scans a segment, see `scan_segment`; the result is `Segment.pack()`."""
+) -> Task:
+    """Return the task that scans a segment (see `scan_segment`); its result is `Segment.pack()`."""
     return {
         "kind": "scan",
         "path": path,
@@ -59,13 +70,13 @@ def scan_task(
     }
 
 
-def hash_task(path: str) -> dict[str, Any]:
-    """Hashes a file; the result is an index file with its `size`, `mtime_ns` and `sha256` (hexadecimal)."""
+def hash_task(path: str) -> Task:
+    """Return the task that hashes a file; its result is an index file with `size`, `mtime_ns` and `sha256` (hex)."""
     return {"kind": "hash", "path": path}
 
 
-def perform(task: dict[str, Any]) -> bytes:
-    """Does a task in this process. Raises DataError as the functions it stands for do."""
+def run_task(task: Task) -> bytes:
+    """Run a task in this process and return its result. Raises DataError as `unpack` and `scan_segment` do."""
     arguments = {name: value for name, value in task.items() if name != "kind"}
     if task["kind"] == "unpack":
         unpack(arguments["source"], arguments["target"])
@@ -78,29 +89,21 @@ def perform(task: dict[str, Any]) -> bytes:
     return scan_segment(**arguments).pack()
 
 
-logger = logging.getLogger(__name__)
-
-# Most distinct words that a task holds for its segment; beyond them the rarest are dropped (see WordCounter).
-SEGMENT_WORDS = 1_000_000
-_UNTOKENISED_SHARE = 0.04
-_PROGRESS_SECONDS = 10.0
-
-Task = dict[str, Any]
-Runner = Callable[[Sequence[Task]], Iterable[tuple[int, bytes]]]
-"""Does tasks in any order: yields (number of the task, its result). Raises DataError."""
-
-
-def run_here(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
-    """The runner of this process: one task after the other."""
+def run_locally(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
+    """Run the tasks one after the other in this process: the simplest `Runner`."""
     for number, task in enumerate(todo):
-        yield number, perform(task)
+        yield number, run_task(task)
 
 
 @dataclass
 class Findings:
-    """What is worth a warning in some files.
+    """Properties of some files that deserve a warning.
 
-    checked, joined: words of a sample, and those with punctuation stuck to them.
+    replaced: invalid UTF-8 sequences and NULs.
+    checked, joined: words of a sample, and those of them with punctuation at their end.
+    long_lines, longest_words, longest_place: lines of too many words, and the longest: its words, its file and line.
+    long_words, long_word_place: words of too many characters, and the file and line of the first.
+    marked_files, empty_files: files with a byte order mark, and files without words.
     """
 
     replaced: int = 0
@@ -115,7 +118,7 @@ class Findings:
     empty_files: list[str] = field(default_factory=list)
 
     def add(self, segment: Segment, source: str, first_line: int) -> None:
-        """Adds what a segment's scan found; `first_line` counts from 1."""
+        """Add the findings of a segment of `source`, whose first line has the number `first_line` (from 1)."""
         self.replaced += segment.replaced
         self.checked += segment.checked
         self.joined += segment.joined
@@ -130,7 +133,7 @@ class Findings:
             self.marked_files.append(source)
 
     def warn(self, key: str) -> None:
-        """Logs a line for each kind of trouble; `key` says where the files were named."""
+        """Log one warning for each kind of trouble; `key` is the setting that named the files."""
         if self.checked and self.joined > _UNTOKENISED_SHARE * self.checked:
             logger.warning(
                 "%s: punctuation sticks to %.0f %% of the words (as in `end.`): is the text tokenised?",
@@ -168,42 +171,43 @@ class Findings:
 
 
 class Indexer:
-    """Indexes files into `directory`, which has the folders `state` and `text`; `fresh` forgets what is known."""
+    """Indexer of files in `directory`, with its folders `state` and `text`; `fresh` ignores earlier results."""
 
     def __init__(self, directory: Path, block_bytes: int, on_error: OnError, runner: Runner, fresh: bool = False):
         self.directory = directory
-        self.texts = storage.join(origin(directory), "text")  # tasks on other machines write and read there
+        self.texts = storage.join(origin(directory), "text")  # Tasks on other machines write and read there.
         self.block_bytes = block_bytes
         self.on_error = on_error
         self.runner = runner
         self.fresh = fresh
 
     def index(self, sources: Sequence[str], key: str, counter: WordCounter | None = None) -> tuple[Corpus, Findings]:
-        """Unpacks, scans and, for a `counter`, counts the words of files, which `key` named. Raises DataError.
+        """Unpack and scan the files `sources`, named by the setting `key`; return their corpus and findings.
 
-        Counts are merged in the order of the files: they do not depend on the runner even when words are dropped.
+        With a `counter`, their words are added to it. Raises DataError.
         """
-        texts = [self._text(source) for source in sources]
-        self._perform(self._unpack_tasks(sources), f"unpacking shards of {key}", lambda task, result: None)
+        texts = [self._text_path(source) for source in sources]
+        self._run(self._unpack_tasks(sources), f"unpacking shards of {key}", lambda task, result: None)
         todo = self._scan_tasks(texts, sources, counter is not None)
-        self._perform(todo, f"indexing {key}", lambda task, result: write_aside(self._state(task), result))
+        self._run(todo, f"indexing {key}", lambda task, result: write_aside(self._state_path(task), result))
         findings = Findings()
-        shards = [self._shard(*names, findings, counter) for names in zip(texts, sources, strict=True)]
+        # Counts are merged in the order of the files: they do not depend on the runner, even when words are dropped.
+        shards = [self._read_shard(*names, findings, counter) for names in zip(texts, sources, strict=True)]
         findings.warn(key)
         return Corpus.from_shards(shards), findings
 
-    def todo(self, sources: Sequence[str], count: bool) -> list[Task]:
-        """The tasks that `index` would do; of a file that is yet to be unpacked only that."""
+    def pending_tasks(self, sources: Sequence[str], count: bool) -> list[Task]:
+        """Return the tasks that `index` would run; for a file that is not unpacked yet, only its unpacking."""
         packed = self._unpack_tasks(sources)
         unknown = {task["source"] for task in packed}
         sources = [source for source in sources if source not in unknown]
-        return [*packed, *self._scan_tasks([self._text(source) for source in sources], sources, count)]
+        return [*packed, *self._scan_tasks([self._text_path(source) for source in sources], sources, count)]
 
     def _unpack_tasks(self, sources: Sequence[str]) -> list[Task]:
-        """The tasks that give every compressed file its text. DataError when the disk has no space for them."""
+        """Return the tasks that unpack compressed files. Raises DataError when the disk has too little space."""
         todo: list[Task] = []
         for source in sources:
-            text = self._text(source)
+            text = self._text_path(source)
             if text != source and (self.fresh or not is_unpacked(source, text)):
                 todo.append(unpack_task(source, text))
         if todo:
@@ -211,7 +215,7 @@ class Indexer:
         return todo
 
     def _scan_tasks(self, texts: Sequence[str], sources: Sequence[str], count: bool) -> list[Task]:
-        """The tasks for what is not known yet about the sources' texts, the hashes of large ones among them."""
+        """Return the tasks that scan the sources' texts, and hash the large ones, as far as results are missing."""
         todo: list[Task] = []
         cap = SEGMENT_WORDS if count else None
         for path, source in zip(texts, sources, strict=True):
@@ -221,33 +225,37 @@ class Indexer:
             ]
             if segments > 1:
                 wanted.append(hash_task(path))
-            todo.extend(task for task in wanted if self.fresh or not self._is_known(task))
+            todo.extend(task for task in wanted if self.fresh or not self._is_current(task))
         return todo
 
-    def _text(self, source: str) -> str:
+    def _text_path(self, source: str) -> str:
+        """Return the path of the text: `source` itself, or the place for its unpacked text."""
         packed = compression(source) is not None
         return unpacked_path(source, self.texts) if packed else source
 
-    def _perform(self, todo: Sequence[Task], what: str, keep: Callable[[Task, bytes], None]) -> None:
+    def _run(self, todo: Sequence[Task], title: str, store: Callable[[Task, bytes], None]) -> None:
+        """Run the tasks, store each result as it comes, and log the progress under `title`."""
         if not todo:
             return
-        started = told = time.monotonic()
+        started = reported = time.monotonic()
         for done, (number, result) in enumerate(self.runner(todo), start=1):
-            keep(todo[number], result)
-            if time.monotonic() - told > _PROGRESS_SECONDS and done < len(todo):
-                told = time.monotonic()
-                logger.info("%s: %d of %d parts in %.0f s", what, done, len(todo), told - started)
-        logger.info("%s: %d parts in %.1f s", what, len(todo), time.monotonic() - started)
+            store(todo[number], result)
+            if time.monotonic() - reported > _PROGRESS_SECONDS and done < len(todo):
+                reported = time.monotonic()
+                logger.info("%s: %d of %d tasks in %.0f s", title, done, len(todo), reported - started)
+        logger.info("%s: %d tasks in %.1f s", title, len(todo), time.monotonic() - started)
 
-    def _state(self, task: Task) -> Path:
+    def _state_path(self, task: Task) -> Path:
+        """Return the file for the result of a scan or hash task."""
         path = task["path"]
-        part = "sha256" if task["kind"] == "hash" else f"{task['number']:05d}"
-        name = f"{Path(path).stem}-{hashlib.sha256(path.encode()).hexdigest()[:12]}-{part}.npz"
+        suffix = "sha256" if task["kind"] == "hash" else f"{task['number']:05d}"
+        name = f"{Path(path).stem}-{hashlib.sha256(path.encode()).hexdigest()[:12]}-{suffix}.npz"
         return self.directory / "state" / name
 
-    def _is_known(self, task: Task) -> bool:
+    def _is_current(self, task: Task) -> bool:
+        """Return whether the stored result of a task is still valid for the text and the settings of today."""
         try:
-            fields = read_index_fields(self._state(task))
+            fields = read_index_fields(self._state_path(task))
             status = storage.status(task["path"])
         except (DataError, OSError):
             return False
@@ -263,11 +271,12 @@ class Indexer:
             and (not fields.get("replaced") or self.on_error == "replace")
         )
 
-    def _shard(self, text: str, source: str, findings: Findings, counter: WordCounter | None) -> Shard:
+    def _read_shard(self, text: str, source: str, findings: Findings, counter: WordCounter | None) -> Shard:
+        """Join the stored segments of a text into a shard; add to the findings and to the counter."""
         segments = []
         lines = 0
         for number in range(segment_count(file_status(text).st_size)):
-            state = self._state(scan_task(text, number, self.block_bytes, self.on_error, None))
+            state = self._state_path(scan_task(text, number, self.block_bytes, self.on_error, None))
             segment = Segment.unpack(read_index_bytes(state), str(state), SEGMENT_WORDS)
             findings.add(segment, source, lines + 1)
             lines += segment.sentences
@@ -277,7 +286,7 @@ class Indexer:
             segments.append(segment)
         sha256 = None
         if len(segments) > 1:
-            hashed = read_index_fields(self._state(hash_task(text)))
+            hashed = read_index_fields(self._state_path(hash_task(text)))
             if (hashed["size"], hashed["mtime_ns"]) != (segments[0].size, segments[0].mtime_ns):
                 raise DataError(f"{text}: changed while it was read; run prepare again")
             sha256 = hashed["sha256"]

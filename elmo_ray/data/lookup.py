@@ -1,7 +1,8 @@
-"""Words of a block of UTF-8 to vocabulary ids with array operations, without making a Python string of every word.
+"""Look-up of the words of a UTF-8 block with array operations, without making a Python string of every word.
 
-A word of up to 24 bytes is three 64-bit numbers, zero-padded; a table of open addressing over them gives the id. This
-is exact: numbers and length are compared, not hashes. Longer words are left to the caller.
+A word of up to 24 bytes is taken as three 64-bit numbers, zero-padded, and a hash table with open addressing gives its
+vocabulary id. The result is exact, because numbers and lengths are compared, not hashes. Longer words are left to the
+caller.
 """
 
 from collections.abc import Mapping
@@ -12,9 +13,9 @@ import numpy.typing as npt
 MISSING = -1
 
 _SPACES = np.zeros(256, dtype=bool)
-# What str.split takes as space among ASCII.
+# These ASCII characters are spaces for str.split.
 _SPACES[[9, 10, 11, 12, 13, 28, 29, 30, 31, 32]] = True
-# By the number of a word's bytes in a group of eight: which bits are the word's.
+# _MASKS[n] selects the bits of the first n bytes in a group of eight.
 _MASKS = np.array([(1 << (8 * count)) - 1 for count in range(9)], dtype=np.uint64)
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93], dtype=np.uint64)
 
@@ -23,7 +24,7 @@ UInt64 = npt.NDArray[np.uint64]
 
 
 def word_bounds(data: npt.NDArray[np.uint8]) -> tuple[Int64, Int64]:
-    """Starts and ends of the words in UTF-8 whose only spaces are ASCII ones."""
+    """Return the starts and ends, in bytes, of the words in UTF-8 text whose only spaces are ASCII ones."""
     spaces = np.empty(len(data) + 2, dtype=bool)
     spaces[0] = spaces[-1] = True
     np.take(_SPACES, data, out=spaces[1:-1])
@@ -32,12 +33,15 @@ def word_bounds(data: npt.NDArray[np.uint8]) -> tuple[Int64, Int64]:
 
 
 class WordTable:
-    """Finds words' ids. `ids` maps words to ids; those with longer UTF-8 than LONGEST are not in the table."""
+    """Hash table from the bytes of words to the ids that `ids` gives them.
+
+    Words of more than LONGEST bytes are not in it.
+    """
 
     LONGEST = 24
-    """Most bytes of a word in the table: three numbers of 8 bytes."""
+    """Bytes of the longest word in the table: three numbers of 8 bytes."""
     PADDING = 40
-    """Bytes that `find` may read after the last word, and up to 8 more for the whole to be a multiple of 8."""
+    """Bytes that `find` may read after the last word, with up to 8 more that make the whole a multiple of 8."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         spelt = [(word.encode("utf-8", "surrogatepass"), number) for word, number in ids.items()]
@@ -52,22 +56,22 @@ class WordTable:
         self._slots = self._fill(np.arange(len(spelt)))
 
     def find(self, data: npt.NDArray[np.uint8], starts: Int64, lengths: Int64) -> npt.NDArray[np.int32]:
-        """The id of each word data[start : start + length], MISSING for words that are not in the table.
+        """Return the id of each word data[start : start + length], or MISSING for a word that is not in the table.
 
-        `data` is UTF-8, PADDING bytes less what makes it a multiple of 8 longer than its text. No word has a NUL.
+        `data` is UTF-8 text without NULs, then PADDING bytes less the length of the text modulo 8.
         """
         words_8 = data.view("<u8")
-        first, place = starts >> 3, ((starts & 7) << 3).view(np.uint64)
-        keys = [self._load(words_8, first, place, lengths)]
+        first, shift = starts >> 3, ((starts & 7) << 3).view(np.uint64)
+        keys = [self._load(words_8, first, shift, lengths)]
         hashes = keys[0] * _FACTORS[0]
         longer = np.flatnonzero(lengths > 8)
         for group in (1, 2):
-            key = self._load(words_8, first[longer] + group, place[longer], lengths[longer] - 8 * group)
+            key = self._load(words_8, first[longer] + group, shift[longer], lengths[longer] - 8 * group)
             hashes[longer] += key * _FACTORS[group]
             keys.append(key)
         slots = (hashes >> self._shift).view(np.int64)
         entries = self._slots[slots]
-        # An entry of -1 reads the last one's numbers, so what is equal must be an entry too.
+        # An entry of -1 reads the numbers of the last word, so it must be excluded from what is equal.
         equal = (self._keys[0][entries] == keys[0]) & (self._lengths[entries] == lengths) & (entries >= 0)
         equal[longer] &= self._same_rest(entries[longer], keys, slice(None))
         found = np.where(equal, self._ids[entries], MISSING)
@@ -90,27 +94,28 @@ class WordTable:
     def _same_rest(
         self, entries: npt.NDArray[np.int32], keys: list[UInt64], chosen: slice | Int64
     ) -> npt.NDArray[np.bool_]:
-        """Whether the bytes from the ninth on are the same, for `chosen` of the longer words."""
+        """Return whether the bytes from the ninth on are the same, for `chosen` of the longer words."""
         same: npt.NDArray[np.bool_] = self._keys[1][entries] == keys[1][chosen]
         return same & (self._keys[2][entries] == keys[2][chosen])
 
     @staticmethod
-    def _load(words_8: UInt64, first: Int64, place: UInt64, lengths: Int64) -> UInt64:
-        """Eight bytes from any address, of which `lengths` (from below 0 to above 8) count."""
-        low = words_8[first] >> place
-        # Two shifts, because a shift by 64 is not defined.
-        high = (words_8[first + 1] << (np.uint64(63) - place)) << np.uint64(1)
+    def _load(words_8: UInt64, first: Int64, shift: UInt64, lengths: Int64) -> UInt64:
+        """Return eight bytes from any address, with 0 beyond the first `lengths` (clipped to 0 to 8) of them."""
+        low = words_8[first] >> shift
+        # There are two shifts because a shift by 64 is not defined.
+        high = (words_8[first + 1] << (np.uint64(63) - shift)) << np.uint64(1)
         loaded: UInt64 = (low | high) & _MASKS[np.clip(lengths, 0, 8)]
         return loaded
 
     def _fill(self, entries: Int64) -> npt.NDArray[np.int32]:
-        """The table: entry numbers or -1. Earlier entries, the frequent words, get the slots that are tried first."""
+        """Return the table of entry numbers, -1 for a free slot."""
         table = np.full(self._mask + 1, -1, dtype=np.int32)
         hashes = (self._keys * _FACTORS[:, None]).sum(axis=0, dtype=np.uint64)
         slots = (hashes[entries] >> self._shift).astype(np.int64)
+        # Each round puts entries into free slots. Earlier entries, the frequent words, get the slots tried first.
         while len(entries):
             free = table[slots] < 0
-            # Of several entries for one slot the first in order stays: it is written last.
+            # Of several entries for one slot the first one stays, because it is written last.
             table[slots[free][::-1]] = entries[free][::-1]
             placed = table[slots] == entries
             entries, slots = entries[~placed], (slots[~placed] + 1) & self._mask

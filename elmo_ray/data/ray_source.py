@@ -1,9 +1,9 @@
-"""Blocks encoded by Ray Data tasks, in order: the source of `StreamLoader` for runs on a cluster.
+"""Encoding of blocks by Ray Data tasks, in order: the source of `StreamLoader` for runs on a cluster.
 
-A rank calls `ray_source` in its own process. The blocks that it asks for are cut into segments; each segment is a small
-Ray Dataset with a task per group of blocks. One thread runs the segments one after another, so that a rank never has
-more than one data task at a time: a task that is held back by backpressure keeps its CPU, and if one rank could hold
-them all, the others would wait for their data and all ranks for each other.
+A rank calls `ray_source` in its own process. The requested blocks are cut into segments; each segment is a small Ray
+Dataset with a task for each group of blocks. One thread runs the segments one after another, so a rank never has more
+than one data task at a time. This matters: a task that is held back by backpressure keeps its CPU, and if one rank
+could hold all of them, the others would wait for their data, and all ranks for each other.
 """
 
 from __future__ import annotations
@@ -42,22 +42,23 @@ _SCHEMA = pa.schema(
 )
 _TARGET_BLOCK_BYTES = 8 << 20
 _FIRST_SEGMENT_BYTES = 8 << 20
-"""Text for two seconds of a fast GPU, in which the second segment comes."""
+"""Text for two seconds of training on a fast GPU; the second segment is ready by then."""
 _NICENESS = 15
-"""Ray's own default for its workers."""
+"""The niceness of data processes; Ray has the same default for its workers."""
 
 
 class RaySource(Iterator[EncodedBlock]):
-    """Encodes blocks, which may never end, in order; `ray.init` must have been called. Work begins at once.
+    """Iterator over encoded blocks, in order, from Ray Data tasks. Work begins at once.
 
-    Data processes read the vocabulary from its path themselves and compare it with its hash. Two segments (in bytes of
-    text) at most are asked from `blocks` ahead of the consumer, one is encoded. An error in a block is raised as
-    DataError where that block would have come; `close` (or dropping the source) stops the thread and its tasks.
+    `ray.init` must have been called; `blocks` may be endless. Data processes read the vocabulary from its path
+    themselves and compare it with its hash. An error in a block is raised as DataError in place of that block. `close`,
+    or dropping the source, stops the thread and its tasks.
 
-    A segment is encoded as a whole and waits in the object store, and the next one begins when half of it is consumed:
-    Ray Data's executor, where its consumer is slow, polls without a pause and takes half a core from training. The
-    first segment is short and each is twice as long as the one before, up to `segment_bytes`: on two cores that is
-    text for an hour, and encoding it takes a tenth of the first minutes' speed.
+    At most two segments (in bytes of text) are requested from `blocks` ahead of the consumer, and one is encoded. It is
+    encoded as a whole and waits in the object store; the next one begins when half of it is consumed. For a slow
+    consumer Ray Data's executor would poll without a pause and take half a core from training. The first segment is
+    short, and each is twice as long as the one before, up to `segment_bytes`: on two cores that is text for an hour,
+    and encoding it costs a tenth of the speed in the first minutes.
     """
 
     def __init__(
@@ -67,10 +68,10 @@ class RaySource(Iterator[EncodedBlock]):
         self._tables: queue.Queue[ray.ObjectRef | BaseException | None] = queue.Queue()
         self._stop = threading.Event()
         self._rows: Iterator[EncodedBlock] = iter(())
-        # The thread must not refer to `self`, or dropping the source would not stop it.
-        segments = _segments(blocks, segment_bytes, group_bytes)
+        # If the thread referred to `self`, dropping the source would not stop it.
+        segments = _cut_segments(blocks, segment_bytes, group_bytes)
         arguments = (segments, task, data_cpus, self._tables, self._stop)
-        self._thread = threading.Thread(target=_fill, args=arguments, name="ray-source", daemon=True)
+        self._thread = threading.Thread(target=_run_segments, args=arguments, name="ray-source", daemon=True)
         self._thread.start()
 
     def __next__(self) -> EncodedBlock:
@@ -83,7 +84,7 @@ class RaySource(Iterator[EncodedBlock]):
                     raise item
                 if item is None:
                     break
-                self._rows = _decode(ray.get(item), self._max_characters)
+                self._rows = _decode_table(ray.get(item), self._max_characters)
         except BaseException:
             self._stop.set()
             raise
@@ -91,7 +92,7 @@ class RaySource(Iterator[EncodedBlock]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop, and wait for the thread; the iterator is then at its end."""
+        """Stop the thread and wait for it; the iterator is then at its end."""
         self._stop.set()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=30)
@@ -110,19 +111,23 @@ def ray_source(
     segment_bytes: int = 64 << 20,
     group_bytes: int = 1 << 20,
 ) -> RaySource:
-    """Encode `blocks` in Ray Data tasks of `data_cpus` logical CPUs, one task at a time; see `RaySource`."""
+    """Return a source that encodes `blocks` in Ray Data tasks of `data_cpus` logical CPUs, one task at a time.
+
+    A segment has at most `segment_bytes` bytes of text, and a task `group_bytes`, but each at least one block. See
+    `RaySource`.
+    """
     task = EncodeTask(storage.absolute(vocabulary_path), vocabulary_sha256, max_characters, on_error)
     return RaySource(blocks, task, data_cpus, segment_bytes, group_bytes)
 
 
-def _fill(
+def _run_segments(
     segments: Iterator[list[list[Block]]],
     task: EncodeTask,
     data_cpus: float,
     tables: queue.Queue[ray.ObjectRef | BaseException | None],
     stop: threading.Event,
 ) -> None:
-    """The thread of a source: references to the tables of all segments, then None or the error that ended it."""
+    """Put references to the tables of all segments into the queue, then None or an error: the thread of a source."""
     try:
         for segment in segments:
             with contextlib.closing(_run_segment(segment, task, data_cpus)) as results:
@@ -134,25 +139,25 @@ def _fill(
                 if stop.wait(0.1):
                     return
         tables.put(None)
-    except BaseException as error:  # the consumer raises it
+    except BaseException as error:  # The consumer raises it.
         tables.put(error)
 
 
-def _segments(blocks: Iterable[Block], segment_bytes: int, group_bytes: int) -> Iterator[list[list[Block]]]:
-    """Segments of groups of blocks, in order; each group and segment has at least one block. They grow."""
+def _cut_segments(blocks: Iterable[Block], segment_bytes: int, group_bytes: int) -> Iterator[list[list[Block]]]:
+    """Yield growing segments of groups of blocks, in order; each segment and group has at least one block."""
     segment: list[list[Block]] = []
     group: list[Block] = []
     in_segment = in_group = 0
-    most = min(_FIRST_SEGMENT_BYTES, segment_bytes)
+    limit = min(_FIRST_SEGMENT_BYTES, segment_bytes)
     for block in blocks:
         size = block.end - block.start
         if group and in_group + size > group_bytes:
             segment.append(group)
             group, in_group = [], 0
-        if segment and in_segment + size > most:
+        if segment and in_segment + size > limit:
             yield segment
             segment, in_segment = [], in_group
-            most = min(2 * most, segment_bytes)
+            limit = min(2 * limit, segment_bytes)
         group.append(block)
         in_group += size
         in_segment += size
@@ -165,9 +170,9 @@ def _segments(blocks: Iterable[Block], segment_bytes: int, group_bytes: int) -> 
 def _run_segment(
     segment: list[list[Block]], task: EncodeTask, data_cpus: float
 ) -> Generator[ray.ObjectRef, None, None]:
-    """References to the tables of a segment's groups, in order. Ray stops the tasks when this generator is closed."""
+    """Yield references to the tables of a segment's groups, in order. Closing this generator stops the tasks."""
     if not ray.is_initialized():
-        raise RuntimeError("Ray is not running")  # Ray Data would start a cluster of its own
+        raise RuntimeError("Ray is not running")  # Otherwise Ray Data would start a cluster of its own.
     items = [{"blocks": json.dumps([dataclasses.astuple(block) for block in group])} for group in segment]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     context = dataset.context
@@ -175,7 +180,7 @@ def _run_segment(
     context.target_max_block_size = _TARGET_BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # A consumer may take hours over a segment; by default Ray gives up when nothing has moved for 30 minutes.
+    # A consumer may take hours for a segment, and by default Ray gives up after 30 minutes without progress.
     context.execution_no_progress_timeout_s = -1
     encoded = dataset.map_batches(
         task.encode, batch_size=None, batch_format="pyarrow", num_cpus=data_cpus, concurrency=1
@@ -186,7 +191,7 @@ def _run_segment(
 
 @dataclasses.dataclass(frozen=True)
 class EncodeTask:
-    """What travels to the data processes: where the vocabulary is, and not the vocabulary."""
+    """Settings of encoding that travel to the data processes, with the vocabulary's path in place of its words."""
 
     vocabulary_path: str
     vocabulary_sha256: str
@@ -194,9 +199,9 @@ class EncodeTask:
     on_error: OnError
 
     def encode(self, batch: pa.Table) -> pa.Table:
-        """A row per block, up to the first that is in error, which has only the message."""
+        """Return a table with a row for each block, up to the first error, which is a row with only the message."""
         rows: list[dict[str, Any]] = []
-        _give_way()
+        _lower_priority()
         try:
             vocabulary = _vocabulary(self.vocabulary_path, self.vocabulary_sha256)
             for fields in itertools.chain.from_iterable(map(json.loads, batch.column("blocks").to_pylist())):
@@ -204,32 +209,35 @@ class EncodeTask:
                 row = {name: getattr(block, name).tobytes() for name in ("ids", "lengths", "unknown")}
                 rows.append({**row, "replaced": block.replaced})
         except DataError as error:
-            # As a row and not as an exception: it keeps its place in the order, and Ray neither retries nor logs it.
+            # An error in a row, unlike an exception, keeps its place in the order, and Ray neither retries nor logs it.
             rows.append({"error": str(error)})
         return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
 @functools.lru_cache(maxsize=1)
-def _give_way() -> None:
-    """Once per data process, where Ray has not done it: text is encoded long before training needs it."""
+def _lower_priority() -> None:
+    """Lower the priority of a data process, once and where Ray has not done it."""
+    # Text is encoded long before training needs it.
     os.nice(max(0, _NICENESS - os.nice(0)))
 
 
 @functools.lru_cache(maxsize=2)
 def _vocabulary(path: str, sha256: str) -> Vocabulary:
-    """Read once per data process: a closure with a big vocabulary would travel with every task."""
+    """Return the vocabulary of this path, read once in each data process. Raises DataError for another hash."""
+    # As a part of the task, a big vocabulary would travel with each of them.
     vocabulary = Vocabulary.read(path)
     if vocabulary.sha256 != sha256:
         raise DataError(f"{path}: the vocabulary has changed since the run was set up (sha256 {vocabulary.sha256:.12})")
     return vocabulary
 
 
-def _decode(table: pa.Table, max_characters: int) -> Iterator[EncodedBlock]:
+def _decode_table(table: pa.Table, max_characters: int) -> Iterator[EncodedBlock]:
+    """Yield the blocks of a table from `EncodeTask.encode`; raise DataError for its row with an error."""
     for row in range(table.num_rows):
         message = table.column("error")[row].as_py()
         if message is not None:
             raise DataError(message)
-        # Copies: a view would keep the whole group in the object store as long as a stream needs one block of it.
+        # These are copies: a view would keep the whole group in the object store while a stream needs one block of it.
         ids, lengths = (_array(table, name, row, np.int32) for name in ("ids", "lengths"))
         unknown = _array(table, "unknown", row, np.int16).reshape(-1, max_characters)
         yield EncodedBlock(ids, lengths, unknown, table.column("replaced")[row].as_py())

@@ -1,10 +1,8 @@
-"""The sample corpus: English prose from the documentation that every Python carries, so that a first run needs no data.
+"""The sample corpus: English prose from the documentation of every Python, so that a first run needs no data.
 
-Sources are `pydoc_data.topics` (the language reference) and the docstrings of the standard library's modules, read
-with `ast` and never imported. Code, tables and markup are left out; what stays is tokenised, one sentence a line. The
-result depends on the Python version only.
-
-English sentences out of documentation strings: code, tables and markup dropped, the rest tokenised.
+Its sources are `pydoc_data.topics` (the language reference) and the docstrings of the standard library's modules, which
+are read with `ast` and never imported. Code, tables and markup are dropped; the remaining sentences are tokenised and
+written one a line. The result depends on the Python version only.
 """
 
 import ast
@@ -26,8 +24,21 @@ from typing import Any
 from elmo_ray.errors import DataError
 from elmo_ray.storage.files import write_aside
 
-_SHORTEST, _LONGEST = 4, 100
+logger = logging.getLogger(__name__)
 
+TRAIN_SHARDS = 6
+# Shares of all words: that of valid and of test, and that of the largest document in them. Held-out documents are
+# small, so that no single module stands for the whole text.
+_HELD_OUT_SHARE = 0.06
+_HELD_OUT_DOCUMENT = 0.01
+_FORMAT_VERSION = 1
+# These folders are not English, not documentation, or not in every installation.
+_SKIPPED_FOLDERS = frozenset(
+    "test tests idle_test idlelib lib2to3 site-packages dist-packages __pycache__ pydoc_data encodings "
+    "turtledemo".split()
+)
+
+_SHORTEST, _LONGEST = 4, 100  # Words of a sentence.
 _MARKUP = [
     (re.compile(r":[a-z:]+:`~?([^`]+)`"), r"\1"),  # :func:`name`
     (re.compile(r"`{1,2}([^`]+)`{1,2}_?"), r"\1"),
@@ -35,11 +46,11 @@ _MARKUP = [
     (re.compile(r"\s\[\d+\](?=[\s.,;]|$)"), ""),  # footnote marks
 ]
 _BULLET = re.compile(r"\s*(?:[-*+•o]|\(?\d{1,2}[.)]|\[\d+\])\s+(?=\S)")
-# Lines that end a paragraph and belong to none: underlines, tables, prompts, grammar, directives.
+# These lines end a paragraph and belong to none: underlines, tables, prompts, grammar, directives.
 _NO_PROSE = re.compile(r"\s*(?:[-=*~^+#|_.]{3,}\s*$|[+|]|>>>|\.\.\s|\$ |.*(?:::=|----|====)|@\w)")
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:e\.g|i\.e|etc|vs|cf|Mr|Dr|St|No|no|approx|resp|[A-Z]|[a-z])\.$")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]*[A-Z0-9_*])")
-_HYPHENATED = re.compile(r"(?<=[a-z])- (?=[a-z])")  # a compound whose parts are on two lines
+_HYPHENATED = re.compile(r"(?<=[a-z])- (?=[a-z])")  # a compound that is broken over two lines
 _TOKEN = re.compile(
     r"(?:[A-Za-z]\.){2,}"  # e.g., U.S.
     r"|etc\."
@@ -57,8 +68,8 @@ _COMMON = frozenset(
 )
 
 
-def sentences(text: str) -> Iterator[str]:
-    """The sentences of a documentation string that are prose, tokenised: words separated by single spaces."""
+def prose_sentences(text: str) -> Iterator[str]:
+    """Yield the sentences of a documentation string that are prose, tokenised: words separated by single spaces."""
     for paragraph in _paragraphs(inspect.cleandoc(text.replace("\t", "    "))):
         for pattern, replacement in _MARKUP:
             paragraph = pattern.sub(replacement, paragraph)
@@ -69,13 +80,13 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def tokenise(text: str) -> list[str]:
-    """Words, numbers and punctuation of English text, each a token; "don't" gives "do", "n't"."""
+    """Return the words, numbers and punctuation of English text, each a token; "don't" gives "do", "n't"."""
     text = text.replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')
     return _TOKEN.findall(text)
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Runs of lines of the same indentation, joined; a list item is a paragraph."""
+    """Yield paragraphs: runs of lines of the same indentation, joined. A list item is a paragraph."""
     lines: list[str] = []
     indent = -1
     in_code = False
@@ -86,7 +97,7 @@ def _paragraphs(text: str) -> Iterator[str]:
         if not bare:
             in_code = False
         elif bare.startswith(">>>"):
-            in_code = True  # what follows a prompt, up to an empty line, is output
+            in_code = True  # After a prompt come code and its output, up to an empty line.
         if not bare or in_code or _NO_PROSE.match(line) or bullet or (lines and here != indent):
             if lines:
                 yield _join(lines)
@@ -115,7 +126,7 @@ def _split_sentences(paragraph: str) -> Iterator[str]:
 
 
 def _is_prose(sentence: str, words: list[str]) -> bool:
-    """Whether most of a sentence is English words, and it is neither a fragment of code nor a list of names."""
+    """Return whether a sentence is mostly of English words, and neither a fragment of code nor a list of names."""
     if not _SHORTEST <= len(words) <= _LONGEST or not (sentence[0].isalpha() or sentence[0] in "\"'("):
         return False
     plain = sum(1 for word in words if _PLAIN_WORD.match(word))
@@ -130,23 +141,9 @@ def _is_prose(sentence: str, words: list[str]) -> bool:
     return code <= 0.12 * len(words) and (ends or (len(words) > 5 and code == 0))
 
 
-logger = logging.getLogger(__name__)
-
-TRAIN_SHARDS = 6
-# Of the words, each of valid and test. A held-out document is small, so that no single module stands for them all.
-_HELD_OUT_SHARE = 0.06
-_HELD_OUT_DOCUMENT = 0.01
-_FORMAT_VERSION = 1
-# Not English, not documentation, or not in every installation.
-_SKIPPED_FOLDERS = frozenset(
-    "test tests idle_test idlelib lib2to3 site-packages dist-packages __pycache__ pydoc_data encodings "
-    "turtledemo".split()
-)
-
-
 @dataclass(frozen=True)
 class SampleCorpus:
-    """Absolute paths of the shards, and the tokens of each text; no two texts share a document."""
+    """Absolute paths of the shards of each text, and its number of tokens; no two texts share a document."""
 
     train: tuple[str, ...]
     valid: tuple[str, ...]
@@ -154,8 +151,8 @@ class SampleCorpus:
     tokens: dict[str, int]
 
 
-def gather(directory: str | os.PathLike[str]) -> SampleCorpus:
-    """Writes the sample corpus into `directory`, unless it is there whole already.
+def write_sample(directory: str | os.PathLike[str]) -> SampleCorpus:
+    """Write the sample corpus into `directory`, unless all of it is there already; return its paths and sizes.
 
     Raises DataError where the standard library's sources cannot be read or the folder cannot be written.
     """
@@ -168,9 +165,9 @@ def gather(directory: str | os.PathLike[str]) -> SampleCorpus:
     note = folder / "sample.json"
     version = f"{_FORMAT_VERSION}, Python {platform.python_version()}"
     known = _read_note(note)
-    whole = all((folder / name).exists() for name in itertools.chain(*names.values()))
-    if known.get("version") != version or not whole:
-        texts = _deal(_documents())
+    complete = all((folder / name).exists() for name in itertools.chain(*names.values()))
+    if known.get("version") != version or not complete:
+        texts = _assign_documents(_documents())
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -195,7 +192,7 @@ def _read_note(path: Path) -> dict[str, Any]:
 
 
 def _documents() -> dict[str, list[str]]:
-    """Sentences by the topic or module that they stand in; of equal sentences only the first."""
+    """Return the sentences of each topic and module; of equal sentences only the first is kept."""
     texts: dict[str, list[str]] = {}
     try:
         from pydoc_data.topics import topics
@@ -212,8 +209,8 @@ def _documents() -> dict[str, list[str]]:
                 texts[f"module {path.relative_to(root).as_posix()}"] = list(_docstrings(path))
     seen: set[str] = set()
     documents = {}
-    for name, parts in texts.items():
-        found = [line for line in dict.fromkeys(itertools.chain(*map(sentences, parts))) if line not in seen]
+    for name, strings in texts.items():
+        found = [line for line in dict.fromkeys(itertools.chain(*map(prose_sentences, strings))) if line not in seen]
         seen.update(found)
         if found:
             documents[name] = found
@@ -223,9 +220,10 @@ def _documents() -> dict[str, list[str]]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
+    """Yield the docstrings of a source file; none where it cannot be read or parsed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in somebody's string
+            warnings.simplefilter("ignore")  # A source may have invalid escapes in its strings.
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return
@@ -233,19 +231,20 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _docstrings_under(node: ast.AST) -> Iterator[str]:
-    """In the order of the source. Only statements are visited: `ast.walk` visits twenty times as many nodes."""
+    """Yield the docstrings below a node, in the order of the source."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node, clean=False)
         if text:
             yield text
-    for part in ("body", "handlers", "orelse", "finalbody"):
-        below = getattr(node, part, ())
+    # Only statements are visited: `ast.walk` visits twenty times as many nodes.
+    for block in ("body", "handlers", "orelse", "finalbody"):
+        below = getattr(node, block, ())
         for child in below if isinstance(below, list) else ():
             yield from _docstrings_under(child)
 
 
-def _deal(documents: dict[str, list[str]]) -> dict[str, list[list[str]]]:
-    """Whole documents to valid, test and the train shards, in an order that the documents' names scramble."""
+def _assign_documents(documents: dict[str, list[str]]) -> dict[str, list[list[str]]]:
+    """Assign whole documents to valid, test and the train shards, in an order by the hashes of their names."""
     sizes = {name: sum(len(line.split()) for line in lines) for name, lines in documents.items()}
     total = sum(sizes.values())
     order = sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest())

@@ -1,4 +1,7 @@
-"""One pass over the text of a shard: blocks and their sizes, word counts, signs that it is not tokenised sentences."""
+"""Scan of a shard's text in one pass: blocks and their sizes, word counts, and signs of text that is not prepared.
+
+A shard is scanned in segments, which may run at the same time in several processes; `join_segments` makes the shard.
+"""
 
 import dataclasses
 import hashlib
@@ -14,10 +17,10 @@ from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_status, line_start, split_lines
 from elmo_ray.errors import DataError
 
-# A shard is scanned in segments of about this size, which may run at the same time. The cuts of blocks depend on it.
+# Size of a segment, about. The places where blocks are cut depend on it.
 SEGMENT_BYTES = 64 << 20
 LONG_LINE_WORDS = 250
-# More characters than any model reads of a word (model.char_cnn.max_characters has this limit): not a word but data.
+# No model reads more characters of a word (the limit of model.char_cnn.max_characters), so a longer one is data.
 LONG_WORD_CHARACTERS = 1000
 FORMAT_VERSION = 2
 _HASH_BYTES = 4 << 20
@@ -25,12 +28,16 @@ _HASH_BYTES = 4 << 20
 
 @dataclass
 class Segment:
-    """What the scan of one segment found. Lists have an entry per block; `counts` is None where words were not counted.
+    """Result of the scan of one segment. Lines count from 0 at the segment's start.
 
-    size, mtime_ns, sha256: of the whole file; the hash is empty where the segment is not all of it.
-    checked, joined: words looked at for signs of missing tokenisation, and those that have them.
-    long_lines: lines of more than LONG_LINE_WORDS words; the longest is line `longest_line` (from 0, in the segment).
-    long_words: words of more than LONG_WORD_CHARACTERS; the first is in line `long_word_line` (from 0, in the segment).
+    size, mtime_ns: size (bytes) and time of change (ns) of the whole file.
+    sha256: hash of the whole file, hexadecimal; empty where the segment is not all of the file.
+    block_*: one element for each block, as in `Shard`.
+    replaced: invalid UTF-8 sequences and NULs.
+    checked, joined: words of a sample, and those of them with punctuation at their end.
+    long_lines: lines of more than LONG_LINE_WORDS words; the longest is line `longest_line`, of `longest_words` words.
+    long_words: words of more than LONG_WORD_CHARACTERS; the first is in line `long_word_line`.
+    counts: None where words were not counted.
     """
 
     path: str
@@ -58,7 +65,7 @@ class Segment:
     counts: WordCounter | None = None
 
     def pack(self) -> bytes:
-        """The segment as the bytes of an index file."""
+        """Return the segment as the bytes of an index file."""
         blocks = {name: np.array(getattr(self, name), dtype=np.int64) for name in _BLOCK_LISTS}
         fields = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         counts = self.counts.to_arrays() if self.counts is not None else {}
@@ -66,7 +73,7 @@ class Segment:
 
     @classmethod
     def unpack(cls, data: bytes, name: str, cap: int) -> "Segment":
-        """The segment that `pack` was called on; DataError, naming `name`, when the bytes are damaged."""
+        """Return the segment that `pack` packed. Raises DataError, naming `name`, when the bytes are damaged."""
         fields, arrays = unpack_index(data, name)
         try:
             counts = WordCounter.from_arrays(arrays, cap) if fields.pop("counted") else None
@@ -76,7 +83,7 @@ class Segment:
 
     @property
     def sentences(self) -> int:
-        """Sentences of the segment."""
+        """Number of sentences."""
         return sum(self.block_positions) - sum(self.block_tokens)
 
 
@@ -87,12 +94,12 @@ _PLAIN_FIELDS = tuple(
 
 
 def segment_count(size: int) -> int:
-    """Number of segments of a file of `size` bytes; an empty file has one."""
+    """Return the number of segments of a file of `size` bytes; an empty file has one."""
     return max(1, -(-size // SEGMENT_BYTES))
 
 
 def scan_shard(path: str, block_bytes: int, on_error: OnError, cap: int | None = None) -> Iterator[Segment]:
-    """Scans all segments of a file, one after the other."""
+    """Yield the scanned segments of a file, one after the other."""
     for number in range(segment_count(file_status(path).st_size)):
         yield scan_segment(path, number, block_bytes, on_error, cap)
 
@@ -100,11 +107,11 @@ def scan_shard(path: str, block_bytes: int, on_error: OnError, cap: int | None =
 def scan_segment(
     path: str, number: int, block_bytes: int, on_error: OnError, cap: int | None = None, source: str | None = None
 ) -> Segment:
-    """Scans the lines that begin in segment `number` of a file; counts words when there is a `cap` (see WordCounter).
+    """Scan the lines that begin in segment `number` of a file; with a `cap`, count words (see WordCounter).
 
-    Errors in the text name `source`, the compressed file that it was unpacked from, where there is one.
-    Raises DataError for a file that cannot be read, changes meanwhile, has a line over the limit, or, unless `on_error`
-    is "replace", is not UTF-8 or has a NUL.
+    Errors in the text name `source`, the compressed file from which it was unpacked, where there is one. Raises
+    DataError for a file that cannot be read, changes meanwhile or has a line over the limit. Unless `on_error` is
+    "replace", raises it also for text that is not UTF-8 or has a NUL.
     """
     try:
         with storage.open_read(path) as file:
@@ -125,7 +132,7 @@ def scan_segment(
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except DataError as error:
-        # The lines have the same numbers there, and that is the file to be corrected.
+        # The lines have the same numbers in the compressed file, and that is the file to be corrected.
         raise DataError(str(error).replace(path, source or path, 1)) from None
     if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
         raise DataError(f"{path}: changed while it was read; run prepare again")
@@ -133,7 +140,7 @@ def scan_segment(
 
 
 def hash_file(path: str) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file, hexadecimal. Raises DataError when it cannot be read."""
     digest = hashlib.sha256()
     try:
         with storage.open_read(path) as file:
@@ -145,7 +152,10 @@ def hash_file(path: str) -> str:
 
 
 def join_segments(path: str, source: str, segments: Sequence[Segment], sha256: str | None = None) -> Shard:
-    """The shard of these segments, which are all of the file's in order; hashes the file unless its hash is given."""
+    """Return the shard of all segments of a file, in order; the file is hashed here unless its hash is known.
+
+    Raises DataError when the file changed between the scans of its segments.
+    """
     if len({(segment.size, segment.mtime_ns) for segment in segments}) != 1:
         raise DataError(f"{path}: changed while it was read; run prepare again")
     lists = {
@@ -167,11 +177,12 @@ def join_segments(path: str, source: str, segments: Sequence[Segment], sha256: s
 
 
 def _scan_block(segment: Segment, offset: int, data: bytes, on_error: OnError) -> None:
+    """Add the block `data`, which begins at byte `offset` of the file, to the segment."""
     text, replaced = decode(data, on_error, segment.path, offset)
     words = text.split()
     if segment.counts is not None:
         segment.counts.add(words)
-    # The signs of untokenised text are looked for in a sample: the first block of each segment.
+    # The sample for signs of untokenised text is the first block of each segment.
     if not segment.block_ends:
         segment.checked = len(words)
         segment.joined = sum(map(_is_joined, words))
@@ -186,13 +197,14 @@ def _scan_block(segment: Segment, offset: int, data: bytes, on_error: OnError) -
 
 
 def _is_joined(word: str) -> bool:
-    """Whether punctuation sticks to a word, as in "end." before tokenisation."""
+    """Return whether punctuation sticks to the end of a word, as in "end." before tokenisation."""
     return word[-1] in ",.;:!?" and word[-2:-1].isalpha()
 
 
 def _find_long_lines(segment: Segment, text: str) -> None:
+    """Add the long lines and long words of the text after the segment's last block."""
     lines = split_lines(text)
-    # n words need at least 2 n - 1 characters, so most lines are settled by their length; a long word has more.
+    # n words need at least 2 n - 1 characters, and a long word has even more: most lines are settled by their length.
     if max(map(len, lines), default=0) <= 2 * LONG_LINE_WORDS:
         return
     before = segment.sentences
@@ -211,6 +223,6 @@ def _find_long_lines(segment: Segment, text: str) -> None:
 
 
 def index_shard(path: str, block_bytes: int = 131072, on_error: OnError = "fail") -> Shard:
-    """Indexes a text file in this process, a block in memory at a time. DataError as in `elmo_ray.data.scan`."""
-    place = storage.absolute(path)
-    return join_segments(place, place, list(scan_shard(path, block_bytes, on_error)))
+    """Index a text file in this process, one block in memory at a time. Raises DataError as `scan_segment` does."""
+    location = storage.absolute(path)
+    return join_segments(location, location, list(scan_shard(path, block_bytes, on_error)))

@@ -1,6 +1,7 @@
-"""Sentences by themselves: batches of sentences of like length, each a row that begins at zero state.
+"""Batches of independent sentences: sentences of like length, each a row that begins at zero state.
 
-The other way to read a text than `streams`, which carries state from sentence to sentence.
+It is the alternative to `streams`, which carries the state from one sentence to the next. Evaluation uses it.
+Shapes: D directions, B rows, T window.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmo_ray.data.encode import EncodedBlock
-from elmo_ray.data.streams import Batch, IntArray, StreamCursors, block_positions
+from elmo_ray.data.streams import Batch, IntArray, StreamCursors, inputs_and_targets
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.data.word_types import Marks, TypeTable, distinct_types
+from elmo_ray.data.word_types import TypeTable, UniqueIndex, distinct_types
 
 GATHERED_POSITIONS = 1 << 17
-"""Positions that are gathered before their sentences are sorted by length."""
+"""Positions collected before their sentences are sorted by length."""
 
 
 @dataclass(frozen=True)
 class SentenceGroup:
     """Sentences of like length, the rows of a batch.
 
-    labels: [B] what the caller calls them. lengths: [B] positions. tokens: [4, n] of all gathered text, as in
-    `streams.block_positions`; starts: [B] where each sentence begins there; unknown: characters of unknown words.
+    labels:  int64 [B], the caller's number for each sentence.
+    lengths: int64 [B], positions of each sentence.
+    tokens:  int64 [4, n], the inputs and targets of all collected text, as in `streams.inputs_and_targets`.
+    starts:  int64 [B], the index in `tokens` at which each sentence begins.
+    unknown: int16 [n unknown words, C], the characters of the unknown words.
     """
 
     labels: IntArray
@@ -37,8 +41,8 @@ class SentenceGroup:
     def windows(
         self, unroll: int, vocabulary: Vocabulary, characters: TypeTable | None, directions: int
     ) -> Iterator[Batch]:
-        """The rows' positions, `unroll` at a time; a row that has ended has length 0 and targets of -1."""
-        marks = Marks(vocabulary.size + directions * len(self.lengths) * unroll)
+        """Yield the positions of the rows, `unroll` at a time; a row that has ended has length 0 and targets of -1."""
+        unique_index = UniqueIndex(vocabulary.size + directions * len(self.lengths) * unroll)
         for first in range(0, int(self.lengths.max()), unroll):
             width = min(unroll, int(self.lengths.max()) - first)
             lengths = np.clip(self.lengths - first, 0, width)
@@ -52,7 +56,7 @@ class SentenceGroup:
                 vocabulary,
                 characters,
                 lambda numbers: self.unknown[numbers - vocabulary.size],
-                marks,
+                unique_index,
             )
             yield Batch(
                 types,
@@ -71,9 +75,10 @@ def sentence_groups(
     rows: int,
     gathered: int = GATHERED_POSITIONS,
 ) -> Iterator[SentenceGroup]:
-    """All sentences of the blocks once, in groups of at most `rows`; memory holds `gathered` positions and a block.
+    """Yield all sentences of the blocks once, in groups of at most `rows` sentences of like length.
 
-    With each block comes an array of labels, one for each of its sentences.
+    With each block comes an array of labels, one for each of its sentences. Memory holds `gathered` positions and a
+    block.
     """
     waiting: list[tuple[EncodedBlock, IntArray]] = []
     positions = 0
@@ -81,20 +86,21 @@ def sentence_groups(
         waiting.append((block, labels))
         positions += block.positions
         if positions >= gathered:
-            yield from _grouped(waiting, vocabulary, rows)
+            yield from _group(waiting, vocabulary, rows)
             waiting, positions = [], 0
     if waiting:
-        yield from _grouped(waiting, vocabulary, rows)
+        yield from _group(waiting, vocabulary, rows)
 
 
-def _grouped(blocks: list[tuple[EncodedBlock, IntArray]], vocabulary: Vocabulary, rows: int) -> Iterator[SentenceGroup]:
+def _group(blocks: list[tuple[EncodedBlock, IntArray]], vocabulary: Vocabulary, rows: int) -> Iterator[SentenceGroup]:
+    """Yield the sentences of these blocks in groups, by rising length."""
     pieces, base = [], vocabulary.size
     for block, _ in blocks:
-        pieces.append(block_positions(block, vocabulary, base))
+        pieces.append(inputs_and_targets(block, vocabulary, base))
         base += len(block.unknown)
     tokens = np.concatenate(pieces, axis=1)
     unknown = np.concatenate([block.unknown for block, _ in blocks])
-    labels = np.concatenate([of_block for _, of_block in blocks])
+    labels = np.concatenate([block_labels for _, block_labels in blocks])
     lengths = np.concatenate([block.lengths for block, _ in blocks]).astype(np.int64) + 1
     starts = np.cumsum(lengths) - lengths
     order = np.argsort(lengths, kind="stable")

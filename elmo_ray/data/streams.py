@@ -1,8 +1,26 @@
 """Streams: the rows of the global batch, and the windows of positions that they yield.
 
-The blocks of an epoch in their order form one line of P positions; stream s owns positions [s*P//S, (s+1)*P//S) of
-every epoch. What a stream needs to go on is its cursor, two integers, so a stream can move to another worker at any
-window.
+The way from a shard of text to a batch, with the files of this folder:
+
+Step 1: `corpus.expand_paths` finds the shards of a setting, and `unpack.py` turns compressed ones into seekable text.
+Step 2: `scan.py` reads each text once, in line-aligned blocks that `text.py` cuts, and counts the positions of each
+        block; `indexing.py` does so in tasks and keeps their results. The outcome is the index, a `Corpus` of blocks
+        (`corpus.py`). On the way `counts.py` counts the words, of which `vocabulary.py` makes the vocabulary.
+Step 3: `StreamPlan` (here) shuffles the blocks of an epoch, gives each stream its positions of them, and lists these
+        shares of blocks in the order in which windows need them (`BlockShare`).
+Step 4: `encode.py` reads the bytes of a block and compares them with the index. It turns known words into ids, by
+        `lookup.py`, and unknown words into rows of character ids, by `characters.py`; the result is an `EncodedBlock`.
+        This happens ahead of need, in a thread (`encode.thread_source`) or in tasks of Ray Data (`ray_source.py`).
+Step 5: `inputs_and_targets` (here) adds the sentence markers: n words become n + 1 positions in each direction.
+Step 6: `StreamLoader` (here) cuts the next window of T positions from every stream, and moves the cursors.
+Step 7: `word_types.py` replaces the input words of the window by indices into its distinct words, whose characters are
+        sorted by length. The outcome is a `Batch`, from which `training/feeding.py` makes the input of a step.
+
+Evaluation of independent sentences has `sentences.py` in place of steps 3 and 6.
+
+The blocks of an epoch in their order form one line of P positions; of S streams, stream s owns the positions
+[s*P//S, (s+1)*P//S) of every epoch. A stream goes on from its cursor, which is two integers, so it can move to another
+worker at any window.
 """
 
 from __future__ import annotations
@@ -21,21 +39,23 @@ from numpy.typing import NDArray
 from elmo_ray.data.corpus import Block, Corpus
 from elmo_ray.data.encode import EncodedBlock
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.data.word_types import Marks, TypeTable, distinct_types
+from elmo_ray.data.word_types import TypeClasses, TypeTable, UniqueIndex, distinct_types
 from elmo_ray.errors import DataError
 
 IntArray = NDArray[np.int64]
 BlockSource = Callable[[Iterator[Block]], Iterator[EncodedBlock]]
-"""Encodes blocks in the order in which they are asked for; the request iterator may be endless."""
+"""A function that encodes blocks in the order in which they are requested; the iterator of requests may be endless."""
 
 
 @dataclass
 class StreamCursors:
-    """Where some streams are, one element a stream: shares finished, positions consumed of the next share, and the
-    audit.
+    """Cursors and audit of B streams, int64 [B] each.
 
-    `audit_positions` counts all positions ever consumed, `audit_hash` is a running CRC-32 of their target ids,
-    `replaced` counts the damaged places in the text that became U+FFFD (a block's count with its first position).
+    epoch:  the shares that are finished.
+    offset: the positions consumed of the next share.
+    audit_positions: all positions ever consumed.
+    audit_hash: the running CRC-32 of their target ids.
+    replaced: the damaged places in the text that became U+FFFD; a block's count comes with its first position.
     """
 
     epoch: IntArray
@@ -46,19 +66,21 @@ class StreamCursors:
 
     @classmethod
     def start(cls, n_streams: int) -> StreamCursors:
+        """Return the cursors of streams that have read nothing yet."""
         return cls(*(np.zeros(n_streams, np.int64) for _ in fields(cls)))
 
     def copy(self) -> StreamCursors:
+        """Return a copy that shares no memory with this one."""
         return StreamCursors(*(array.copy() for array in self.arrays().values()))
 
     def arrays(self) -> dict[str, IntArray]:
-        """Name -> values, in the order in which the constructor takes them."""
+        """Return the arrays by name, in the order of the constructor's arguments."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
 class BlockShare:
-    """Positions [first, last) of one block that one stream will train on in one epoch."""
+    """Positions [first, last) of one block that one stream reads in one epoch."""
 
     stream: int
     epoch: int
@@ -68,9 +90,9 @@ class BlockShare:
 
 
 class StreamPlan:
-    """Which positions belong to which stream: a pure function of corpus, S, seed and epoch.
+    """Assignment of positions to streams: a pure function of the corpus, the number of streams, the seed and the epoch.
 
-    Raises DataError where the corpus has no position at all.
+    epochs: None for an endless plan. Raises DataError where the corpus has no position at all.
     """
 
     def __init__(self, corpus: Corpus, n_streams: int, seed: int = 0, shuffle: bool = True, epochs: int | None = None):
@@ -78,7 +100,7 @@ class StreamPlan:
         self.n_streams = n_streams
         self.seed = seed
         self.shuffle = shuffle
-        self.epochs = epochs  # None: endless
+        self.epochs = epochs
         self.positions = int(corpus.block_positions.sum())
         if self.positions == 0:
             raise DataError("the corpus has no sentence in it: nothing to read")
@@ -92,29 +114,30 @@ class StreamPlan:
         return blocks, np.cumsum(self.corpus.block_positions[blocks])
 
     def order(self, epoch: int) -> tuple[IntArray, IntArray]:
-        """The epoch's blocks in order, and the position on the epoch's line at which each of them ends."""
+        """Return the epoch's blocks in order, and the position on the epoch's line at which each of them ends."""
         return self._order(epoch)
 
     def share(self, stream: int) -> tuple[int, int]:
-        """First and last (exclusive) position on an epoch's line that `stream` owns; may be empty."""
+        """Return the share of `stream`, the positions [first, last) on an epoch's line; it may be empty."""
         return stream * self.positions // self.n_streams, (stream + 1) * self.positions // self.n_streams
 
     def share_sizes(self) -> IntArray:
+        """Return the number of positions of each stream in an epoch, int64 [S]."""
         edges = np.array([s * self.positions // self.n_streams for s in range(self.n_streams + 1)], np.int64)
         return np.diff(edges)
 
     def steps(self, epochs: float, unroll: int) -> int:
-        """Windows of `unroll` positions until the longest stream has done `epochs` shares."""
+        """Return the number of windows of `unroll` positions until the longest stream has done `epochs` shares."""
         return int(-(-int(np.ceil(epochs * int(self.share_sizes().max()))) // unroll))
 
     def block_shares(self, stream: int, epoch: int, offset: int) -> Iterator[BlockShare]:
-        """What `stream` reads from a cursor on, without end unless the plan has a number of epochs."""
+        """Yield the shares of blocks that `stream` reads from a cursor on, without end if the plan is endless."""
         lo, hi = self.share(stream)
         if lo == hi:
             return
         while self.epochs is None or epoch < self.epochs:
             blocks, ends = self.order(epoch)
-            at = lo + offset
+            at = lo + offset  # On the epoch's line.
             i = int(np.searchsorted(ends, at, side="right"))
             while at < hi:
                 end = int(ends[i])
@@ -127,10 +150,10 @@ class StreamPlan:
             epoch, offset = epoch + 1, 0
 
     def requests(self, streams: range, cursors: StreamCursors, unroll: int) -> Iterator[tuple[int, BlockShare]]:
-        """The shares of `streams` in the order in which they are needed, each with the window that needs it first."""
+        """Yield (first window in need of it, share) for the shares of `streams`, in the order of these windows."""
         heap: list[tuple[int, int, BlockShare]] = []
         shares = {s: self.block_shares(s, int(cursors.epoch[k]), int(cursors.offset[k])) for k, s in enumerate(streams)}
-        ahead = dict.fromkeys(streams, 0)  # positions asked for so far
+        ahead = dict.fromkeys(streams, 0)  # Positions requested so far.
 
         def push(stream: int) -> None:
             share = next(shares[stream], None)
@@ -150,17 +173,18 @@ class StreamPlan:
 class Batch:
     """One window of every stream of a worker. D directions, B rows, T window, U distinct words, C characters.
 
-    types: [U, C] int16 character ids of the distinct words, shorter classes first; word-id input: [U] int64
-    vocabulary ids.
-    type_classes: (number of types, columns of characters that they need) in the order of `types`.
-    inputs: [D, B, T] int64 indices into types.  targets: [D, B, T] int64 vocabulary ids, -1 = no position.
-    lengths: [B] valid positions of each row, always its first ones.  new_block: [B] a block began since the last
-    window.
-    cursors: after this batch.
+    types:   int16 [U, C], character ids of the distinct words, shorter classes first; for word-id input int64 [U],
+             vocabulary ids.
+    type_classes: (number of types, columns of characters that they need) for each class, in the order of `types`.
+    inputs:  int64 [D, B, T], indices into `types`.
+    targets: int64 [D, B, T], vocabulary ids, or -1 where there is no position.
+    lengths: int64 [B], the valid positions of each row, always its first ones.
+    new_block: bool [B], a block began since the last window.
+    cursors: the cursors after this batch.
     """
 
     types: NDArray[np.int16] | IntArray
-    type_classes: tuple[tuple[int, int], ...]
+    type_classes: TypeClasses
     inputs: IntArray
     targets: IntArray
     lengths: IntArray
@@ -175,10 +199,17 @@ class Batch:
 
 @dataclass
 class _Piece:
-    """Part of a block, as positions: rows of `tokens` are forward input, forward target, backward input, backward
-    target. first: positions of the block before these. unknown: the bytes of its unknown words' rows of characters."""
+    """Positions of a share of a block that wait for their window.
 
-    tokens: NDArray[np.int64]  # [4, size]
+    tokens: int64 [4, size], as in `inputs_and_targets`.
+    first: the number of the block's positions before these.
+    unknown_base: the number of the block's first unknown word in `tokens`.
+    unknown: the bytes of the unknown words' rows of characters.
+    replaced: the damaged places of the block, if they count with this share.
+    taken: the positions that went into windows.
+    """
+
+    tokens: NDArray[np.int64]
     size: int
     first: int
     unknown_base: int
@@ -187,11 +218,11 @@ class _Piece:
     taken: int = 0
 
 
-def block_positions(block: EncodedBlock, vocabulary: Vocabulary, unknown_base: int = 0) -> NDArray[np.int64]:
-    """[4, n] forward inputs and targets, backward inputs and targets of a block (BILM.md: n words give n + 1
-    positions).
+def inputs_and_targets(block: EncodedBlock, vocabulary: Vocabulary, unknown_base: int = 0) -> NDArray[np.int64]:
+    """Return the forward inputs, forward targets, backward inputs and backward targets of a block, int64 [4, n].
 
-    As inputs, unknown words are numbered from `unknown_base`; as targets they are `<UNK>`.
+    A sentence of n words gives n + 1 positions (BILM.md). As inputs, unknown words are numbered from `unknown_base`; as
+    targets they are `<UNK>`.
     """
     lengths = block.lengths.astype(np.int64)
     n_sentences, n_tokens = len(lengths), len(block.ids)
@@ -200,8 +231,9 @@ def block_positions(block: EncodedBlock, vocabulary: Vocabulary, unknown_base: i
     as_target = np.where(ids < 0, vocabulary.unk, ids)
     n = n_tokens + n_sentences
     starts = np.concatenate([[0], np.cumsum(lengths + 1)[:-1]]) if n_sentences else np.zeros(0, np.int64)
-    forward = np.arange(n_tokens) + np.repeat(np.arange(n_sentences), lengths)  # token i is this position's target
-    # backward, token k of a sentence of m words is the target of position m - 1 - k
+    # Forward, token i is the target of position forward[i].
+    forward = np.arange(n_tokens) + np.repeat(np.arange(n_sentences), lengths)
+    # Backward, token k of a sentence of m words is the target of the sentence's position m - 1 - k.
     backward = np.repeat(2 * starts + lengths - 1, lengths) - forward
     tokens = np.empty((4, n), np.int64)
     tokens[0, starts] = vocabulary.bos
@@ -216,11 +248,14 @@ def block_positions(block: EncodedBlock, vocabulary: Vocabulary, unknown_base: i
 
 
 class StreamLoader:
-    """Yields the windows of `streams` (a contiguous range) from `cursors` on, reading each block when it is first
-    needed.
+    """Iterator over the windows of `streams`, a contiguous range, from `cursors` on.
 
-    characters: table for character input, or None for word-id input (unknown words are then `<UNK>`).
-    directions: 2, or 1 for a forward-only model. Ends when every stream is done; never ends for an endless plan.
+    It takes each block from `source` when a window first needs it. It ends when every stream is done, and never for an
+    endless plan.
+
+    unroll: positions of a window (T).
+    characters: the table for character input, or None for word-id input (unknown words are then `<UNK>`).
+    directions: 2, or 1 for a forward-only model.
     """
 
     def __init__(
@@ -239,21 +274,22 @@ class StreamLoader:
         self.cursors = cursors.copy()
         self._window = 0
         self._pieces: list[deque[_Piece]] = [deque() for _ in streams]
-        self._held: list[_Piece] = []  # all of them, in the order of `unknown_base`
+        self._open_pieces: list[_Piece] = []  # The pieces of all streams, by rising `unknown_base`.
         self._next_base = vocabulary.size
-        self._marks = Marks(vocabulary.size + directions * len(streams) * unroll)
-        self._nothing = np.full((4, unroll), -1, np.int64)  # what a stream that is done yields
-        self._nothing[0::2] = vocabulary.bos
-        # One generator gives the order to the source and, share by share, to the loop below.
-        self._asked: deque[tuple[int, BlockShare]] = deque()
+        self._unique_index = UniqueIndex(vocabulary.size + directions * len(streams) * unroll)
+        self._filler = np.full((4, unroll), -1, np.int64)  # The positions of a stream that is done.
+        self._filler[0::2] = vocabulary.bos
+        # One generator gives the blocks to the source and the shares to `_fetch_pieces`, in the same order.
+        self._requested: deque[tuple[int, BlockShare]] = deque()
         self._requests = plan.requests(streams, self.cursors, unroll)
-        self._blocks = source(self._ask())
+        self._blocks = source(self._request_blocks())
         self._pending: tuple[int, BlockShare] | None = None
         self._sizes = plan.share_sizes()[streams.start : streams.stop]
 
-    def _ask(self) -> Iterator[Block]:
+    def _request_blocks(self) -> Iterator[Block]:
+        """Yield the blocks for the source, and remember the share for which each is requested."""
         for request in self._requests:
-            self._asked.append(request)
+            self._requested.append(request)
             yield self.plan.corpus.block(request[1].block)
 
     def close(self) -> None:
@@ -262,16 +298,17 @@ class StreamLoader:
         if close is not None:
             close()
 
-    def _pull(self) -> None:
-        """Take from the source every share that the current window needs."""
+    def _fetch_pieces(self) -> None:
+        """Take every share of the current window from the source. Raises RuntimeError when it ends too early."""
         while True:
             if self._pending is None:
                 block = next(self._blocks, None)
                 if block is None:
-                    if self._owed():  # or windows would be empty without a word, for ever
+                    # Without this check all windows from here on would be empty, without an error.
+                    if self._is_missing_positions():
                         raise RuntimeError("the source of encoded blocks ended before the last block")
                     return
-                self._pending = self._asked.popleft()
+                self._pending = self._requested.popleft()
                 self._block = block
             window, share = self._pending
             if window > self._window:
@@ -279,16 +316,17 @@ class StreamLoader:
             self._add(share, self._block)
             self._pending = None
 
-    def _owed(self) -> bool:
-        """Whether a stream has positions to come that are not at hand."""
+    def _is_missing_positions(self) -> bool:
+        """Return whether a stream still needs positions that are not in its pieces."""
         if self.plan.epochs is None:
             return bool(self._sizes.any())
         left = np.maximum((self.plan.epochs - self.cursors.epoch) * self._sizes - self.cursors.offset, 0)
-        at_hand = [sum(piece.size - piece.taken for piece in pieces) for pieces in self._pieces]
-        return bool((left != at_hand).any())
+        available = [sum(piece.size - piece.taken for piece in pieces) for pieces in self._pieces]
+        return bool((left != available).any())
 
     def _add(self, share: BlockShare, block: EncodedBlock) -> None:
-        tokens = block_positions(block, self.vocabulary, self._next_base)
+        """Add the share's positions of a block to its stream. Raises DataError when they contradict the index."""
+        tokens = inputs_and_targets(block, self.vocabulary, self._next_base)
         expected = int(self.plan.corpus.block_positions[share.block])
         if tokens.shape[1] != expected:
             path = self.plan.corpus.block(share.block).path
@@ -296,31 +334,31 @@ class StreamLoader:
                 f"{path}: a block has {tokens.shape[1]} positions, the index says {expected}: "
                 "the file changed since it was prepared; run prepare again"
             )
-        # a block that several streams share, or that is read again after a resume, is counted once
+        # A block that several streams share, or that is read again after a resume, is counted once.
         replaced = block.replaced if share.first == 0 else 0
-        mine, size = tokens[:, share.first : share.last], share.last - share.first
-        piece = _Piece(mine, size, share.first, self._next_base, block.unknown.tobytes(), replaced)
+        own, size = tokens[:, share.first : share.last], share.last - share.first
+        piece = _Piece(own, size, share.first, self._next_base, block.unknown.tobytes(), replaced)
         self._next_base += len(block.unknown)
         self._pieces[share.stream - self.streams.start].append(piece)
-        self._held.append(piece)
+        self._open_pieces.append(piece)
 
     def __iter__(self) -> Iterator[Batch]:
         while self.plan.epochs is None or not self.done():
             yield self.next_batch()
 
     def done(self) -> bool:
-        """Whether every stream of this loader has finished its last share."""
+        """Return whether every stream of this loader has finished its last share."""
         if self.plan.epochs is None:
             return False
         return bool(np.all((self.cursors.epoch >= self.plan.epochs) | (self._sizes == 0)))
 
     def next_batch(self) -> Batch:
-        """The next window of every stream; streams that are done yield targets of -1."""
-        self._pull()
+        """Return the next window of every stream; streams that are done have targets of -1."""
+        self._fetch_pieces()
         unroll = self.unroll
-        parts: list[NDArray[np.int64]] = []
+        slices: list[NDArray[np.int64]] = []
         filled: list[int] = []
-        into_block: list[int] = []  # positions from the block's first to the window's
+        into_block: list[int] = []  # For each row, the position in its block at which the window begins.
         ended = False
         for row, pieces in enumerate(self._pieces):
             into_block.append(pieces[0].first + pieces[0].taken if pieces else 0)
@@ -329,7 +367,7 @@ class StreamLoader:
                 piece = pieces[0]
                 start = piece.taken
                 piece.taken = stop = min(start + unroll - n, piece.size)
-                parts.append(piece.tokens[:, start:stop])
+                slices.append(piece.tokens[:, start:stop])
                 n += stop - start
                 if start == 0:
                     self.cursors.replaced[row] += piece.replaced
@@ -337,55 +375,58 @@ class StreamLoader:
                     pieces.popleft()
                     ended = True
             if n < unroll:
-                parts.append(self._nothing[:, n:])
+                slices.append(self._filler[:, n:])
             filled.append(n)
         self._window += 1
-        tokens = np.concatenate(parts, axis=1).reshape(4, len(filled), unroll)
+        tokens = np.concatenate(slices, axis=1).reshape(4, len(filled), unroll)
         lengths = np.array(filled, np.int64)
-        # a share's start in the middle of a block counts as a block's
+        # The start of a share counts as the start of a block, even in the middle of one.
         new_block = (np.minimum(into_block, self.cursors.offset) < unroll) & (lengths > 0)
         self._advance(lengths, tokens[1::2])
         directions = slice(0, 2 * self.directions, 2)
         types, classes, inputs = distinct_types(
-            tokens[directions], self.vocabulary, self.characters, self._unknown_rows, self._marks
+            tokens[directions], self.vocabulary, self.characters, self._unknown_rows, self._unique_index
         )
         if ended:
-            self._held = [piece for piece in self._held if piece.taken < piece.size]
+            self._open_pieces = [piece for piece in self._open_pieces if piece.taken < piece.size]
         targets = tokens[1:][directions].copy()
         return Batch(types, classes, inputs, targets, lengths, new_block, self.cursors.copy())
 
     def _advance(self, lengths: IntArray, targets: NDArray[np.int64]) -> None:
-        """Cursors after a window of so many positions of each stream; targets: [2, B, T]."""
+        """Move the cursors by a window of `lengths` positions, [B], with `targets`, [2, B, T]."""
         cursors = self.cursors
         shares, cursors.offset = np.divmod(cursors.offset + lengths, np.maximum(self._sizes, 1))
         cursors.epoch += shares
         cursors.audit_positions += lengths
-        # position by position, so that windows do not matter
+        # The hash goes position by position, so it does not depend on the length of windows.
         positions = targets.transpose(1, 2, 0).astype("<i4", order="C")
         data, row_bytes, position_bytes = positions.tobytes(), positions[0].nbytes, positions[0, 0].nbytes
         rows = zip(range(0, len(data), row_bytes), lengths.tolist(), cursors.audit_hash.tolist(), strict=True)
         cursors.audit_hash[:] = [zlib.crc32(data[at : at + n * position_bytes], before) for at, n, before in rows]
 
     def _unknown_rows(self, numbers: IntArray) -> NDArray[np.int16]:
-        """Characters of unknown words by their numbers, from the pieces that a window is made of."""
+        """Return the characters of unknown words, int16 [n, C], by their numbers in the pieces of this window."""
         assert self.characters is not None
-        bases = np.array([piece.unknown_base for piece in self._held], np.int64)
+        bases = np.array([piece.unknown_base for piece in self._open_pieces], np.int64)
         owners = bases.searchsorted(numbers, side="right") - 1
         width = self.characters.table[0].nbytes
         places = zip(owners.tolist(), ((numbers - bases[owners]) * width).tolist(), strict=True)
-        # bytes and not arrays: there are few words of each piece, and a slice of an array takes ten times as long
-        rows = b"".join([self._held[owner].unknown[at : at + width] for owner, at in places])
+        # Each piece has few unknown words, and a slice of an array takes ten times as long as one of bytes.
+        rows = b"".join([self._open_pieces[owner].unknown[at : at + width] for owner, at in places])
         return np.frombuffer(rows, np.int16).reshape(len(numbers), -1)
 
 
-def deal(n_streams: int, workers: int) -> list[range]:
-    """Contiguous ranges of streams for each worker, equal or one more on the first ones (`workers` <= `n_streams`)."""
-    edges = [-(-w * n_streams // workers) for w in range(workers + 1)]
+def split_evenly(n: int, ranges: int) -> list[range]:
+    """Return `ranges` contiguous ranges that tile range(n) and differ in length by at most one.
+
+    Streams are split among workers in this way, and rows among micro-batches; `ranges` is at most `n`.
+    """
+    edges = [-(-i * n // ranges) for i in range(ranges + 1)]
     return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def read_all(loader: StreamLoader, limit: int | None = None) -> Iterator[Batch]:
-    """Batches until the streams are done or `limit` batches have come; closes the loader."""
+    """Yield batches until the streams are done or `limit` batches have come; then close the loader."""
     try:
         yield from islice(loader, limit)
     finally:

@@ -1,8 +1,8 @@
-"""Lines and bytes of text files: what a sentence is, where a file may be cut, what bytes that are no text become.
+"""Lines and bytes of text files: sentences, places where a file may be cut, and bytes that are no text.
 
-A sentence is a line ended by \\n, \\r\\n or a lone \\r, or the rest after the last line end when it is not empty. Its
-words are what `str.split()` gives; no other character ends a line, and an empty line is a sentence of no words: so
-bilm-tf read text files.
+A sentence is a line that ends with \\n, \\r\\n or a lone \\r, or the rest after the last line end when it is not empty.
+No other character ends a line. The words of a sentence are the result of `str.split()`, and an empty line is a sentence
+without words. This is how bilm-tf reads text files.
 """
 
 import os
@@ -16,37 +16,37 @@ from elmo_ray.errors import DataError
 OnError = Literal["fail", "replace"]
 
 REPLACEMENT = "\ufffd"
-# A longer line is no sentence, and would have to be held in memory whole.
+# A longer line is no sentence, and it would have to be held in memory as a whole.
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
-# U+0085, U+00A0, U+1680, U+2000 to U+200A, U+2028, U+2029, U+202F, U+205F, U+3000.
+# The spaces beyond ASCII: U+0085, U+00A0, U+1680, U+2000 to U+200A, U+2028, U+2029, U+202F, U+205F, U+3000.
 _WIDE_SPACE = re.compile(rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80")
 
 
 def decode(data: bytes, on_error: OnError, path: str, offset: int) -> tuple[str, int]:
-    """Decodes UTF-8 and counts what had to be replaced.
+    """Decode UTF-8; return the text and the number of replacements in it.
 
-    `data` stands at byte `offset` of `path` and begins at a line's start. With "fail", the first invalid sequence or
-    NUL raises a DataError with file and line; with "replace", each becomes U+FFFD.
+    `data` stands at byte `offset` of `path` and begins at the start of a line. With "fail", the first invalid sequence
+    or NUL raises a DataError that names file and line; with "replace", each of them becomes U+FFFD.
     """
     replaced = 0
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         if on_error == "fail":
-            raise DataError(_bad_byte(path, offset + error.start, "not UTF-8")) from None
+            raise DataError(_bad_byte_message(path, offset + error.start, "not UTF-8")) from None
         text = data.decode("utf-8", "replace")
         replaced = text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
     if "\0" in text:
         if on_error == "fail":
-            raise DataError(_bad_byte(path, offset + data.index(b"\0"), "a NUL byte"))
+            raise DataError(_bad_byte_message(path, offset + data.index(b"\0"), "a NUL byte"))
         replaced += text.count("\0")
         text = text.replace("\0", REPLACEMENT)
     return text, replaced
 
 
 def split_lines(text: str) -> list[str]:
-    """The sentences of `text`, not yet split into words."""
+    """Return the sentences of `text`, not yet split into words."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = text.split("\n")
@@ -56,12 +56,12 @@ def split_lines(text: str) -> list[str]:
 
 
 def has_wide_spaces(data: bytes) -> bool:
-    """Whether UTF-8 has a character beyond ASCII that `str.split` takes as space."""
+    """Return whether UTF-8 has a character beyond ASCII that `str.split` takes as a space."""
     return not data.isascii() and _WIDE_SPACE.search(data) is not None
 
 
 def count_lines(data: bytes) -> int:
-    """Number of sentences in `data`, which begins at a line's start and ends at a line's or the file's end."""
+    """Return the number of sentences in `data`, which must begin at the start of a line and end with a line or file."""
     lines = data.count(b"\n")
     if b"\r" in data:
         lines += data.count(b"\r") - data.count(b"\r\n")
@@ -69,7 +69,7 @@ def count_lines(data: bytes) -> int:
 
 
 def line_number(path: str, offset: int) -> int:
-    """The 1-based number of the line that byte `offset` of `path` is in. Reads the file up to there."""
+    """Return the number of the line of byte `offset` of `path`, counted from 1. Reads the file up to there."""
     lines, position, previous = 0, 0, b""
     with storage.open_read(path) as file:
         while position < offset:
@@ -77,7 +77,7 @@ def line_number(path: str, offset: int) -> int:
             if len(data) == len(previous):
                 break
             position += len(data) - len(previous)
-            # A \r at the end may be half of \r\n: it is counted with the next piece.
+            # A \r at the end may be half of a \r\n, so it is counted with the next piece.
             previous = b"\r" if data.endswith(b"\r") else b""
             data = data[: len(data) - len(previous)]
             lines += data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
@@ -87,7 +87,7 @@ def line_number(path: str, offset: int) -> int:
 
 
 def line_start(file: BinaryIO, position: int, size: int) -> int:
-    """The first start of a line at or after `position`; `size` (the end of the file) when there is none."""
+    """Return the byte at which the first line at or after `position` starts, or `size` (the file's end) for none."""
     if position <= 0 or position >= size:
         return min(max(position, 0), size)
     file.seek(position - 1)
@@ -97,17 +97,17 @@ def line_start(file: BinaryIO, position: int, size: int) -> int:
         end = _first_line_end(data, base + len(data) >= size)
         if end:
             return base + end
-        # Only a last \r can still become part of a line end.
+        # A \r at the end is kept: it can still become part of a line end.
         base, data = base + len(data) - 1, data[-1:]
         _check_line(file.name, position, base - position)
     return size
 
 
 def cut_blocks(file: BinaryIO, start: int, end: int, block_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Yields (offset, bytes) of line-aligned pieces that tile [start, end) of `file`.
+    """Yield (offset, bytes) of the line-aligned blocks that tile [start, end) of `file`.
 
-    `start` and `end` are starts of lines or the end of the file. A piece has at most `block_bytes` bytes unless it is a
-    single longer line. Raises DataError for a line over MAX_LINE_BYTES and for a file that got shorter.
+    `start` and `end` are starts of lines or the end of the file. A block has at most `block_bytes` bytes unless it is a
+    single longer line. Raises DataError for a line over MAX_LINE_BYTES and for a file that became shorter.
     """
     while start < end:
         whole = end - start <= block_bytes
@@ -122,7 +122,7 @@ def cut_blocks(file: BinaryIO, start: int, end: int, block_bytes: int) -> Iterat
                 more = file.read(min(max(len(data), _READ_BYTES), end - start - len(data)))
                 if not more and start + len(data) < end:
                     raise _became_shorter(file)
-                # One byte back, for a \r\n that the pieces had cut in two.
+                # The search begins one byte earlier, for a \r\n that the reads have cut in two.
                 found = _first_line_end(data[-1:] + more, start + len(data) + len(more) >= end)
                 cut = len(data) - 1 + found if found else 0
                 data += more
@@ -132,7 +132,7 @@ def cut_blocks(file: BinaryIO, start: int, end: int, block_bytes: int) -> Iterat
 
 
 def file_status(path: str) -> storage.Status | os.stat_result:
-    """Size, times and so on; DataError when the file cannot be looked at."""
+    """Return the status of a file: its size in bytes, its times. Raises DataError when there is no access to it."""
     try:
         return storage.status(path)
     except OSError as error:
@@ -140,9 +140,9 @@ def file_status(path: str) -> storage.Status | os.stat_result:
 
 
 def _first_line_end(data: bytes, is_last: bool) -> int:
-    """The offset just after the first line end in `data`, 0 for none. A \\r at the very end counts only if `is_last`.
+    """Return the offset just after the first line end in `data`, or 0 for none.
 
-    With `is_last` and no line end, the end of `data` is the end of the line.
+    A \\r at the very end counts only if `is_last`. With `is_last` and no line end, the end of `data` ends the line.
     """
     newline = data.find(b"\n")
     carriage = data.find(b"\r", 0, newline if newline >= 0 else len(data))
@@ -154,7 +154,7 @@ def _first_line_end(data: bytes, is_last: bool) -> int:
 
 
 def _last_line_end(data: bytes, limit: int) -> int:
-    """The offset just after the last line end that is at most `limit`, 0 for none; `data` has a byte beyond `limit`."""
+    """Return the offset, at most `limit`, just after the last line end; 0 for none. `data` goes on beyond `limit`."""
     newline = data.rfind(b"\n", 0, limit)
     carriage = data.rfind(b"\r", newline + 1, limit)
     if carriage == limit - 1 and data[limit : limit + 1] == b"\n":
@@ -163,6 +163,7 @@ def _last_line_end(data: bytes, limit: int) -> int:
 
 
 def _check_line(path: str, offset: int, length: int) -> None:
+    """Raise DataError when `length` bytes of one line, which begins at `offset`, are over the limit."""
     if length > MAX_LINE_BYTES:
         line = line_number(path, offset)
         raise DataError(f"{path}, line {line}: longer than {MAX_LINE_BYTES >> 20} MiB; write one sentence a line")
@@ -172,6 +173,6 @@ def _became_shorter(file: BinaryIO) -> DataError:
     return DataError(f"{file.name}: became shorter while it was read; run prepare again")
 
 
-def _bad_byte(path: str, offset: int, what: str) -> str:
+def _bad_byte_message(path: str, offset: int, problem: str) -> str:
     where = f"{path}, line {line_number(path, offset)}" if storage.exists(path) else path
-    return f"{where}: {what}; correct the file or set data.on_error=replace"
+    return f"{where}: {problem}; correct the file or set data.on_error=replace"

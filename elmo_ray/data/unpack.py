@@ -1,4 +1,4 @@
-"""Compressed shards (.gz, .zst) to seekable text under the prepared folder."""
+"""Unpacking of compressed shards (.gz, .zst) to seekable text in the prepared folder."""
 
 import contextlib
 import gzip
@@ -18,7 +18,7 @@ from elmo_ray.errors import DataError
 from elmo_ray.storage import Place, Status, is_uri
 
 _MAGIC = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd"}
-# What else a corpus may come in. With data.on_error=replace it would otherwise be taken as text.
+# Other forms of a corpus. With data.on_error=replace they would otherwise be taken as text.
 _FOREIGN = {
     b"\xfd7zXZ\0": ("is an xz file", "unpack it"),
     b"BZh": ("is a bzip2 file", "unpack it"),
@@ -26,21 +26,21 @@ _FOREIGN = {
     b"\xff\xfe": ("is UTF-16 or UTF-32", "convert it to UTF-8"),
     b"\xfe\xff": ("is UTF-16 or UTF-32", "convert it to UTF-8"),
 }
-# The first block, or the end, of a bzip2 file.
+# After its header a bzip2 file goes on with the first block or the end of the stream.
 _BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")
 _READ_BYTES = 1 << 18
-# Left free on the disk, and how often that is looked at while unpacking.
+# Bytes to leave free on the disk, and bytes to write before the free space is looked at again.
 _SPARE_BYTES = 64 << 20
 _CHECK_BYTES = 64 << 20
-# Where a file does not say how much it unpacks to: English text shrinks to a third or a quarter.
+# For a file that does not state its unpacked size: English text shrinks to a third or a quarter.
 _USUAL_RATIO = 4
 
 
 def compression(path: str) -> str | None:
-    """ "gz", "zst", or None for plain text, by the file's first bytes.
+    """Return "gz", "zst", or None for plain text, by the file's first bytes.
 
-    Raises DataError when the file's name says otherwise (an empty or foreign file), when it is packed or spelt in
-    another way that its first bytes tell, or when it cannot be read.
+    Raises DataError when they contradict the file's name (an empty or foreign file), when they show another compression
+    or encoding, or when the file cannot be read.
     """
     try:
         with storage.open_read(path) as file:
@@ -55,14 +55,14 @@ def compression(path: str) -> str | None:
         what = f"it begins with {head[:4]!r}" if head else "it is empty"
         raise DataError(f"{path}: is no .{suffix} file ({what}); rename or replace it")
     for magic, (what, cure) in _FOREIGN.items():
-        # "BZh" may begin a text; bzip2 goes on with a digit and one of these.
+        # A text may begin with "BZh"; a bzip2 file goes on with a digit and one of _BZIP2_BLOCKS.
         if head.startswith(magic) and (magic != b"BZh" or head[4:10] in _BZIP2_BLOCKS):
             raise DataError(f"{path}: {what}; {cure} first")
     return None
 
 
 def unpacked_path(source: str, directory: Place) -> str:
-    """The place where the text of a compressed shard goes: a name of its own for every source."""
+    """Return the place for the text of a compressed shard; its name is different for every source."""
     name = storage.base_name(source)
     for kind in _MAGIC:
         name = name.removesuffix(f".{kind}")
@@ -71,17 +71,17 @@ def unpacked_path(source: str, directory: Place) -> str:
 
 
 def is_unpacked(source: str, target: Place) -> bool:
-    """Whether `target` is the whole text of `source` as it is now, and nobody has changed it since."""
+    """Return whether `target` is the whole text of `source`, and neither of them has changed since it was unpacked."""
     try:
-        note = json.loads(storage.read_bytes(_note(target)))
+        note = json.loads(storage.read_bytes(_note_path(target)))
         status, text = storage.status(source), storage.status(target)
     except (OSError, ValueError):
         return False
-    return bool(note == _fields(status, text))
+    return bool(note == _note_fields(status, text))
 
 
 def check_space(sources: Sequence[str], directory: Path) -> None:
-    """Raises DataError when the disk of `directory` has too little space for the texts of compressed `sources`."""
+    """Raise DataError when the disk of `directory` has too little space for the texts of compressed `sources`."""
     needed = sum(_estimate(source) for source in sources) + _SPARE_BYTES
     free = shutil.disk_usage(directory).free
     if needed > free:
@@ -92,7 +92,7 @@ def check_space(sources: Sequence[str], directory: Path) -> None:
 
 
 def unpack(source: str, target: Place) -> int:
-    """Writes the text of `source` to `target`, whole or not at all; returns its bytes.
+    """Write the text of `source` to `target`, whole or not at all; return its size in bytes.
 
     A `target` in an object store is unpacked to this machine's disk first. Raises DataError for a damaged or truncated
     file and for a full disk.
@@ -104,8 +104,8 @@ def unpack(source: str, target: Place) -> int:
         size = _unpack(source, here)
         try:
             storage.upload(here, target)
-            note = json.dumps(_fields(storage.status(source), storage.status(target)))
-            storage.write_bytes(_note(target), note.encode())
+            note = json.dumps(_note_fields(storage.status(source), storage.status(target)))
+            storage.write_bytes(_note_path(target), note.encode())
         except OSError as error:
             raise DataError(f"{source}: cannot be unpacked to {target} ({error.strerror or error})") from None
     return size
@@ -114,7 +114,7 @@ def unpack(source: str, target: Place) -> int:
 def _unpack(source: str, target: Path) -> int:
     prefix = f".{target.name}.{socket.gethostname()}."
     for stale in target.parent.glob(f"{prefix}*.part"):
-        # A run that was killed could not remove its piece, which may be large.
+        # A run that was killed could not remove its file, which may be large.
         if not _is_alive(stale.name.removeprefix(prefix).removesuffix(".part")):
             stale.unlink(missing_ok=True)
     aside = target.with_name(f"{prefix}{os.getpid()}.part")
@@ -133,7 +133,7 @@ def _unpack(source: str, target: Path) -> int:
             text.flush()
             os.fsync(text.fileno())
         os.replace(aside, target)
-        Path(_note(target)).write_text(json.dumps(_fields(status, os.stat(target))), "utf-8")
+        Path(_note_path(target)).write_text(json.dumps(_note_fields(status, os.stat(target))), "utf-8")
     except OSError as error:
         raise DataError(f"{source}: cannot be unpacked to {target.parent} ({error.strerror or error})") from None
     finally:
@@ -143,6 +143,7 @@ def _unpack(source: str, target: Path) -> int:
 
 
 def _pieces(packed: BinaryIO, source: str) -> Iterator[bytes]:
+    """Yield the text of a compressed file. Raises DataError when it is truncated or damaged."""
     pieces = _zst_pieces(packed, source) if compression(source) == "zst" else _gz_pieces(packed)
     try:
         yield from pieces
@@ -180,23 +181,25 @@ def _zst_pieces(packed: BinaryIO, source: str) -> Iterator[bytes]:
 
 
 def _estimate(source: str) -> int:
+    """Return the unpacked size in bytes by the compressed file, or a guess where it is not stated or unlikely."""
     size = storage.status(source).st_size
     guess = size * _USUAL_RATIO
     with storage.open_read(source) as packed:
         if compression(source) == "zst":
-            with contextlib.suppress(Exception):  # only a guess: what is wrong with the file shows when it is unpacked
+            with contextlib.suppress(Exception):  # A defect of the file shows when it is unpacked.
                 import zstandard
 
                 stated = zstandard.get_frame_parameters(packed.read(18)).content_size
                 return stated if 0 < stated < 1 << 60 else guess
             return guess
         packed.seek(max(0, size - 4))
-        # The length field of the last member, modulo 2**32: noise in a truncated file.
+        # This is the length of the last member, modulo 2**32; in a truncated file it is noise.
         stated = int.from_bytes(packed.read(4), "little")
     return stated if size <= stated <= 10 * size else guess
 
 
 def _check_free(target: Path, source: str) -> None:
+    """Raise DataError when the disk of `target` is nearly full."""
     free = shutil.disk_usage(target.parent).free
     if free < _SPARE_BYTES + _CHECK_BYTES:
         raise DataError(
@@ -204,11 +207,12 @@ def _check_free(target: Path, source: str) -> None:
         )
 
 
-def _note(target: Place) -> str:
+def _note_path(target: Place) -> str:
+    """Return the path of the note on sizes and times of change of `target` and its source."""
     return os.fspath(target).removesuffix(".txt") + ".unpacked.json"
 
 
-def _fields(source: Status | os.stat_result, text: Status | os.stat_result) -> dict[str, int]:
+def _note_fields(source: Status | os.stat_result, text: Status | os.stat_result) -> dict[str, int]:
     return {
         "source_size": source.st_size,
         "source_mtime_ns": source.st_mtime_ns,

@@ -1,4 +1,4 @@
-"""The word vocabulary: one word a line, in falling count, read exactly as bilm-tf reads it."""
+"""The word vocabulary: a file with one word a line, by falling count, read exactly as bilm-tf reads it."""
 
 import functools
 import hashlib
@@ -21,20 +21,21 @@ SENTENCE_BEGIN_WORD = "<S>"
 SENTENCE_END_WORD = "</S>"
 UNKNOWN_WORD = "<UNK>"
 SPECIAL_WORDS = (SENTENCE_BEGIN_WORD, SENTENCE_END_WORD, UNKNOWN_WORD)
-# A line that the original skips without giving it a number.
+# The original skips this line and gives it no id.
 SKIPPED_WORD = "!!!MAXTERMID"
 
 
 class Vocabulary:
-    """Words by id and ids by word.
+    """Mapping between words and ids.
 
-    `words[i]` is the word of id i, duplicates included; `ids` has for a word that occurs twice the last of its ids.
-    `bos`, `eos` and `unk` are the ids of `<S>`, `</S>` and `<UNK>`, which may stand anywhere. `sha256` covers the
-    words in order, not the file's spelling of them.
+    words: list of V words, duplicates included; words[i] is the word of id i.
+    ids:   the id of each word; a word that stands twice has the last of its ids.
+    bos, eos, unk: the ids of `<S>`, `</S>` and `<UNK>`, which may stand anywhere.
+    sha256: hash of the words in order, independent of how the file spells them.
     """
 
     def __init__(self, words: Iterable[str], path: str | None = None) -> None:
-        """Raises DataError when one of the three special words is missing."""
+        """Number the words in their order. Raises DataError when one of the three special words is missing."""
         self.path = path
         self.words = list(words)
         self.ids = {word: number for number, word in enumerate(self.words)}
@@ -49,9 +50,9 @@ class Vocabulary:
 
     @classmethod
     def from_words(cls, words: Iterable[str]) -> "Vocabulary":
-        """A vocabulary of these words in this order, such that `write` and `read` give the same one again.
+        """Return a vocabulary of these words, in this order, that `write` and `read` reproduce.
 
-        Raises DataError for a missing special word and for words that a vocabulary file cannot hold.
+        Raises DataError for a missing special word and for a word that a vocabulary file cannot hold.
         """
         vocabulary = cls(words)
         for word in vocabulary.words:
@@ -61,15 +62,15 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Vocabulary":
-        """Reads a vocabulary file: stripped lines (ended by \\n, \\r\\n or \\r), `!!!MAXTERMID` left out.
+        """Read a vocabulary file: one word a line, stripped; lines end with \\n, \\r\\n or \\r.
 
-        Raises DataError when the file is missing, is not UTF-8 (with the line), or lacks a special word, be it for a
-        byte order mark before it.
+        The line `!!!MAXTERMID` is left out. Raises DataError when the file is missing, is not UTF-8 (the message names
+        the line), lacks a special word, or begins with a byte order mark before one.
         """
         name = os.fspath(path)
         try:
             if not is_uri(path) and Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
-                # A pipe can be read once only, and the vocabulary is read by every process.
+                # Every process reads the vocabulary, and a pipe can be read only once.
                 raise DataError(f"{name}: is no regular file but a pipe or a device; name a file")
             data = storage.read_bytes(path)
         except OSError as error:
@@ -85,7 +86,7 @@ class Vocabulary:
         return cls((word for word in words if word != SKIPPED_WORD), path=storage.absolute(name))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the words one a line, UTF-8; the file appears whole or not at all (else DataError)."""
+        """Write the words, one a line, as UTF-8; the file appears whole, or not at all and with a DataError."""
         write_aside(path, self._content())
 
     @property
@@ -103,11 +104,11 @@ class Vocabulary:
 
     @functools.cached_property
     def table(self) -> WordTable:
-        """The words for look-up in bytes, made once."""
+        """Table that finds the ids of words in bytes of text; made once."""
         return WordTable(self.ids)
 
     def characters(self, max_characters: int = 50) -> npt.NDArray[np.int16]:
-        """The character ids of every word, int16 [V, max_characters], made once and read-only.
+        """Return the character ids of every word, int16 [V, max_characters], read-only; they are made once.
 
         The rows of `bos` and `eos` are the sentence markers; `<UNK>` is spelt out, as in the original.
         """

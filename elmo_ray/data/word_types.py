@@ -1,6 +1,8 @@
-"""The distinct words of a batch as rows of character ids, grouped by length. U words, C characters, V vocabulary.
+"""The distinct words of a batch as rows of character ids, grouped by length for the char CNN.
 
-The distinct words among rows of character ids, grouped by length. N words, U distinct words, C characters.
+`TypeTable` and `distinct_types` serve batches of a corpus, whose known words have ids; `distinct_rows` and
+`sort_by_length` serve words of any text, which are only rows of characters.
+Shapes: N words, U distinct words, C characters, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,61 +16,85 @@ from elmo_ray.data.characters import PADDING, encode_words, sentence_marker_rows
 from elmo_ray.data.vocabulary import SENTENCE_BEGIN_WORD, SENTENCE_END_WORD, Vocabulary
 
 IntArray = NDArray[np.int64]
+TypeClasses = tuple[tuple[int, int], ...]
+"""For each group of words, in the order of the words: (number of words, columns of characters that they need)."""
 
 LENGTH_CLASSES = (6, 8, 10, 13, 18, 26)
 """Upper bounds, in character ids (bytes + 2), of the groups in which a batch's words go through the char CNN."""
 
 
+class _LengthClasses:
+    """Groups of words by length, for words of `max_characters` ids and filters of a width up to `widest`.
+
+    columns: the columns of characters that the words of each class need. Words of L ids need min(C, L + widest): with
+    one window of padding the maximum over positions is that of all C columns (BILM.md, char CNN).
+    """
+
+    def __init__(self, max_characters: int, widest: int):
+        bounds = [b for b in LENGTH_CLASSES if b + widest < max_characters] + [max_characters]
+        self._bounds = np.array(bounds, np.int64)
+        self.columns = [min(max_characters, b + widest) for b in bounds]
+
+    def of(self, rows_NC: NDArray[np.int16]) -> NDArray[np.int8]:
+        """Return the class of each row, int8 [N]."""
+        # numpy sorts numbers of this type by counting.
+        return np.searchsorted(self._bounds, (rows_NC != PADDING).sum(axis=1)).astype(np.int8)
+
+    def sort(self, classes_N: NDArray[np.int8]) -> tuple[IntArray, TypeClasses, IntArray]:
+        """Return the order of the words by class, the classes that are there, and the new index of each word."""
+        order = np.argsort(classes_N, kind="stable")
+        counts = np.bincount(classes_N, minlength=len(self._bounds))
+        index = np.empty(len(order), np.int64)
+        index[order] = np.arange(len(order))
+        return order, tuple((n, c) for n, c in zip(counts.tolist(), self.columns, strict=True) if n), index
+
+
 class TypeTable:
     """Characters of the vocabulary's words, encoded once, and the grouping of a batch's words by length.
 
-    widest: the widest filter. Words of L ids need min(C, L + widest) columns: with one window of padding the maximum
-    over positions is that of all C columns (BILM.md, char CNN).
+    table:   int16 [V, C], the character ids of the words.
+    classes: int8 [V], the length class of each word.
+    columns: the columns of characters that the words of each class need, for filters of a width up to `widest`.
     """
 
     def __init__(self, vocabulary: Vocabulary, max_characters: int, widest: int):
         self.table = vocabulary.characters(max_characters)
-        bounds = [b for b in LENGTH_CLASSES if b + widest < max_characters] + [max_characters]
-        self.bounds = np.array(bounds, np.int64)
-        self.columns = [min(max_characters, b + widest) for b in bounds]
-        self.classes = self._classes(self.table)
+        self._length_classes = _LengthClasses(max_characters, widest)
+        self.columns = self._length_classes.columns
+        self.classes = self._length_classes.of(self.table)
 
-    def _classes(self, rows: NDArray[np.int16]) -> NDArray[np.int8]:
-        """Which of the classes each row belongs to, in a type that numpy sorts by counting."""
-        return np.searchsorted(self.bounds, (rows != PADDING).sum(axis=1)).astype(np.int8)
+    def gather(self, known: IntArray, unknown: NDArray[np.int16]) -> tuple[NDArray[np.int16], TypeClasses, IntArray]:
+        """Return the rows of known ids and then of unknown words, sorted by class.
 
-    def gather(self, known: IntArray, unknown: NDArray[np.int16]) -> tuple[NDArray[np.int16], tuple, IntArray]:
-        """Rows of known ids then of unknown words, sorted by class; returns types, classes and the new place of each
-        row."""
+        The results are the types, int16 [U, C]; their classes; and the index in the types of each of the rows before
+        they were sorted, int64 [U].
+        """
         types = np.concatenate([self.table.take(known, axis=0), unknown])
-        classes = np.concatenate([self.classes[known], self._classes(unknown)])
-        order = np.argsort(classes, kind="stable")
-        counts = np.bincount(classes, minlength=len(self.bounds))
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        found = tuple((n, columns) for n, columns in zip(counts.tolist(), self.columns, strict=True) if n)
-        return types.take(order, axis=0), found, place
+        classes = np.concatenate([self.classes[known], self._length_classes.of(unknown)])
+        order, type_classes, index = self._length_classes.sort(classes)
+        return types.take(order, axis=0), type_classes, index
 
 
-class Marks:
-    """Finds the distinct ones among ids from 0 to n - 1, for one thread.
+class UniqueIndex:
+    """Finder of the distinct ids among ids from 0 to n - 1, for one thread.
 
-    By marking them in tables: np.unique sorts, which takes twice as long for a thousand ids, ten times for fifteen
-    thousand, and longer than a step for those of many workers. The tables are kept, for clearing memory of the
-    vocabulary's size at every step takes longer than all the rest.
+    index_of: int64 [n], for each id of the last call its index in that call's result; other elements have no meaning.
     """
 
-    def __init__(self, n: int):
-        self._marks = np.zeros(n, np.bool_)
-        self.place = np.empty(n, np.int64)
-        """Of each id that the last call found its place among them; what the others have means nothing."""
+    # Ids are marked in a table, for np.unique sorts: that takes twice as long for a thousand ids, ten times as long for
+    # fifteen thousand, and longer than a step for the ids of many workers. The tables are kept, because clearing memory
+    # of the vocabulary's size in every step takes longer than all the rest.
 
-    def distinct(self, ids: IntArray) -> IntArray:
-        """The distinct ids in order."""
-        self._marks[ids] = True
-        found = np.flatnonzero(self._marks)
-        self._marks[found] = False
-        self.place[found] = np.arange(len(found))
+    def __init__(self, n: int):
+        self._seen = np.zeros(n, np.bool_)
+        self.index_of = np.empty(n, np.int64)
+
+    def unique(self, ids: IntArray) -> IntArray:
+        """Return the distinct ids, in order."""
+        self._seen[ids] = True
+        found = np.flatnonzero(self._seen)
+        self._seen[found] = False
+        self.index_of[found] = np.arange(len(found))
         return found
 
 
@@ -77,66 +103,60 @@ def distinct_types(
     vocabulary: Vocabulary,
     characters: TypeTable | None,
     unknown_rows: Callable[[IntArray], NDArray[np.int16]],
-    marks: Marks | None = None,
-) -> tuple[NDArray, tuple[tuple[int, int], ...], IntArray]:
-    """The distinct words of `inputs`: types and type_classes as in `streams.Batch`, and `inputs` as indices into them.
+    unique_index: UniqueIndex | None = None,
+) -> tuple[NDArray, TypeClasses, IntArray]:
+    """Return the distinct words of `inputs`: types, type_classes and inputs as in `streams.Batch`.
 
-    Numbers from the vocabulary's size on are unknown words, whose characters `unknown_rows` gives; the same word may
-    have several. The result depends on the words alone, not on these numbers.
-    Without `characters`, types are vocabulary ids and unknown words are `<UNK>`.
-    marks: for as many ids as the vocabulary and `inputs` have together.
+    inputs: ids of any shape. Numbers from the vocabulary's size on are unknown words, and the same word may have
+    several. The result depends on the words alone, not on these numbers.
+    characters: without it, types are vocabulary ids, and unknown words are `<UNK>`.
+    unknown_rows: returns the characters, int16 [n, C], of n such numbers.
+    unique_index: for as many ids as the vocabulary and `inputs` have together.
     """
     n_known, ids = vocabulary.size, inputs.ravel()
-    marks = marks or Marks(n_known + len(ids))
+    unique_index = unique_index or UniqueIndex(n_known + len(ids))
     if characters is None:
         ids = np.where(ids >= n_known, vocabulary.unk, ids)
-        words = marks.distinct(ids)
-        return words, ((len(words), 1),), marks.place.take(ids).reshape(inputs.shape)
+        words = unique_index.unique(ids)
+        return words, ((len(words), 1),), unique_index.index_of.take(ids).reshape(inputs.shape)
     at = np.flatnonzero(ids >= n_known)
     unknown = np.zeros((0, characters.table.shape[1]), np.int16)
     if len(at):
-        # Their numbers tell in which order blocks were read, and that is another one after a resume: by their
-        # characters they come in the same order, or sums over words would be taken in another.
+        # The numbers of unknown words depend on the order in which blocks were read, which differs after a resume.
+        # Sorted by their characters, the words come in the same order, and so do the terms of sums over words.
         rows = np.ascontiguousarray(unknown_rows(ids[at]))
-        distinct, places = np.unique(rows.view(f"V{rows[0].nbytes}").ravel(), return_inverse=True)
+        distinct, row_index = np.unique(rows.view(f"V{rows[0].nbytes}").ravel(), return_inverse=True)
         unknown = distinct.view(np.int16).reshape(len(distinct), -1)
         ids = ids.copy()
-        ids[at] = n_known + places
-    words = marks.distinct(ids)
-    types, classes, place = characters.gather(words[: len(words) - len(unknown)], unknown)
-    return types, classes, place.take(marks.place.take(ids)).reshape(inputs.shape)
-
-
-Classes = tuple[tuple[int, int], ...]
+        ids[at] = n_known + row_index
+    words = unique_index.unique(ids)
+    types, type_classes, index = characters.gather(words[: len(words) - len(unknown)], unknown)
+    return types, type_classes, index.take(unique_index.index_of.take(ids)).reshape(inputs.shape)
 
 
 def distinct_rows(chars_NC: NDArray[np.int16]) -> tuple[NDArray[np.int16], IntArray]:
-    """[U, C] rows in the order of their first appearance, and for each of the N rows its place among them."""
+    """Return the distinct rows, [U, C], by their first appearance, and the index of each row in them, int64 [N]."""
     rows = np.ascontiguousarray(chars_NC)
     row_bytes = np.dtype((np.void, rows.shape[1] * rows.itemsize))
     seen: dict[bytes, int] = {}
     keys: list[bytes] = rows.view(row_bytes).ravel().tolist()  # type: ignore[assignment]
-    places = np.fromiter((seen.setdefault(key, len(seen)) for key in keys), np.int64, len(keys))
+    index = np.fromiter((seen.setdefault(key, len(seen)) for key in keys), np.int64, len(keys))
     distinct = np.frombuffer(b"".join(seen), dtype=np.int16).reshape(len(seen), rows.shape[1])
-    return distinct, places
+    return distinct, index
 
 
-def by_length(types_UC: NDArray[np.int16], widest: int) -> tuple[NDArray[np.int16], Classes, IntArray]:
-    """Types sorted by the classes of `word_types.LENGTH_CLASSES`, the classes as (words, columns), and the new place of
-    each type. widest: the widest filter."""
-    most = types_UC.shape[1]
-    bounds = [b for b in LENGTH_CLASSES if b + widest < most] + [most]
-    classes = np.searchsorted(bounds, (types_UC != PADDING).sum(axis=1))
-    order = np.argsort(classes, kind="stable")
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    counts = np.bincount(classes, minlength=len(bounds))
-    columns = (min(most, b + widest) for b in bounds)
-    return types_UC[order], tuple((int(n), c) for n, c in zip(counts, columns, strict=True) if n), place
+def sort_by_length(types_UC: NDArray[np.int16], widest: int) -> tuple[NDArray[np.int16], TypeClasses, IntArray]:
+    """Return the types sorted by length class, the classes, and the new index of each type, int64 [U].
+
+    widest: the width of the widest filter.
+    """
+    length_classes = _LengthClasses(types_UC.shape[1], widest)
+    order, type_classes, index = length_classes.sort(length_classes.of(types_UC))
+    return types_UC[order], type_classes, index
 
 
 def encode_with_markers(words: Sequence[str], max_characters: int) -> NDArray[np.int16]:
-    """[N, C] character ids; `<S>` and `</S>` in the text are the sentence markers, as in bilm-tf."""
+    """Return the character ids of each word, int16 [N, C]; as in bilm-tf, `<S>` and `</S>` are the sentence markers."""
     chars_NC = encode_words(words, max_characters)
     for marker, row in zip((SENTENCE_BEGIN_WORD, SENTENCE_END_WORD), sentence_marker_rows(max_characters), strict=True):
         chars_NC[[word == marker for word in words]] = row

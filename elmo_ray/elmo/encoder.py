@@ -25,7 +25,7 @@ from torch import Tensor
 from elmo_ray import kernels
 from elmo_ray.data.characters import encode_words, sentence_marker_rows
 from elmo_ray.data.vocabulary import SENTENCE_BEGIN_WORD, SENTENCE_END_WORD, Vocabulary
-from elmo_ray.data.word_types import by_length, encode_with_markers
+from elmo_ray.data.word_types import encode_with_markers, sort_by_length
 from elmo_ray.elmo.word_cache import WordCache
 from elmo_ray.errors import ConfigError
 from elmo_ray.model.bilm import BiLM
@@ -118,7 +118,7 @@ class SentenceEncoder:
         """[U, P] context-independent vectors of distinct words by their characters."""
         if self.model.char_cnn is None:
             raise ValueError("a model with word input has no vectors for characters")
-        types, classes, place = by_length(types_UC, self.model.char_cnn.widest)
+        types, classes, place = sort_by_length(types_UC, self.model.char_cnn.widest)
         on_device = torch.from_numpy(place).to(self.device)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.char_cnn.parameters()):
             vectors = self.model.encode_types(torch.from_numpy(types).to(self.device), classes, dtype=self.dtype)

@@ -21,7 +21,7 @@ from elmo_ray.data.corpus import Block, Corpus
 from elmo_ray.data.encode import EncodedBlock, thread_source
 from elmo_ray.data.measures import PositionCounter, PositionCounts
 from elmo_ray.data.sentences import sentence_groups
-from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan, deal
+from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan, split_evenly
 from elmo_ray.data.text import OnError
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.scoring import FixedModel, character_table, stream_losses
@@ -92,7 +92,7 @@ class Job:
     def parts(self, workers: int) -> list[range]:
         """Streams, or blocks with evaluate.reset=sentence, for up to `workers` processes; equal shares of the text."""
         if self.settings.reset == "never":
-            return deal(self.settings.streams, min(workers, self.settings.streams))
+            return split_evenly(self.settings.streams, min(workers, self.settings.streams))
         ends = np.cumsum(self.corpus.block_positions)
         cuts = np.searchsorted(ends, self.corpus.positions * np.arange(1, workers) / workers, side="left")
         edges = [0, *cuts.tolist(), len(self.corpus)]
@@ -186,7 +186,7 @@ class Scorer:
                 # the loader asks for the same shares in the same order
                 for (_, share), block in zip(plan.requests(streams, start, window), encoded, strict=False):
                     shard = int(self.corpus.block_shard[share.block])
-                    counts = self.counter.count(block).part(share.first, share.last)
+                    counts = self.counter.count(block).slice(share.first, share.last)
                     tally.add_counts(shard, counts)
                     labels[share.stream - streams.start].append(2 * shard + counts.known)
                     yield block

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader
-from elmo_ray.data.word_types import Marks
+from elmo_ray.data.word_types import UniqueIndex
 from elmo_ray.errors import ElmoRayError
 from elmo_ray.model.softmax import draw_negatives, log_expected_count
 from elmo_ray.training.graphs import FixedShapes
@@ -73,7 +73,7 @@ class StepAssembler:
         self.directions = 2 if config.model.bidirectional else 1
         rows = -(-config.data.streams // exchange.world)
         self.capacity = rows * config.train.unroll * self.directions * (2 if self.words else 1)
-        self._marks = Marks(n_words)
+        self._unique_index = UniqueIndex(n_words)
 
     def __call__(self, batch: Batch, step: int, flags: Flags) -> tuple[StepInput, Flags]:
         config = self.config
@@ -81,7 +81,9 @@ class StepAssembler:
         drawn = []
         if sampled:
             drawn = [
-                draw_negatives(config.run.seed, step, d, self.n_words, config.softmax.negatives, self._marks.place)
+                draw_negatives(
+                    config.run.seed, step, d, self.n_words, config.softmax.negatives, self._unique_index.index_of
+                )
                 for d in range(self.directions)
             ]
         noise_hash = zlib.crc32(b"".join(n.ids.tobytes() for n in drawn))
@@ -114,7 +116,7 @@ class StepAssembler:
         touched = [gathered.ids[:, :half].ravel(), *(n.ids for n in drawn)]
         if self.words and self.config.softmax.tied:
             touched.append(gathered.ids[:, half:].ravel())
-        rows, place = self._rows(np.concatenate(touched)), self._marks.place
+        rows, place = self._rows(np.concatenate(touched)), self._unique_index.index_of
         precision = np.float64 if self.config.train.precision == "fp64" else np.float32
         safe = np.maximum(batch.targets, 0)
         counts = np.stack([log_expected_count(safe[d], n.tries, self.n_words) for d, n in enumerate(drawn)])
@@ -132,8 +134,8 @@ class StepAssembler:
             result.types = torch.from_numpy(place[inputs])
 
     def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The distinct ids in order, without the -1 of "no position"; `_marks.place` then tells the row of each."""
-        return self._marks.distinct(ids[ids >= 0])
+        """Return the distinct ids in order, without the -1 of "no position"; `index_of` then has the row of each."""
+        return self._unique_index.unique(ids[ids >= 0])
 
 
 class Feeder:

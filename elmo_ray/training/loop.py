@@ -14,7 +14,7 @@ from elmo_ray.checkpoints.read import Checkpoint, open_checkpoint
 from elmo_ray.config.schema import Duration
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import thread_source
-from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
+from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, split_evenly
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.scoring import LossSums, Validation, character_table
 from elmo_ray.errors import ElmoRayError, TrainingError
@@ -89,7 +89,7 @@ class _Run:
             corpus, config.data.streams, seed, config.data.shuffle == "blocks", int(duration.amount) if whole else None
         )
         self.total_steps = self._steps(duration)
-        self.streams = deal(config.data.streams, worker.world)[worker.rank]
+        self.streams = split_evenly(config.data.streams, worker.world)[worker.rank]
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         self.valid_plan = None
         if self.plan.valid_path is not None and config.train.validate_every is not None:
@@ -120,7 +120,7 @@ class _Run:
             )
             self.validation = Validation(
                 self.valid_plan,
-                deal(config.evaluate.streams, worker.world)[worker.rank],
+                split_evenly(config.evaluate.streams, worker.world)[worker.rank],
                 source,
                 self.vocabulary,
                 self.unroll,

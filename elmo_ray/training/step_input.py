@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elmo_ray.data.streams import deal
+from elmo_ray.data.streams import split_evenly
 
 
 @dataclass
@@ -97,7 +97,7 @@ def micro_batches_of(batch: StepInput, count: int) -> Iterator[tuple[range, Step
     if count == 1 or rows == 1:
         yield range(rows), batch
         return
-    for share in deal(rows, min(count, rows)):
+    for share in split_evenly(rows, min(count, rows)):
         part = copy.copy(batch)
         for name, dimension in _BY_ROWS.items():
             value = getattr(batch, name)

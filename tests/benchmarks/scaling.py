@@ -43,7 +43,7 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.scan import index_shard
-from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
+from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, split_evenly
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.scoring import character_table
 from elmo_ray.machine import keep_freed_memory
@@ -171,7 +171,7 @@ def run(rank: int, case: dict[str, Any], folder: Path, traffic: Traffic) -> dict
     corpus = Corpus.load(folder / "corpus.npz")
     model = BiLM(config.model, config.softmax, vocabulary.size)
     model.reset_parameters(1)
-    streams = deal(config.data.streams, world)[rank]
+    streams = split_evenly(config.data.streams, world)[rank]
     step = TrainStep(config, model, len(streams), rank, world)
     ranks = Ranks(rank, world)
     loader = StreamLoader(

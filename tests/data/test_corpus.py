@@ -134,7 +134,7 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert Corpus.from_shards(corpus.shards[::-1]).fingerprint != corpus.fingerprint
     recut = [index_shard(shard.path, 5000) for shard in corpus.shards]
     assert Corpus.from_shards(recut).fingerprint != corpus.fingerprint
-    assert corpus.choose(np.arange(3)).fingerprint != corpus.fingerprint
+    assert corpus.select(np.arange(3)).fingerprint != corpus.fingerprint
     write(tmp_path, "line x\n" * 10, "10.txt")
     changed = [index_shard(shard.path, 4096) for shard in corpus.shards]
     assert Corpus.from_shards(changed).fingerprint != corpus.fingerprint

@@ -22,7 +22,7 @@ def test_counts() -> None:
     assert counts.known.tolist() == known
     assert counts.unknown.tolist() == unknown
     assert counts.characters.tolist() == characters
-    part = counts.part(2, 7)
+    part = counts.slice(2, 7)
     assert part.known.tolist() == known[2:7] and part.characters.tolist() == characters[2:7]
 
 

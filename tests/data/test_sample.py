@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from elmo_ray.data.sample import SampleCorpus, gather, sentences, tokenise
+from elmo_ray.data.sample import SampleCorpus, prose_sentences, tokenise, write_sample
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> SampleCorpus:
-    return gather(tmp_path_factory.mktemp("sample"))
+    return write_sample(tmp_path_factory.mktemp("sample"))
 
 
 def lines(paths: tuple[str, ...]) -> list[str]:
@@ -47,10 +47,10 @@ def test_it_is_english(corpus: SampleCorpus) -> None:
 def test_gathered_once_and_the_same_everywhere(corpus: SampleCorpus, tmp_path: Path) -> None:
     folder = Path(corpus.train[0]).parent
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert gather(folder) == corpus
+    assert write_sample(folder) == corpus
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     # In another process, with another hash seed.
-    code = f"from elmo_ray.data.sample import gather; gather({str(tmp_path)!r})"
+    code = f"from elmo_ray.data.sample import write_sample; write_sample({str(tmp_path)!r})"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={"PYTHONHASHSEED": "7", "PATH": ""})
     for path in folder.iterdir():
@@ -63,7 +63,7 @@ def test_what_is_missing_is_gathered_again(corpus: SampleCorpus, tmp_path: Path)
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "valid.txt").unlink()
     note = json.loads((tmp_path / "sample.json").read_text("utf-8"))
-    assert gather(tmp_path).tokens == note["tokens"]
+    assert write_sample(tmp_path).tokens == note["tokens"]
     assert (tmp_path / "valid.txt").exists()
 
 
@@ -88,7 +88,7 @@ def test_prose_of_a_docstring() -> None:
     | cell | a table is not a sentence . |
     +------+-----------------------------+
     """
-    assert list(sentences(text)) == [
+    assert list(prose_sentences(text)) == [
         "Return the number of items , e.g. the length of a list .",
         "This does n't include the header ( see count_all ) .",
         "The second sentence is on two well-known lines .",

@@ -20,7 +20,7 @@ from elmo_ray.data.characters import N_CHARACTERS, PADDING
 from elmo_ray.data.corpus import Block, Corpus
 from elmo_ray.data.encode import EncodedBlock, thread_source
 from elmo_ray.data.scan import index_shard
-from elmo_ray.data.streams import Batch, BlockSource, StreamCursors, StreamLoader, StreamPlan, deal, read_all
+from elmo_ray.data.streams import Batch, BlockSource, StreamCursors, StreamLoader, StreamPlan, read_all, split_evenly
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import DataError
@@ -151,7 +151,7 @@ def loaders(
             unroll,
             table,
         )
-        for part in deal(plan.n_streams, workers)
+        for part in split_evenly(plan.n_streams, workers)
     ]
 
 
@@ -392,7 +392,7 @@ def test_few_blocks_are_read_ahead(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("n_streams", "workers"), [(7, 3), (4, 4), (10, 1), (9, 2), (384, 5)])
 def test_streams_are_dealt_equally(n_streams: int, workers: int) -> None:
-    ranges = deal(n_streams, workers)
+    ranges = split_evenly(n_streams, workers)
     assert [s for r in ranges for s in r] == list(range(n_streams))
     counts = [len(r) for r in ranges]
     assert len(ranges) == workers and max(counts) - min(counts) <= 1

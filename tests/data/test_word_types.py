@@ -6,17 +6,17 @@ import numpy as np
 
 from elmo_ray.data.characters import encode_words
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
-from elmo_ray.data.word_types import Marks, TypeTable, distinct_types
+from elmo_ray.data.word_types import TypeTable, UniqueIndex, distinct_types
 
 C = 12
 
 
 def test_marks_find_what_sorting_finds_time_after_time() -> None:
-    random, marks = np.random.default_rng(1), Marks(90)
+    random, unique_index = np.random.default_rng(1), UniqueIndex(90)
     for size in (40, 1, 0, 500, 7):
         ids = random.integers(0, 90, size)
         expected, places = np.unique(ids, return_inverse=True)
-        assert np.array_equal(marks.distinct(ids), expected) and np.array_equal(marks.place[ids], places)
+        assert np.array_equal(unique_index.unique(ids), expected) and np.array_equal(unique_index.index_of[ids], places)
 
 
 def test_numbers_of_unknown_words_do_not_matter() -> None:

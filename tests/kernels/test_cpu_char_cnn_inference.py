@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elmo_ray.config.model import CharCnnConfig
-from elmo_ray.data.word_types import by_length, encode_with_markers
+from elmo_ray.data.word_types import encode_with_markers, sort_by_length
 from elmo_ray.kernels.cpu.char_cnn_inference import FixedCharCnn
 from elmo_ray.model.char_cnn import CharCnn
 
@@ -38,7 +38,7 @@ def test_vectors(config: dict[str, object], n_words: int) -> None:
     with torch.no_grad():
         for parameter in cnn.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    types, classes, _ = by_length(encode_with_markers(WORDS[:n_words], 14), cnn.widest)
+    types, classes, _ = sort_by_length(encode_with_markers(WORDS[:n_words], 14), cnn.widest)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         cnn = cnn.to(dtype)
         with torch.no_grad():

@@ -15,7 +15,7 @@ from helpers.tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config, write_corpu
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.corpus import Block, Corpus
 from elmo_ray.data.encode import EncodedBlock, thread_source
-from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, deal
+from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, split_evenly
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import DataError
@@ -125,7 +125,7 @@ def test_resets_do_not_depend_on_workers(corpus: tuple[Corpus, Vocabulary]) -> N
             elif reset == "block":
                 assert np.array_equal(whole, batch.new_block)
             else:
-                parts = [reset_rows(reset, batch, part, 7, 5, step) for part in deal(7, 3)]
+                parts = [reset_rows(reset, batch, part, 7, 5, step) for part in split_evenly(7, 3)]
                 assert np.array_equal(np.concatenate(parts), whole)
     batch = batches[0]
     often = np.stack([reset_rows(0.1, batch, range(7), 7, 5, step) for step in range(3000)])
