@@ -67,7 +67,7 @@ class DryRun:
             f"devices seen: {', '.join(self.devices)}",
         ]
         if config.optim.name == "adamw":
-            lines.append("optim.name=adamw trains the dense part; the word tables keep Adagrad (optim.table_lr)")
+            lines.append("optim.name=adamw trains the dense parameters; the word tables keep Adagrad (optim.table_lr)")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
