@@ -29,7 +29,7 @@ from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import ComputeConfig, EvaluateConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.data.corpus import Corpus
-from elmo_ray.elmo.evaluation import Job, Tally, measure_part
+from elmo_ray.elmo.evaluation import EvaluationJob, LossTotals, measure_share
 from elmo_ray.elmo.scoring import LossSums
 from elmo_ray.errors import DataError, FormatError
 
@@ -136,7 +136,7 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
     if flags is not None and flags.dry_run:
         return EvaluatePlan(source.describe(), config, corpus)
     origin = source.origin or str(source.path)
-    job = Job(origin, source.fingerprint, corpus, config.evaluate, config.data.on_error, options, vocab)
+    job = EvaluationJob(origin, source.fingerprint, corpus, config.evaluate, config.data.on_error, options, vocab)
     start = time.monotonic()
     tally = _measure_here(job, source, cluster) if cluster.workers == 0 else _measure_on_ray(job, cluster)
     seconds = time.monotonic() - start
@@ -159,7 +159,7 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
     return EvaluateResult(source.describe(), {**values, **about})
 
 
-def all_measures(tally: Tally, corpus: Corpus) -> dict[str, Any]:
+def all_measures(tally: LossTotals, corpus: Corpus) -> dict[str, Any]:
     """Measures of all the text, with `without_unknown`, and `shards` in the order of the corpus."""
     tokens = np.bincount(corpus.block_shard, corpus.block_tokens, len(corpus.shards)).astype(np.int64)
     characters = np.bincount(corpus.block_shard, corpus.block_characters, len(corpus.shards)).astype(np.int64)
@@ -171,7 +171,7 @@ def all_measures(tally: Tally, corpus: Corpus) -> dict[str, Any]:
     return {**_text_measures(tally, tokens, characters, everything), "shards": shards}
 
 
-def _text_measures(tally: Tally, tokens: np.ndarray, characters: np.ndarray, shards: slice) -> dict[str, Any]:
+def _text_measures(tally: LossTotals, tokens: np.ndarray, characters: np.ndarray, shards: slice) -> dict[str, Any]:
     nats = tally.nats[:, :, shards].sum(axis=2)
     positions = tally.positions[:, shards].sum(axis=1)
     unknown = int(tally.unknown[:, shards].sum())
@@ -206,14 +206,14 @@ def measures(nats: np.ndarray, positions: int, characters: int) -> dict[str, Any
     return {**finite, "positions": positions, "characters": characters}
 
 
-def _measure_here(job: Job, source: Source, cluster: ComputeConfig) -> Tally:
+def _measure_here(job: EvaluationJob, source: Source, cluster: ComputeConfig) -> LossTotals:
     with in_this_process(cluster) as device:
-        (part,) = job.parts(1)
+        (part,) = job.shares(1)
         return job.measure(part, source.model.to(device), source.vocabulary)
 
 
-def _measure_on_ray(job: Job, cluster: ComputeConfig) -> Tally:
-    parts = job.parts(cluster.workers)
+def _measure_on_ray(job: EvaluationJob, cluster: ComputeConfig) -> LossTotals:
+    parts = job.shares(cluster.workers)
     if len(parts) < cluster.workers:
         logger.info("the text has %d parts, so %d workers are used", len(parts), len(parts))
     # Parts can wait for one another, so one place is enough; but a GPU is used unasked only where each part gets one.
@@ -221,7 +221,7 @@ def _measure_on_ray(job: Job, cluster: ComputeConfig) -> Tally:
     check_room(cluster, 1, device)
     tallies = dict(
         run_tasks(
-            functools.partial(measure_part, job, device=TORCH_NAMES[device]),
+            functools.partial(measure_share, job, device=TORCH_NAMES[device]),
             parts,
             workers=len(parts),
             cpus=cluster.cpus_per_worker,

@@ -25,7 +25,7 @@ from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.storage import is_uri, join, read_bytes
 from elmo_ray.storage.files import write_json
 from elmo_ray.storage.local_copy import local_folder, mirror_of, origin, send
-from elmo_ray.training.console import shown
+from elmo_ray.training.console import show_metrics
 from elmo_ray.training.dry_run import DryRun, dry_run
 from elmo_ray.training.plan import TrainPlan
 from elmo_ray.training.run_folder import RunFolder, open_run
@@ -157,7 +157,7 @@ def fit_and_show(plan: TrainPlan, device: Device) -> dict[str, Any]:
     if mirror is not None:
         mirror.pull("metrics/*", "logs/*")
         mirror.pull_always("metrics/*", "logs/*")
-    with shown(local_folder(plan.run_dir)):
+    with show_metrics(local_folder(plan.run_dir)):
         try:
             return fit(plan, device=device)
         finally:

@@ -1,4 +1,4 @@
-"""The biLM in use: sentences to vectors, probabilities and neighbours, without Ray."""
+"""Use of a trained biLM without Ray: vectors, word probabilities and nearest words of sentences."""
 
 from elmo_ray.elmo.layer import Elmo, batch_to_ids
 

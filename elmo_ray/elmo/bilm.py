@@ -1,9 +1,9 @@
-"""The biLM inside the Elmo layer: tensors of character ids in, the activations of every layer out.
+"""The biLM inside the Elmo layer: it takes tensors of character ids and returns the activations of every layer.
 
-What AllenNLP's code knows as `elmo._elmo_lstm`, with the attributes that programs reach for. Shapes: B sentences, T
-words of the longest, C characters, D directions, P projection, U distinct words.
+AllenNLP's code knows it as `elmo._elmo_lstm`; it has the attributes that programs written for AllenNLP use. It keeps
+the LSTM state from call to call, row by row, as AllenNLP's does by default.
 
-The LSTM state that a layer keeps from call to call, row by row, as AllenNLP's does without asking.
+Shapes: B sentences, T words of the longest sentence, C characters, D directions, P projection, U distinct words.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from elmo_ray.storage.url_cache import local_file
 
 
 class CarriedState:
-    """Row b of a batch goes on where row b of the batch before ended; `stateful=False` starts every sentence at zero.
+    """LSTM state that is carried from batch to batch: row b begins where row b of the previous batch ended.
 
-    A smaller batch uses and updates the first rows, the others wait; new rows of a larger batch begin at zero.
+    A smaller batch uses and updates the first rows and leaves the others as they are; the additional rows of a larger
+    batch begin at zero. With `stateful=False` every sentence begins at zero.
     """
 
     def __init__(self, stateful: bool = True):
@@ -45,7 +46,7 @@ class CarriedState:
         self._states: LstmState | None = None
 
     def start(self, rows: int, like: Tensor) -> LstmState | None:
-        """The state that `rows` rows begin with, on the device and in the type of `like`; None for zeros."""
+        """Return the state with which `rows` rows begin, on the device and in the dtype of `like`; None for zeros."""
         if not self.stateful or self._states is None:
             return None
         kept = [tensor[:, :, :rows].to(like) for tensor in self._states]
@@ -55,7 +56,7 @@ class CarriedState:
         return LstmState(*kept)
 
     def keep(self, after: LstmState) -> None:
-        """Takes the state at the end of a batch."""
+        """Keep the state at the end of a batch."""
         if not self.stateful:
             return
         if self._states is not None and self._states.cell.shape[2] > after.cell.shape[2]:
@@ -69,7 +70,7 @@ class CarriedState:
         self._states = after.detach()
 
     def reset_states(self, mask: Tensor | None = None) -> None:
-        """Forgets all rows, or those where `mask` [rows] is set; raises ConfigError for another number of rows."""
+        """Reset all rows to zero, or those where `mask` [rows] is set. Raise ConfigError for another number of rows."""
         if mask is None or self._states is None:
             self._states = None
             return
@@ -90,9 +91,10 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 class ElmoBiLm(nn.Module):
     """A biLM over batches of sentences.
 
-    options_file, weight_file: bilm-tf's pair, paths or URLs; or `model`, a BiLM in memory, which is used as it is.
-    vocabulary: of a model with word input. vocab_to_cache, requires_grad: as in `Elmo`. precision: bf16 for the
-    products. Raises FormatError for files that are not there or not a biLM's, ConfigError for settings that do not fit.
+    options_file, weight_file: bilm-tf's pair of files, each a path or a URL. model: a BiLM in memory, which is used as
+    it is in place of the two files. vocabulary: needed for a model with word input. vocab_to_cache, requires_grad: as
+    in `Elmo`. precision: bf16 computes the matrix products in bfloat16. Raises FormatError for files that are missing
+    or do not hold a biLM, ConfigError for settings that do not fit.
     """
 
     def __init__(
@@ -131,28 +133,28 @@ class ElmoBiLm(nn.Module):
         return self.bilm.config.char_cnn.max_characters
 
     def get_output_dim(self) -> int:
-        """D * P."""
+        """Return the size of a position's vector, D * P."""
         return self.bilm.directions * self.bilm.config.lstm.projection_dim
 
     def reset_states(self, mask: Tensor | None = None) -> None:
-        """The next batch begins at zero, or those of its rows that `mask` names."""
+        """Let the next batch begin at zero, or only its rows where `mask` [rows] is set."""
         self._elmo_lstm.reset_states(mask)
 
     def forward(self, inputs: Tensor, word_inputs: Tensor | None = None) -> dict[str, Any]:
-        """`activations`, a list of [B, T + 2, D * P] for the word vectors and each LSTM layer, and `mask` [B, T + 2],
-        both with the sentence markers.
+        """Return `activations`, a list of [B, T + 2, D * P] for the word vectors and each LSTM layer, and the `mask`.
 
-        inputs: [B, T, C] as from `batch_to_ids`; for a model with word input [B, T] vocabulary ids plus one, 0 for
-        padding. word_inputs: [B, T] places in `vocab_to_cache`, 0 for padding, used instead of `inputs` where there is
-        such a list and they are in it. Raises ConfigError for ids that are none.
+        Both include the sentence markers; the mask is [B, T + 2]. inputs: [B, T, C] as from `batch_to_ids`; for a model
+        with word input [B, T] vocabulary ids plus one, 0 for padding. word_inputs: [B, T] indices into
+        `vocab_to_cache`, 0 for padding; they are used instead of `inputs` if there is such a list and all of them are
+        in it. Raises ConfigError for ids out of range.
         """
         device = self._encoder.device
         if self._word_embedding is not None and word_inputs is not None and self._has(word_inputs):
             lengths = _lengths(word_inputs.cpu().numpy() > 0)
-            words, places = torch.unique(word_inputs.to(device), return_inverse=True)
+            words, indices = torch.unique(word_inputs.to(device), return_inverse=True)
             cached = F.embedding(words, self._word_embedding.weight)
             vectors = torch.cat([self._marker_embeddings.to(cached), cached])
-            return self._run(vectors, places + 2, lengths, 0, 1)
+            return self._run(vectors, indices + 2, lengths, 0, 1)
         if self.bilm.word_embedding is not None:
             return self._from_word_ids(inputs)
         return self._from_characters(inputs)
@@ -161,9 +163,11 @@ class ElmoBiLm(nn.Module):
         chars_BTC, lengths = self._characters(inputs)
         b, t, c = chars_BTC.shape
         rows = np.concatenate([sentence_marker_rows(c), chars_BTC.reshape(-1, c)])
-        types, places = distinct_rows(rows)
+        types, indices = distinct_rows(rows)
         vectors = self._vectors(types)
-        return self._run(vectors, torch.from_numpy(places[2:].reshape(b, t)), lengths, int(places[0]), int(places[1]))
+        return self._run(
+            vectors, torch.from_numpy(indices[2:].reshape(b, t)), lengths, int(indices[0]), int(indices[1])
+        )
 
     def _from_word_ids(self, inputs: Tensor) -> dict[str, Any]:
         if inputs.dim() != 2:
@@ -174,13 +178,13 @@ class ElmoBiLm(nn.Module):
         ids = inputs.cpu().numpy()
         if ids.size and (ids.min() < 0 or ids.max() > len(table)):
             raise ConfigError(f"inputs have word ids beyond 0 to {len(table)}")
-        places = (inputs - 1).clamp_min(0)
-        return self._run(table, places, _lengths(ids > 0), vocabulary.bos, vocabulary.eos)
+        indices = (inputs - 1).clamp_min(0)
+        return self._run(table, indices, _lengths(ids > 0), vocabulary.bos, vocabulary.eos)
 
-    def _run(self, vectors_UP: Tensor, places_BT: Tensor, lengths: IntArray, bos: int, eos: int) -> dict[str, Any]:
-        b, t = places_BT.shape
-        full = places_BT.new_full((b, t + 2), bos)
-        full[:, 1:-1] = places_BT
+    def _run(self, vectors_UP: Tensor, indices_BT: Tensor, lengths: IntArray, bos: int, eos: int) -> dict[str, Any]:
+        b, t = indices_BT.shape
+        full = indices_BT.new_full((b, t + 2), bos)
+        full[:, 1:-1] = indices_BT
         full.scatter_(1, torch.from_numpy(lengths + 1)[:, None].to(full.device), eos)
         positions = lengths + 2
         full = full.to(vectors_UP.device)
@@ -191,20 +195,22 @@ class ElmoBiLm(nn.Module):
         return {"activations": layers, "mask": mask.to(vectors_UP.device)}
 
     def _characters(self, inputs: Tensor) -> tuple[NDArray[np.int16], IntArray]:
-        """[B, T, C] ids as in training, padding words as any, and the words of each sentence."""
+        """Return [B, T, C] ids as in training, with padding words as any other, and [B] the words of each sentence."""
         if inputs.dim() != 3:
             raise ConfigError(f"inputs have shape {list(inputs.shape)}; characters are [sentences, words, ids]")
         ids = inputs.detach().cpu().numpy()
         if ids.size and (ids.min() < 0 or ids.max() > N_CHARACTERS):
             raise ConfigError(f"inputs have character ids beyond 0 to {N_CHARACTERS}; batch_to_ids makes them")
         words_BT: NDArray[np.bool_] = np.asarray((ids > 0).any(axis=2))
-        # an id of 0 within a word is a character without a vector, see `_vectors`
+        # an id of 0 within a word stands for a character whose vector is zero, see `_vectors`
         chars = np.where(ids > 0, ids - 1, np.where(words_BT[:, :, None], _NO_CHARACTER, PADDING)).astype(np.int16)
         return _to_width(chars, self.max_characters), _lengths(words_BT)
 
     def _vectors(self, types_UC: NDArray[np.int16]) -> Tensor:
-        """[U, P]; also of words with characters whose vector is zero, as AllenNLP has them for ids of 0. Such words are
-        not made by `batch_to_ids`."""
+        """Return [U, P] vectors of words.
+
+        A character id of 0 within a word has a zero vector, as in AllenNLP; `batch_to_ids` makes no such word.
+        """
         if self.bilm.char_cnn is None or not (types_UC == _NO_CHARACTER).any():
             return self._encoder.word_vectors(types_UC)
         embedding = self.bilm.char_cnn.embedding
@@ -217,15 +223,18 @@ class ElmoBiLm(nn.Module):
         return not word_inputs.numel() or (int(word_inputs.min()) >= 0 and int(word_inputs.max()) < size)
 
     def create_cached_cnn_embeddings(self, tokens: Sequence[str]) -> None:
-        """Computes the vectors of `tokens` once; `word_inputs` are then places in this list, the first is padding."""
+        """Compute the vectors of `tokens` once; `word_inputs` are then indices into this list.
+
+        The first of the tokens is padding.
+        """
         if self.bilm.char_cnn is None:
             raise ConfigError("vocab_to_cache is for a model with characters; this one has a table of words")
         if self._requires_grad:
             logger.warning("the char CNN does not learn from words of vocab_to_cache, their vectors learn instead")
         markers = sentence_marker_rows(self.max_characters)
-        types, places = distinct_rows(np.concatenate([markers, encode_with_markers(tokens, self.max_characters)]))
+        types, indices = distinct_rows(np.concatenate([markers, encode_with_markers(tokens, self.max_characters)]))
         with torch.no_grad():
-            vectors = self._encoder.word_vectors(types)[torch.from_numpy(places).to(self._encoder.device)]
+            vectors = self._encoder.word_vectors(types)[torch.from_numpy(indices).to(self._encoder.device)]
         self.register_buffer("_marker_embeddings", vectors[:2].clone(), persistent=False)
         words = vectors[2:].clone()
         words[0] = 0
@@ -233,7 +242,7 @@ class ElmoBiLm(nn.Module):
 
 
 class ElmoCharacterEncoder(nn.Module):
-    """The context-independent part alone: [B, T, C] ids to `token_embedding` [B, T + 2, P] and `mask` [B, T + 2]."""
+    """The char CNN alone: from [B, T, C] ids to `token_embedding` [B, T + 2, P] and `mask` [B, T + 2]."""
 
     def __init__(self, options_file: Path, weight_file: Path, requires_grad: bool = False):
         super().__init__()
@@ -242,7 +251,7 @@ class ElmoCharacterEncoder(nn.Module):
         self.requires_grad = requires_grad
 
     def get_output_dim(self) -> int:
-        """P."""
+        """Return the size of a word's vector, P."""
         return self.output_dim
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -252,26 +261,32 @@ class ElmoCharacterEncoder(nn.Module):
 
 
 def read_bilm(options_file: Path, weight_file: Path) -> BiLM:
-    """The model of a published pair of files, each a path or a URL; without gradients. Raises FormatError."""
+    """Read the model of a published pair of files, each a path or a URL; without gradients. Raises FormatError."""
     options, weights = local_file(options_file), local_file(weight_file)
     config, _ = from_options(read_options(options), str(options), published=True)
     return read_weights(weights, config)
 
 
 def without_softmax(model: BiLM) -> BiLM:
-    """The same parameters in a model that has no softmax table, which is most of a checkpoint and of no use here."""
+    """Return a model of the same parameters without the softmax table.
+
+    The table is most of a checkpoint and of no use here.
+    """
     return _rebuilt(model.config, model.state_dict(), 0 if model.word_embedding is None else len(model.word_embedding))
 
 
 def with_word_vectors(model: BiLM, vectors_VP: Tensor) -> BiLM:
-    """The model with a table of word vectors in the place of its char CNN, as bilm-tf runs from its token cache."""
+    """Return the model with a table of word vectors in place of its char CNN, as bilm-tf runs from its token cache."""
     config = ModelConfig(input="words", bidirectional=model.config.bidirectional, lstm=model.config.lstm)
     tensors = {name: x for name, x in model.state_dict().items() if name.startswith("lstm.")}
     return _rebuilt(config, {**tensors, "word_embedding": vectors_VP}, len(vectors_VP))
 
 
 def read_word_vectors(path: Path, width: int) -> Tensor:
-    """[V, P] of the `embedding` in a file that `embed` or bilm-tf's dump_token_embeddings wrote. Raises FormatError."""
+    """Read [V, P] word vectors, the `embedding` of a file written by `embed` or bilm-tf's dump_token_embeddings.
+
+    Raises FormatError where the file cannot be read or the vectors are not `width` numbers long.
+    """
     local = local_file(path)
     try:
         with h5py.File(local, "r") as file:
@@ -299,7 +314,7 @@ def _lengths(words_BT: NDArray[np.bool_]) -> IntArray:
 
 
 def _to_width(chars_BTC: NDArray[np.int16], width: int) -> NDArray[np.int16]:
-    """Ids of words of another number of characters, such as encoding them anew would give: cut, or padded."""
+    """Return the ids for words of `width` characters, cut or padded as encoding the words anew would do."""
     given = chars_BTC.shape[2]
     if given == width:
         return chars_BTC
@@ -308,6 +323,6 @@ def _to_width(chars_BTC: NDArray[np.int16], width: int) -> NDArray[np.int16]:
             raise ConfigError(f"words have {given} ids and may be cut off; this model's words have {width}")
         return np.pad(chars_BTC, ((0, 0), (0, 0), (0, width - given)), constant_values=PADDING)
     cut = chars_BTC[..., :width].copy()
-    # what has neither ended nor is padding at the new last place was longer
+    # a word that has not ended at the new last character was longer: its last id is the end of a word
     cut[..., -1] = np.where(cut[..., -1] == PADDING, PADDING, WORD_END)
     return cut

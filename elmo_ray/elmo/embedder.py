@@ -1,6 +1,7 @@
-"""Tokenised sentences to arrays, without a task's model: what AllenNLP's `ElmoEmbedder` was.
+"""Two further ways to use the biLM, by the names that AllenNLP gave them.
 
-One ELMo representation as the input of a task's model: what AllenNLP's `ElmoTokenEmbedder` was.
+`ElmoEmbedder` turns tokenised sentences into arrays, without a task's model; `ElmoTokenEmbedder` is a module that gives
+a task's model one representation of each word.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ DEFAULT_OPTIONS_FILE, DEFAULT_WEIGHT_FILE = f"{_PUBLISHED}options.json", f"{_PUB
 
 
 class ElmoEmbedder:
-    """Embeds sentences with a published pair of files, each a path or a URL.
+    """Embedder of tokenised sentences with a published pair of files, each a path or a URL.
 
-    cuda_device: a GPU's number, -1 for the CPU. State is carried from batch to batch as in `Elmo`; stateful=False
-    begins every sentence at zero, so that its vectors do not depend on what came before.
+    cuda_device: the number of a GPU, or -1 for the CPU. State is carried from batch to batch as in `Elmo`;
+    stateful=False begins every sentence at zero, so that its vectors do not depend on the sentences before.
     """
 
     def __init__(
@@ -54,19 +55,22 @@ class ElmoEmbedder:
 
     @torch.no_grad()
     def batch_to_embeddings(self, batch: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-        """[B, layers, T, dim] without sentence markers, 0 for padding, and the mask [B, T]."""
+        """Return [B, layers, T, dim] without sentence markers, 0 for padding, and the mask [B, T]."""
         output: dict[str, Any] = self.elmo_bilm(batch_to_ids(batch, self.elmo_bilm.max_characters))
         mask = output["mask"][:, 2:]
         layers = [torch.where(mask[..., None], layer[:, 1:-1], 0.0) for layer in output["activations"]]
         return torch.stack(layers, dim=1), mask
 
     def embed_sentence(self, sentence: Sequence[str]) -> NDArray[np.float32]:
-        """[layers, words, dim] of one tokenised sentence."""
+        """Return [layers, words, dim] of one tokenised sentence."""
         return self.embed_batch([sentence])[0]
 
     def embed_batch(self, batch: Sequence[Sequence[str]]) -> list[NDArray[np.float32]]:
-        """[layers, words, dim] of each sentence. One without words has a row of state like any other, but alone it is
-        not computed, as in AllenNLP."""
+        """Return [layers, words, dim] of each sentence.
+
+        A sentence without words has a row of state like any other; a batch of nothing but one such sentence is not
+        computed, as in AllenNLP.
+        """
         if all(not sentence for sentence in batch) and len(batch) < 2:
             return [np.zeros((self.layers, 0, self.elmo_bilm.get_output_dim()), np.float32) for _ in batch]
         embeddings, _ = self.batch_to_embeddings(batch)
@@ -76,14 +80,14 @@ class ElmoEmbedder:
     def embed_sentences(
         self, sentences: Iterable[Sequence[str]], batch_size: int = 64
     ) -> Iterator[NDArray[np.float32]]:
-        """`embed_batch` of any number of sentences, in their order."""
+        """Yield the arrays of `embed_batch` for any number of sentences, in their order."""
         waiting = iter(sentences)
         while batch := list(itertools.islice(waiting, batch_size)):
             yield from self.embed_batch(batch)
 
 
 class ElmoTokenEmbedder(nn.Module):
-    """`Elmo` with one mixture, and a linear layer to `projection_dim` where that is given. Other arguments as there."""
+    """`Elmo` with one mixture, and a linear layer to `projection_dim` if given. Other arguments as in `Elmo`."""
 
     def __init__(
         self,
@@ -113,10 +117,10 @@ class ElmoTokenEmbedder(nn.Module):
         self._projection = nn.Linear(self._elmo.get_output_dim(), projection_dim) if projection_dim else None
 
     def get_output_dim(self) -> int:
-        """The size of a word's vector."""
+        """Return the size of a word's vector."""
         return self.output_dim
 
     def forward(self, elmo_tokens: Tensor, word_inputs: Tensor | None = None) -> Tensor:
-        """[B, T, get_output_dim()]; arguments as for `Elmo`."""
+        """Return [B, T, get_output_dim()]; arguments as for `Elmo`."""
         representation: Tensor = self._elmo(elmo_tokens, word_inputs)["elmo_representations"][0]
         return representation if self._projection is None else self._projection(representation)

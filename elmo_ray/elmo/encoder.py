@@ -1,14 +1,12 @@
-"""Batches of whole sentences through the biLM: every layer at every position, sentence markers included.
+"""Whole sentences through the biLM: every layer at every position.
 
-The char CNN runs once for each distinct word and keeps what it made while nothing trains; lengths are packed. With
-gradients, the trained LSTM runs over padded rows instead.
-Shapes: D directions, B sentences, T positions of the longest, U distinct words, C characters, P projection.
+`SentenceEncoder` does it for batches. The char CNN runs once for each distinct word, and its vectors are kept while
+nothing trains. Without gradients the LSTM runs over packed positions where there is a kernel for it; with gradients, or
+without a kernel, the plain model runs over padded rows. `encode_sentences` prepares tokenised sentences for it.
+`embed_sentences` does it sentence by sentence with the plain model, as bilm-tf, AllenNLP and simple_elmo do.
 
-Tokenised sentences as the input of a `SentenceEncoder`.
-
-Sentences to vectors: every layer of the biLM at every word, as bilm-tf, AllenNLP and simple_elmo give them.
-
-Shapes: D directions, T window, P projection, L layers, C characters.
+Shapes: D directions, B sentences, T positions of the longest sentence with its markers, N packed positions, U distinct
+words, C characters, P projection, L layers.
 """
 
 from __future__ import annotations
@@ -37,10 +35,10 @@ IntArray = NDArray[np.int64]
 
 
 class Packing(NamedTuple):
-    """Where the positions of B sentences lie when they are packed.
+    """Order of the positions of B sentences when they are packed: time by time, and in each time step longest first.
 
-    order: [B] longest first. rows: how many each time step has. at: [D, N] of each packed position its place in the
-    flattened [B, T], for the backward direction counted from its sentence's end.
+    order: [B] sentences, longest first. rows: the number of sentences in each time step. at: [D, N] for each packed
+    position its index in the flattened [B, T]; the backward direction counts from the end of its sentence.
     """
 
     order: IntArray
@@ -48,7 +46,8 @@ class Packing(NamedTuple):
     at: IntArray
 
     @classmethod
-    def of(cls, lengths_B: IntArray, width: int, directions: int) -> Packing:
+    def from_lengths(cls, lengths_B: IntArray, width: int, directions: int) -> Packing:
+        """Pack sentences of these lengths, which lie in rows of `width` positions."""
         order = np.argsort(-lengths_B, kind="stable")
         longest_first = lengths_B[order]
         steps = np.arange(int(longest_first[0]))
@@ -60,15 +59,18 @@ class Packing(NamedTuple):
         return cls(order, rows.tolist(), np.stack(at))
 
 
-def fingerprint(parameters: Iterable[Tensor]) -> list[tuple[int, int, torch.dtype]]:
-    """Return what changes when a parameter is moved, replaced, or changed in place (but not through its `.data`)."""
+def parameter_versions(parameters: Iterable[Tensor]) -> list[tuple[int, int, torch.dtype]]:
+    """Return values that differ after a parameter was moved, replaced or changed in place.
+
+    A change through a parameter's `.data` is not seen.
+    """
     return [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters]
 
 
 class PackedLstm:
     """The LSTM stack without gradients over packed positions, where there is a kernel for it.
 
-    Its converted weights are made once, and again when a parameter has changed. dtype: of the products.
+    Its weights are converted once, and again after a parameter has changed. dtype: of the matrix products.
     """
 
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None):
@@ -76,13 +78,13 @@ class PackedLstm:
         self._stack: Any = None
         self._made_of: object = None
 
-    def of_now(self, x: Tensor) -> Any:
-        """Return a stack that runs on the device and in the type of x; None where the plain model must do."""
+    def current(self, x: Tensor) -> Any:
+        """Return a stack that runs on the device and in the dtype of x; None where only the plain model can."""
         inference = kernels.lstm_inference(x)
         if inference is None:
             return None
         lstm = self.model.lstm
-        made_of = fingerprint(lstm.parameters())
+        made_of = parameter_versions(lstm.parameters())
         if made_of != self._made_of:
             layers = [layer.weights for layer in lstm.layers]
             config = lstm.config
@@ -92,10 +94,10 @@ class PackedLstm:
 
 
 class SentenceEncoder:
-    """Encodes batches of sentences with a biLM. dtype: of the products, None for the parameters'.
+    """Encoder of batches of sentences. dtype: of the matrix products; None for that of the parameters.
 
-    What is kept between calls (word vectors, converted weights) is made anew when a parameter has changed; it is
-    neither copied nor pickled.
+    Word vectors and converted weights are kept between calls and made anew after a parameter has changed. They are
+    neither copied nor serialised with the encoder.
     """
 
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None, cache_bytes: int = _CACHE_BYTES):
@@ -115,49 +117,48 @@ class SentenceEncoder:
         return next(self.model.parameters()).device
 
     def word_vectors(self, types_UC: NDArray[np.int16]) -> Tensor:
-        """[U, P] context-independent vectors of distinct words by their characters."""
+        """Return [U, P] context-independent vectors of words by their characters. types_UC: distinct words."""
         if self.model.char_cnn is None:
             raise ValueError("a model with word input has no vectors for characters")
-        types, classes, place = sort_by_length(types_UC, self.model.char_cnn.widest)
-        on_device = torch.from_numpy(place).to(self.device)
+        types, classes, new_rows = sort_by_length(types_UC, self.model.char_cnn.widest)
+        on_device = torch.from_numpy(new_rows).to(self.device)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.char_cnn.parameters()):
             vectors = self.model.encode_types(torch.from_numpy(types).to(self.device), classes, dtype=self.dtype)
             return F.embedding(on_device, vectors)
         return self._frozen_cache().vectors(types, classes)[on_device]
 
     def layers(
-        self, vectors_UP: Tensor, places_BT: Tensor, lengths_B: IntArray, state: LstmState | None = None
+        self, vectors_UP: Tensor, indices_BT: Tensor, lengths_B: IntArray, state: LstmState | None = None
     ) -> tuple[list[Tensor], LstmState]:
-        """[B, T, D * P] of the word vectors (once for each direction) and of every LSTM layer, 0 after a sentence's
-        end, and the state after each sentence.
+        """Return [B, T, D * P] for the word vectors and each LSTM layer, and the state after each sentence.
 
-        places_BT: rows of `vectors_UP`; lengths_B: positions of each sentence, 1 at least. state: of B rows, None for
-        zeros.
+        The word vectors are repeated for each direction; values after the end of a sentence are 0. indices_BT: rows of
+        `vectors_UP`. lengths_B: positions of each sentence, at least 1. state: of B rows, None for zeros.
         """
         if state is None:
             state = self.model.lstm.zero_state(len(lengths_B), like=vectors_UP)
         if torch.is_grad_enabled() and (
             vectors_UP.requires_grad or any(p.requires_grad for p in self.model.lstm.parameters())
         ):
-            return self._padded(vectors_UP, places_BT, lengths_B, state)
-        packed = self._packed.of_now(vectors_UP)
+            return self._padded(vectors_UP, indices_BT, lengths_B, state)
+        packed = self._packed.current(vectors_UP)
         if packed is None:
             with torch.no_grad():
-                return self._padded(vectors_UP, places_BT, lengths_B, state)
-        return self._of_packed(packed, vectors_UP, places_BT, lengths_B, state)
+                return self._padded(vectors_UP, indices_BT, lengths_B, state)
+        return self._run_packed(packed, vectors_UP, indices_BT, lengths_B, state)
 
-    def _of_packed(
-        self, packed: Any, vectors_UP: Tensor, places_BT: Tensor, lengths_B: IntArray, state: LstmState
+    def _run_packed(
+        self, packed: Any, vectors_UP: Tensor, indices_BT: Tensor, lengths_B: IntArray, state: LstmState
     ) -> tuple[list[Tensor], LstmState]:
-        b, t = places_BT.shape
+        b, t = indices_BT.shape
         directions, width = self.model.directions, vectors_UP.shape[1]
-        packing = Packing.of(lengths_B, t, directions)
-        at_DN = torch.from_numpy(packing.at).to(places_BT.device)
-        order = torch.from_numpy(packing.order).to(places_BT.device)
-        places_DN = places_BT.reshape(-1)[at_DN]
-        outputs, *after = packed.run(vectors_UP, places_DN, packing.rows, *state.rows(order))
+        packing = Packing.from_lengths(lengths_B, t, directions)
+        at_DN = torch.from_numpy(packing.at).to(indices_BT.device)
+        order = torch.from_numpy(packing.order).to(indices_BT.device)
+        indices_DN = indices_BT.reshape(-1)[at_DN]
+        outputs, *after = packed.run(vectors_UP, indices_DN, packing.rows, *state.rows(order))
         layers = []
-        for output_DNP in (F.embedding(places_DN, vectors_UP), *outputs):
+        for output_DNP in (F.embedding(indices_DN, vectors_UP), *outputs):
             flat = output_DNP.new_zeros(b * t, directions * width)
             for d in range(directions):
                 flat[:, d * width : (d + 1) * width].index_copy_(0, at_DN[d], output_DNP[d])
@@ -165,28 +166,28 @@ class SentenceEncoder:
         return layers, LstmState(*after).rows(torch.argsort(order))
 
     def _padded(
-        self, vectors_UP: Tensor, places_BT: Tensor, lengths_B: IntArray, state: LstmState
+        self, vectors_UP: Tensor, indices_BT: Tensor, lengths_B: IntArray, state: LstmState
     ) -> tuple[list[Tensor], LstmState]:
-        directions, t = self.model.directions, places_BT.shape[1]
-        lengths = torch.from_numpy(lengths_B).to(places_BT.device)
-        times = torch.arange(t, device=places_BT.device)
+        directions, t = self.model.directions, indices_BT.shape[1]
+        lengths = torch.from_numpy(lengths_B).to(indices_BT.device)
+        times = torch.arange(t, device=indices_BT.device)
         mask_BT = times < lengths[:, None]
-        # a sentence from its end to its start and back again; padding stays where it is
+        # indices that turn a sentence round, and back again if used twice; padding stays where it is
         turned_BT = torch.where(mask_BT, lengths[:, None] - 1 - times, times)
-        inputs_DBT = torch.stack([places_BT, places_BT.gather(1, turned_BT)][:directions])
+        inputs_DBT = torch.stack([indices_BT, indices_BT.gather(1, turned_BT)][:directions])
         x_DTBP = F.embedding(inputs_DBT.transpose(1, 2), vectors_UP)
         outputs, after = self.model.lstm(x_DTBP, state, lengths, None, self.dtype)
         layers = []
         for output_DTBP in (x_DTBP, *outputs):
-            sides = [output_DTBP[0].transpose(0, 1)]
+            by_direction = [output_DTBP[0].transpose(0, 1)]
             if directions == 2:
                 backward = output_DTBP[1].transpose(0, 1)
-                sides.append(backward.gather(1, turned_BT[..., None].expand_as(backward)))
-            layers.append(torch.cat(sides, dim=-1) * mask_BT[..., None])
+                by_direction.append(backward.gather(1, turned_BT[..., None].expand_as(backward)))
+            layers.append(torch.cat(by_direction, dim=-1) * mask_BT[..., None])
         return layers, after.detach()
 
     def _frozen_cache(self) -> WordCache:
-        made_of = fingerprint(list(self.model.char_cnn.parameters()))  # type: ignore[union-attr]
+        made_of = parameter_versions(list(self.model.char_cnn.parameters()))  # type: ignore[union-attr]
         if self._cache is None or made_of != self._cached_of:
             self._cache = WordCache(self.model, self.dtype, self.cache_bytes)
             self._cached_of = made_of
@@ -197,12 +198,15 @@ class SentenceEncoder:
 def encode_sentences(
     encoder: SentenceEncoder, vocabulary: Vocabulary | None, batch: Sequence[Sequence[str]]
 ) -> tuple[Tensor, Tensor, IntArray]:
-    """Vectors of the distinct words, places [B, T] with the sentence markers, and positions [B] of each sentence: the
-    arguments of `SentenceEncoder.layers`. vocabulary: needed for word input, where words outside are `<UNK>`."""
+    """Return the arguments of `SentenceEncoder.layers` for tokenised sentences.
+
+    They are the vectors [U, P] of the distinct words, indices [B, T] into them with the sentence markers, and the
+    positions [B] of each sentence. vocabulary: needed for word input, where words outside of it are `<UNK>`.
+    """
     seen = {SENTENCE_BEGIN_WORD: 0, SENTENCE_END_WORD: 1}
     lengths = np.fromiter(map(len, batch), np.int64, len(batch)) + 2
-    places = np.zeros((len(batch), int(lengths.max())), np.int64)
-    for row, words in zip(places, batch, strict=True):
+    indices = np.zeros((len(batch), int(lengths.max())), np.int64)
+    for row, words in zip(indices, batch, strict=True):
         row[1 : len(words) + 1] = [seen.setdefault(word, len(seen)) for word in words]
         row[len(words) + 1] = 1
     model = encoder.model
@@ -213,7 +217,7 @@ def encode_sentences(
             raise ConfigError("a model with word input needs its vocabulary")
         ids = [vocabulary.ids.get(word, vocabulary.unk) for word in seen]
         vectors = model.encode_types(torch.tensor(ids, device=encoder.device))
-    return vectors, torch.from_numpy(places).to(encoder.device), lengths
+    return vectors, torch.from_numpy(indices).to(encoder.device), lengths
 
 
 _MARKERS = (SENTENCE_BEGIN_WORD, SENTENCE_END_WORD)
@@ -223,12 +227,12 @@ _MARKERS = (SENTENCE_BEGIN_WORD, SENTENCE_END_WORD)
 def embed_sentences(
     model: BiLM, sentences: Iterable[Sequence[str]], vocabulary: Vocabulary | None = None, carry: bool = False
 ) -> Iterator[NDArray[np.float32]]:
-    """Yields for each sentence of n words [L + 1, n, D * P]: the word vectors (once for each direction), then the
+    """Yield for each sentence of n words [L + 1, n, D * P]: the word vectors, repeated for each direction, then the
     layers.
 
-    Sentence markers take part and are left out of the result. carry: the state at a sentence's end is the next one's
-    start, as the originals do; otherwise each begins at zero. vocabulary: needed for word-id input, where words
-    outside of it are `<UNK>`; without use for characters.
+    The sentence markers are part of the input but not of the result. carry: a sentence begins with the state at the end
+    of the one before, as in the original programs; otherwise each begins at zero. vocabulary: needed for word input,
+    where words outside of it are `<UNK>`; not used for characters.
     """
     reference = next(model.parameters())
     state = None
@@ -244,13 +248,13 @@ def embed_sentences(
 
 
 def _join(layer_DBTP: Tensor) -> Tensor:
-    """[n, D * P] both directions in the order of the text, without the markers."""
+    """Return [n, D * P]: both directions in the order of the text, without the sentence markers."""
     directions = [layer_DBTP[0, 0], *(backward.flip(0) for backward in layer_DBTP[1:, 0])]
     return torch.cat(directions, dim=-1)[1:-1]
 
 
 def _types(words: Sequence[str], model: BiLM, vocabulary: Vocabulary | None) -> Tensor:
-    """[n, C] character ids of words, or [n] vocabulary ids."""
+    """Return [n, C] character ids of words, or [n] vocabulary ids."""
     if model.char_cnn is None:
         if vocabulary is None:
             raise ValueError("a model with word input needs the vocabulary")

@@ -1,8 +1,10 @@
-"""Losses of a whole held-out text by shard, with what is needed to turn them into measures.
+"""Losses of a whole held-out text by shard, with the counts needed to turn them into measures.
 
-Two ways to read it: as S streams of contiguous text with carried state, or every sentence alone from zero state. Rows
-of a batch never see each other, so a result depends on model, text and (the first way) S; rows, windows and workers
-change the rounding, no more.
+The text is read in one of two ways: as S streams of contiguous text with carried state, or sentence by sentence, each
+from zero state. Rows of a batch never see each other. So a result depends on the model, the text and (for streams) S
+only; the numbers of rows, positions of a window and workers change nothing but the rounding.
+
+Shapes: D directions, B rows, T window.
 """
 
 from __future__ import annotations
@@ -30,18 +32,18 @@ from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
 
 POSITIONS_PER_BATCH = 4096
-"""About how many positions of a direction are computed at a time: enough for efficient products, and little memory."""
+"""Approximate number of positions computed at a time in one direction: enough for speed, few enough for memory."""
 
 _LOOK_AHEAD = 4
-_LONGEST_WINDOW = 256
+_MAX_WINDOW = 256
 
 
 @dataclass
-class Tally:
-    """Sums over some positions of a text. Leading axis [2]: sentences with an unknown word, and without.
+class LossTotals:
+    """Sums over some positions of a text, by shard. Leading axis [2]: sentences with an unknown word, and without.
 
-    nats: float64 [2, D, shards].  positions, unknown, characters: int64 [2, shards]; characters are code points of
-    known words, so only those of sentences without an unknown word are complete.
+    nats: float64 [2, D, shards], losses. positions, unknown, characters: int64 [2, shards]. characters are the code
+    points of known words, so only those of sentences without an unknown word are complete.
     """
 
     nats: NDArray[np.float64]
@@ -50,12 +52,12 @@ class Tally:
     characters: NDArray[np.int64]
 
     @classmethod
-    def zero(cls, directions: int, shards: int) -> Tally:
+    def zero(cls, directions: int, shards: int) -> LossTotals:
         counts = (np.zeros((2, shards), np.int64) for _ in range(3))
         return cls(np.zeros((2, directions, shards)), *counts)
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
+    def __add__(self, other: LossTotals) -> LossTotals:
+        return LossTotals(
             self.nats + other.nats,
             self.positions + other.positions,
             self.unknown + other.unknown,
@@ -63,13 +65,14 @@ class Tally:
         )
 
     def add_losses(self, labels: NDArray[np.int64], losses: NDArray[np.float64]) -> None:
-        """labels: [n] of positions, 2 * shard + known; losses: [D, n]."""
+        """Add losses in nats [D, n] of n positions. labels: [n], 2 * shard + known; known is 1 for known sentences."""
         shards = self.nats.shape[2]
         for direction, values in enumerate(losses):
             sums = np.bincount(labels, values, minlength=2 * shards)
             self.nats[:, direction] += sums.reshape(shards, 2).T
 
     def add_counts(self, shard: int, counts: PositionCounts) -> None:
+        """Add the counts of some positions of a shard."""
         for known, chosen in enumerate((~counts.known, counts.known)):
             self.positions[known, shard] += int(chosen.sum())
             self.unknown[known, shard] += int(counts.unknown[chosen].sum())
@@ -77,9 +80,12 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be measured, for any process that sees the files. checkpoint: a source with weights of fingerprint,
-    and the options and vocabulary that belong to it, where it is another program's."""
+class EvaluationJob:
+    """Description of an evaluation, for any process that can read the files.
+
+    checkpoint: a source, whose weights must have this fingerprint. options, vocab: files that belong to a source of
+    another program.
+    """
 
     checkpoint: str
     fingerprint: str | None
@@ -89,8 +95,11 @@ class Job:
     options: str | None = None
     vocab: str | None = None
 
-    def parts(self, workers: int) -> list[range]:
-        """Streams, or blocks with evaluate.reset=sentence, for up to `workers` processes; equal shares of the text."""
+    def shares(self, workers: int) -> list[range]:
+        """Return equal shares of the text for at most `workers` processes.
+
+        A share is a range of streams, or of blocks with evaluate.reset=sentence.
+        """
         if self.settings.reset == "never":
             return split_evenly(self.settings.streams, min(workers, self.settings.streams))
         ends = np.cumsum(self.corpus.block_positions)
@@ -98,29 +107,32 @@ class Job:
         edges = [0, *cuts.tolist(), len(self.corpus)]
         return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
 
-    def measure(self, part: range, model: BiLM, vocabulary: Vocabulary) -> Tally:
-        """Of one of the parts; the model is on its device."""
+    def measure(self, share: range, model: BiLM, vocabulary: Vocabulary) -> LossTotals:
+        """Return the totals of one of the shares. model: on the device that computes them."""
         keep_freed_memory()
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else None
         scorer = Scorer(model, vocabulary, self.corpus, self.on_error, dtype)
         if self.settings.reset == "sentence":
-            return scorer.sentences(part, self.settings.rows)
-        return scorer.streams(part, self.settings.streams, self.settings.rows)
+            return scorer.sentences(share, self.settings.rows)
+        return scorer.streams(share, self.settings.streams, self.settings.rows)
 
 
-def measure_part(job: Job, part: range, device: str) -> Tally:
-    """Return the sums of one of the job's parts, with the model opened here, in another process than the driver's.
+def measure_share(job: EvaluationJob, share: range, device: str) -> LossTotals:
+    """Open the model and return the totals of one of the job's shares; for a process other than the driver.
 
-    Raises CheckpointError where the checkpoint is no longer what it was for the driver.
+    Raises CheckpointError where the checkpoint is no longer the one that the driver saw.
     """
     source = open_source(job.checkpoint, options=job.options, vocab=job.vocab, verify=False)
     if source.fingerprint != job.fingerprint:
         raise CheckpointError(f"{job.checkpoint}: was replaced by another checkpoint while it was evaluated; try again")
-    return job.measure(part, source.model.to(device), source.vocabulary)
+    return job.measure(share, source.model.to(device), source.vocabulary)
 
 
 class Scorer:
-    """A model and a text. The model must have a softmax and is used as it is, on its device. dtype: of the products."""
+    """Scorer of a text with a model, which must have a softmax and is used as it is, on its device.
+
+    dtype: of the matrix products.
+    """
 
     def __init__(
         self,
@@ -135,24 +147,24 @@ class Scorer:
         self.counter = PositionCounter(vocabulary)
         self.fixed = FixedModel(model, dtype)
 
-    def streams(self, streams: range, n_streams: int, rows: int) -> Tally:
-        """Of some of the text's `n_streams` streams, at most `rows` at a time."""
-        tally = self._zero()
+    def streams(self, streams: range, n_streams: int, rows: int) -> LossTotals:
+        """Return the totals of some of the text's `n_streams` streams, read at most `rows` at a time."""
+        totals = self._zero()
         plan = StreamPlan(self.corpus, n_streams, shuffle=False, epochs=1)
         for first in range(streams.start, streams.stop, rows):
-            tally += self._stream_group(plan, range(first, min(first + rows, streams.stop)))
-        return tally
+            totals += self._stream_group(plan, range(first, min(first + rows, streams.stop)))
+        return totals
 
-    def sentences(self, blocks: range, rows: int) -> Tally:
-        """Of the sentences in some of the text's blocks, each from zero, at most `rows` at a time."""
-        tally = self._zero()
+    def sentences(self, blocks: range, rows: int) -> LossTotals:
+        """Return the totals of the sentences in some blocks, each from zero state, at most `rows` at a time."""
+        totals = self._zero()
         encoded = self._encode(self.corpus.block(i) for i in blocks)
 
         def labelled() -> Iterator[tuple[EncodedBlock, NDArray[np.int64]]]:
             for index, block in zip(blocks, encoded, strict=True):
                 shard = int(self.corpus.block_shard[index])
                 counts = self.counter.count(block)
-                tally.add_counts(shard, counts)
+                totals.add_counts(shard, counts)
                 last_positions = np.cumsum(block.lengths.astype(np.int64) + 1) - 1
                 yield block, 2 * shard + counts.known[last_positions]
 
@@ -162,20 +174,20 @@ class Scorer:
                 batches = group.windows(window, self.vocabulary, self.characters, self.model.directions)
                 for batch, losses in stream_losses(self.fixed, batches):
                     valid = np.arange(batch.targets.shape[2]) < batch.lengths[:, None]
-                    self._add(tally, np.broadcast_to(group.labels[:, None], valid.shape), valid, losses)
+                    self._add(totals, np.broadcast_to(group.labels[:, None], valid.shape), valid, losses)
         finally:
             encoded.close()
-        return tally
+        return totals
 
-    def _zero(self) -> Tally:
-        return Tally.zero(self.model.directions, len(self.corpus.shards))
+    def _zero(self) -> LossTotals:
+        return LossTotals.zero(self.model.directions, len(self.corpus.shards))
 
     def _encode(self, blocks: Iterator[Block]) -> Generator[EncodedBlock, None, None]:
         most = self.model.config.char_cnn.max_characters
         return thread_source(blocks, self.vocabulary, most, _LOOK_AHEAD, self.on_error)
 
-    def _stream_group(self, plan: StreamPlan, streams: range) -> Tally:
-        tally = self._zero()
+    def _stream_group(self, plan: StreamPlan, streams: range) -> LossTotals:
+        totals = self._zero()
         window = window_of(len(streams))
         start = StreamCursors.start(len(streams))
         labels: list[deque[NDArray[np.int64]]] = [deque() for _ in streams]
@@ -183,11 +195,11 @@ class Scorer:
         def source(blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
             encoded = self._encode(blocks)
             try:
-                # the loader asks for the same shares in the same order
+                # the loader requests the same shares of blocks in the same order
                 for (_, share), block in zip(plan.requests(streams, start, window), encoded, strict=False):
                     shard = int(self.corpus.block_shard[share.block])
                     counts = self.counter.count(block).slice(share.first, share.last)
-                    tally.add_counts(shard, counts)
+                    totals.add_counts(shard, counts)
                     labels[share.stream - streams.start].append(2 * shard + counts.known)
                     yield block
             finally:
@@ -199,23 +211,26 @@ class Scorer:
         try:
             for batch, losses in stream_losses(self.fixed, iter(loader)):
                 valid, labels_BT = _take_labels(batch, labels)
-                self._add(tally, labels_BT, valid, losses)
+                self._add(totals, labels_BT, valid, losses)
         finally:
             loader.close()
-        return tally
+        return totals
 
     @staticmethod
-    def _add(tally: Tally, labels_BT: NDArray[np.int64], valid_BT: NDArray[np.bool_], losses_DBT: torch.Tensor) -> None:
+    def _add(
+        totals: LossTotals, labels_BT: NDArray[np.int64], valid_BT: NDArray[np.bool_], losses_DBT: torch.Tensor
+    ) -> None:
         values = losses_DBT.double().cpu().numpy()
-        tally.add_losses(labels_BT[valid_BT], values[:, valid_BT])
+        totals.add_losses(labels_BT[valid_BT], values[:, valid_BT])
 
 
 def window_of(rows: int) -> int:
-    return max(16, min(_LONGEST_WINDOW, POSITIONS_PER_BATCH // rows))
+    """Return the positions of a window for so many rows."""
+    return max(16, min(_MAX_WINDOW, POSITIONS_PER_BATCH // rows))
 
 
 def _take_labels(batch: Batch, labels: list[deque[NDArray[np.int64]]]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """[B, T] which places of a batch are positions, and their labels, taken from each row's pieces."""
+    """Return two [B, T] arrays: True for positions of the text, and their labels, taken from each row's pieces."""
     shape = batch.targets.shape[1:]
     result = np.zeros(shape, np.int64)
     for row, length in enumerate(batch.lengths.tolist()):

@@ -1,8 +1,10 @@
-"""What a biLM says of words in their place: the most probable ones (substitutes), and how unexpected each word is.
+"""Probabilities of words in their context: the most probable words (substitutes) and how unexpected each word is.
 
-A word is predicted by the forward direction from what comes before it and by the backward direction from what comes
-after; `both` multiplies the two and makes the products sum to 1. These need the softmax, which a run or a checkpoint
-has and a weights.hdf5 has not. Shapes: N words, P projection, V vocabulary.
+The forward direction predicts a word from the words before it, the backward direction from the words after it; `both`
+multiplies the two probabilities and makes the products sum to 1. This needs the softmax, which is in a run or a
+checkpoint but not in a weights.hdf5.
+
+Shapes: n words of a sentence, D directions, P projection.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
 from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.model.bilm import BiLM
 
-_MOST_LOGITS = 1 << 24
+_MAX_LOGITS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Substitutes:
-    """For each of a sentence's n words the k most probable ones of the vocabulary, without `<S>`, `</S>` and `<UNK>`.
+    """The k most probable words of the vocabulary in place of each of a sentence's n words.
 
-    By direction (forward, backward, both; forward alone for such a model): ids [n, k], and their log probabilities in
-    nats, falling.
+    `<S>`, `</S>` and `<UNK>` are left out. ids, log_probabilities: by direction (forward, backward, both; forward alone
+    for a forward-only model) [n, k] ids and their log probabilities in nats, the largest first.
     """
 
     ids: dict[str, NDArray[np.int64]]
@@ -38,14 +40,16 @@ class Substitutes:
     vocabulary: Vocabulary
 
     def words(self, direction: str = "both") -> list[list[str]]:
+        """Return the words for the ids of a direction."""
         return [[self.vocabulary.words[i] for i in row] for row in self.ids[direction].tolist()]
 
 
 @dataclass(frozen=True)
 class Surprisal:
-    """-log p of each of a sentence's n words, in nats: by direction [n]; `both` is the mean of the two directions'.
+    """The surprisal -log p of each of a sentence's n words.
 
-    A word outside the vocabulary is scored as `<UNK>` and marked in `unknown` [n].
+    nats: [n] by direction; `both` is the mean of the two directions. unknown: [n], True for words outside of the
+    vocabulary, which are scored as `<UNK>`.
     """
 
     nats: dict[str, NDArray[np.float32]]
@@ -53,10 +57,10 @@ class Surprisal:
 
 
 class LanguageModel:
-    """A biLM with its softmax and vocabulary. Every sentence begins at zero state."""
+    """A biLM with its softmax and vocabulary. Every sentence begins with zero state."""
 
     def __init__(self, model: BiLM, vocabulary: Vocabulary):
-        """Raises FormatError for a model that has no softmax."""
+        """Raise FormatError for a model without a softmax, ConfigError for a vocabulary of another size."""
         if not model.has_softmax:
             raise FormatError("this model holds no softmax, so it gives no word a probability")
         if model.n_words != vocabulary.size:
@@ -69,7 +73,10 @@ class LanguageModel:
     def from_run(
         cls, source: str | PathLike[str], checkpoint: str = "best", options: str | None = None, vocab: str | None = None
     ) -> LanguageModel:
-        """Of a SOURCE that has a softmax: a run or a checkpoint; arguments as for `open_source`."""
+        """Open a SOURCE that has a softmax: a run or a checkpoint. Arguments as for `open_source`.
+
+        Raises FormatError for a source without a softmax.
+        """
         from elmo_ray.checkpoints.source import open_source
 
         opened = open_source(source, checkpoint, options, vocab)
@@ -78,12 +85,12 @@ class LanguageModel:
         return cls(opened.model, opened.vocabulary)
 
     def substitutes(self, sentences: Iterable[Sequence[str]], k: int = 10) -> Iterator[Substitutes]:
-        """The `k` most probable words in every place of every tokenised sentence."""
+        """Yield for each tokenised sentence the `k` most probable words in place of each of its words."""
         for words in sentences:
             yield self.substitutes_of(self._top(words), len(words), k)
 
     def surprisal(self, sentences: Iterable[Sequence[str]]) -> Iterator[Surprisal]:
-        """How unexpected every word of every tokenised sentence is."""
+        """Yield for each tokenised sentence the surprisal of its words."""
         for words in sentences:
             yield self.surprisal_of(self._top(words), words)
 
@@ -94,12 +101,15 @@ class LanguageModel:
 
     @torch.no_grad()
     def substitutes_of(self, top: Tensor, n: int, k: int) -> Substitutes:
-        """From the top layer [n + 2 or more, D * P] of a sentence of n words, its markers included."""
+        """Return the substitutes of a sentence of n words.
+
+        top: its top layer, [n + 2 or more, D * P], markers included.
+        """
         k = min(k, self.vocabulary.size - 3)
         predicting = self._predicting(top, n)
         ids: dict[str, list[Tensor]] = {name: [] for name in self._names()}
         values: dict[str, list[Tensor]] = {name: [] for name in self._names()}
-        tile = max(1, _MOST_LOGITS // self.vocabulary.size)
+        tile = max(1, _MAX_LOGITS // self.vocabulary.size)
         for first in range(0, max(n, 1), tile):
             log_ps = {
                 name: self.softmax.log_probabilities(self.model, x[first : first + tile])
@@ -114,14 +124,14 @@ class LanguageModel:
                 ids[name].append(best.indices.cpu())
                 values[name].append(best.values.float().cpu())
         return Substitutes(
-            {name: torch.cat(parts).numpy() for name, parts in ids.items()},
-            {name: torch.cat(parts).numpy() for name, parts in values.items()},
+            {name: torch.cat(tiles).numpy() for name, tiles in ids.items()},
+            {name: torch.cat(tiles).numpy() for name, tiles in values.items()},
             self.vocabulary,
         )
 
     @torch.no_grad()
     def surprisal_of(self, top: Tensor, words: Sequence[str]) -> Surprisal:
-        """From the top layer of the sentence, as in `substitutes_of`."""
+        """Return the surprisal of the words of a sentence. top: its top layer, as in `substitutes_of`."""
         targets = np.array([self.vocabulary.ids.get(word, -1) for word in words], np.int64)
         unknown = targets < 0
         targets[unknown] = self.vocabulary.unk
@@ -135,7 +145,10 @@ class LanguageModel:
         return Surprisal(nats, unknown)
 
     def _predicting(self, top: Tensor, n: int) -> dict[str, Tensor]:
-        """[n, P] by direction: what stands before each word, and what stands after it."""
+        """Return [n, P] by direction, from which each word is predicted.
+
+        The forward direction predicts from the position before the word, the backward one from the position after it.
+        """
         width = self.model.config.lstm.projection_dim
         found = {"forward": top[:n, :width].contiguous()}
         if self.model.directions == 2:

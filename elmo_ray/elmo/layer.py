@@ -1,7 +1,9 @@
-"""The ELMo layer for a task's model: `Elmo` and `batch_to_ids`, to be used where AllenNLP's were. Needs no Ray.
+"""The ELMo layer for a task's model: `Elmo` and `batch_to_ids` replace those of AllenNLP. It needs no Ray.
 
-State is carried from call to call, as AllenNLP's layer does without saying so: the vectors of a sentence then depend on
-what was in the same row of the batch before. `stateful=False` begins every sentence at zero.
+LSTM state is carried from call to call, as in AllenNLP's layer. The vectors of a sentence then depend on the same row
+of the batches before. `stateful=False` begins every sentence at zero.
+
+Shapes: B sentences, T words of the longest sentence.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from elmo_ray.storage.url_cache import local_file
 
 logger = logging.getLogger(__name__)
 
-# Names that code written for AllenNLP imports.
+# Names that programs written for AllenNLP import.
 _ElmoBiLm, _ElmoCharacterEncoder = ElmoBiLm, ElmoCharacterEncoder
 
 __all__ = ["Elmo", "ElmoBiLm", "ElmoCharacterEncoder", "ScalarMix", "batch_to_ids"]
@@ -43,17 +45,17 @@ __all__ = ["Elmo", "ElmoBiLm", "ElmoCharacterEncoder", "ScalarMix", "batch_to_id
 class Elmo(nn.Module):
     """Representations of words in their sentences: learned mixtures of a pre-trained biLM's layers.
 
-    options_file, weight_file: bilm-tf's options.json and weights.hdf5, each a path or a URL (fetched once, see
-    `remote_file`). num_output_representations: mixtures, each with weights of its own. requires_grad: also train the
-    biLM. do_layer_norm: see `ScalarMix`. dropout: of the representations, in training. vocab_to_cache: words whose
-    context-independent vectors are computed once; `forward` then takes their places in this list as `word_inputs`, and
-    the first is padding. keep_sentence_boundaries: leave the vectors of `<S>` and `</S>` in. scalar_mix_parameters:
-    fixed weights of the layers, before the softmax. module: used in place of the two files: a `BiLM`, or any module
-    with `num_layers`, `get_output_dim()` and a `forward` that gives `activations` and `mask`; requires_grad is then
-    without effect.
+    options_file, weight_file: bilm-tf's options.json and weights.hdf5, each a path or a URL, which is fetched once (see
+    `storage.url_cache`). num_output_representations: the number of mixtures, each with weights of its own.
+    requires_grad: also train the biLM. do_layer_norm: see `ScalarMix`. dropout: the rate for the representations in
+    training. vocab_to_cache: words whose context-independent vectors are computed once; `forward` then takes indices
+    into this list as `word_inputs`, and its first entry is padding. keep_sentence_boundaries: keep the vectors of `<S>`
+    and `</S>`. scalar_mix_parameters: fixed weights of the layers, before the softmax. module: used in place of the two
+    files; a `BiLM`, or any module with `num_layers`, `get_output_dim()` and a `forward` that returns `activations` and
+    `mask`. With a module, requires_grad has no effect.
 
-    More than AllenNLP has: stateful=False; precision="bf16" for the products; l2_coef and use_top_only as in
-    `ScalarMix`; vocabulary, which a model with word input needs.
+    Arguments that AllenNLP does not have: stateful=False; precision="bf16" for the matrix products; l2_coef and
+    use_top_only as in `ScalarMix`; vocabulary, needed for a model with word input.
     Raises FormatError for files that cannot be used and ConfigError for arguments that do not fit.
     """
 
@@ -120,8 +122,11 @@ class Elmo(nn.Module):
         requires_grad: bool = False,
         **settings: Any,
     ) -> Elmo:
-        """The layer of a SOURCE: a run's folder (`checkpoint`: best, last or a name), a checkpoint, or what else
-        `source.open_source` opens; `settings` are those of the class."""
+        """Return the layer of a SOURCE: a run's folder, a checkpoint, or anything else that `open_source` opens.
+
+        checkpoint: best, last or a name, for a run's folder. options, vocab: as for `open_source`. settings: arguments
+        of the class.
+        """
         from elmo_ray.checkpoints.source import open_source
 
         opened = open_source(source, checkpoint, options, vocab)
@@ -132,7 +137,7 @@ class Elmo(nn.Module):
     def from_model(
         cls, model: BiLM, num_output_representations: int = 1, *, vocabulary: Vocabulary | None = None, **settings: Any
     ) -> Elmo:
-        """The layer of a model in memory, whose parameters it shares and whose `requires_grad` it leaves as it is."""
+        """Return the layer of a model in memory. It shares the parameters and leaves their `requires_grad` as it is."""
         return cls(None, None, num_output_representations, module=model, vocabulary=vocabulary, **settings)
 
     @classmethod
@@ -146,10 +151,11 @@ class Elmo(nn.Module):
         requires_grad: bool = False,
         **settings: Any,
     ) -> Elmo:
-        """The layer without a char CNN: context-independent vectors come from `vectors_file`, which `embed` with
-        embed.tokens or bilm-tf's dump_token_embeddings wrote for the words of `vocab_file`.
+        """Return a layer without a char CNN, whose context-independent vectors come from `vectors_file`.
 
-        `forward` takes [B, T] word ids plus one, as `encode` gives them; a word that is not in the file is `<UNK>`.
+        `embed` with embed.tokens, or bilm-tf's dump_token_embeddings, wrote that file for the words of `vocab_file`.
+        `forward` takes [B, T] word ids plus one, as `encode` returns them; a word that is not in `vocab_file` is
+        `<UNK>`.
         """
         model = read_bilm(options_file, weight_file)
         vocabulary = Vocabulary.read(local_file(vocab_file))
@@ -160,12 +166,12 @@ class Elmo(nn.Module):
         return cls(None, None, num_output_representations, module=model, vocabulary=vocabulary, **settings)
 
     def get_output_dim(self) -> int:
-        """The size of a representation: directions times projection."""
+        """Return the size of a representation: directions times projection."""
         return int(self._elmo_lstm.get_output_dim())
 
     @property
     def stateful(self) -> bool:
-        """Whether a batch goes on where the one before ended, row by row."""
+        """True if a batch begins with the state at the end of the batch before, row by row."""
         return bool(self._elmo_lstm._elmo_lstm.stateful)
 
     @stateful.setter
@@ -173,11 +179,14 @@ class Elmo(nn.Module):
         self._elmo_lstm._elmo_lstm.stateful = value
 
     def reset_states(self, mask: Tensor | None = None) -> None:
-        """Forget the carried state, of all rows or of those in `mask` [rows]."""
+        """Reset the carried state to zero, for all rows or for those where `mask` [rows] is set."""
         self._elmo_lstm.reset_states(mask)
 
     def encode(self, batch: Sequence[Sequence[str]]) -> Tensor:
-        """The `inputs` of tokenised sentences: characters, or vocabulary ids plus one for a model with word input."""
+        """Return the `inputs` of tokenised sentences.
+
+        They are character ids as from `batch_to_ids`, or [B, T] vocabulary ids plus one for a model with word input.
+        """
         bilm: ElmoBiLm = self._elmo_lstm
         if bilm.vocabulary is None or bilm.bilm.char_cnn is not None:
             return batch_to_ids(batch, bilm.max_characters)
@@ -188,15 +197,15 @@ class Elmo(nn.Module):
         return inputs
 
     def regularization(self) -> Tensor:
-        """What l2_coef adds to a task's loss, summed over the mixtures."""
+        """Return the term that l2_coef adds to a task's loss, summed over the mixtures."""
         return torch.stack([mix.regularization() for mix in self._scalar_mixes]).sum()
 
     def forward(self, inputs: Tensor, word_inputs: Tensor | None = None) -> dict[str, Any]:
-        """`elmo_representations`, a list of [B, T, dim] for each mixture, and `mask` [B, T], true for words.
+        """Return `elmo_representations`, a list of [B, T, dim] for each mixture, and `mask` [B, T], True for words.
 
-        inputs: [B, T, 50] of `batch_to_ids` (any further dimensions in front are kept), or what `encode` gives.
-        word_inputs: [B, T] places in vocab_to_cache; words outside of it are read from `inputs`. With
-        keep_sentence_boundaries the results have T + 2 positions.
+        inputs: [B, T, 50] from `batch_to_ids`, or the result of `encode`; further dimensions in front are kept.
+        word_inputs: [B, T] indices into vocab_to_cache; if any of them is outside of it, all words are read from
+        `inputs`. With keep_sentence_boundaries the results have T + 2 positions.
         """
         inner = 2 if self._takes_words else 3
         lead = inputs.shape[: 1 - inner]  # all but the words of a sentence and their characters
@@ -212,7 +221,7 @@ class Elmo(nn.Module):
         mask = output["mask"]
         mixed = [mix(output["activations"], mask) for mix in self._scalar_mixes]
         if not self._keep_sentence_boundaries:
-            # the last position of each sentence goes as well, wherever it is
+            # `</S>` of a shorter sentence lies within the batch; the mask without its first two columns ends before it
             inner_mask = mask[:, 2:]
             mixed = [torch.where(inner_mask[..., None], x[:, 1:-1], 0.0) for x in mixed]
             mask = inner_mask
@@ -226,8 +235,10 @@ class Elmo(nn.Module):
 
 
 def batch_to_ids(batch: Sequence[Sequence[str]], max_characters: int = 50) -> Tensor:
-    """[sentences, words of the longest, max_characters] character ids of tokenised sentences, int64: those of training
-    plus one, 0 for padding words (BILM.md, Characters and words)."""
+    """Return [sentences, words of the longest, max_characters] int64 character ids of tokenised sentences.
+
+    The ids are those of training plus one, and 0 for padding words.
+    """
     lengths = np.fromiter(map(len, batch), np.int64, len(batch))
     words = list(itertools.chain.from_iterable(batch))
     ids = np.zeros((len(lengths), int(lengths.max(initial=0)), max_characters), np.int64)

@@ -1,4 +1,4 @@
-"""Nearest words by the context-independent vectors, to see at a glance what a model has learned."""
+"""Nearest words by context-independent vectors: a quick look at what a model has learned."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def nearest_words(
     among: int = 5000,
     layer: Literal["softmax", "token"] = "softmax",
 ) -> dict[str, list[str]]:
-    """The `count` words of largest cosine with each of `words` that the vocabulary has, among its `among` most
-    frequent ones.
+    """Return for each of `words` the `count` words of largest cosine, by word.
 
-    layer: "softmax": vectors are rows of the softmax table, which holds what a word means as a prediction; spelling
-    plays no part in them, and a softmax without a table takes "token". "token": the input of the LSTMs, which the char
-    CNN makes of a word's characters.
+    Only the `among` most frequent words of the vocabulary take part; a word that is not among them has no entry.
+    layer: "softmax" takes the rows of the softmax table as vectors; they describe a word as a prediction and do not
+    depend on its spelling. A softmax without a table uses "token" instead. "token" takes the input of the LSTMs, which
+    the char CNN computes from a word's characters.
     """
     special = {vocabulary.bos, vocabulary.eos, vocabulary.unk}
     ids = [i for i in range(min(among + len(special), vocabulary.size)) if i not in special]
@@ -51,7 +51,7 @@ def nearest_words(
 
 
 def _token_vectors(model: BiLM, vocabulary: Vocabulary, ids: Sequence[int]) -> Tensor:
-    """[n, P] of the words of these ids."""
+    """Return the [n, P] input vectors of the words with these ids."""
     if model.char_cnn is None:
         return model.encode_types(torch.tensor(ids))
     characters = model.config.char_cnn.max_characters

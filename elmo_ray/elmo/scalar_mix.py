@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from elmo_ray.errors import ConfigError
 
 _VARIANCE_FLOOR = 1e-13
-"""AllenNLP's; bilm-tf adds 1e-12, which is the same to float32 but for layers that are almost constant."""
+"""Value of AllenNLP. bilm-tf adds 1e-12; in float32 the two differ only for layers that are almost constant."""
 
 
 class ScalarMix(nn.Module):
-    """Mixes `mixture_size` tensors of one shape with learned weights `scalar_parameters` and a learned `gamma`.
+    """Mixture of `mixture_size` tensors of one shape, with learned weights `scalar_parameters` and a learned `gamma`.
 
-    do_layer_norm: each tensor is first brought to mean 0 and variance 1, over all unmasked positions of the batch and
-    all dimensions together, as bilm-tf and AllenNLP do it. initial_scalar_parameters: before the softmax, so that
-    [-9e10, 1, -9e10] is the middle one of three alone; default zeros. trainable: whether weights and gamma learn.
-    l2_coef and use_top_only are bilm-tf's: `regularization` is l2_coef * sum(w ** 2); with use_top_only there are no
-    weights, only gamma times the last tensor, without layer norm. Raises ConfigError for settings that do not fit.
+    do_layer_norm: bring each tensor to mean 0 and variance 1 first, over all unmasked positions of the batch and all
+    dimensions together, as bilm-tf and AllenNLP do. initial_scalar_parameters: weights before the softmax, zeros by
+    default; [-9e10, 1, -9e10] selects the middle one of three tensors. trainable: train the weights and gamma.
+    l2_coef and use_top_only are those of bilm-tf: `regularization` is l2_coef * sum(w ** 2); with use_top_only the
+    result is gamma times the last tensor, without weights or layer norm. Raises ConfigError for settings that do not
+    fit.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class ScalarMix(nn.Module):
             raise ConfigError("do_layer_norm has no effect with use_top_only; leave one of them out")
         self.mixture_size, self.do_layer_norm = mixture_size, do_layer_norm
         self.l2_coef, self.use_top_only = l2_coef, use_top_only
-        # One parameter of one number for each layer: AllenNLP's names, so that its saved mixtures load.
+        # one parameter of one number for each layer, by the names of AllenNLP, so that its saved mixtures load
         self.scalar_parameters = nn.ParameterList(
             nn.Parameter(torch.tensor([float(value)]), requires_grad=trainable)
             for value in ([] if use_top_only else initial_scalar_parameters)
@@ -54,9 +55,10 @@ class ScalarMix(nn.Module):
         self.gamma = nn.Parameter(torch.ones(1), requires_grad=trainable)
 
     def forward(self, tensors: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        """The mixture, of the tensors' shape [..., positions, dimensions]; mask: [..., positions], for the layer norm.
+        """Return the mixture, which has the shape of the tensors, [..., positions, dimensions].
 
-        Raises ConfigError for another number of tensors, or where the layer norm has no mask.
+        mask: [..., positions], needed for the layer norm. Raises ConfigError for another number of tensors, or where
+        the layer norm has no mask.
         """
         if len(tensors) != self.mixture_size:
             raise ConfigError(f"{len(tensors)} tensors were given to a mixture of {self.mixture_size}")
@@ -73,7 +75,7 @@ class ScalarMix(nn.Module):
         return self.gamma * mixed
 
     def regularization(self) -> Tensor:
-        """The term to add to a task's loss, 0 without l2_coef or with use_top_only."""
+        """Return the term to add to a task's loss: 0 without l2_coef or with use_top_only."""
         if not self.l2_coef or self.use_top_only:
             return self.gamma.new_zeros(())
         return self.l2_coef * torch.cat(list(self.scalar_parameters)).square().sum()

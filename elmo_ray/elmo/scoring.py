@@ -1,7 +1,9 @@
-"""Held-out losses of a model over streams of text, with the full softmax and carried states from zero.
+"""Held-out losses of a model over streams of text, with the full softmax and carried state that begins at zero.
 
-Shared by validation inside training and by `evaluate`. The result depends on model, text and number of streams only:
-a row of the batch never sees another, so neither rows nor workers matter beyond rounding.
+Validation inside training and `evaluate` share this file. A row of a batch never sees another. So the result depends on
+the model, the text and the number of streams only; the numbers of rows and workers change nothing but the rounding.
+
+Shapes: D directions, B rows, T window, U distinct words, N packed positions, P projection.
 """
 
 from __future__ import annotations
@@ -29,19 +31,23 @@ from elmo_ray.model.lstm import LstmState
 
 @dataclass
 class LossSums:
-    """Nats summed over positions, by direction, and the positions of one direction."""
+    """Sums of losses. nats: summed over positions, for each direction. positions: of one direction."""
 
     nats: list[float]
     positions: int
 
     @property
     def mean(self) -> list[float]:
-        """Nats per position of each direction."""
+        """Mean loss of each direction in nats per position."""
         return [n / max(1, self.positions) for n in self.nats]
 
     def perplexities(self) -> dict[str, float | None]:
-        """`perplexity_forward`, `perplexity_backward` (None when forward only), `perplexity` = exp of the mean loss,
-        and `perplexity_mean`, the mean of both (the published 39.7 is one)."""
+        """Return the perplexities by name.
+
+        They are `perplexity_forward`, `perplexity_backward` (None for a forward-only model), `perplexity` = exp of the
+        mean loss of the directions, and `perplexity_mean`, the mean of both directions' perplexities (the published
+        39.7 is one).
+        """
         each = [perplexity(m) for m in self.mean]
         return {
             "perplexity_forward": each[0],
@@ -52,14 +58,17 @@ class LossSums:
 
 
 def character_table(model: BiLM, vocabulary: Vocabulary) -> TypeTable | None:
-    """The table that a StreamLoader needs for this model; None for word input."""
+    """Return the table of character ids that a StreamLoader needs for this model; None for word input."""
     if model.char_cnn is None:
         return None
     return TypeTable(vocabulary, model.config.char_cnn.max_characters, model.char_cnn.widest)
 
 
 class FixedModel:
-    """A model as it is now, for measuring: word vectors and converted weights are made once. dtype: of the products."""
+    """A model for measuring, whose parameters must not change: word vectors and converted weights are made once.
+
+    dtype: of the matrix products.
+    """
 
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None):
         self.model, self.dtype = model, dtype
@@ -68,29 +77,33 @@ class FixedModel:
 
     @cached_property
     def softmax(self) -> Any:
+        """The exact losses of the model's softmax."""
         if not self.model.has_softmax:
             raise ValueError("this model has no softmax")
         return self.model.softmax_kind.exact(self.model, self.dtype)
 
     @torch.no_grad()
     def losses(self, batch: Batch, state: LstmState | None) -> tuple[Tensor, LstmState]:
-        """Return [D, B, T] losses in nats, 0 where there is no position, and the state after the batch."""
+        """Return [D, B, T] losses in nats, 0 where there is no position, and the state after the batch.
+
+        state: None for zeros.
+        """
         types_UP = self.words.vectors(batch.types, batch.type_classes)
         losses = types_UP.new_zeros(batch.targets.shape)
         directions, rows, window = losses.shape
         if state is None:
             state = self.model.lstm.zero_state(rows, like=types_UP)
-        # positions time by time, and at each time the rows that go on, longest first
+        # positions in packed order: time by time, and at each time the rows that are long enough, longest first
         by_length = np.argsort(-batch.lengths, kind="stable")
         goes_on_TB = np.arange(window)[:, None] < batch.lengths[by_length]
-        times, places = np.nonzero(goes_on_TB)
+        times, ranks = np.nonzero(goes_on_TB)
         if not len(times):
             return losses, state
-        at = by_length[places], times
+        at = by_length[ranks], times
         inputs_DN, targets_DN = (
             torch.from_numpy(a[:, at[0], at[1]]).to(losses.device) for a in (batch.inputs, batch.targets)
         )
-        packed = self.lstm.of_now(types_UP)
+        packed = self.lstm.current(types_UP)
         if packed is not None:
             counts = goes_on_TB.sum(axis=1)
             order = torch.from_numpy(by_length).to(losses.device)
@@ -109,8 +122,8 @@ class FixedModel:
 def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
     """Yield each batch with its [D, B, T] losses in nats (in the model's own type, 0 where there is no position).
 
-    State is carried from batch to batch, from zero. The model's training flag, parameters and noise are not touched.
-    Sums over positions belong into float64.
+    State is carried from batch to batch and begins at zero. The model's training flag, parameters and noise are not
+    changed. Losses should be summed in float64.
     """
     state: LstmState | None = None
     for batch in batches:
@@ -120,9 +133,10 @@ def stream_losses(model: FixedModel, batches: Iterator[Batch]) -> Iterator[tuple
 
 
 class Validation:
-    """A held-out text, cut into streams, for measuring again and again inside training.
+    """A held-out text, cut into streams, on which a model is measured repeatedly during training.
 
-    positions: at most so many are read, the first of each stream. streams: those of this worker.
+    positions: the number to read at most, the first ones of each stream. streams: those of this worker.
+    dtype: of the matrix products.
     """
 
     def __init__(
@@ -143,7 +157,7 @@ class Validation:
         self.windows = -(-per_stream // unroll)
 
     def losses(self) -> LossSums:
-        """Of this worker's streams."""
+        """Return the sums of this worker's streams."""
         totals = np.zeros(self.model.directions)
         positions = 0
         if len(self.streams):

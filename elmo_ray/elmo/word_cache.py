@@ -1,4 +1,7 @@
-"""Vectors of words, each computed once, however often it comes. U words of a batch, C characters, P projection."""
+"""A cache of word vectors, which computes the vector of each word once.
+
+Shapes: U words of a batch, C characters, P projection.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,23 @@ from torch import Tensor
 from elmo_ray import kernels
 from elmo_ray.model.bilm import BiLM
 
-_MOST_BYTES = 1 << 30
+_MAX_BYTES = 1 << 30
 
 
 class WordCache:
-    """What a fixed model makes of words, by their characters; so known and unknown words are alike.
+    """Vectors of words for a model whose parameters do not change.
 
-    Only new words go through the char CNN. Where there is no more room, all are forgotten and it begins anew. With
-    word-id input there is nothing to keep. `most_bytes` bounds the vectors, but for the words of one batch.
+    The keys are the characters of words, so known and unknown words are treated alike. Only new words go through the
+    char CNN. When the cache is full, all vectors are dropped. With word input nothing is kept. max_bytes: the limit of
+    the vectors, exceeded only if the words of one batch need more. dtype: of the matrix products.
     """
 
-    def __init__(self, model: BiLM, dtype: torch.dtype | None = None, most_bytes: int = _MOST_BYTES):
+    def __init__(self, model: BiLM, dtype: torch.dtype | None = None, max_bytes: int = _MAX_BYTES):
         self.model, self.dtype = model, dtype
         reference = next(model.parameters())
         width = model.config.lstm.projection_dim
         self.device = reference.device
-        self._most_rows = max(1, most_bytes // (width * reference.element_size()))
+        self._max_rows = max(1, max_bytes // (width * reference.element_size()))
         self._rows: dict[bytes, int] = {}
         self._table = reference.detach().new_empty(0, width)
         self._fixed: Any = None
@@ -44,16 +48,17 @@ class WordCache:
 
     @torch.no_grad()
     def vectors(self, types: np.ndarray, classes: tuple[tuple[int, int], ...]) -> Tensor:
-        """[U, P] vectors of words: [U, C] character ids, shorter classes first as in `streams.Batch`, or [U] ids.
+        """Return the [U, P] vectors of words.
 
-        A word may be there more than once.
+        types: [U, C] character ids, sorted by length class as in `streams.Batch`, or [U] vocabulary ids for word input;
+        a word may occur more than once. classes: the number of words and of columns of each class.
         """
         if self.model.char_cnn is None:
             return self.model.encode_types(torch.from_numpy(types).to(self.device))
         types_UC = np.ascontiguousarray(types)
         row_bytes = np.dtype((np.void, types_UC.shape[1] * types_UC.itemsize))
         keys: list[bytes] = types_UC.view(row_bytes).ravel().tolist()  # type: ignore[assignment]
-        if len(self._rows) + len(keys) > self._most_rows:
+        if len(self._rows) + len(keys) > self._max_rows:
             self._rows.clear()
         first = len(self._rows)
         new: list[int] = []
@@ -67,7 +72,7 @@ class WordCache:
         return self._table[torch.tensor([self._rows[key] for key in keys]).to(self.device)]
 
     def _encode(self, types_UC: np.ndarray, classes: tuple[tuple[int, int], ...], chosen: list[int]) -> Tensor:
-        # types come class by class, so those that are chosen do, too
+        # types are sorted by class, and so are the chosen ones
         ends = np.cumsum([count for count, _ in classes])
         counts = np.bincount(np.searchsorted(ends, chosen, side="right"), minlength=len(classes))
         kept = tuple((int(n), columns) for n, (_, columns) in zip(counts, classes, strict=True) if n)
@@ -78,6 +83,6 @@ class WordCache:
     def _reserve(self, used: int, wanted: int) -> None:
         if wanted <= len(self._table):
             return
-        table = self._table.new_empty(max(min(self._most_rows, 2 * len(self._table)), wanted), self._table.shape[1])
+        table = self._table.new_empty(max(min(self._max_rows, 2 * len(self._table)), wanted), self._table.shape[1])
         table[:used] = self._table[:used]
         self._table = table

@@ -1,1 +1,1 @@
-"""One training step, the loop around it, checkpoints, and the runner on Ray Train."""
+"""Training in one worker: the input of steps, the step, the loop around it, metrics, and saving and resuming."""

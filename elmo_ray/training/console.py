@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live bar in a terminal, a line for each record elsewhere."""
+"""Display of a run while it trains: a progress bar in a terminal, a line for each record elsewhere."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LOOK_EVERY_S = 0.5
 
 
 @contextlib.contextmanager
-def shown(run_dir: Path) -> Iterator[None]:
-    """Show what rank 0 records in `run_dir` meanwhile."""
+def show_metrics(run_dir: Path) -> Iterator[None]:
+    """Show the records that rank 0 writes in `run_dir` while this context lasts."""
     follower, done = MetricsFollower(run_dir), threading.Event()
     with _bar_in_terminal() as bar:
 
@@ -27,7 +27,7 @@ def shown(run_dir: Path) -> Iterator[None]:
             try:
                 records = follower.poll()
             except (OSError, ValueError):
-                return  # what cannot be read now is read later
+                return  # read later what cannot be read now
             for record in records:
                 _show(record, bar)
 
@@ -35,7 +35,7 @@ def shown(run_dir: Path) -> Iterator[None]:
             while not done.wait(LOOK_EVERY_S):
                 look()
                 if bar is not None:
-                    bar.refresh()  # the clock goes on between two records
+                    bar.refresh()  # its clock runs between two records as well
 
         thread = threading.Thread(target=follow, name="console", daemon=True)
         thread.start()
@@ -57,7 +57,7 @@ def _show(record: Record, bar: Any) -> None:
         return
     if bar.total != total:
         bar.reset(total)
-        bar.initial = record["step"]  # the speed is that of this start
+        bar.initial = record["step"]  # the bar's speed is that of this start only
     bar.n = record["step"]
     speed = record.get("positions_per_second") or 0.0
     bar.set_postfix_str(f"perplexity {record.get('perplexity') or float('nan'):,.1f}, {speed:,.0f} positions/s")
@@ -65,7 +65,7 @@ def _show(record: Record, bar: Any) -> None:
 
 @contextlib.contextmanager
 def _bar_in_terminal() -> Iterator[Any]:
-    """tqdm's bar, with log lines above it, where stderr is a terminal and tqdm is installed; else None."""
+    """Yield tqdm's bar, with log lines above it; None where stderr is no terminal or tqdm is not installed."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -1,4 +1,4 @@
-"""What a run would be: parameters, steps, memory and disk, without starting anything."""
+"""Estimate of a run without starting it: parameters, steps, memory and disk."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from elmo_ray.data.streams import StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.machine import available_cores
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.model.components import part_of
+from elmo_ray.model.components import component_of
 from elmo_ray.storage import is_uri
 
 BYTES_PER_POSITION = 5.5
-"""Of English text; used where the corpus has not been counted yet."""
+"""Bytes of English text for one position; used where the corpus has not been counted yet."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """The estimate. exact: positions and vocabulary are counted, not guessed."""
+    """Estimate of a run.
+
+    parameters: by component. vocabulary: words. exact: positions and vocabulary are counted and not estimated. memory:
+    bytes of a worker, by use. checkpoint_bytes: of one checkpoint. disk_free: bytes; None for an object store.
+    """
 
     config: PretrainConfig
     parameters: dict[str, int]
@@ -40,10 +44,11 @@ class DryRun:
     devices: list[str]
 
     def summary(self) -> str:
+        """Return the estimate as text for a person."""
         config, about = self.config, "" if self.exact else "about "
         step = config.data.streams * config.train.unroll
         lines = [config.to_yaml().rstrip(), "", "parameters:"]
-        lines += [f"  {part:<24}{count:>15,}" for part, count in self.parameters.items()]
+        lines += [f"  {component:<24}{count:>15,}" for component, count in self.parameters.items()]
         lines += [f"  {'all':<24}{sum(self.parameters.values()):>15,}", ""]
         guessed = "" if self.exact else " (guessed from the files' sizes; `prepare` counts them)"
         lines += [
@@ -62,18 +67,19 @@ class DryRun:
             f"devices seen: {', '.join(self.devices)}",
         ]
         if config.optim.name == "adamw":
-            lines.append("optim.name=adamw trains the dense part; the word tables keep Adagrad (optim.table_lr)")
+            lines.append("optim.name=adamw trains the dense parameters; the word tables keep Adagrad (optim.table_lr)")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the estimate as plain values."""
         return {**vars(self), "config": self.config.to_dict()}
 
 
 def dry_run(config: PretrainConfig, directory: Path, tasks: int, bytes_to_read: int) -> DryRun:
-    """Estimate what a run needs.
+    """Return the estimate of a run.
 
-    directory: the prepared folder; tasks, bytes_to_read: what `prepare` would still have to do. Raises ConfigError or
-    DataError for what a real run would refuse before it starts.
+    directory: the prepared folder. tasks, bytes_to_read: the work that `prepare` still has to do. Raises ConfigError or
+    DataError where a real run would refuse to start.
     """
     exact = tasks == 0 and (directory / "train.npz").exists() and _vocabulary_path(config, directory).exists()
     if config.data.vocab is not None:
@@ -97,8 +103,8 @@ def dry_run(config: PretrainConfig, directory: Path, tasks: int, bytes_to_read: 
         model = BiLM(config.model, config.softmax, words)
     parameters: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        parameters[part] = parameters.get(part, 0) + parameter.numel()
+        component = component_of(name)
+        parameters[component] = parameters.get(component, 0) + parameter.numel()
     total = sum(parameters.values())
     width = 8 if config.train.precision == "fp64" else 4
     slots = 1 if config.optim.name == "adagrad" else 2
@@ -106,7 +112,7 @@ def dry_run(config: PretrainConfig, directory: Path, tasks: int, bytes_to_read: 
     lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
     window = -(-rows // config.train.accumulate) * unroll * directions
     negatives = config.softmax.negatives if config.softmax.kind == "sampled" else words
-    # kept for backward: gates, their gradients, cells, outputs; and logits with their gradient
+    # tensors kept for backward: gates, their gradients, cells and outputs; logits and their gradient
     activations = window * lstm.n_layers * (10 * lstm.dim + 4 * lstm.projection_dim) + 3 * window * negatives
     memory = {
         "parameters": total * width,
@@ -132,7 +138,7 @@ def dry_run(config: PretrainConfig, directory: Path, tasks: int, bytes_to_read: 
 
 
 def _free(storage_path: str) -> int | None:
-    """Bytes free where runs are kept; None for an object store."""
+    """Return the free bytes where runs are kept; None for an object store."""
     if is_uri(storage_path):
         return None
     storage = Path(os.path.abspath(storage_path))
@@ -147,7 +153,7 @@ def _vocabulary_path(config: PretrainConfig, directory: Path) -> Path:
 
 
 def _dense(parameters: dict[str, int]) -> int:
-    return sum(count for part, count in parameters.items() if part not in ("softmax", "word_embedding"))
+    return sum(count for component, count in parameters.items() if component not in ("softmax", "word_embedding"))
 
 
 def _devices() -> list[str]:

@@ -1,7 +1,9 @@
-"""The loader thread: windows of streams become step inputs, a step ahead of training.
+"""The loader thread: it turns windows of streams into step inputs, some steps ahead of training.
 
-Here the noise of a step is drawn (negatives, resets), ids are exchanged, and the touched rows of the tables are found,
-so that the training thread never waits for the host.
+For each step it draws the noise (negatives, resets), exchanges the target ids with other ranks and finds the touched
+rows of the tables, so that the training thread never waits for the CPU.
+
+Shapes: B rows (streams) of this worker.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,36 +27,38 @@ from elmo_ray.errors import ElmoRayError
 from elmo_ray.model.softmax import draw_negatives, log_expected_count
 from elmo_ray.training.graphs import FixedShapes
 from elmo_ray.training.ranks import Exchange, Flags, Gathered
-from elmo_ray.training.step_input import Sent, StepInput, Transfer, with_micro_batches
+from elmo_ray.training.step_input import StepInput, Transfer, wait_for_arrival, with_micro_batches
 
 logger = logging.getLogger(__name__)
 
 WARN_AFTER_S = 60.0
 
 RESET_KEY = 0x7265736574
-"""Keeps the draws of resets apart from the others of the same (seed, step)."""
+"""Constant that separates the draws of resets from the other draws of the same (seed, step)."""
 
 
 @dataclass
-class Fed:
-    """A step's input, and what the loop must know with it. waited: seconds the training thread waited for it."""
+class ReadyBatch:
+    """A step's input with what the training loop needs beside it.
+
+    cursors: of this worker's streams after the step. flags: of all ranks. arrived: on a GPU the event of the input's
+    arrival, which the step must wait for. waited: seconds that the training thread waited for this batch.
+    """
 
     batch: StepInput
     cursors: StreamCursors
     flags: Flags
+    arrived: torch.cuda.Event | None = None
     waited: float = 0.0
-
-
-class _Coming(NamedTuple):
-    sent: Sent
-    cursors: StreamCursors
-    flags: Flags
 
 
 def reset_rows(
     reset: str | float, batch: Batch, streams: range, n_streams: int, seed: int, step: int
 ) -> NDArray[np.bool_]:
-    """[B] rows that start this window from zero state (`train.reset`); the same for any number of workers."""
+    """Return the [B] rows that start this window from zero state (`train.reset`).
+
+    A stream gets the same answer with any number of workers.
+    """
     if reset == "never":
         return np.zeros(len(streams), np.bool_)
     if reset == "block":
@@ -65,7 +68,7 @@ def reset_rows(
 
 
 class StepAssembler:
-    """Turns a worker's Batch into a StepInput: draws, exchange, rows."""
+    """Maker of a StepInput from a worker's Batch: it draws noise, exchanges ids and finds the touched rows."""
 
     def __init__(self, config: PretrainConfig, n_words: int, streams: range, exchange: Exchange):
         self.config, self.n_words, self.streams, self.exchange = config, n_words, streams, exchange
@@ -76,6 +79,7 @@ class StepAssembler:
         self._unique_index = UniqueIndex(n_words)
 
     def __call__(self, batch: Batch, step: int, flags: Flags) -> tuple[StepInput, Flags]:
+        """Return the input of a step, on the CPU, and the flags of all ranks. flags: of this rank."""
         config = self.config
         sampled = config.softmax.kind == "sampled"
         drawn = []
@@ -88,7 +92,7 @@ class StepAssembler:
             ]
         noise_hash = zlib.crc32(b"".join(n.ids.tobytes() for n in drawn))
         inputs = batch.types.astype(np.int64) if self.words else np.zeros(0, np.int64)
-        # one fixed place for input ids, behind all targets: they touch other rows than targets do
+        # input ids have a fixed place behind all targets, for they touch other rows than targets do
         ids = np.full(self.capacity, -1, np.int64)
         ids[: batch.targets.size] = batch.targets.ravel()
         if self.words:
@@ -123,7 +127,8 @@ class StepAssembler:
         negative_ids = np.stack([n.ids for n in drawn])
         negative_counts = np.stack([log_expected_count(n.ids, n.tries, self.n_words) for n in drawn])
         result.rows = torch.from_numpy(rows)
-        place[0] = 0  # "no position" has row 0, whether or not word 0 is touched: it is the first one then
+        # "no position" has row 0, whether or not word 0 is touched: if it is touched, it is the first row anyway
+        place[0] = 0
         result.target_rows = torch.from_numpy(place[safe])
         result.target_log_count = torch.from_numpy(counts.astype(precision))
         result.negative_rows = torch.from_numpy(place[negative_ids])
@@ -139,10 +144,10 @@ class StepAssembler:
 
 
 class Feeder:
-    """Runs loader and assembler in a thread, `ahead` steps before the training thread, and yields `Fed`.
+    """Iterator over `ReadyBatch`es, made by loader and assembler in a thread, `ahead` steps before the training thread.
 
-    flags: called in the thread for this rank's flags. shapes: pads what a step is given. An error of any rank comes out
-    of the iterator on every rank.
+    flags: called in the thread for this rank's flags. shapes: pads the inputs of steps. The iterator raises an error of
+    any rank on every rank.
     """
 
     def __init__(
@@ -157,7 +162,7 @@ class Feeder:
     ):
         self.loader, self.assembler, self.steps, self.flags, self.shapes = loader, assembler, steps, flags, shapes
         self.transfer = Transfer(device)
-        self._queue: queue.Queue[_Coming | BaseException | None] = queue.Queue(maxsize=ahead)
+        self._queue: queue.Queue[ReadyBatch | BaseException | None] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="elmo-loader", daemon=True)
 
@@ -167,7 +172,7 @@ class Feeder:
                 try:
                     batch = self.loader.next_batch()
                 except ElmoRayError as error:
-                    # the others are waiting in the exchange: tell them before giving up
+                    # the other ranks are waiting in the exchange: tell them of the error before giving up
                     exchange, capacity = self.assembler.exchange, self.assembler.capacity
                     exchange.gather(np.zeros(0, np.int64), capacity, 0, 0, self.flags(), error, step)
                     raise
@@ -175,7 +180,8 @@ class Feeder:
                 if self.shapes is not None:
                     result = self.shapes(result)
                 result = with_micro_batches(result, self.assembler.config.train.accumulate)
-                self._put(_Coming(self.transfer(result), batch.cursors, flags))
+                sent, arrived = self.transfer(result)
+                self._put(ReadyBatch(sent, batch.cursors, flags, arrived))
                 if flags.stop or self._closed.is_set():
                     break
             self._put(None)
@@ -184,7 +190,7 @@ class Feeder:
         finally:
             self.loader.close()
 
-    def _put(self, item: _Coming | BaseException | None) -> None:
+    def _put(self, item: ReadyBatch | BaseException | None) -> None:
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=0.2)
@@ -192,8 +198,8 @@ class Feeder:
             except queue.Full:
                 continue
 
-    def _next(self, start: float) -> _Coming | BaseException | None:
-        """The next item; a wait for text that goes on and on is said, for only the user can know what holds it up."""
+    def _next(self, start: float) -> ReadyBatch | BaseException | None:
+        """Return the next item, and log a warning while there is none. start: the time when the wait began."""
         while True:
             try:
                 return self._queue.get(timeout=WARN_AFTER_S)
@@ -204,7 +210,7 @@ class Feeder:
                     waited,
                 )
 
-    def __iter__(self) -> Iterator[Fed]:
+    def __iter__(self) -> Iterator[ReadyBatch]:
         self._thread.start()
         try:
             while True:
@@ -214,8 +220,9 @@ class Feeder:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                waited = time.perf_counter() - start
-                yield Fed(item.sent.received(), item.cursors, item.flags, waited)
+                item.waited = time.perf_counter() - start
+                wait_for_arrival(item.batch, item.arrived)
+                yield item
         finally:
             self._closed.set()
             self._thread.join(timeout=30)

@@ -1,21 +1,16 @@
-"""The forward and backward of a step as CUDA graphs: thousands of small kernels become one launch.
+"""The forward and backward of a step as CUDA graphs: one launch in place of thousands of small kernels.
 
-A graph repeats the same kernels on the same memory. So it has tensors of its own for what a step is given (input,
-state, scale of the loss), into which each step's are copied, and one is captured for each shape of the input
-(`fixed_shapes.py` makes those few). Dropout keeps being a function of (seed, step, rank): a graph's generators are
-seeded before each replay, and torch hands a registered generator's seed and offset to the graph when it is replayed.
-The optimizer runs outside of the graphs, for its rate changes from step to step.
+A graph repeats the same kernels on the same memory. So it has tensors of its own for the input, the state and the scale
+of the loss, into which those of each step are copied, and one graph is captured for each shape of the input. Dropout
+remains a function of (seed, step, rank): a graph's generators are seeded before each replay, and torch passes a
+registered generator's seed and offset to the graph when it is replayed. The optimizer runs outside of the graphs, for
+its rate changes from step to step. If a capture fails, training continues with plain steps and a line in the log. The
+first steps of a graph are computed plainly as well, and the results must agree.
 
-Whatever goes wrong while a graph is captured leaves plain steps, and a line in the log. The first steps of a graph are
-computed plainly as well, and must agree.
-
-Step inputs of few shapes, for what is prepared once for each shape (CUDA graphs): distinct words and touched rows
-are padded.
-
-Padding changes nothing. Nobody's input is a padding word, so no gradient comes to it; the rows that pad are others than
-the touched ones, and Adagrad does not move a row whose gradient is 0. What a batch is padded to depends on that batch
-and on the configuration alone, never on the batches before it: a resumed run has the shapes of one never stopped, and
-all ranks have the same rows.
+`FixedShapes` keeps the number of shapes small: it pads the distinct words and the touched rows. Padding changes no
+result. No input is a padding word, so it gets no gradient; padding rows are not among the touched ones, and Adagrad
+does not move a row whose gradient is 0. The padded size depends on the batch and the configuration only, never on
+earlier batches. So a resumed run has the shapes of one that was never stopped, and all ranks have the same rows.
 
 Shapes: U distinct words, C characters, R touched rows, V vocabulary.
 """
@@ -40,23 +35,28 @@ from elmo_ray.data.word_types import TypeTable
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.training.step import StepResult
-from elmo_ray.training.step_input import StepInput, device_quiet
+from elmo_ray.training.step_input import StepInput, device_lock
+
+if TYPE_CHECKING:
+    from elmo_ray.training.step import TrainStep
+
+logger = logging.getLogger(__name__)
 
 _GROWTH = 0.1
-"""From one size of distinct words to the next, in the number of those that are usual."""
+"""Step from one size of distinct words to the next, as a share of the usual number of them."""
 
 _ROWS_STEPS = 16
-"""Into how many sizes the touched rows are rounded up; the last is the most that a step can touch."""
+"""Number of sizes to which touched rows are rounded up; the last one is the maximum that a step can touch."""
 
-_MULTIPLE = 8  # of sizes, which suits the products
+_MULTIPLE = 8  # of sizes, which suits matrix products
 
 
 class FixedShapes:
-    """Pads StepInputs, which are on the CPU yet.
+    """Function that pads StepInputs while they are still on the CPU.
 
-    columns: of the length classes, rising ([1] for word input); expected: distinct words of each in a batch; rare: how
-    many of the rare words are of each, of which a batch has more or less. most_rows: that a step can touch, of the
-    softmax table and of an untied word embedding.
+    columns: of the length classes, in rising order ([1] for word input). expected: distinct words of each class in a
+    batch. rare: the number of rare words in each class, of which a batch has more or fewer. max_rows: the rows that a
+    step can touch at most, of the softmax table and of an untied word embedding.
     """
 
     def __init__(
@@ -65,20 +65,22 @@ class FixedShapes:
         expected: NDArray[np.float64],
         rare: NDArray[np.int64],
         n_words: int,
-        most_rows: tuple[int, int],
+        max_rows: tuple[int, int],
     ):
         self._class_of = {width: number for number, width in enumerate(columns)}
         self._columns = list(columns)
-        # twice the spread that draws of words would have
+        # the mean and twice the standard deviation of draws of words
         self._usual = expected + 2.0 * np.sqrt(expected) + 1.0
         self._more = 1.0 + _GROWTH * self._usual.sum() * rare / rare.sum()
         self._n_words = n_words
-        self._steps_of_rows = [max(1, _rounded_up(most / _ROWS_STEPS)) for most in most_rows]
+        self._steps_of_rows = [max(1, _rounded_up(most / _ROWS_STEPS)) for most in max_rows]
 
     @classmethod
     def of(cls, config: PretrainConfig, n_words: int, characters: TypeTable | None, rows: int) -> FixedShapes:
-        """For a worker with so many streams. Words are expected as often as the sampled softmax expects them, by their
-        place in the vocabulary."""
+        """Return the shapes for a worker with `rows` streams.
+
+        The expected frequency of a word depends on its rank in the vocabulary, as in the sampled softmax.
+        """
         directions = 2 if config.model.bidirectional else 1
         positions = rows * config.train.unroll
         # both directions read the same sentences
@@ -92,11 +94,11 @@ class FixedShapes:
         targets = directions * config.data.streams * config.train.unroll  # of all ranks
         negatives = directions * config.softmax.negatives
         inputs = targets if config.softmax.tied else 0
-        most_rows = min(n_words, targets + negatives + inputs), min(n_words, targets)
-        return cls(columns, expected, rare, n_words, most_rows)
+        max_rows = min(n_words, targets + negatives + inputs), min(n_words, targets)
+        return cls(columns, expected, rare, n_words, max_rows)
 
     def __call__(self, batch: StepInput) -> StepInput:
-        """A padded copy."""
+        """Return a padded copy."""
         result = copy.copy(batch)
         self._pad_types(result)
         for name, step in zip(("rows", "input_rows"), self._steps_of_rows, strict=True):
@@ -126,10 +128,10 @@ class FixedShapes:
 
 
 def _places(ends: NDArray[np.int64], capacities: Sequence[int]) -> NDArray[np.int64] | None:
-    """Where each of the words goes, which come by class, with the places of each class's last word in `ends`; None
-    where they do not fit.
+    """Return the new index of each word; None where the words do not fit.
 
-    Words for which their class has no room go to the next, whose columns have room for them as well.
+    Words are sorted by class; `ends` are the numbers of words up to the end of each class. Words for which their class
+    has no room go to the next one, whose columns are long enough for them as well.
     """
     place = np.empty(ends[-1], np.int64)
     done = first = 0
@@ -141,7 +143,7 @@ def _places(ends: NDArray[np.int64], capacities: Sequence[int]) -> NDArray[np.in
 
 
 def _filled_up(rows: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """The rows, and after them the first others, up to `capacity` of them."""
+    """Return the rows, followed by the first other rows, `capacity` in all."""
     free = np.ones(capacity, np.bool_)
     free[rows[rows < capacity]] = False
     return np.concatenate([rows, np.flatnonzero(free)[: capacity - len(rows)]])
@@ -151,25 +153,20 @@ def _rounded_up(n: float) -> int:
     return int(-(-n // _MULTIPLE)) * _MULTIPLE
 
 
-if TYPE_CHECKING:
-    from elmo_ray.training.step import TrainStep
-
-logger = logging.getLogger(__name__)
-
-_MOST_GRAPHS = 8
-"""Each holds gradients of the whole model."""
+_MAX_GRAPHS = 8
+"""Maximum number of graphs: each of them holds gradients of the whole model."""
 
 _CHECKED = 2
-"""Steps of a graph that are compared: the one it was captured with, and one that all its inputs differ in."""
+"""Steps of a graph that are compared with plain ones: that of its capture, and one with other inputs."""
 
 _WARM_UPS = 2
 
 Record = Callable[[Callable[[], StepResult], list[torch.Generator]], tuple[StepResult, Callable[[], None]]]
-"""Captures a function that draws from these generators: its result, and what repeats it into the same tensors."""
+"""Function that captures another one, which draws from these generators: it returns the result and a replay into it."""
 
 
 def graphs_for(step: TrainStep) -> StepGraphs | None:
-    """Those of this step, where it is to have any; a line in the log says why not where that could be a surprise."""
+    """Return the graphs of a step; None where it has none, with a line in the log if a user might expect some."""
     train = step.config.train
     if step.device.type != "cuda" or train.kernels == "off":
         return None
@@ -177,14 +174,14 @@ def graphs_for(step: TrainStep) -> StepGraphs | None:
         logger.info("no CUDA graphs with several workers: gradients are summed between them while others are computed")
         return None
     if train.accumulate > 1:
-        logger.info("no CUDA graphs with train.accumulate=%d: the shapes of parts change", train.accumulate)
+        logger.info("no CUDA graphs with train.accumulate=%d: the shapes of micro-batches change", train.accumulate)
         return None
     return StepGraphs(step, _CudaRecord(step.device))
 
 
 @dataclass
 class _Graph:
-    """inputs, state: what it reads; result: what `replay` fills anew. uses: how often it was."""
+    """A captured graph. inputs, state: the tensors it reads. result: those it overwrites. uses: number of replays."""
 
     inputs: StepInput
     state: LstmState
@@ -194,7 +191,7 @@ class _Graph:
 
 
 class StepGraphs:
-    """Stands for `TrainStep.gradients`. Results are overwritten by the next call, but for the loss sums."""
+    """Replacement for `TrainStep.gradients`. The next call overwrites its results, except for the loss sums."""
 
     def __init__(self, step: TrainStep, record: Record):
         self.step, self.record = step, record
@@ -207,12 +204,12 @@ class StepGraphs:
             self._dropout = Dropout(config.train.dropout, config.run.seed, 0, step.rank, step.device)
 
     def forget(self) -> None:
-        """Other parameters are trained from here on."""
+        """Drop all graphs, because other parameters are trained from here on."""
         self._graphs.clear()
         self._full = False
 
     def gradients(self, batch: StepInput) -> StepResult:
-        """As `TrainStep.gradients`."""
+        """Return the result of `TrainStep.gradients`, from a graph if there is one for this shape."""
         if self.failed:
             return self.step.gradients(batch)
         key = _shape(batch)
@@ -227,19 +224,19 @@ class StepGraphs:
 
     def _first(self, key: tuple, batch: StepInput) -> StepResult:
         expected = self.step.gradients(batch)
-        if len(self._graphs) >= _MOST_GRAPHS:
+        if len(self._graphs) >= _MAX_GRAPHS:
             if not self._full:
-                logger.warning("more than %d shapes of step inputs: those of the others have no graph", _MOST_GRAPHS)
+                logger.warning("more than %d shapes of step inputs: those of the others have no graph", _MAX_GRAPHS)
             self._full = True
             return expected
         try:
             graph = self._captured(batch)
             self._check(self._replayed(graph, batch), expected)
             self._graphs[key] = graph
-        except Exception as error:  # of many kinds, from torch, the driver or Triton; the plain step needs none of it
+        except Exception as error:  # of many kinds, from torch, the driver or Triton; plain steps still work
             self._fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             for parameter in self.step.model.parameters():
-                parameter.grad = None  # of a backward that did not end
+                parameter.grad = None  # left by a backward that did not end
         return expected
 
     def _captured(self, batch: StepInput) -> _Graph:
@@ -252,13 +249,13 @@ class StepGraphs:
         def compute() -> StepResult:
             return step.gradients(inputs)
 
-        with self._standing_in(state), device_quiet:
+        with self._standing_in(state), device_lock:
             result, replay = self.record(compute, [] if self._dropout is None else self._dropout.generators)
         return _Graph(inputs, state, result, replay)
 
     @contextlib.contextmanager
     def _standing_in(self, state: LstmState) -> Iterator[None]:
-        """The step begins with this state and with the graphs' generators."""
+        """Let the step use this state and the graphs' generators inside this context."""
         step, before = self.step, self.step.state
         step.state, step.dropout = state, self._dropout
         try:
@@ -294,11 +291,11 @@ class StepGraphs:
 
 
 def largest_difference(found: StepResult, expected: StepResult) -> tuple[str, float]:
-    """Of all tensors, relative to the largest value of each, and the tensor's name."""
+    """Return the name of the tensor that differs most, and its difference relative to its largest value."""
     worst: dict[str, Tensor] = {}
     ours = found.tensors()
     for name, theirs in expected.tensors().items():
-        # a step may be one that is not finite: then both are, in the same places
+        # a step may be not finite: then both results must be, in the same places
         a, b = (x.double().nan_to_num(nan=1e30, posinf=1e31, neginf=-1e31) for x in (ours[name], theirs))
         worst[name] = (a - b).abs().max() / b.abs().max().clamp_min(1e-30)
     values = torch.stack(list(worst.values())).tolist()
@@ -306,7 +303,7 @@ def largest_difference(found: StepResult, expected: StepResult) -> tuple[str, fl
 
 
 def _tolerance(dtype: torch.dtype | None) -> float:
-    """The same kernels on the same numbers; but some add in the order in which threads come."""
+    """Return the tolerated difference: it is not 0, for some kernels add in the order in which threads finish."""
     return 0.02 if dtype == torch.bfloat16 else 1e-3
 
 
@@ -316,7 +313,7 @@ def _shape(batch: StepInput) -> tuple:
 
 
 class _CudaRecord:
-    """Captures on a stream of its own, after warming up there. Graphs share their memory, for never do two run."""
+    """Capture on a stream of its own, after warming up there. Graphs share memory, for no two run at a time."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -330,13 +327,13 @@ class _CudaRecord:
                 self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                for _ in range(_WARM_UPS):  # what is made once: handles, workspaces, compiled kernels
+                for _ in range(_WARM_UPS):  # handles, workspaces and compiled kernels are made once
                     function()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             for generator in generators:
                 graph.register_generator_state(generator)
-            # errors of this thread only: others may ask the driver for what is no business of the graph
+            # only this thread is checked: other threads may call the driver for things unrelated to the graph
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = function()
         return result, graph.replay

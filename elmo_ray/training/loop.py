@@ -1,4 +1,4 @@
-"""The training loop of one worker: feed, step, log, validate, save. The same with and without Ray."""
+"""The training loop of one worker, with or without Ray: take a batch, step, log, validate, save."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from elmo_ray.errors import ElmoRayError, TrainingError
 from elmo_ray.machine import keep_freed_memory, memory_in_use
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.storage.local_copy import Outbox
-from elmo_ray.training.feeding import Fed, Feeder, StepAssembler
+from elmo_ray.training.feeding import Feeder, ReadyBatch, StepAssembler
 from elmo_ray.training.graphs import FixedShapes, graphs_for
 from elmo_ray.training.metrics import MetricsWriter, not_finite, train_record, valid_record
 from elmo_ray.training.optimizer import learning_rate
@@ -32,15 +32,14 @@ from elmo_ray.training.snapshot import MOST_AMOUNT, Progress, Snapshot
 from elmo_ray.training.step import DTYPES, TrainStep
 
 LAST_SAVE_PAUSES_S = (0.5, 5.0, 30.0)
-"""Between the tries of the last checkpoint, without which all steps since the one before would be lost."""
+"""Pauses before further attempts at the last checkpoint; without it all steps since the one before would be lost."""
 
 
 def train(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
-    """Train to the end of `train.duration`, or until asked to stop; goes on from the newest whole checkpoint of the
-    run.
+    """Train to the end of `train.duration`, or until a stop is requested.
 
-    Returns plain values: steps, positions, finished, stopped, best_perplexity, best_step, checkpoint, seconds. Raises
-    an ElmoRayError on all ranks alike.
+    Training continues from the newest whole checkpoint of the run. Returns plain values, among them steps, positions,
+    finished, stopped, best_perplexity, best_step, checkpoint and seconds. Raises the same ElmoRayError on all ranks.
     """
     keep_freed_memory()
     return _Run(plan, worker).run()
@@ -56,20 +55,21 @@ class _Run:
         except ElmoRayError as problem:
             error = problem
         self.ranks.agree(error)
-        self.attempt = self.ranks.first_does(partial(claim_attempt, plan.run_dir))
+        self.attempt = self.ranks.run_on_rank_zero(partial(claim_attempt, plan.run_dir))
         self.step = self._build_step()
         self.progress = Progress()
         self.cursors = StreamCursors.start(len(self.streams))
-        # since the last record, of this rank: loss of each direction and positions, without steps that were not finite
+        # [D + 1] loss of each direction and positions of this rank since the last record, of finite steps only
         self.sums = torch.zeros(self.model.directions + 1, dtype=torch.float64, device=worker.device)
+        # step, norm and losses of the first step that was not finite since they were last read; step 0: there was none
         self.first_bad = torch.zeros(2 + self.model.directions, dtype=torch.float64, device=worker.device)
         self.not_finite = torch.zeros((), dtype=torch.int64, device=worker.device)
         self.seen_not_finite = 0
         self.outbox = Outbox(plan.run_dir, "metrics/*", "tensorboard/*", "logs/*")
         self.metrics = MetricsWriter(self.outbox.folder, self.attempt) if worker.rank == 0 else None
         self.saver = Saver(plan.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
-        self.saver.writer.before = self.outbox.send  # metrics that a checkpoint follows are never lost
-        self.start_checkpoint: Checkpoint | None = None  # of a model that was trained before, to be measured first
+        self.saver.writer.before = self.outbox.send  # metrics are sent before a checkpoint that follows them
+        self.start_checkpoint: Checkpoint | None = None  # of a model trained before: it is measured first
         self._resume()
         self.started = time.monotonic()
         self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
@@ -110,7 +110,7 @@ class _Run:
         step.graphs = graphs_for(step)
         self.validation: Validation | None = None
         if self.valid_plan is not None:
-            # in this process and not by Ray tasks: the paused training pipeline holds their CPUs
+            # read in this process and not by Ray tasks, whose CPUs the paused training pipeline holds
             source = partial(
                 thread_source,
                 vocabulary=self.vocabulary,
@@ -136,7 +136,7 @@ class _Run:
         return identity(self.config, self.streams_plan.corpus.fingerprint, self.vocabulary.sha256)
 
     def _resume(self) -> None:
-        path = self.ranks.first_does(self.saver.newest)
+        path = self.ranks.run_on_rank_zero(self.saver.newest)
         error: ElmoRayError | None = None
         checkpoint: Checkpoint | None = None
         try:
@@ -150,7 +150,7 @@ class _Run:
         self.ranks.agree(error)
         if path is not None and checkpoint is not None:
             start, best_step = path, self.progress.best_step
-            self.ranks.first_does(lambda: self.saver.restore_best(start, best_step))
+            self.ranks.run_on_rank_zero(lambda: self.saver.restore_best(start, best_step))
             self.start_checkpoint = self.saver.last if is_initial(checkpoint) else None
         for message in start_messages(checkpoint, self.config, self.total_steps, self.ranks.world, self._conditions()):
             self._event(message)
@@ -189,22 +189,22 @@ class _Run:
         validate_every = self._steps(config.train.validate_every) if config.train.validate_every else 0
         checkpoint_every = self._steps(config.train.checkpoint_every)
         stopped, first = False, True
-        for fed in feeder:
+        for ready in feeder:
             if self._is_over():
-                continue  # the feeder is some steps ahead, on all ranks, and ends by the flag that stops it
+                continue  # the feeder is some steps ahead on all ranks, and ends by the flag that stops it
             other = self.step.begin(progress.step)
             if first or other:
                 if self.ranks.world > 1:
-                    # DDP arranges its buckets anew after its first backward, which would change the sums' order; this
-                    # pass changes nothing else
-                    self.step.gradients(fed.batch)
+                    # DDP rearranges its buckets after its first backward, which would change the order of sums later;
+                    # this pass changes nothing else
+                    self.step.gradients(ready.batch)
             if first:
                 first = False
                 self.started = self.window_start = time.monotonic()
                 self.window_pause = 0.0
-                fed.waited = 0.0  # for the start of everything, not for text
-            self._train_on(fed)
-            self.saver.poll(fed.flags)
+                ready.waited = 0.0  # a wait for the start of everything, not for text
+            self._train_on(ready)
+            self.saver.poll(ready.flags)
             self._note_lost_best()
             step = progress.step
             if self._is_log_step():
@@ -213,9 +213,9 @@ class _Run:
                 self._validate()
             if step % checkpoint_every == 0 or step == self.total_steps:
                 self.save_wanted = True
-            stopped = fed.flags.stop and not self._is_over()
+            stopped = ready.flags.stop and not self._is_over()
             if self.best_wanted and self.saver.busy:
-                self.saver.finish()  # later weights are not the ones that were best
+                self.saver.finish()  # wait, for the weights after the next step are no longer the best ones
                 self._note_lost_best()
             if self.save_wanted and not self.saver.busy and not stopped:
                 self._save()
@@ -229,20 +229,20 @@ class _Run:
         return self._result(stopped)
 
     def _is_over(self) -> bool:
-        """All steps are done, or validation has not improved for too long."""
+        """Return whether all steps are done, or validation has not improved for too long."""
         patience = self.config.train.patience
         return self.progress.step >= self.total_steps or (patience is not None and self.progress.stale >= patience)
 
     def _measure_start(self, checkpoint: Checkpoint) -> None:
-        """Validate before the first step; what the run starts from is its best until something is better."""
+        """Validate before the first step; the initial model is the best one until another is better."""
         self._validate()
         self.save_wanted = self.best_wanted = False
         self.progress.initial, self.progress.stale = self.progress.last_valid, 0
         if self.progress.best_step == 0:
-            self.ranks.first_does(lambda: self.saver.copy_to_best(checkpoint))
+            self.ranks.run_on_rank_zero(lambda: self.saver.copy_to_best(checkpoint))
 
     def _save_last(self) -> None:
-        """Wait for the checkpoint of the last step, or write it; storage that is away for a moment is waited for."""
+        """Wait for the checkpoint of the last step, or write it; try again for a while if storage fails."""
         self.saver.finish()
         for pause in (0.0, *LAST_SAVE_PAUSES_S):
             if self.saver.last_step == self.progress.step:
@@ -259,24 +259,24 @@ class _Run:
     def _flags(self) -> Flags:
         return self.saver.flags(self.worker.stop_requested() or self._is_over())
 
-    def _train_on(self, fed: Fed) -> None:
+    def _train_on(self, ready: ReadyBatch) -> None:
         self.ranks.step = self.progress.step
         with self.ranks.waiting("the sum of gradients"):
-            output = self.step.run(fed.batch)
-        self.cursors = fed.cursors
+            output = self.step.run(ready.batch)
+        self.cursors = ready.cursors
         progress = self.progress
         progress.step += 1
-        # a running sum is not to be spoilt by one bad step
-        sums = torch.cat([output.loss_sums.double(), fed.batch.lengths.sum().double().view(1)])
+        # a step that is not finite must not enter the running sums
+        sums = torch.cat([output.loss_sums.double(), ready.batch.lengths.sum().double().view(1)])
         self.sums += torch.where(output.finite, sums, 0.0)
         self.not_finite += ~output.finite
         bad = torch.cat([torch.full_like(sums[:1], progress.step), output.norm.double().view(1), sums[:-1]])
         self.first_bad = torch.where(output.finite | (self.first_bad[0] > 0), self.first_bad, bad)
-        progress.positions += fed.batch.positions
-        progress.window_positions += fed.batch.positions
-        self.window_waited += fed.waited
+        progress.positions += ready.batch.positions
+        progress.window_positions += ready.batch.positions
+        self.window_waited += ready.waited
         self.last = output
-        # reading a number waits for the device: on a GPU that is left to the log steps
+        # reading a number waits for the device, so on a GPU only the log steps do it
         if self.worker.device.type == "cpu" or self._is_log_step():
             self._check_finite()
 
@@ -291,7 +291,7 @@ class _Run:
         self.seen_not_finite = count
         step, norm, *sums = self.first_bad.tolist()
         self.first_bad.zero_()
-        losses = self.ranks.all(sums)
+        losses = self.ranks.gather(sums)
         config = self.config.train
         fatal = config.on_nonfinite == "stop" or self.progress.skipped >= config.max_skips
         if fatal:
@@ -349,12 +349,12 @@ class _Run:
         values = total.perplexities()
         progress = self.progress
         self._write(valid_record(progress.step, total, pause))
-        # infinity has no place in JSON, and is nobody's best
+        # JSON has no infinity, and an infinite perplexity is never the best
         finite = {name: v if v is not None and v < MOST_AMOUNT else None for name, v in values.items()}
         progress.last_valid = {"step": progress.step, **finite}
         now = finite["perplexity"]
         if now is not None and (progress.best_perplexity is None or now < progress.best_perplexity):
-            if not self.saver.saving_best:  # or that one may be lost as well
+            if not self.saver.saving_best:  # while a best is being saved, it may be lost, too
                 self.best_before = progress.best_perplexity, progress.best_step
             progress.best_perplexity, progress.best_step = now, progress.step
             self.save_wanted = self.best_wanted = True
@@ -366,9 +366,9 @@ class _Run:
 
     def _save(self) -> None:
         progress, config = self.progress, self.config
-        self._check_finite()  # on a GPU a bad step may not have been seen yet, and is not to be forgotten
+        self._check_finite()  # on a GPU a step that was not finite may not have been noticed yet
         if self.metrics is not None:
-            self.metrics.sync()  # what is recorded up to here will not be recorded again
+            self.metrics.sync()  # a resumed run does not record these steps again
         progress.finished = self._is_over()
         seconds = progress.seconds + time.monotonic() - self.started
         snapshot = Snapshot(replace(progress, seconds=seconds), self.cursors, self.sums)
@@ -382,7 +382,7 @@ class _Run:
         self.save_wanted = self.best_wanted = False
 
     def _note_lost_best(self) -> None:
-        """After a best that could not be written, one that is only better than what `best/` has is a best again."""
+        """Restore the best perplexity of `best/` if a better checkpoint could not be written."""
         if self.saver.best_lost and not self.best_wanted:
             self.progress.best_perplexity, self.progress.best_step = self.best_before
             self.saver.best_lost = False

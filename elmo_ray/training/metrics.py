@@ -1,14 +1,14 @@
-"""A run's metrics: one JSONL file for each attempt, which the console line, TensorBoard and `report` are fed from.
+"""Metrics of a run: their records, the files that hold them, and the sinks that follow them.
 
+Each attempt of a run writes one JSONL file; the console, TensorBoard, the CSV file and `report` read the same records.
 A record is a flat mapping with `kind` ("train" or "valid"), `step` (optimizer steps done), `time` (seconds since 1970),
 and numbers: `epoch` (fractional), `positions` (trained on so far), `loss` (nats per position: mean over directions),
 `loss_forward`, `loss_backward`, `perplexity`, `perplexity_forward`, `perplexity_backward` (exp of those; the backward
-ones are None for a forward-only model), and for "train" `grad_norm`, `lr`, `positions_per_second`, `data_wait` (share
-of a step's time that waited for text), `memory` (bytes that worker 0 holds, of its GPU where it has one). Numbers that
-are not finite are written as null. A record of kind "event" has a `message` instead: how the attempt started, and the
-like.
-
-The records of a run's metrics, from what the loop has counted. Their fields are described in `elmo_ray.metrics`.
+ones are None for a forward-only model). Records of kind "train" also have `grad_norm`, `lr`, `positions_per_second`,
+`data_wait` (share of the time that was spent waiting for text), `memory` (bytes in use by worker 0, of its GPU if it
+has one), `skipped` (steps without update so far) and `replaced` (damaged places of the text so far); those of kind
+"valid" have `perplexity_mean` and `seconds`. Numbers that are not finite are written as null. A record of kind "event"
+has a `message` instead, such as how the attempt started.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from elmo_ray.elmo.scoring import LossSums
 from elmo_ray.errors import DataError
 from elmo_ray.training.snapshot import Progress
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _FILE = re.compile(r"^attempt-(\d+)\.jsonl$")
 
 Record = dict[str, Any]
 
 
 class Sink(Protocol):
-    """A follower of the metrics file. Its errors end it with a warning, and never end training."""
+    """Receiver of records beside the JSONL file. An error closes it with a warning and never ends training."""
 
     name: str
 
     def write(self, record: Record) -> None:
-        """Take a record, whose numbers are finite or None."""
+        """Write a record, whose numbers are finite or None."""
 
     def close(self) -> None: ...
 
 
 class TensorBoardSink:
-    """Writes the numbers of all records below RUN/tensorboard."""
+    """Sink that writes the numbers of all records below RUN/tensorboard."""
 
     name = "TensorBoard's folder"
 
@@ -59,7 +59,7 @@ class TensorBoardSink:
 
     @classmethod
     def make(cls, directory: Path, attempt: int) -> TensorBoardSink | None:
-        """Return a sink where TensorBoard is installed."""
+        """Return a sink; None where TensorBoard is not installed."""
         board = _summary_writer(directory / "tensorboard")
         return None if board is None else cls(board)
 
@@ -73,7 +73,7 @@ class TensorBoardSink:
 
 
 class CsvSink:
-    """Writes the records of training and validation as RUN/metrics/attempt-AAA.csv, for spreadsheets."""
+    """Sink that writes the records of training and validation to RUN/metrics/attempt-AAA.csv, for spreadsheets."""
 
     name = "the CSV file of the metrics"
     columns = (
@@ -97,14 +97,14 @@ class CsvSink:
 
 
 SINKS: list[Callable[[Path, int], Sink | None]] = [TensorBoardSink.make, CsvSink]
-"""What makes the sinks of a run, from its folder and the number of the attempt; None where a sink is not to be had."""
+"""Makers of a run's sinks, called with its folder and the number of the attempt. None means no such sink here."""
 
 
 class MetricsWriter:
-    """Appends records to RUN/metrics/attempt-AAA.jsonl, then hands them to the sinks.
+    """Writer of records to RUN/metrics/attempt-AAA.jsonl and to the sinks.
 
-    The line is on its way to the disk when `write` returns, so that a crash loses at most the line being written. While
-    the disk is full or away, training goes on: lines wait in memory and are written when it is back.
+    A line has been given to the operating system when `write` returns, so that a crash loses at most the line being
+    written. While the disk is full or cannot be reached, training continues; lines wait in memory to be written later.
     """
 
     def __init__(self, directory: str | Path, attempt: int, sinks: bool = True) -> None:
@@ -120,18 +120,18 @@ class MetricsWriter:
                 if (sink := make(Path(directory), attempt)) is not None:
                     self._sinks.append(sink)
             except Exception as error:
-                _LOG.warning("a follower of the metrics cannot be opened (%s); metrics/ has everything", error)
+                logger.warning("a sink of the metrics cannot be opened (%s); metrics/ has all records", error)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """`record` has `kind` and `step`; `time` is added where it lacks."""
+        """Write a record, which has `kind` and `step`; `time` is added if it is missing."""
         plain = {name: _number(value) for name, value in {"time": time.time(), **record}.items()}
         self._waiting += (json.dumps(plain, allow_nan=False) + "\n").encode()
         self._flush()
         for sink in list(self._sinks):
             try:
                 sink.write(plain)
-            except Exception as error:  # a sink's own thread that met a full disk tells of it in its own ways
-                _LOG.warning("%s cannot be written (%s) and ends here; metrics/ has everything", sink.name, error)
+            except Exception as error:  # of any kind: a sink with a thread of its own reports a full disk as it likes
+                logger.warning("%s cannot be written (%s) and ends here; metrics/ has all records", sink.name, error)
                 self._sinks.remove(sink)
 
     def _flush(self) -> None:
@@ -139,14 +139,14 @@ class MetricsWriter:
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0)
             while self._waiting:
-                # part of a line may be all that a disk has room for: the rest of it comes first next time
+                # a full disk may take a part of a line only; the rest is then written first next time
                 del self._waiting[: self._file.write(self._waiting)]
             self._failing = False
         except OSError as error:
             if not self._failing:
-                _LOG.warning("%s: cannot be written now (%s); training goes on", self.path, error.strerror or error)
+                logger.warning("%s: cannot be written now (%s); training goes on", self.path, error.strerror or error)
             self._failing = True
-            self._release()  # opened anew next time: a file system that was away may not know this handle any more
+            self._release()  # open the file anew next time: its handle may no longer be valid
 
     def _release(self) -> None:
         with contextlib.suppress(OSError):
@@ -155,7 +155,7 @@ class MetricsWriter:
         self._file = None
 
     def sync(self) -> None:
-        """Everything so far is on the disk when this returns, if the disk can be written."""
+        """Write all records so far to the disk before returning, if the disk can be written."""
         self._flush()
         with contextlib.suppress(OSError):
             if self._file is not None:
@@ -165,7 +165,7 @@ class MetricsWriter:
         self.sync()
         self._release()
         for sink in self._sinks:
-            with contextlib.suppress(Exception):  # as above
+            with contextlib.suppress(Exception):  # of any kind, as in `write`
                 sink.close()
 
     def __enter__(self) -> MetricsWriter:
@@ -178,10 +178,9 @@ class MetricsWriter:
 
 
 class MetricsFollower:
-    """Shows in a driver's terminal what rank 0 writes, wherever it runs: reads the lines that are new since the last
-    `poll`.
+    """Reader of the records that rank 0 writes, for the driver's terminal, wherever rank 0 runs.
 
-    Made before training starts, it begins where the files end.
+    It begins at the present end of the files, so it is to be made before training starts.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -189,7 +188,7 @@ class MetricsFollower:
         self._read: dict[str, int] = {path.name: path.stat().st_size for path in self._folder.glob("attempt-*.jsonl")}
 
     def poll(self) -> list[Record]:
-        """New whole records, oldest first."""
+        """Return the complete records since the last `poll`, oldest first."""
         records: list[Record] = []
         for path in sorted(self._folder.glob("attempt-*.jsonl")):
             start = self._read.get(path.name, 0)
@@ -203,9 +202,10 @@ class MetricsFollower:
 
 
 def read_metrics(run_dir: str | Path) -> list[Record]:
-    """All records of a run by step; where attempts overlap, the newest one's. DataError if there is no metrics file.
+    """Return all records of a run, sorted by step; where attempts overlap, those of the newest one.
 
-    A last line without an end, left by a crash, is skipped; any other line that is no record is a DataError.
+    A last line without an end, left by a crash, is skipped. Raises DataError if there is no metrics file, or for any
+    other line that is no record.
     """
     folder = Path(run_dir) / "metrics"
     names = os.listdir(folder) if folder.is_dir() else []
@@ -216,7 +216,7 @@ def read_metrics(run_dir: str | Path) -> list[Record]:
     events: list[Record] = []
     for _, name in attempts:
         records = _read_file(folder / name)
-        # What an earlier attempt did after the checkpoint from which this one went on has been undone.
+        # this attempt continued from a checkpoint: later steps of earlier attempts do not count
         start = _start(records)
         newest = {key: record for key, record in newest.items() if key[1] <= start}
         newest.update({(record["kind"], record["step"]): record for record in records if record["kind"] != "event"})
@@ -225,7 +225,7 @@ def read_metrics(run_dir: str | Path) -> list[Record]:
 
 
 def _start(records: list[Record]) -> float:
-    """The step from which an attempt went on: of its first event, or before its first record."""
+    """Return the step from which an attempt continued: that of its first event, or before its first record."""
     if not records:
         return math.inf
     first = records[0]
@@ -233,18 +233,18 @@ def _start(records: list[Record]) -> float:
 
 
 def metrics_path(run_dir: str | Path, attempt: int) -> Path:
-    """The metrics file of an attempt."""
+    """Return the metrics file of an attempt."""
     return Path(run_dir) / "metrics" / f"attempt-{attempt:03d}.jsonl"
 
 
 def console_line(record: Mapping[str, Any], total_steps: int) -> str:
-    """One line for a person: step, epoch, loss, perplexities, speed and the time left at that speed.
+    """Return one line for a person: step, epoch, loss, perplexities, speed and the time left at that speed.
 
-    The time left needs `positions_per_second`, and `positions` and `step` for the mean positions of a step.
+    The time left is computed from `positions_per_second`, `positions` and `step`.
     """
     width = len(str(total_steps))
     backward = record.get("perplexity_backward")
-    parts = [
+    fields = [
         f"step {record['step']:>{width}}/{total_steps}",
         f"epoch {record['epoch']:.2f}" if record.get("epoch") is not None else "",
         "held-out" if record["kind"] == "valid" else "",
@@ -255,15 +255,15 @@ def console_line(record: Mapping[str, Any], total_steps: int) -> str:
     if record["kind"] == "train":
         speed = record.get("positions_per_second")
         wait = record.get("data_wait")
-        parts.append(f"{speed:,.0f} positions/s" if speed else "")
-        parts.append(f"waits {wait:.0%}" if wait is not None and wait >= 0.05 else "")
+        fields.append(f"{speed:,.0f} positions/s" if speed else "")
+        fields.append(f"waits {wait:.0%}" if wait is not None and wait >= 0.05 else "")
         left = _seconds_left(record, total_steps)
-        parts.append(f"{clock(left)} left" if left is not None else "")
-    return "  ".join(part for part in parts if part)
+        fields.append(f"{clock(left)} left" if left is not None else "")
+    return "  ".join(field for field in fields if field)
 
 
 def clock(seconds: float) -> str:
-    """3723 as 1h02m, 75 as 1m15s, 8 as 8s."""
+    """Return a duration as text: 3723 as 1h02m, 75 as 1m15s, 8 as 8s."""
     whole = max(0, round(seconds))
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:
@@ -287,14 +287,14 @@ def _show(value: Any, form: str) -> str:
 
 
 def _number(value: Any) -> Any:
-    """JSON has no infinity, and numpy's and torch's scalars are not its numbers."""
+    """Return a value for JSON: numpy's and torch's scalars as numbers, and numbers that are not finite as None."""
     if hasattr(value, "item") and not isinstance(value, str | int | float):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _end_torn_line(path: Path) -> None:
-    """An attempt that goes on in the same file must not append to half a line."""
+    """Remove a last line without an end, so that the next record begins a line of its own."""
     if path.exists() and path.stat().st_size:
         with open(path, "rb+") as file:
             data = file.read()
@@ -309,7 +309,7 @@ def _read_file(path: Path) -> list[Record]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     records: list[Record] = []
     if lines.pop():
-        _LOG.info("%s line %d has no end and is skipped", path, len(lines) + 1)
+        logger.info("%s line %d has no end and is skipped", path, len(lines) + 1)
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -323,7 +323,7 @@ def _read_file(path: Path) -> list[Record]:
 
 
 def _summary_writer(folder: Path) -> Any:
-    """torch's writer, or None where TensorBoard is not installed."""
+    """Return torch's writer; None where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -341,8 +341,12 @@ def train_record(
     replaced: int,
     memory: int,
 ) -> dict[str, Any]:
-    """Of the steps since the last record: mean `losses` of each direction in nats, `seconds` of training, of which
-    `waited` for text; `replaced` damaged places of the text so far; `memory` in bytes of worker 0."""
+    """Return the record of the steps since the last one.
+
+    losses: mean of each direction in nats. norm: of the last gradient. lr: the last learning rate. seconds: of training
+    since the last record; waited: the seconds of these spent waiting for text. replaced: damaged places of the text so
+    far. memory: bytes in use by worker 0.
+    """
     mean = sum(losses) / len(losses)
     backward = losses[1] if len(losses) > 1 else None
     return {
@@ -366,7 +370,7 @@ def train_record(
 
 
 def valid_record(step: int, total: LossSums, seconds: float) -> dict[str, Any]:
-    """Of a validation after `step` that took `seconds`."""
+    """Return the record of a validation after `step` that took `seconds`."""
     return {
         "kind": "valid",
         "step": step,
@@ -378,7 +382,10 @@ def valid_record(step: int, total: LossSums, seconds: float) -> dict[str, Any]:
 
 
 def not_finite(step: int, norm: float, losses: Sequence[Sequence[float]], last: int | None) -> str:
-    """Of a step without update: the gradient's norm, each worker's sums of losses, the step of the last checkpoint."""
+    """Return the message about a step without update.
+
+    norm: of the gradient. losses: each worker's sums for each direction. last: the step of the last checkpoint.
+    """
     workers = [rank for rank, sums in enumerate(losses) if not all(map(math.isfinite, sums))]
     where = f"worker {', '.join(map(str, workers))}"
     if not workers:

@@ -1,7 +1,9 @@
-"""Optimizers: Adagrad for everything, or AdamW for the dense part and Adagrad on the table rows that a step touches.
+"""Optimizers: Adagrad for all parameters, or AdamW for the dense ones and Adagrad for the rows of tables.
 
-One global norm over everything decides the clip, as bilm-tf's `clip_by_global_norm`; a step whose norm is not finite
-changes nothing, decided on the device.
+Gradients are clipped by one global norm, as by bilm-tf's `clip_by_global_norm`. A step whose norm is not finite changes
+nothing; this is decided on the device, without waiting for it.
+
+Shapes: V rows of a table, R touched rows.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ from torch import Tensor, nn
 from elmo_ray import kernels
 from elmo_ray.config import OptimConfig
 from elmo_ray.kernels.threads import run_parallel
-from elmo_ray.model.components import part_of
+from elmo_ray.model.components import component_of
 
 TABLE_LR = 0.2
 ADAMW_SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int) -> float:
-    """Rate of 0-based `step`: linear warm-up to `base`, then constant, or linear or cosine decay to base *
-    final_ratio."""
+    """Return the learning rate of the step with this 0-based number.
+
+    It rises linearly to `base`, then stays constant or decays to base * final_ratio, linearly or by a cosine.
+    """
     schedule = config.schedule
     if step < schedule.warmup_steps:
         return base * (step + 1) / schedule.warmup_steps
@@ -38,27 +42,30 @@ def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int)
 
 
 def table_rate(config: OptimConfig) -> float:
-    """Base rate of the tables, which keep Adagrad: `optim.table_lr`, or `optim.lr`, which with AdamW is not
-    Adagrad's: 0.2."""
+    """Return the base rate of the tables: `optim.table_lr`, or `optim.lr` with Adagrad, or 0.2 with AdamW."""
     if config.table_lr is not None:
         return config.table_lr
+    # with AdamW the tables keep Adagrad, to which the rate of AdamW does not apply
     return config.lr if config.name == "adagrad" else TABLE_LR
 
 
-def part_rates(config: OptimConfig, dense: Iterable[str], tables: Iterable[str]) -> dict[str, float]:
-    """Base rate of each parameter: that of its part (`optim.part_lr`), or of dense parameters or tables in general."""
+def component_rates(config: OptimConfig, dense: Iterable[str], tables: Iterable[str]) -> dict[str, float]:
+    """Return the base rate of each parameter.
+
+    It is that of the parameter's component (`optim.part_lr`), or else that of all dense parameters or all tables.
+    """
     general = {**dict.fromkeys(dense, config.lr), **dict.fromkeys(tables, table_rate(config))}
-    own = {name: config.part_lr.rate(part_of(name)) for name in general}
-    return {name: rate if (part := own[name]) is None else part for name, rate in general.items()}
+    own = {name: config.part_lr.rate(component_of(name)) for name in general}
+    return {name: rate if (special := own[name]) is None else special for name, rate in general.items()}
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
-    """0-d norm of all gradients together."""
+    """Return the 0-d norm of all gradients together."""
     norms: list[Sequence[Tensor]] = [[], []]
 
-    def run(part: int) -> None:
-        if gradients[part::2]:
-            norms[part] = torch._foreach_norm(gradients[part::2])
+    def run(branch: int) -> None:
+        if gradients[branch::2]:
+            norms[branch] = torch._foreach_norm(gradients[branch::2])
 
     run_parallel(run, 2, gradients[0].device)
     return torch.stack([*norms[0], *norms[1]]).square_().sum().sqrt_()
@@ -67,7 +74,7 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
 def adagrad(value: Tensor, slot: Tensor, gradient: Tensor, rows: Tensor | None, divisor: Tensor, rate: float) -> None:
     """Update in place: slot += (gradient / divisor)^2; value -= rate * gradient / divisor / sqrt(slot).
 
-    rows: the rows of `value` and `slot` that the rows of `gradient` belong to, each of them once; None: all rows.
+    rows: [R] the rows of `value` and `slot` to which the rows of `gradient` belong, each at most once; None: all rows.
     divisor: 0-d; 0 changes nothing, whatever the gradient is.
     """
     gradient = torch.where(divisor > 0, gradient / divisor, 0.0)
@@ -81,17 +88,20 @@ def adagrad(value: Tensor, slot: Tensor, gradient: Tensor, rows: Tensor | None, 
 
 
 class Optimizer:
-    """Holds the slots. dense: name -> parameter, updated whole. tables: name -> [V, ...] tensor, updated by rows.
+    """Optimizer of all parameters, with its slots.
 
-    Row-sparse equals dense for Adagrad because a row without gradient does not move, so the tables keep Adagrad (with
-    `optim.table_lr`) when the dense part is trained by AdamW. Parameters that get no gradient keep value and slots.
+    dense: parameters by name, updated as a whole. tables: [V, ...] tensors by name, updated by rows. Parameters that
+    get no gradient keep their value and slots.
     """
+
+    # Adagrad does not move a row whose gradient is 0, so updating the touched rows alone equals updating the table.
+    # This is not true of AdamW: the tables keep Adagrad (with `optim.table_lr`) when AdamW trains the dense parameters.
 
     def __init__(self, config: OptimConfig, dense: Mapping[str, nn.Parameter], tables: Mapping[str, Tensor]):
         self.config = config
         self.dense = dict(dense)
         self.tables = dict(tables)
-        self.rates = part_rates(config, self.dense, self.tables)
+        self.rates = component_rates(config, self.dense, self.tables)
         self.values = {name: parameter.detach() for name, parameter in {**self.dense, **self.tables}.items()}
         with_adagrad = self.values if config.name == "adagrad" else self.tables
         self.accumulators = {
@@ -102,8 +112,8 @@ class Optimizer:
             groups: dict[float, list[nn.Parameter]] = {}
             for name, parameter in self.dense.items():
                 groups.setdefault(self.rates[name], []).append(parameter)
-            of_rates = [{"params": members, "base": rate} for rate, members in groups.items()]
-            self.adamw = torch.optim.AdamW(of_rates, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+            parameter_groups = [{"params": members, "base": rate} for rate, members in groups.items()]
+            self.adamw = torch.optim.AdamW(parameter_groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def apply(
         self,
@@ -113,11 +123,10 @@ class Optimizer:
         step: int,
         total_steps: int,
     ) -> tuple[Tensor, Tensor]:
-        """Clip by the global norm and update what there are gradients for.
+        """Clip by the global norm and update the parameters that have a gradient.
 
-        rows: table name -> [R] touched rows, or absent where row_gradients holds the whole table's gradient.
-        Returns the 0-d norm before the clip and the 0-d bool whether it was finite; nothing is updated where it was
-        not.
+        rows: [R] touched rows by table; a table that is not in it has its whole gradient in row_gradients. step:
+        0-based. Returns the 0-d norm before clipping and a 0-d bool, True if it is finite; if not, nothing is updated.
         """
         gradients = {**row_gradients, **dense_gradients}
         norm = global_norm(list(gradients.values()))
@@ -130,7 +139,7 @@ class Optimizer:
             run(value, self.accumulators[name], gradients[name], rows.get(name), divisor, rate)
 
         by_adagrad = [name for name in gradients if name in self.accumulators]
-        # the largest first, so that both threads end at about the same time
+        # largest first, so that both threads end at about the same time
         waiting = deque(partial(update, name) for name in sorted(by_adagrad, key=lambda name: -gradients[name].numel()))
         if self.adamw is not None and dense_gradients:
             waiting.appendleft(partial(self._update_by_adamw, dense_gradients, divisor, finite, step, total_steps))
@@ -157,19 +166,21 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return slots by `<slot>.<parameter>`: `accumulator.*` for Adagrad, `exp_avg.*`, `exp_avg_sq.*`, `step.*` for
-        AdamW."""
+        """Return the slots by `<slot>.<parameter>`.
+
+        They are `accumulator.*` for Adagrad and `exp_avg.*`, `exp_avg_sq.*` and `step.*` for AdamW.
+        """
         state = {f"accumulator.{name}": slot for name, slot in self.accumulators.items()}
         if self.adamw is not None:
             for name, parameter in self.dense.items():
-                of_adamw = self.adamw.state[parameter]
-                state.update({f"{slot}.{name}": of_adamw[slot] for slot in ADAMW_SLOTS if slot in of_adamw})
+                adamw_slots = self.adamw.state[parameter]
+                state.update({f"{slot}.{name}": adamw_slots[slot] for slot in ADAMW_SLOTS if slot in adamw_slots})
         return state
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """Take slots as `state_tensors` gave them. Raises KeyError for a slot that is missing.
+        """Load slots as `state_tensors` returned them. Raises KeyError for a slot that is missing.
 
-        AdamW has none for a parameter that it never updated.
+        For AdamW a parameter may lack all of its slots, if it was never updated.
         """
         for name, slot in self.accumulators.items():
             slot.copy_(state[f"accumulator.{name}"])
@@ -181,5 +192,5 @@ class Optimizer:
                 target.clear()
                 continue
             for slot_name in ADAMW_SLOTS:
-                # `step` too: the fused kernels take it on the parameter's device
+                # `step` as well: the fused kernels need it on the parameter's device
                 target[slot_name] = state[f"{slot_name}.{name}"].to(parameter.device, copy=True)

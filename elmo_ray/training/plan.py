@@ -1,4 +1,4 @@
-"""What a worker is given: the run that it belongs to, and its own place and means."""
+"""Arguments of a worker: the run that it trains, and its own rank, device and callbacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elmo_ray.data.streams import BlockSource
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What to train, in plain values that travel to workers. Paths are absolute."""
+    """Description of the training, in plain values that are sent to workers. Paths are absolute."""
 
     config: PretrainConfig
     run_dir: str
@@ -23,19 +23,21 @@ class TrainPlan:
     vocabulary_path: str
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
         return {**vars(self), "config": self.config.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainPlan:
+        """Return the plan that `to_dict` turned into plain values."""
         return cls(**{**values, "config": PretrainConfig.from_dict(values["config"])})
 
 
 @dataclass
 class Worker:
-    """This process's place and means.
+    """This process's rank, device and callbacks.
 
-    source: encodes blocks in order. register: every rank calls it with (step, path, metrics) of a committed checkpoint.
-    stop_requested: whether somebody asked to stop.
+    source: encodes blocks in order. register: called on every rank with (step, path, metrics) of a committed
+    checkpoint. stop_requested: returns True once a stop was requested.
     """
 
     rank: int

@@ -1,8 +1,10 @@
-"""What ranks decide together, outside of the step: small values over a gloo group, and errors that all must share.
+"""Communication between ranks beside the sums of gradients, in host memory over gloo.
 
-A rank that waits too long for the others gives up and names those that did not come.
+`Ranks` is for the training thread: agreements on small values, and errors that must be raised on all ranks. A rank that
+waits too long for the others gives up and names those that did not come. `Exchange` is for the loader thread: once for
+each step, some steps ahead of training, ranks share their target ids and the flags on which all must act alike.
 
-What ranks tell each other once a step, a step ahead: target ids, and flags on which all must act alike.
+Shapes: W ranks, n ids of each rank.
 """
 
 from __future__ import annotations
@@ -26,20 +28,23 @@ from elmo_ray.errors import DataError, ElmoRayError, TrainingError
 T = TypeVar("T")
 
 TIMEOUT_S = 300.0
-"""After which a rank that waits for another gives up; torch's default is half an hour."""
+"""Seconds after which a rank that waits for another gives up; torch's default is half an hour."""
 
 _HEARTBEAT_S = 1.0
-_PATIENCE_S = 1.0  # between two messages of a rank that lets the others wait
+_MESSAGE_EVERY_S = 1.0  # from a rank for which the others wait
 
 
 class RankTimeout(RuntimeError):
-    """Another rank did not come to a collective in time. No ElmoRayError: a restart of the workers may well help."""
+    """Error: another rank did not come to a collective in time."""
+
+    # no ElmoRayError, which is final: a restart of the workers may help here
 
 
 class Ranks:
-    """This process among the others. With world 1 nothing is sent and torch.distributed is not needed.
+    """This process's place among the ranks. With world 1 nothing is sent and torch.distributed is not needed.
 
-    Values that travel are JSON. timeout_s: how long to wait for another rank. step: what errors name, kept by the loop.
+    Values are sent as JSON. timeout_s: seconds to wait for another rank. step: the step that errors name; the training
+    loop sets it.
     """
 
     def __init__(self, rank: int = 0, world: int = 1, timeout_s: float = TIMEOUT_S):
@@ -50,34 +55,33 @@ class Ranks:
         self._store: torch.distributed.distributed_c10d.Store | None = None
         self._beat = 0.0
         if world > 1:
-            # gloo for both, since they carry host memory; the loader thread must not share a group with the training
-            # thread
+            # two groups, for the loader thread must not share one with the training thread
             self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             self.exchange = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             self._store = dist.distributed_c10d._get_default_store()
             self.heartbeat(0)
 
-    def from_first(self, value: T | None) -> T:
-        """Rank 0's value, on every rank."""
-        return self.all(value)[0]  # type: ignore[return-value]
+    def broadcast(self, value: T | None) -> T:
+        """Return rank 0's value on every rank."""
+        return self.gather(value)[0]  # type: ignore[return-value]
 
-    def all(self, value: T) -> list[T]:
-        """Every rank's value, in order of ranks; tuples come back as lists."""
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, on every rank and in order of ranks. Tuples become lists."""
         if self.world == 1:
             return [value]
         with self.waiting("an agreement"):
             return list(map(json.loads, gather_bytes(json.dumps(value).encode(), self.world, self.control)))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of a host tensor over all ranks."""
+        """Return the sum of a tensor in host memory over all ranks; the tensor is overwritten."""
         if self.world > 1:
             with self.waiting("a sum"):
                 dist.all_reduce(values, group=self.control)
         return values
 
     def agree(self, error: ElmoRayError | None) -> None:
-        """Raise on every rank when one of them has an error, so that none waits for it."""
-        errors = self.all(None if error is None else [type(error).__name__, str(error)])
+        """Raise an error on every rank if one of them has one, so that none waits for it."""
+        errors = self.gather(None if error is None else [type(error).__name__, str(error)])
         if error is not None:
             raise error
         for item in errors:
@@ -85,9 +89,11 @@ class Ranks:
                 kinds = {kind.__name__: kind for kind in ElmoRayError.__subclasses__()}
                 raise kinds.get(item[0], TrainingError)(item[1])
 
-    def first_does(self, work: Callable[[], T]) -> T:
-        """The plain value of what rank 0 alone does, on every rank, however long it takes. Its ElmoRayError is raised
-        on all."""
+    def run_on_rank_zero(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 alone, however long it takes, and return its result on every rank.
+
+        The result is a plain value. An ElmoRayError of `work` is raised on every rank.
+        """
         if self.world == 1:
             return work()
         results: list[T] = []
@@ -101,26 +107,27 @@ class Ranks:
 
         thread: threading.Thread | None = None
         if self.rank == 0:
-            thread = threading.Thread(target=run, name="first-does", daemon=True)
+            thread = threading.Thread(target=run, name="rank-zero", daemon=True)
             thread.start()
         self.wait_until(lambda: thread is None or not thread.is_alive())
         error = problems[0] if problems else None
         if error is not None and not isinstance(error, ElmoRayError):
             raise error
         self.agree(error)
-        return self.from_first(results[0] if results else None)
+        return self.broadcast(results[0] if results else None)
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Wait until `ready` on every rank, for hours if need be: those that wait hear from the others meanwhile."""
+        """Wait until `ready` returns True on every rank, for hours if necessary."""
+        # ranks exchange a message every second, so that none of them times out
         while True:
-            deadline = time.monotonic() + _PATIENCE_S
+            deadline = time.monotonic() + _MESSAGE_EVERY_S
             while not (mine := ready()) and time.monotonic() < deadline:
                 time.sleep(0.005)
-            if all(self.all(mine)):
+            if all(self.gather(mine)):
                 return
 
     def heartbeat(self, step: int) -> None:
-        """Let the others know that this rank has come to `step`; for the message of the one who waits in vain."""
+        """Tell the other ranks that this one has come to `step`. A rank that times out names it in its error."""
         now = time.time()
         if self._store is not None and now - self._beat >= _HEARTBEAT_S:
             self._beat = now
@@ -128,14 +135,16 @@ class Ranks:
 
     @contextlib.contextmanager
     def waiting(self, what: str, step: int | None = None) -> Iterator[None]:
-        """Around a collective: turns the time-out of whatever library into a RankTimeout that says who waits where for
-        whom."""
+        """Turn a time-out of the collective inside this context into a RankTimeout, whichever library raises it.
+
+        Its message names the waiting rank, the step, `what` it waited for and the ranks that are behind.
+        """
         start = time.monotonic()
         try:
             yield
         except RuntimeError as error:
             waited = time.monotonic() - start
-            # an error that comes at once is another one: a worker that died, say
+            # an error that comes at once is no time-out but another one, such as a worker that died
             if self.world == 1 or waited < 0.9 * self.timeout_s:
                 raise
             raise RankTimeout(
@@ -144,8 +153,7 @@ class Ranks:
             ) from error
 
     def _last_heard(self) -> str:
-        """The ranks that are behind, and since when. Not more than a hint: rank 0, which keeps the notes, may be
-        gone."""
+        """Return the ranks that are behind and since when, as the end of a message."""
         try:
             assert self._store is not None
             names = [f"elmo_ray/{rank}" for rank in range(self.world)]
@@ -154,7 +162,7 @@ class Ranks:
                 for rank, name in enumerate(names)
                 if rank != self.rank and self._store.check([name])
             }
-        except Exception:
+        except Exception:  # rank 0, which keeps these notes, may be gone
             return "; worker 0, which knows where they are, does not answer"
         if not notes:
             return ""
@@ -167,42 +175,35 @@ class Ranks:
         return f"; furthest behind: {', '.join(behind[:8])}"
 
 
-def gather_bytes(data: bytes, world: int, group: dist.ProcessGroup | None) -> list[bytes]:
-    """Every rank's bytes. Not `all_gather_object`, which unpickles what comes over the network."""
-    sizes = torch.zeros(world, 1, dtype=torch.int64)
-    dist.all_gather(list(sizes.unbind(0)), torch.tensor([len(data)]), group=group)
-    longest = int(sizes.max())
-    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0") or b"\0"), dtype=torch.uint8)
-    received = torch.empty(world, len(padded), dtype=torch.uint8)
-    dist.all_gather(list(received.unbind(0)), padded, group=group)
-    return [received[rank].numpy().tobytes()[:size] for rank, size in enumerate(sizes[:, 0].tolist())]
-
-
 @dataclass
 class Flags:
-    """One rank's flags, or all ranks' combined. stop: somebody asked to stop.
+    """Flags of one rank, or of all ranks combined. stop: a stop was requested.
 
-    parts: what became of each rank's part of a checkpoint: the number of the save when it is written, minus it when
-    that failed, 0 before. Numbered, because flags travel some steps ahead of training and may speak of an earlier save.
-    committed, tidied: the same for what rank 0 does when all parts are written, and after that.
+    rank_files: the state of each rank's files of a checkpoint: the number of the save when they are written, minus that
+    number when writing failed, 0 before. committed, tidied: the same for the work of rank 0 when all files are written,
+    and after that.
     """
 
+    # states have the number of their save, because flags are sent some steps ahead of training and may belong to an
+    # earlier save
+
     stop: bool = False
-    parts: list[int] = field(default_factory=list)
+    rank_files: list[int] = field(default_factory=list)
     committed: int = 0
     tidied: int = 0
 
     def all_ended(self, save: int) -> bool:
-        """Whether every rank has ended its writing for this save, well or not."""
-        return bool(self.parts) and all(abs(p) == save for p in self.parts)
+        """Return whether every rank has ended its writing for this save, with success or not."""
+        return bool(self.rank_files) and all(abs(state) == save for state in self.rank_files)
 
     def all_written(self, save: int) -> bool:
-        return bool(self.parts) and all(p == save for p in self.parts)
+        """Return whether every rank has written its files for this save."""
+        return bool(self.rank_files) and all(state == save for state in self.rank_files)
 
 
 @dataclass
 class Gathered:
-    """ids: all ranks' ids [W, n], -1 for none; positions: of all ranks; flags combined."""
+    """Result of an exchange. ids: [W, n], -1 for none. positions: the sum over all ranks. flags: of all ranks."""
 
     ids: NDArray[np.int64]
     positions: int
@@ -210,10 +211,7 @@ class Gathered:
 
 
 class Exchange:
-    """All-gather over a gloo group of its own, so that the loader thread never meets the training thread's collectives.
-
-    Raises an ElmoRayError on every rank when one of them reports an error, RankTimeout when one does not come.
-    """
+    """All-gather of one message for each step, over a group that only the loader thread uses."""
 
     HEADER = 7
 
@@ -231,14 +229,19 @@ class Exchange:
         error: ElmoRayError | None = None,
         step: int = 0,
     ) -> Gathered:
-        """Share one step's ids (at most `capacity`), positions and flags; `noise_hash` must be equal on all ranks."""
+        """Share one step's ids (at most `capacity`), positions and flags with all ranks.
+
+        noise_hash: hash of the drawn noise, which must be equal on all ranks. error: this rank's error, if it has one.
+        Raises an ElmoRayError on every rank if one of them has an error, RankTimeout if one does not come in time, and
+        RuntimeError for different hashes.
+        """
         self.ranks.heartbeat(step)
         message = np.full(self.HEADER + capacity, -1, np.int64)
         message[: self.HEADER] = [
             positions,
             noise_hash,
             flags.stop,
-            flags.parts[0] if flags.parts else 0,
+            flags.rank_files[0] if flags.rank_files else 0,
             error is not None,
             flags.committed,
             flags.tidied,
@@ -268,3 +271,15 @@ class Exchange:
         if error is not None:
             raise error
         raise DataError(next(m for m in messages if m).decode())
+
+
+def gather_bytes(data: bytes, world: int, group: dist.ProcessGroup | None) -> list[bytes]:
+    """Return every rank's bytes, on every rank."""
+    # not by `all_gather_object`, which unpickles data from the network
+    sizes = torch.zeros(world, 1, dtype=torch.int64)
+    dist.all_gather(list(sizes.unbind(0)), torch.tensor([len(data)]), group=group)
+    longest = int(sizes.max())
+    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0") or b"\0"), dtype=torch.uint8)
+    received = torch.empty(world, len(padded), dtype=torch.uint8)
+    dist.all_gather(list(received.unbind(0)), padded, group=group)
+    return [received[rank].numpy().tobytes()[:size] for rank, size in enumerate(sizes[:, 0].tolist())]

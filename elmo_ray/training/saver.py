@@ -169,7 +169,7 @@ class Saver:
             mine = save.phase == "writing" or self.ranks.rank == 0
             thread = (self.writer if save.phase == "writing" else self.clerk) if mine else None
             self.ranks.wait_until(partial(_is_done, thread, save))
-            well = all(self.ranks.all(thread is None or thread.state == "written"))
+            well = all(self.ranks.gather(thread is None or thread.state == "written"))
             if save.phase == "writing":
                 self._written(save, well)
             elif save.phase == "committing":
@@ -208,7 +208,7 @@ class Saver:
         self.best_lost = save.best
         if self.ranks.rank == 0:
             discard(save.directory)  # before the others go on, who may soon write there again
-        problems = [p for p in self.ranks.all(None if error is None else str(error)) if p]
+        problems = [p for p in self.ranks.gather(None if error is None else str(error)) if p]
         problem = problems[0] if problems else "no reason given"
         if self.ranks.rank == 0:
             logger.warning(

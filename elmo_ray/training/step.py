@@ -1,4 +1,4 @@
-"""One training step: losses, gradients over all ranks, update, carried state.
+"""One training step: losses, gradients averaged over all ranks, update of the parameters, and carried state.
 
 Shapes: D directions, B rows, T window, U distinct words, C characters, K negatives, R touched rows, P projection.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,12 +24,16 @@ from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.softmax import Drawn
 from elmo_ray.training.optimizer import Optimizer
-from elmo_ray.training.step_input import StepInput, average, micro_batches_of, send_as_bf16
+from elmo_ray.training.step_input import StepInput, micro_batches_of
 
 
 @dataclass
 class Gradients:
-    """Gradients of the mean loss over all ranks, times unroll. `tables`: of the touched rows, or of whole tables."""
+    """Gradients of the mean loss over all ranks, times the window's length.
+
+    dense: by parameter. tables: of the touched rows [R, ...], or of whole tables [V, ...]. rows: [R] the touched rows
+    of each table, empty for whole tables.
+    """
 
     dense: dict[str, Tensor]
     tables: dict[str, Tensor]
@@ -37,14 +41,14 @@ class Gradients:
 
 
 class StepResult(NamedTuple):
-    """Gradients, [D] sums of this rank's losses in nats, and the state after the window."""
+    """Result of forward and backward. loss_sums: [D] this rank's losses in nats. state: after the window."""
 
     gradients: Gradients
     loss_sums: Tensor
     state: LstmState
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that was computed, by name."""
+        """Return all computed tensors by name."""
         found = {"loss": self.loss_sums, "hidden": self.state.hidden, "cell": self.state.cell}
         return {**found, **self.gradients.dense, **self.gradients.tables}
 
@@ -52,12 +56,16 @@ class StepResult(NamedTuple):
 __all__ = ["DTYPES", "Gradients", "StepInput", "StepOutput", "TrainStep"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""Types of parameters, states and sums by `train.precision`; bf16 is for the products only."""
+"""Type of parameters, states and sums by `train.precision`; bf16 is the type of matrix products only."""
 
 
 @dataclass
 class StepOutput:
-    """Everything stays on the device. loss_sums: [D] nats summed over this rank's positions."""
+    """Results of a step, all on the device.
+
+    loss_sums: [D] nats summed over this rank's positions. norm: 0-d, of all gradients. finite: 0-d bool, False where
+    the step changed nothing.
+    """
 
     loss_sums: Tensor
     norm: Tensor
@@ -65,7 +73,7 @@ class StepOutput:
 
 
 class CapturedGradients(Protocol):
-    """What may stand for `TrainStep.gradients` once it is captured (`graphs.StepGraphs`)."""
+    """Replacement for `TrainStep.gradients` that repeats a captured step (`graphs.StepGraphs`)."""
 
     def gradients(self, batch: StepInput) -> StepResult: ...
 
@@ -73,9 +81,10 @@ class CapturedGradients(Protocol):
 
 
 class TrainStep:
-    """The step with its model, optimizer and carried `state` (this worker's rows).
+    """A training step with its model, optimizer and carried `state` (this worker's rows).
 
-    world > 1 needs torch.distributed to be initialised; ranks stay equal by construction (DESIGN.md 5).
+    world > 1 needs torch.distributed to be initialised. Parameters stay equal on all ranks: they begin equal, and every
+    rank applies the same gradients.
     """
 
     def __init__(
@@ -91,17 +100,19 @@ class TrainStep:
         self.state = model.lstm.zero_state(rows, like=next(model.parameters()).detach())
         self.forward: torch.nn.Module = model
         self.trained: frozenset[str] = frozenset()
-        self.dropout: Dropout | None = None  # that of a graph, where one is captured
+        self.dropout: Dropout | None = None  # set while a graph is captured
         self.graphs: CapturedGradients | None = None
         self.begin(0)
         if world > 1:
-            for parameter in model.parameters():  # DDP knows neither the tables nor, where nothing else trains, any
+            # DDP would leave out the tables, and everything where nothing but them trains
+            for parameter in model.parameters():
                 dist.broadcast(parameter.detach(), src=0)
 
     def begin(self, step: int) -> bool:
-        """Get ready to train the parameters that are due at 0-based `step`. Returns True if the set changed.
+        """Prepare to train the parameters of the step with this 0-based number. Return True if the set changed.
 
-        Slots stay as they are. With several ranks gradients must be taken once, and thrown away, before they count.
+        The optimizer's slots stay as they are. After a change with several ranks, `gradients` must be called once and
+        its result dropped.
         """
         names = trained_at(self.config, (name for name, _ in self.model.named_parameters()), step)
         if names == self.trained:
@@ -111,11 +122,11 @@ class TrainStep:
             self.graphs.forget()
         dense = self.optimizer.dense
         for name, parameter in self.model.named_parameters():
-            # of a table with sampled softmax the gradients are taken at copies of the touched rows
+            # with a sampled softmax the gradients of tables are taken at copies of the touched rows
             parameter.requires_grad_(name in names and (name in dense or not self.sampled))
         if self.world > 1:
             self.forward = self.model
-            gc.collect()  # the old wrapper's hooks go with it
+            gc.collect()  # removes the hooks of the old wrapper
             if names & dense.keys():  # DDP refuses a model in which nothing trains
                 tables = list(self.optimizer.tables)
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, tables)
@@ -125,7 +136,7 @@ class TrainStep:
         return True
 
     def gradients(self, batch: StepInput) -> StepResult:
-        """Run forward and backward; gradients are averaged over all positions of all ranks, losses are this rank's."""
+        """Compute forward and backward, with gradients averaged over all positions of all ranks."""
         config, model = self.config, self.model
         leaves: dict[str, Tensor] = {}
         rows: dict[str, Tensor] = {}
@@ -144,15 +155,15 @@ class TrainStep:
             before = reset
             if len(micro_batches) > 1:
                 before = LstmState(*(x[:, :, rows_of_it.start : rows_of_it.stop] for x in reset))
-            with self._sending(number == len(micro_batches) - 1):
+            with self._sync(number == len(micro_batches) - 1):
                 noise = self.rank * config.train.accumulate + number
                 loss_sums, state = self._losses_of(micro_batch, before, leaves, noise)
                 (loss_sums.sum() * scale).backward()
             sums.append(loss_sums.detach())
             states.append(state)
-        dense = {name: _taken(p) for name, p in self.optimizer.dense.items() if name in self.trained}
+        dense = {name: _take_gradient(p) for name, p in self.optimizer.dense.items() if name in self.trained}
         of_tables = leaves if self.sampled else dict(model.named_parameters())
-        tables = {name: _taken(of_tables[name]) for name in self.optimizer.tables if name in self.trained}
+        tables = {name: _take_gradient(of_tables[name]) for name in self.optimizer.tables if name in self.trained}
         if self.world > 1:
             for gradient in tables.values():
                 average(gradient, self.world, config.train.gradients)
@@ -162,12 +173,12 @@ class TrainStep:
         return StepResult(Gradients(dense, tables, rows), torch.stack(sums).sum(0), joined)
 
     def scale_of(self, batch: StepInput) -> float:
-        """Return the factor from the sum of this rank's losses to what is differentiated."""
-        # gradients are averaged over ranks, so each rank's part counts `world` times
+        """Return the factor by which the sum of this rank's losses is multiplied before backward."""
+        # gradients are averaged over ranks, so each rank's losses count `world` times
         return self.config.train.unroll * self.world / (self.model.directions * max(1, batch.positions))
 
-    def _sending(self, now: bool) -> contextlib.AbstractContextManager[None]:
-        """Let gradients travel with the last micro-batch only."""
+    def _sync(self, now: bool) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which DDP sends gradients only if `now`."""
         if now or not isinstance(self.forward, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.forward.no_sync()
@@ -196,7 +207,7 @@ class TrainStep:
         return losses_DN.sum(dim=1), state
 
     def _drawn(self, batch: StepInput, leaves: dict[str, Tensor]) -> Drawn:
-        """Return the touched rows of the softmax table, and which of them each position and direction uses."""
+        """Return the touched rows of the softmax table, and the rows that each position and direction uses."""
         assert batch.target_rows is not None and batch.target_log_count is not None
         assert batch.negative_rows is not None and batch.negative_log_count is not None
         return Drawn(
@@ -209,8 +220,8 @@ class TrainStep:
         )
 
     def run(self, batch: StepInput) -> StepOutput:
-        """Do a whole step. Where the gradient is not finite neither the parameters nor the state change."""
-        # nearly all is done by two branches then
+        """Run a whole step. If the gradient is not finite, neither the parameters nor the state change."""
+        # the two directions run in two threads and do nearly all of the work
         branches = self.device.type == "cpu" and self.sampled and self.model.directions > 1
         with threads_for_branches() if branches else contextlib.nullcontext():
             return self._run(batch)
@@ -224,9 +235,38 @@ class TrainStep:
         return StepOutput(sums, norm, finite)
 
 
-def _taken(parameter: Tensor) -> Tensor:
+def _take_gradient(parameter: Tensor) -> Tensor:
+    """Return a parameter's gradient and remove it there; zeros where it has none."""
     gradient = parameter.grad
     if gradient is None:
         return torch.zeros_like(parameter)
     parameter.grad = None
     return gradient
+
+
+def average(gradient: Tensor, world: int, sent_as: str) -> None:
+    """Replace a gradient by its mean over all workers, in place.
+
+    sent_as: `full`, or `bf16` for half the bytes and 8 bits of precision.
+    """
+    if sent_as == "bf16":
+        sent = (gradient / world).to(torch.bfloat16)
+        dist.all_reduce(sent)
+        gradient.copy_(sent)
+    else:
+        dist.all_reduce(gradient)
+        gradient /= world
+
+
+def send_as_bf16(model: Any) -> None:
+    """Let DistributedDataParallel send the dense gradients as bfloat16, like `average`."""
+    model.register_comm_hook(None, _as_bf16)
+
+
+# without annotations: torch checks them and does not take strings
+def _as_bf16(state, bucket):  # type: ignore[no-untyped-def]
+    """Call torch's own hook."""
+    # by another name: torch refuses that hook with gloo by its name, although gloo can add bfloat16
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    return default_hooks.bf16_compress_hook(state, bucket)

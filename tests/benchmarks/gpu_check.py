@@ -132,7 +132,7 @@ def capture(device: torch.device, small: bool) -> dict[str, Any]:
     from cases import SIZES, our_config
     from gpu_step import batches, padded, step_of, wait
 
-    from elmo_ray.training.step_input import Transfer
+    from elmo_ray.training.step_input import Transfer, wait_for_arrival
 
     log, logger = Messages(), logging.getLogger("elmo_ray")
     logger.addHandler(log)
@@ -164,7 +164,9 @@ def capture(device: torch.device, small: bool) -> dict[str, Any]:
     send = Transfer(device)  # as training hands over its batches
     before, steps = torch.cuda.memory_allocated(device) if on_gpu else 0, 2 if small else 200
     for number in range(steps):
-        step.run(send(made[number % len(made)]).received())
+        batch, arrived = send(made[number % len(made)])
+        wait_for_arrival(batch, arrived)
+        step.run(batch)
     wait(device)
     if on_gpu:
         found[f"grown_MB_in_{steps}_steps"] = round((torch.cuda.memory_allocated(device) - before) / 1e6, 1)

@@ -186,11 +186,11 @@ def run(rank: int, case: dict[str, Any], folder: Path, traffic: Traffic) -> dict
         traffic.clear()
         before = loopback()
         start, positions, waited = time.perf_counter(), 0, 0.0
-        for fed in islice(feeder, count):
+        for ready in islice(feeder, count):
             with quiet(step) if silent else contextlib.nullcontext():
-                step.run(fed.batch)
-            positions += fed.batch.positions
-            waited += fed.waited
+                step.run(ready.batch)
+            positions += ready.batch.positions
+            waited += ready.waited
         seconds = time.perf_counter() - start
         return {"positions": positions, "seconds": seconds, "waited": waited, "loopback": loopback() - before}
 

@@ -51,9 +51,9 @@ def ours(config: PretrainConfig, corpus: Corpus, vocabulary: Vocabulary) -> Run:
     def run(steps: int) -> dict[str, float]:
         positions = 0
         with Timed() as timed:
-            for fed in islice(feeder, steps):
-                step.run(fed.batch)
-                positions += fed.batch.positions
+            for ready in islice(feeder, steps):
+                step.run(ready.batch)
+                positions += ready.batch.positions
         return timed.record(positions)
 
     return run

@@ -16,7 +16,7 @@ from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.scan import index_shard
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.encoder import embed_sentences
-from elmo_ray.elmo.evaluation import Job
+from elmo_ray.elmo.evaluation import EvaluationJob
 from elmo_ray.evaluate import all_measures
 from elmo_ray.model.bilm import BiLM
 
@@ -74,8 +74,8 @@ def test_embeddings_of_twenty_sentences(model: BiLM, mode: str, shared: Path) ->
 def perplexity(model: BiLM, vocabulary: Vocabulary, text: Path, streams: int, positions: int) -> float:
     corpus = Corpus.from_shards([index_shard(str(text))])
     assert corpus.positions == positions
-    job = Job("unused", None, corpus, EvalConfig(streams=streams), "fail")
-    (part,) = job.parts(1)
+    job = EvaluationJob("unused", None, corpus, EvalConfig(streams=streams), "fail")
+    (part,) = job.shares(1)
     return float(all_measures(job.measure(part, model, vocabulary), corpus)["perplexity"])
 
 

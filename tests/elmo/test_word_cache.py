@@ -25,11 +25,11 @@ CONFIG = PretrainConfig.from_dict(
 )
 
 
-@pytest.mark.parametrize("most_bytes", [1 << 20, 60 * 6 * 8, 1])
-def test_vectors_are_those_of_the_char_cnn(most_bytes: int) -> None:
+@pytest.mark.parametrize("max_bytes", [1 << 20, 60 * 6 * 8, 1])
+def test_vectors_are_those_of_the_char_cnn(max_bytes: int) -> None:
     model = random_model(CONFIG, VOCABULARY.size, dtype=torch.float64)
     assert model.char_cnn is not None
-    table, cache = TypeTable(VOCABULARY, C, model.char_cnn.widest), WordCache(model, most_bytes=most_bytes)
+    table, cache = TypeTable(VOCABULARY, C, model.char_cnn.widest), WordCache(model, max_bytes=max_bytes)
     random = np.random.default_rng(2)
     calls: list[int] = []
     assert cache._fixed is not None
@@ -43,7 +43,7 @@ def test_vectors_are_those_of_the_char_cnn(most_bytes: int) -> None:
         expected = model.encode_types(torch.from_numpy(types))
         assert torch.allclose(cache.vectors(types, classes), expected, rtol=0, atol=1e-12)
     computed = sum(calls)
-    if most_bytes == 1 << 20:
+    if max_bytes == 1 << 20:
         assert computed <= VOCABULARY.size, "each word once"
     else:
         assert computed > VOCABULARY.size, "there was no room for all"

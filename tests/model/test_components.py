@@ -14,7 +14,7 @@ from elmo_ray.checkpoints.read import Checkpoint, open_checkpoint
 from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import ConfigError
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.model.components import part_of
+from elmo_ray.model.components import component_of
 from elmo_ray.training.loop import train
 from elmo_ray.training.metrics import read_metrics
 
@@ -39,8 +39,10 @@ def moved_parts(checkpoint: Checkpoint, config: PretrainConfig, names: str) -> s
     start = dict(model.state_dict())
     found = checkpoint.tensors(f"{names}.safetensors")
     if names == "optimizer":
-        return {part_of(key.removeprefix("accumulator.")) for key, slot in found.items() if bool((slot != 1).any())}
-    return {part_of(key) for key, value in found.items() if not torch.equal(value, start[key])}
+        return {
+            component_of(key.removeprefix("accumulator.")) for key, slot in found.items() if bool((slot != 1).any())
+        }
+    return {component_of(key) for key, value in found.items() if not torch.equal(value, start[key])}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_rates_of_parts(tmp_path: Path, corpus: CorpusPaths) -> None:
         moves.append({name: model[name] - parameter for name, parameter in start.named_parameters()})
     wanted = {"softmax": 2.0, "lstm.1": 0.25, "char_cnn": 0.05}
     for name, move in moves[0].items():
-        factor = wanted.get(part_of(name), 1.0)
+        factor = wanted.get(component_of(name), 1.0)
         assert torch.allclose(moves[1][name], factor * move, atol=1e-6), name
         assert bool((move != 0).any()), name
 

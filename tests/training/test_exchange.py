@@ -22,16 +22,16 @@ def test_its_own_error_is_raised_as_it_is() -> None:
 
 
 def test_parts_of_a_save() -> None:
-    assert Flags(parts=[3, 3]).all_written(3) and Flags(parts=[3, 3]).all_ended(3)
-    assert Flags(parts=[3, -3]).all_ended(3) and not Flags(parts=[3, -3]).all_written(3)
+    assert Flags(rank_files=[3, 3]).all_written(3) and Flags(rank_files=[3, 3]).all_ended(3)
+    assert Flags(rank_files=[3, -3]).all_ended(3) and not Flags(rank_files=[3, -3]).all_written(3)
     for parts in ([3, 0], [3, 2], [-2, 3], []):
-        assert not Flags(parts=parts).all_ended(3) and not Flags(parts=parts).all_written(3)
-    assert not Flags(parts=[2, 2]).all_ended(3), "an earlier save"
+        assert not Flags(rank_files=parts).all_ended(3) and not Flags(rank_files=parts).all_written(3)
+    assert not Flags(rank_files=[2, 2]).all_ended(3), "an earlier save"
 
 
 def test_one_rank_agrees_with_itself() -> None:
     ranks = Ranks()
-    assert ranks.all({"a": 1}) == [{"a": 1}] and ranks.from_first("x") == "x"
+    assert ranks.gather({"a": 1}) == [{"a": 1}] and ranks.broadcast("x") == "x"
     ranks.agree(None)
     with pytest.raises(ConfigError, match="mine"):
         ranks.agree(ConfigError("mine"))

@@ -148,13 +148,13 @@ def threads() -> set[str]:
 
 def test_steps_come_in_order_with_the_cursors_after_them(corpus: tuple[Corpus, Vocabulary]) -> None:
     reference = loader_of(corpus, tiny_config())
-    for number, fed in enumerate(feeder_of(corpus, range(5, 25))):
+    for number, ready in enumerate(feeder_of(corpus, range(5, 25))):
         batch = reference.next_batch()
-        assert fed.batch.step == number + 5
-        assert np.array_equal(fed.batch.targets, batch.targets)
-        assert np.array_equal(fed.cursors.offset, batch.cursors.offset)
-        assert np.array_equal(fed.cursors.audit_hash, batch.cursors.audit_hash)
-        assert fed.waited >= 0 and not fed.flags.stop
+        assert ready.batch.step == number + 5
+        assert np.array_equal(ready.batch.targets, batch.targets)
+        assert np.array_equal(ready.cursors.offset, batch.cursors.offset)
+        assert np.array_equal(ready.cursors.audit_hash, batch.cursors.audit_hash)
+        assert ready.waited >= 0 and not ready.flags.stop
     assert number == 19
     reference.close()
     assert not threads()
@@ -162,7 +162,7 @@ def test_steps_come_in_order_with_the_cursors_after_them(corpus: tuple[Corpus, V
 
 def test_a_stop_is_the_last_step_of_all(corpus: tuple[Corpus, Vocabulary]) -> None:
     looks = iter([False, False, False, True, False, False])
-    found = [fed.flags.stop for fed in feeder_of(corpus, range(20), lambda: Flags(next(looks)))]
+    found = [ready.flags.stop for ready in feeder_of(corpus, range(20), lambda: Flags(next(looks)))]
     assert found == [False, False, False, True]
     assert not threads()
 

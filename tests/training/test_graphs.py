@@ -162,7 +162,7 @@ def test_a_step_that_is_not_finite_is_no_difference(text: Text) -> None:
 
 
 def test_more_shapes_than_graphs(text: Text, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 1)
+    monkeypatch.setattr(graphs, "_MAX_GRAPHS", 1)
     config = tiny_config()
 
     def grown() -> Iterator[StepInput]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elmo_ray.training.step_input import Sent, StepInput, Transfer, device_quiet
+from elmo_ray.training.step_input import StepInput, Transfer, device_lock, wait_for_arrival
 
 
 def made() -> StepInput:
@@ -23,7 +23,9 @@ def made() -> StepInput:
 
 def test_nothing_happens_on_a_cpu() -> None:
     batch = made()
-    assert Transfer(torch.device("cpu"))(batch).received() is batch
+    sent, arrived = Transfer(torch.device("cpu"))(batch)
+    wait_for_arrival(sent, arrived)
+    assert sent is batch and arrived is None
 
 
 def test_a_copy_of_every_tensor() -> None:
@@ -79,7 +81,7 @@ def test_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return self.clone()
 
     def to(self: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
-        assert non_blocking and cuda.inside == ["cuda:1", "stream"] and device_quiet.locked()
+        assert non_blocking and cuda.inside == ["cuda:1", "stream"] and device_lock.locked()
         cuda.log.append("copy")
         return self
 
@@ -90,10 +92,10 @@ def test_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "to", to)
     monkeypatch.setattr(Tensor, "record_stream", record_stream)
     monkeypatch.setattr(torch, "cuda", cuda)
-    sent = Transfer(torch.device("cuda:1"))(batch)
-    assert isinstance(sent, Sent) and cuda.log == ["pin"] * count + ["copy"] * count + ["record"]
-    assert not cuda.inside and not device_quiet.locked()
+    sent, arrived = Transfer(torch.device("cuda:1"))(batch)
+    assert arrived is cuda and cuda.log == ["pin"] * count + ["copy"] * count + ["record"]
+    assert not cuda.inside and not device_lock.locked()
     cuda.log.clear()
-    received = sent.received()
+    wait_for_arrival(sent, arrived)
     assert cuda.log == ["wait"] + ["used"] * count
-    assert torch.equal(received.inputs, batch.inputs)
+    assert torch.equal(sent.inputs, batch.inputs)

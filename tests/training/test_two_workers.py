@@ -147,7 +147,7 @@ def rank_main(rank: int, folder: Path) -> None:
         (Path(blocked.run_dir) / "checkpoints").write_text("in the way")
     note("unwritable by one", lambda: run(rank, blocked))
     note("one does not come", lambda: late(rank))
-    note("one works long", lambda: Ranks(rank, WORLD, timeout_s=3).first_does(lambda: time.sleep(5) or "done"))
+    note("one works long", lambda: Ranks(rank, WORLD, timeout_s=3).run_on_rank_zero(lambda: time.sleep(5) or "done"))
     note("negatives", lambda: run(rank, plan(folder, "negatives", "two", {"softmax__negatives": 9999})))
     dist.destroy_process_group()
 
@@ -159,7 +159,7 @@ def run(rank: int, plan: TrainPlan, stop: Stopper | None = None) -> dict[str, An
 def ranks_of(rank: int) -> list[Any]:
     ranks = Ranks(rank, WORLD)
     total = ranks.sum(torch.tensor([1.0 + rank, 10.0]))
-    return [ranks.from_first("first" if rank == 0 else None), ranks.all(f"r{rank}"), total.tolist()]
+    return [ranks.broadcast("first" if rank == 0 else None), ranks.gather(f"r{rank}"), total.tolist()]
 
 
 def gather(rank: int, noise: int = 5, error: DataError | None = None) -> Any:
@@ -185,7 +185,7 @@ def exchange_of(rank: int) -> list[Any]:
     for step in range(3):
         ids = np.array([10 * rank + step, -1, 7])
         found = exchange.gather(ids, 4, 3 + rank, 1234 + step, Flags(rank == 1 and step == 2, [rank - step]))
-        seen.append([found.ids.tolist(), found.positions, found.flags.stop, found.flags.parts])
+        seen.append([found.ids.tolist(), found.positions, found.flags.stop, found.flags.rank_files])
     return seen
 
 

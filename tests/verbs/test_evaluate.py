@@ -25,7 +25,7 @@ from elmo_ray.data.characters import encode_words
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.scan import index_shard
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
-from elmo_ray.elmo.evaluation import Job
+from elmo_ray.elmo.evaluation import EvaluationJob
 from elmo_ray.evaluate import EvaluateResult, all_measures, main, run
 from elmo_ray.model.bilm import BiLM
 
@@ -155,9 +155,9 @@ def measured(
 ) -> dict[str, Any]:
     model, vocabulary = random_model(config, len(WORDS)), Vocabulary.from_words(WORDS)
     corpus = Corpus.from_shards([index_shard(str(path), 4096) for path in paths])
-    job = Job("unused", None, corpus, EvalConfig(reset="sentence", rows=rows) if reset == "sentence"
+    job = EvaluationJob("unused", None, corpus, EvalConfig(reset="sentence", rows=rows) if reset == "sentence"
               else EvalConfig(streams=streams, rows=rows), "fail")  # fmt: skip
-    (part,) = job.parts(1)
+    (part,) = job.shares(1)
     return all_measures(job.measure(part, model, vocabulary), corpus)
 
 
@@ -184,9 +184,9 @@ def test_the_result_does_not_depend_on_rows_or_parts(reset: str, texts: list[Pat
     corpus = Corpus.from_shards([index_shard(str(path), 64) for path in texts])
     vocabulary, model = Vocabulary.from_words(WORDS), random_model(config, len(WORDS))
     settings = EvalConfig(reset="sentence") if reset == "sentence" else EvalConfig(streams=streams)
-    job = Job("unused", None, corpus, settings, "fail")
+    job = EvaluationJob("unused", None, corpus, settings, "fail")
     for workers in (2, 3, 100):
-        parts = job.parts(workers)
+        parts = job.shares(workers)
         assert 1 < len(parts) <= workers
         first, *others = (job.measure(part, model, vocabulary) for part in parts)
         for other in others:
@@ -199,8 +199,10 @@ def test_bf16_products_change_little(texts: list[Path]) -> None:
     corpus = Corpus.from_shards([index_shard(str(path), 4096) for path in texts])
     nats = []
     for precision in ("fp32", "bf16"):
-        job = Job("unused", None, corpus, EvalConfig.model_validate({"streams": 3, "precision": precision}), "fail")
-        tally = job.measure(job.parts(1)[0], random_model(MODELS["characters"], len(WORDS)).float(), vocabulary)
+        job = EvaluationJob(
+            "unused", None, corpus, EvalConfig.model_validate({"streams": 3, "precision": precision}), "fail"
+        )
+        tally = job.measure(job.shares(1)[0], random_model(MODELS["characters"], len(WORDS)).float(), vocabulary)
         nats.append(all_measures(tally, corpus)["nats_per_word"])
     assert nats[0] != nats[1], "the setting has an effect"
     assert nats[0] == pytest.approx(nats[1], rel=0.01)
