@@ -184,13 +184,13 @@ class Flags:
 
     parts: what became of each rank's part of a checkpoint: the number of the save when it is written, minus it when
     that failed, 0 before. Numbered, because flags travel some steps ahead of training and may speak of an earlier save.
-    committed, tidied: the same for what rank 0 does when all parts are written, and after that.
+    committed, cleaned: the same for what rank 0 does when all parts are written, and after that.
     """
 
     stop: bool = False
     parts: list[int] = field(default_factory=list)
     committed: int = 0
-    tidied: int = 0
+    cleaned: int = 0
 
     def all_ended(self, save: int) -> bool:
         """Whether every rank has ended its writing for this save, well or not."""
@@ -241,7 +241,7 @@ class Exchange:
             flags.parts[0] if flags.parts else 0,
             error is not None,
             flags.committed,
-            flags.tidied,
+            flags.cleaned,
         ]
         message[self.HEADER : self.HEADER + len(ids)] = ids
         everything = message[None]
@@ -258,8 +258,8 @@ class Exchange:
             raise RuntimeError(
                 f"ranks drew different negatives (hashes {hashes.tolist()}): their seeds or versions differ"
             )
-        committed, tidied = everything[0, 5:7].tolist()
-        combined = Flags(bool(everything[:, 2].any()), everything[:, 3].tolist(), committed, tidied)
+        committed, cleaned = everything[0, 5:7].tolist()
+        combined = Flags(bool(everything[:, 2].any()), everything[:, 3].tolist(), committed, cleaned)
         return Gathered(everything[:, self.HEADER :], int(everything[:, 0].sum()), combined)
 
     def _raise(self, error: ElmoRayError | None) -> None:
