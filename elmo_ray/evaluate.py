@@ -135,7 +135,7 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
         raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
     if flags is not None and flags.dry_run:
         return EvaluatePlan(source.describe(), config, corpus)
-    origin = source.origin or str(source.path)
+    origin = source.uri or str(source.path)
     job = EvaluationJob(origin, source.fingerprint, corpus, config.evaluate, config.data.on_error, options, vocab)
     start = time.monotonic()
     tally = _measure_here(job, source, cluster) if cluster.workers == 0 else _measure_on_ray(job, cluster)

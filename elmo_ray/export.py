@@ -40,7 +40,7 @@ from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.storage import absolute
 from elmo_ray.storage.files import write_aside
-from elmo_ray.storage.local_copy import local_folder, send
+from elmo_ray.storage.local_copy import local_folder, push
 from elmo_ray.training.initialize import write_initial
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def export_model(
         for name in (VOCABULARY, OPTIONS, WEIGHTS):
             os.replace(aside / name, target / name)
     try:
-        send(target)
+        push(target)
     except OSError as error:
         raise DataError(f"out={place}: cannot be written ({error.strerror})") from None
     result = ExportResult(opened.describe(), place, sizes, difference, reasons)

@@ -36,7 +36,7 @@ def run(config: FinetuneConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
         return train_in(folder, settings_of_run(config, folder))
     source = open_init(config)
     inside = folder.path in (source.path, *source.path.parents)
-    if inside or (source.origin or "").startswith(f"{folder.place}/"):
+    if inside or (source.uri or "").startswith(f"{folder.place}/"):
         raise ConfigError(f"init.from={config.init.source}: is in the folder of this run; choose another run.name")
     training = settings(config, source)
     begin = beginning(config, [source])
@@ -88,7 +88,7 @@ def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> 
     """The source's model, for the run's vocabulary and with the slots that init.optimizer asks for, as a checkpoint."""
     import torch
 
-    from elmo_ray.checkpoints.identity import ORIGIN, identity
+    from elmo_ray.checkpoints.identity import INITIALISED_FROM, identity
     from elmo_ray.checkpoints.manifest import directory_name
     from elmo_ray.data.corpus import Corpus
     from elmo_ray.data.vocabulary import Vocabulary
@@ -113,9 +113,9 @@ def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> 
     slots = initial_slots(training, model, kept, rows)
     corpus = Corpus.load(plan.corpus_path)
     about = identity(training, corpus.fingerprint, words.sha256)
-    origin = (source.origin or os.fspath(source.path)) + ("" if source.step is None else f" (step {source.step:,})")
+    name = (source.uri or os.fspath(source.path)) + ("" if source.step is None else f" (step {source.step:,})")
     place = join(plan.run_dir, "checkpoints", directory_name(0, 0))
-    write_initial(place, training, words, model, slots, about, fields={ORIGIN: origin})
+    write_initial(place, training, words, model, slots, about, fields={INITIALISED_FROM: name})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
 from elmo_ray.storage import is_uri
 from elmo_ray.storage.files import write_aside
-from elmo_ray.storage.local_copy import local_folder, mirror_of, origin, send
+from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
 
 logger = logging.getLogger("elmo_ray.prepare")  # __name__ is __main__ as a command
 
@@ -191,9 +191,9 @@ def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
         corpus.save(directory / f"{name}.npz")
     write_aside(directory / "prepare.json", (json.dumps(result.to_dict(), indent=1) + "\n").encode())
     try:
-        send(directory)
+        push(directory)
     except OSError as error:
-        raise DataError(f"data.prepared_dir={origin(directory)}: cannot be written ({error.strerror})") from None
+        raise DataError(f"data.prepared_dir={uri_of(directory)}: cannot be written ({error.strerror})") from None
     return result
 
 
@@ -226,13 +226,13 @@ def index_texts(
 def prepared_dir(storage_path: str, configured: str | None) -> Path:
     """The folder of data.prepared_dir, by default `prepared` in run.storage_path: absolute, and made if need be.
 
-    For a URI the local folder that mirrors it (all but the unpacked texts, which are written there at once).
+    For a URI the folder of its local copy (without the unpacked texts, which are written to the store at once).
     """
     place = storage.absolute(configured or storage.join(storage_path, "prepared"))
     directory = local_folder(place)
     try:
         if is_uri(place):
-            mirror_of(place).pull("state/*", "*.*")
+            local_copy_of(place).pull("state/*", "*.*")
         for name in ("state", "text"):
             (directory / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -24,7 +24,7 @@ from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.storage import is_uri, join, read_bytes
 from elmo_ray.storage.files import write_json
-from elmo_ray.storage.local_copy import local_folder, mirror_of, origin, send
+from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
 from elmo_ray.training.console import show_metrics
 from elmo_ray.training.dry_run import DryRun, dry_run
 from elmo_ray.training.plan import TrainPlan
@@ -153,18 +153,18 @@ def fit_and_show(plan: TrainPlan, device: Device) -> dict[str, Any]:
     """Train, and show the metrics file's new lines meanwhile."""
     from elmo_ray.cluster.trainer import fit
 
-    mirror = mirror_of(plan.run_dir) if is_uri(plan.run_dir) and plan.config.cluster.workers else None
-    if mirror is not None:
-        mirror.pull("metrics/*", "logs/*")
-        mirror.pull_always("metrics/*", "logs/*")
+    copy = local_copy_of(plan.run_dir) if is_uri(plan.run_dir) and plan.config.cluster.workers else None
+    if copy is not None:
+        copy.pull("metrics/*", "logs/*")
+        copy.keep_pulling("metrics/*", "logs/*")
     with show_metrics(local_folder(plan.run_dir)):
         try:
             return fit(plan, device=device)
         finally:
-            if mirror is not None:
-                mirror.rest()
+            if copy is not None:
+                copy.stop()
                 with contextlib.suppress(OSError):
-                    mirror.pull("metrics/*", "logs/*")
+                    copy.pull("metrics/*", "logs/*")
 
 
 def make_plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult) -> TrainPlan:
@@ -177,16 +177,16 @@ def make_plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareRe
         prepared.valid.save(run_dir / "valid.npz")
     write_aside(run_dir / "vocab.txt", prepared.vocabulary_path.read_bytes())
     write_aside(run_dir / "config.yaml", config.to_yaml().encode())
-    send_to_run(run_dir, "*.npz", "vocab.txt", "config.yaml")
-    place = origin(run_dir)  # where all machines find them
+    push_to_run(run_dir, "*.npz", "vocab.txt", "config.yaml")
+    place = uri_of(run_dir)  # where all machines find them
     valid = join(place, "valid.npz") if prepared.valid is not None else None
     return TrainPlan(config, place, join(place, "train.npz"), valid, join(place, "vocab.txt"))
 
 
-def send_to_run(run_dir: Path, *patterns: str) -> None:
-    """Send files of a run in an object store there; ConfigError where it does not take them."""
+def push_to_run(run_dir: Path, *patterns: str) -> None:
+    """Push files of a run in an object store there; raise ConfigError where it does not take them."""
     try:
-        send(run_dir, *patterns)
+        push(run_dir, *patterns)
     except OSError as error:
         raise ConfigError(f"run.storage_path: {error.filename}: cannot be written ({error.strerror})") from None
 
@@ -201,7 +201,7 @@ def _finish(
     from elmo_ray.elmo.neighbours import nearest_words
     from elmo_ray.report.curves import RunCurve, terminal_curve
 
-    place = origin(run_dir)
+    place = uri_of(run_dir)
     evaluation, unigram, export_dir = None, None, None
     if config.run.export:
         try:
@@ -217,7 +217,7 @@ def _finish(
                     "run": {"storage_path": config.run.storage_path},
                     "data": {
                         "test": list(texts),
-                        "prepared_dir": origin(prepared.prepared_dir),
+                        "prepared_dir": uri_of(prepared.prepared_dir),
                         "block_bytes": config.data.block_bytes,
                         "on_error": config.data.on_error,
                     },
@@ -239,7 +239,7 @@ def _finish(
     result = PretrainResult(place, training, evaluation, unigram, export_dir, neighbours, curve)
     write_json(run_dir / "result.json", result.to_dict())
     report.run(ReportConfig(runs=(place,)))
-    send_to_run(run_dir, "result.json", "export/*", "*.png", "*.html")
+    push_to_run(run_dir, "result.json", "export/*", "*.png", "*.html")
     return result
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints: written, read, checked and identified, in a folder or an object store; and models of other programs."""
+"""Checkpoints in folders and object stores: writing, reading, checks and identity; and models of other programs."""

@@ -1,6 +1,6 @@
-"""Whether the tensors of a checkpoint have the form that a run needs: names, shapes, kinds of numbers, and cursors.
+"""Checks of a checkpoint's tensors: names, shapes, types of numbers, and cursors that reading a corpus can give.
 
-Everything here treats what it is given as a stranger's: whatever the tensors are, only CheckpointError comes out.
+The tensors may be a stranger's: whatever they hold, these functions raise nothing but CheckpointError.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from elmo_ray.data.streams import StreamCursors
 from elmo_ray.errors import CheckpointError, short
 
 FLOATS = (torch.float32, torch.float64)
-_MOST = 1 << 62
+_LIMIT = 1 << 62
 
 
 def check_forms(place: str, saved: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError, beginning with `place`, unless `saved` has floats of these shapes, by name."""
+    """Raise CheckpointError, beginning with `place`, unless `saved` has exactly these names and shapes, in floats."""
     for name in sorted(saved.keys() | shapes.keys()):
         found, expected = _shape(saved.get(name)), shapes.get(name)
         if found != expected:
@@ -30,9 +30,9 @@ def check_forms(place: str, saved: Mapping[str, Tensor], shapes: Mapping[str, tu
 
 
 def check_slots(place: str, slots: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless each slot, `<kind>.<parameter>`, has its parameter's shape; a `step` is one number.
+    """Raise CheckpointError unless each slot, `<kind>.<parameter>`, has its parameter's shape and type.
 
-    Which kinds there must be is the optimizer's to say.
+    A slot of the kind `step` is one float32 number. The optimizer itself checks that it has all kinds that it needs.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for key, slot in slots.items():
@@ -46,16 +46,16 @@ def check_slots(place: str, slots: Mapping[str, Tensor], parameters: Mapping[str
 
 
 def check_cursors(place: str, rows: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the cursors of some streams [B] can have come from reading a corpus.
+    """Raise CheckpointError unless the cursors of some streams, int64 [B] each, can come from reading a corpus.
 
-    A stream of n positions an epoch has consumed epoch * n + offset of them, 0 <= offset < n; the corpus itself is not
-    needed to see whether such an n exists.
+    A stream of n positions an epoch has consumed epoch * n + offset positions, with 0 <= offset < n. The check is that
+    such an n exists, for which the corpus itself is not needed.
     """
     for name in StreamCursors.start(0).arrays():
         tensor = rows.get(name)
         if tensor is None or tensor.ndim != 1 or tensor.dtype != torch.int64:
             raise CheckpointError(f"{place}: {name} is missing or not a whole number for each stream")
-        if bool((tensor < 0).any()) or bool((tensor >= _MOST).any()):
+        if bool((tensor < 0).any()) or bool((tensor >= _LIMIT).any()):
             raise CheckpointError(f"{place}: {name} has {_outlier(tensor)}, which is out of range")
     columns = (rows[name].tolist() for name in ("epoch", "offset", "audit_positions"))
     for epoch, offset, consumed in zip(*columns, strict=True):

@@ -1,7 +1,7 @@
-"""What makes two starts the same run: what a checkpoint must share with the run that goes on from it, and what may
-change.
+"""Identity of a run: the settings that a checkpoint and the run that resumes it must share, and those that may change.
 
-The three starts of a run, as they are logged: fresh, initialised from a SOURCE, or resumed from a checkpoint.
+`start_messages` are the log's lines about the three kinds of start: fresh, initialised from a SOURCE, or resumed from a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from elmo_ray.storage import base_name
 
 
 def identity(config: PretrainConfig, corpus_fingerprint: str, vocabulary_sha256: str) -> dict[str, Any]:
-    """What must be equal, by the key that would be to blame: the text, its order and division, and the model.
-
-    Another seed would order the rest of an epoch anew: some of its text would be read twice and some never.
-    """
+    """Return the values that must be equal, by setting: those of the text, its order and division, and the model."""
     return {
         "data.train": f"text with sha256 {corpus_fingerprint}",
         "data.vocab": f"words with sha256 {vocabulary_sha256}",
         "data.streams": config.data.streams,
         "data.shuffle": config.data.shuffle,
+        # another seed would order the rest of an epoch anew: some of its text would be read twice and some never
         "run.seed": config.run.seed,
         "optim.name": config.optim.name,
         "softmax.tied": config.softmax.tied,
@@ -40,13 +38,14 @@ def identity(config: PretrainConfig, corpus_fingerprint: str, vocabulary_sha256:
 
 
 TEXT_KEYS = ("data.train", "data.vocab")
-"""Those of `identity` that are known only when the text is prepared."""
+"""Keys of `identity` whose values are known only when the text is prepared."""
 
 
 def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without: Collection[str] = ()) -> None:
-    """Raise ConfigError, a line for each key in which the checkpoint differs from this run's `identity`.
+    """Raise ConfigError, with a line for each key in which the checkpoint differs from this run's `identity`.
 
-    without: keys not to look at. CheckpointError if the checkpoint does not say of which run it is.
+    expected: this run's `identity`. without: keys that are not compared. Raises CheckpointError if the checkpoint has
+    no identity.
     """
     saved = checkpoint.manifest.get("identity")
     if not isinstance(saved, dict):
@@ -54,7 +53,7 @@ def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without:
     keys = [key for key in dict.fromkeys([*expected, *map(str, saved)]) if saved.get(key) != expected.get(key)]
     keys = [key for key in keys if key not in without]
     if "data.train" in keys and "data.vocab" in keys:
-        keys.remove("data.vocab")  # counted from the other text, most often
+        keys.remove("data.vocab")  # most often counted from the text, so that the text alone is to blame
     if keys:
         raise ConfigError(
             "\n".join(
@@ -66,7 +65,7 @@ def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without:
 
 
 def saved_config(checkpoint: Checkpoint) -> PretrainConfig:
-    """The configuration that a checkpoint was made with; CheckpointError if it has none that can be read."""
+    """Return the configuration with which a checkpoint was made; CheckpointError if it cannot be read."""
     place = checkpoint.at("config.yaml")
     try:
         values = parse_yaml(checkpoint.text("config.yaml"), place)
@@ -78,8 +77,10 @@ def saved_config(checkpoint: Checkpoint) -> PretrainConfig:
 
 
 def saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Dotted key -> plain value of the configuration that a checkpoint was made with; CheckpointError if it has none
-    that can be read."""
+    """Return the settings with which a checkpoint was made, dotted key -> plain value, valid in this version or not.
+
+    Raises CheckpointError if they cannot be read.
+    """
     place = checkpoint.at("config.yaml")
     try:
         values = parse_yaml(checkpoint.text("config.yaml"), place)
@@ -91,7 +92,7 @@ def saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def changes(checkpoint: Checkpoint, config: PretrainConfig) -> list[str]:
-    """The settings that are not those of the run when it wrote the checkpoint, as "optim.lr 0.2 -> 0.1"."""
+    """Return the settings that differ from those of the checkpoint, such as "optim.lr 0.2 -> 0.1"."""
     before, now = saved_settings(checkpoint), dict(_flat(config.to_dict(), ""))
     return [
         f"{key} {_shown(before.get(key))} -> {_shown(now.get(key))}"
@@ -112,17 +113,17 @@ def _shown(value: Any) -> str:
     return short(show(value), 200)
 
 
-ORIGIN = "initialised_from"
-"""The manifest's entry of a checkpoint at which a run begins that was initialised from another model."""
+INITIALISED_FROM = "initialised_from"
+"""Key of the manifest, in the first checkpoint of a run that was initialised from another model: the model's name."""
 
 
 def is_initial(checkpoint: Checkpoint) -> bool:
-    """Whether nothing has been trained since the model was taken from its SOURCE."""
-    return checkpoint.step == 0 and ORIGIN in checkpoint.manifest
+    """Return True if nothing has been trained since the model was taken from its SOURCE."""
+    return checkpoint.step == 0 and INITIALISED_FROM in checkpoint.manifest
 
 
 def conditions(device: torch.device, precision: str) -> dict[str, Any]:
-    """What must be equal for a resumed run to have the same bits as one never stopped, besides `identity`."""
+    """Return the values that, besides `identity`, must be equal for a resumed run to have an unbroken run's bits."""
     return {
         "device": device.type,
         "precision": precision,
@@ -136,13 +137,16 @@ def conditions(device: torch.device, precision: str) -> dict[str, Any]:
 def start_messages(
     checkpoint: Checkpoint | None, config: PretrainConfig, total_steps: int, world: int, now: dict[str, Any]
 ) -> list[str]:
-    """How the run starts, and what has changed since the checkpoint; now: the `conditions` of this process."""
+    """Return the log's lines about this start: its kind, and the changes since the checkpoint.
+
+    checkpoint: None for a fresh start. world: number of workers. now: the `conditions` of this process.
+    """
     workers = f"{world} worker{'s' if world > 1 else ''}"
     if checkpoint is None:
         return [f"start: fresh, seed {config.run.seed}, {total_steps} steps, {workers}"]
     manifest = checkpoint.manifest
     if is_initial(checkpoint):
-        return [f"start: initialised from {manifest[ORIGIN]}, {total_steps} steps, {workers}"]
+        return [f"start: initialised from {manifest[INITIALISED_FROM]}, {total_steps} steps, {workers}"]
     messages = [f"start: resume from step {checkpoint.step} of {total_steps}, {workers} ({checkpoint.place})"]
     now = {"workers": world, **now}
     before = {**manifest, "workers": manifest["world"]}

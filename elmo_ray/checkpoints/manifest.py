@@ -1,6 +1,6 @@
-"""The form of a checkpoint's `manifest.json`: names and values that are allowed, its own hash, and checks of files.
+"""Form of a checkpoint's `manifest.json`: allowed names and values, its own hash, and checks of the files it names.
 
-Everything here treats what it reads as a stranger's: whatever the bytes are, only CheckpointError comes out.
+Whatever a file holds, which may be a stranger's, the functions that read raise nothing but CheckpointError.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ _KEY = re.compile(r"[A-Za-z0-9_.]{1,100}\Z")
 
 
 def directory_name(step: int, attempt: int) -> str:
-    """Name of the directory of a checkpoint."""
+    """Return the name of a checkpoint's directory."""
     return f"step-{step:08d}-attempt-{attempt:03d}"
 
 
 def parse_directory_name(name: str) -> tuple[int, int] | None:
-    """(attempt, step) of a checkpoint directory's name, or None if it is none."""
+    """Return (attempt, step) from the name of a checkpoint's directory, or None for another name."""
     match = _DIRECTORY_NAME.match(name)
     return (int(match[2]), int(match[1])) if match else None
 
 
 def streams_name(first: int, last_exclusive: int) -> str:
-    """Name of the file with streams first..last_exclusive-1 (the name ends with the last stream itself)."""
+    """Return the name of the file with streams first..last_exclusive-1; the name ends with the last stream itself."""
     return f"streams-{first:05d}-{last_exclusive - 1:05d}.safetensors"
 
 
 def stream_files(names: Iterable[str]) -> list[tuple[int, int, str]]:
-    """(first, last_exclusive, name) of the stream files among `names`, in order of streams."""
+    """Return (first, last_exclusive, name) for each stream file among `names`, in order of streams."""
     found = [(int(m[1]), int(m[2]) + 1, name) for name in names if (m := _STREAMS_NAME.match(name))]
     return sorted(found)
 
 
 def is_file_name(name: object) -> bool:
-    """Whether `name` may be a file of a checkpoint: plain ASCII, no path, not the name of a manifest."""
+    """Return True if a checkpoint's file may have this name: plain ASCII, no path, not the name of a manifest."""
     return (
         isinstance(name, str)
         and _FILE_NAME.match(name) is not None
@@ -65,7 +65,7 @@ def is_file_name(name: object) -> bool:
 
 
 def finished_manifest(manifest: dict[str, Any], directory: Place) -> dict[str, Any]:
-    """Return `manifest` checked, as plain JSON values, with its own hash; CheckpointError, ValueError if not JSON."""
+    """Return `manifest` as plain JSON values with its own hash, after `check_manifest`; ValueError if not JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(manifest, allow_nan=False))
     plain[_OWN_HASH] = _hash_of(plain)
     check_manifest(directory, plain)
@@ -73,7 +73,7 @@ def finished_manifest(manifest: dict[str, Any], directory: Place) -> dict[str, A
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """Return the text of a manifest or of the manifest of a part."""
+    """Return the bytes of a manifest, or of the manifest of one rank."""
     return json.dumps(value, indent=1).encode("ascii")
 
 
@@ -125,7 +125,10 @@ def check_manifest(directory: Place, manifest: dict[str, Any]) -> None:
 
 
 def checked_files(path: Place, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the `files` of a manifest or part manifest: name -> {size, sha256}; `path` is for the message."""
+    """Return the `files` of a manifest, or of one rank's: name -> {size, sha256}.
+
+    Raises CheckpointError, naming `path`, unless names and values are allowed.
+    """
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise CheckpointError(f"{path}: has no table of files")
@@ -139,14 +142,14 @@ def checked_files(path: Place, manifest: dict[str, Any]) -> dict[str, dict[str, 
 
 
 def entry_of(path: Path) -> dict[str, Any]:
-    """Return what a manifest says of a file: its size and sha256. Raises OSError."""
+    """Return a file's entry for a manifest: its size in bytes and sha256. Raises OSError."""
     return {"size": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def check_size(path: Path, size: int | None, place: Place | None = None) -> None:
     """Raise CheckpointError unless `path` is a regular file of `size` bytes (None: any size).
 
-    place: how the message names it, where it is a copy.
+    place: the name of the file in the message, where `path` is a copy of it.
     """
     place = path if place is None else place
     try:
@@ -162,7 +165,7 @@ def check_size(path: Path, size: int | None, place: Place | None = None) -> None
 
 
 def check_sizes(directory: Place, files: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> None:
-    """Raise CheckpointError unless all `files` of a manifest are among those of a directory, in their sizes."""
+    """Raise CheckpointError unless `sizes`, of a directory's files in bytes, has all `files` of a manifest."""
     for name, entry in files.items():
         if name not in sizes:
             raise CheckpointError(f"{join(directory, name)}: the file is missing or not a regular file")
@@ -170,7 +173,7 @@ def check_sizes(directory: Place, files: Mapping[str, Mapping[str, Any]], sizes:
 
 
 def check_content(path: Path, entry: Mapping[str, Any], place: Place | None = None) -> None:
-    """Raise CheckpointError unless a file has the size and sha256 that the manifest says; place: as `check_size`."""
+    """Raise CheckpointError unless a file has the size and sha256 of its entry; place: as for `check_size`."""
     place = path if place is None else place
     check_size(path, entry["size"], place)
     try:
@@ -183,8 +186,8 @@ def check_content(path: Path, entry: Mapping[str, Any], place: Place | None = No
 
 def _compare_size(place: Place, found: int, size: int) -> None:
     if found != size:
-        what = "truncated" if found < size else "too long"
-        raise CheckpointError(f"{place}: has {found} bytes, not {size}: the file is {what}")
+        state = "truncated" if found < size else "too long"
+        raise CheckpointError(f"{place}: has {found} bytes, not {size}: the file is {state}")
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -192,7 +195,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def is_count(value: object, least: int = 0) -> bool:
-    """Whether a value from JSON is a whole number from `least` to what an int64 holds."""
+    """Return True if a value from JSON is a whole number from `least` to 2**62 - 1, so that an int64 holds it."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 62
 
 

@@ -1,6 +1,6 @@
-"""Reading checkpoints, ours or a stranger's: verify, take tensors and texts, find the newest that is whole.
+"""Reading of checkpoints, ours or a stranger's: verify, take tensors and texts, find the newest whole one.
 
-Only files that a verified manifest names are read, and whatever they hold, only CheckpointError comes out.
+Only files that a verified manifest names are read. Whatever they hold, nothing but CheckpointError is raised.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint. Every method raises CheckpointError naming the file if it is missing or damaged.
+    """Committed checkpoint. Every method raises CheckpointError, naming the file, if a file is missing or damaged.
 
-    place: its path or URI, by which all machines find it.
+    place: path or URI by which all machines find it. manifest: the checked values of `manifest.json`.
     """
 
     place: str
@@ -46,20 +46,22 @@ class Checkpoint:
 
     @cached_property
     def path(self) -> Path:
-        """The folder on this machine with its files; one in an object store is fetched when this is first asked for."""
+        """Folder on this machine with the files; the first access fetches a checkpoint that is in an object store."""
         return store_of(self.place).fetch(self.place, self.manifest)
 
     @property
     def step(self) -> int:
+        """Number of steps that were done."""
         return int(self.manifest["step"])
 
     @property
     def streams(self) -> int:
-        """S, the number of streams of the run."""
+        """Number of streams of the run, S."""
         return int(self.manifest["streams"])
 
     @property
     def files(self) -> tuple[str, ...]:
+        """Names of the files."""
         return tuple(self.manifest["files"])
 
     def verify(self, hashes: bool = True) -> None:
@@ -72,7 +74,7 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Return all tensors of one safetensors file, in host memory."""
         with self._open(name) as handle:
-            # Cloned: a tensor that is still mapped from the file would suffer when the file is pruned on NFS.
+            # A tensor that is still mapped from the file would be lost when the file is pruned on NFS: clone it.
             return {key: handle.get_tensor(key).clone() for key in handle.keys()}
 
     def text(self, name: str) -> str:
@@ -84,7 +86,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.at(name)}: cannot be read: {error}") from None
 
     def json(self, name: str) -> dict[str, Any]:
-        """Return the object in a JSON file."""
+        """Return the object in a JSON file of at most 16 MiB."""
         return parse_json(self.at(name), read_small(self._named(name)))
 
     def at(self, name: str) -> str:
@@ -92,7 +94,7 @@ class Checkpoint:
         return join(self.place, name)
 
     def stream_tensors(self, first: int, last_exclusive: int) -> dict[str, torch.Tensor]:
-        """Return rows first..last_exclusive-1 (the leading dimension) of every tensor of the stream files."""
+        """Return rows first..last_exclusive-1 of all tensors of the stream files; streams are the leading dimension."""
         if not 0 <= first < last_exclusive <= self.streams:
             raise CheckpointError(f"{self.place}: has streams 0..{self.streams - 1}, not {first}..{last_exclusive - 1}")
         pieces: dict[str, list[torch.Tensor]] = {}
@@ -100,10 +102,10 @@ class Checkpoint:
             if end <= first or begin >= last_exclusive:
                 continue
             rows = slice(max(first, begin) - begin, min(last_exclusive, end) - begin)
-            part = self._stream_rows(name, end - begin, rows)
-            if pieces and set(part) != set(pieces):
-                raise CheckpointError(f"{self.at(name)}: has tensors {sorted(part)}, others have {sorted(pieces)}")
-            for key, piece in part.items():
+            found = self._stream_rows(name, end - begin, rows)
+            if pieces and set(found) != set(pieces):
+                raise CheckpointError(f"{self.at(name)}: has tensors {sorted(found)}, others have {sorted(pieces)}")
+            for key, piece in found.items():
                 others = pieces.setdefault(key, [])
                 if others and (others[0].shape[1:] != piece.shape[1:] or others[0].dtype != piece.dtype):
                     raise CheckpointError(f"{self.at(name)}: the form of {key} does not fit that of other streams")
@@ -111,15 +113,15 @@ class Checkpoint:
         return {key: torch.cat(group) for key, group in pieces.items()}
 
     def _stream_rows(self, name: str, n_streams: int, rows: slice) -> dict[str, torch.Tensor]:
-        part: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         with self._open(name) as handle:
             for key in sorted(handle.keys()):
                 lazy = handle.get_slice(key)
                 shape = lazy.get_shape()
                 if not shape or shape[0] != n_streams:
                     raise CheckpointError(f"{self.at(name)}: {key} has shape {shape}, not [{n_streams}, ...]")
-                part[key] = lazy[rows.start : rows.stop].clone()
-        return part
+                tensors[key] = lazy[rows.start : rows.stop].clone()
+        return tensors
 
     def _named(self, name: str) -> Path:
         if name not in self.manifest["files"]:
@@ -135,14 +137,14 @@ class Checkpoint:
                 yield handle
         except CheckpointError:
             raise
-        except Exception as error:  # whatever a library makes of a stranger's bytes
+        except Exception as error:  # a stranger's bytes may raise anything in a library
             raise CheckpointError(f"{self.at(name)}: is not a readable safetensors file: {short(str(error))}") from None
 
 
 def open_checkpoint(directory: Place, verify: bool = True) -> Checkpoint:
-    """Open a committed checkpoint; with `verify` every byte of it is read and hashed.
+    """Return the committed checkpoint in a directory; with `verify` every byte of it is read and hashed first.
 
-    Raises CheckpointError naming the file and what is wrong with it: missing, truncated, damaged, or not ours.
+    Raises CheckpointError naming the file and its fault: missing, truncated, damaged, or not ours.
     """
     place = os.fspath(directory)
     store = store_of(place)
@@ -162,11 +164,11 @@ def open_checkpoint(directory: Place, verify: bool = True) -> Checkpoint:
 def newest_checkpoint(
     checkpoints_dir: Place, verify: bool = True, damaged: list[Place] | None = None
 ) -> Checkpoint | None:
-    """Return the newest checkpoint (by attempt, then step) that verifies, with a logged warning for each newer one.
+    """Return the newest checkpoint (by attempt, then step) that verifies, or None if none was ever committed.
 
-    `damaged` gets the places of those. None if nothing was ever committed. Raises CheckpointError if there are
-    committed checkpoints and all are damaged: starting again from nothing must be the user's decision. Storage that
-    does not answer is an error and never a damaged checkpoint.
+    Newer ones that do not verify are logged as warnings, and their places are added to `damaged`. Raises
+    CheckpointError if there are committed checkpoints and all are damaged: to start again from nothing must be the
+    user's decision. Raises StorageError where the storage does not answer, which is no sign of damage.
     """
     problems: list[str] = []
     for place in reversed(listed_checkpoints(checkpoints_dir)):
@@ -192,10 +194,8 @@ def newest_checkpoint(
 
 
 def listed_checkpoints(checkpoints_dir: Place) -> list[str]:
-    """Return the places of all checkpoints, finished or not, oldest first: by attempt, then by step.
-
-    That is the order in which they were written: an attempt that walked back past a damaged checkpoint comes after it.
-    """
+    """Return the places of all checkpoints, finished or not, in the order in which they were written."""
+    # By attempt, then by step: an attempt that went back past a damaged checkpoint wrote its lower steps later.
     names = store_of(checkpoints_dir).directories(os.fspath(checkpoints_dir))
     found = [(key, name) for name in names if (key := parse_directory_name(name)) is not None]
     return [join(checkpoints_dir, name) for _, name in sorted(found)]

@@ -1,8 +1,9 @@
-"""A SOURCE: what `evaluate`, `export` and others start from, found and opened by what it is.
+"""Opening of a SOURCE, the trained model from which `evaluate`, `export` and other commands start.
 
-A run's folder (its best checkpoint, or the one that `checkpoint` names), a checkpoint, a folder in which bilm-tf has
-saved with TensorFlow, or a published weights.hdf5; the last two with the options.json beside them. Everything is
-checked before it is used: hashes of a checkpoint, shapes against the model, the vocabulary against the softmax.
+A SOURCE is a run's folder (its best checkpoint, or the one that `checkpoint` names), a checkpoint, a folder in which
+bilm-tf has saved with TensorFlow, or a published weights.hdf5; the last two need the options.json beside them.
+Everything is checked before it is used: hashes of a checkpoint, shapes against the model, the vocabulary against the
+softmax.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ _KINDS = "a run, a checkpoint, a bilm-tf save folder or a weights.hdf5"
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is ready for use, on the CPU, without gradients.
+    """Model that is ready for use, on the CPU, without gradients.
 
-    path: absolute; the checkpoint's folder, the weights file, or a TensorFlow checkpoint without its `.index`. A
-    checkpoint has also its step and the fingerprint (hash) of its weights; ours the settings that it was trained with.
-    slots: reads the optimizer's tensors, `<slot>.<parameter>` as `Optimizer.state_tensors`; None where there are none.
+    path: absolute path of the checkpoint's folder, of the weights file, or of a TensorFlow checkpoint without its
+    `.index`. uri: place of a checkpoint that was fetched from an object store to `path`, else None.
+    step, fingerprint: of a checkpoint, its step and a hash of its weights. training: of a checkpoint of ours, the
+    settings with which it was trained. slots: function that reads the optimizer's tensors, `<slot>.<parameter>` as in
+    `Optimizer.state_tensors`; None where there are none.
     """
 
     path: Path
@@ -57,31 +60,32 @@ class Source:
     step: int | None = None
     fingerprint: str | None = None
     training: PretrainConfig | None = None
-    origin: str | None = None  # the URI of a checkpoint that was fetched to `path`
+    uri: str | None = None
     slots: Callable[[], dict[str, Tensor]] | None = None
 
     @property
     def config(self) -> ModelConfig:
+        """Settings of the model."""
         return self.model.config
 
     @property
     def has_softmax(self) -> bool:
-        """Whether the model can tell what a word's probability is; a weights.hdf5 holds no softmax."""
+        """True if the model can give probabilities of words; a weights.hdf5 holds no softmax."""
         return self.model.has_softmax
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Raises ConfigError for weights that came without one."""
+        """Vocabulary of the model; ConfigError for weights that came without one."""
         if self.words is None:
             raise ConfigError(f"{self.path}: has no {VOCABULARY} beside it; name its vocabulary with init.vocab=FILE")
         return self.words
 
     def describe(self) -> str:
-        """One line: what was opened."""
+        """Return one line about the model: its place, step and sizes."""
         step = "" if self.step is None else f", step {self.step:,}"
         size = "" if self.words is None else f", {self.words.size:,} words"
         count = sum(p.numel() for p in self.model.parameters())
-        return f"{self.origin or self.path}{step}: {count:,} parameters{size}"
+        return f"{self.uri or self.path}{step}: {count:,} parameters{size}"
 
 
 def open_source(
@@ -91,11 +95,12 @@ def open_source(
     vocab: str | None = None,
     verify: bool = True,
 ) -> Source:
-    """Open what `source` (init.from) names; `options` and `vocab` (init.options, init.vocab) belong to bilm-tf's files.
+    """Open the model that `source` (init.from) names.
 
-    checkpoint: of a run: best, last, or the name of a folder in its checkpoints/; of a TensorFlow save folder: a name
-    in it, best and last being the one that TensorFlow calls the newest. verify: read all of a checkpoint and compare
-    hashes. Raises ConfigError where nothing can be opened, CheckpointError and FormatError for damaged files.
+    checkpoint: for a run best, last, or the name of a folder in its checkpoints/; for a folder of TensorFlow the name
+    of a checkpoint in it, where best and last mean the one that TensorFlow calls the newest. options, vocab: paths
+    (init.options, init.vocab) that bilm-tf's files may need. verify: read all of a checkpoint and compare its hashes.
+    Raises ConfigError where nothing can be opened, CheckpointError and FormatError for damaged files.
     """
     if source is None:
         raise ConfigError(f"init.from is empty: name {_KINDS}")
@@ -151,9 +156,9 @@ def _is_run(place: str) -> bool:
 
 
 def _fetched_weights(uri: str) -> Path:
-    """Return a local copy of weights in an object store, a file or in a folder, beside copies of what belongs to them.
+    """Return a local copy of weights in an object store, with copies of their options and vocabulary beside it.
 
-    Raises ConfigError where there are none, or the store does not answer.
+    uri: of the file or of its folder. Raises ConfigError where there are none, or the store does not answer.
     """
     folder, name = (uri.rpartition("/")[0], base_name(uri)) if uri.endswith(".hdf5") else (uri, WEIGHTS)
     target = scratch("fetched")
@@ -172,7 +177,7 @@ def _of_run(run: str, name: str, verify: bool) -> Checkpoint:
     store, folder, best = store_of(run), join(run, "checkpoints"), join(run, BEST)
     if name == BEST:
         inside = store.directories(run)
-        # In an object store a copy that was interrupted leaves a `best` without a manifest, which is none.
+        # In an object store an interrupted copy leaves a `best` without a manifest, which is no checkpoint.
         is_there = BEST in inside and (not is_uri(run) or store.exists(join(best, MANIFEST)))
         if is_there or base_name(previous_copy(best)) in inside:
             return open_checkpoint(best, verify)
@@ -208,10 +213,8 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
     fingerprint = str(checkpoint.manifest["files"][MODEL_FILE]["sha256"])
     model.requires_grad_(False)
     slots = partial(checkpoint.tensors, OPTIMIZER_FILE) if OPTIMIZER_FILE in checkpoint.files else None
-    origin = checkpoint.place if is_uri(checkpoint.place) else None
-    return Source(
-        checkpoint.path, model, config.softmax, vocabulary, checkpoint.step, fingerprint, config, origin, slots
-    )
+    uri = checkpoint.place if is_uri(checkpoint.place) else None
+    return Source(checkpoint.path, model, config.softmax, vocabulary, checkpoint.step, fingerprint, config, uri, slots)
 
 
 def _from_tensorflow(prefix: Path, options: str | None, vocab: str | None) -> Source:

@@ -1,9 +1,9 @@
-"""The two kinds of storage that checkpoints are kept in: folders, and object stores.
+"""Two kinds of storage for checkpoints: folders and object stores.
 
-`Store` has the few operations that writing and reading are made of; all that is said about checkpoints is in `write`
-and `read`. A *place* is the path or URI of a file or of a directory with files. On both kinds a file appears whole or
-not at all; in an object store that is so by itself, in a folder it is written aside and renamed. Reading raises
-CheckpointError, and StorageError where the storage does not answer; writing raises OSError.
+`Store` has the few operations of which `read` and `write` are made. A *place* is the path or URI of a file, or of a
+directory with files. On both kinds of storage a file appears whole or not at all: an object store works like that, and
+in a folder a file is written under another name and renamed. Reading raises CheckpointError, and StorageError where the
+storage does not answer; writing raises OSError.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from elmo_ray.storage import Place, is_uri, join
 from elmo_ray.storage.files import atomic_write, file_lock, make_folder, sync_directory
 
 _FETCHED_FOR_S = 1800.0
-"""Age from which a fetched checkpoint makes room for another of the same run: nobody is reading it any more."""
+"""Seconds after which a fetched checkpoint makes room for another of the same run: nobody reads it any more."""
 
 
 class StorageError(CheckpointError):
-    """Storage that does not answer: no sign that a checkpoint is damaged."""
+    """Error of storage that does not answer, which is no sign that a checkpoint is damaged."""
 
 
 class Store(abc.ABC):
@@ -48,7 +48,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def put(self, place: str, write: Callable[[Path], object]) -> dict[str, Any]:
-        """Make a file of what `write` writes to the local path that it is given; return its size and sha256."""
+        """Make a file by calling `write` with a local path to write to; return its entry: size in bytes, and sha256."""
 
     @abc.abstractmethod
     def read(self, place: str) -> bytes:
@@ -60,27 +60,27 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def files(self, directory: str) -> dict[str, int]:
-        """Return name -> size of the files in a directory; nothing where there is none."""
+        """Return name -> size in bytes of the files in a directory; an empty dict if there is no such directory."""
 
     @abc.abstractmethod
     def directories(self, directory: str) -> list[str]:
-        """Return the names of the directories in a directory; nothing where there is none."""
+        """Return the names of the directories in a directory; an empty list if there is no such directory."""
 
     @abc.abstractmethod
     def copy(self, source: str, target: str, entry: Mapping[str, Any]) -> None:
-        """Copy a file whose size and sha256 are `entry`; CheckpointError where content that is seen differs."""
+        """Copy a file with the size and sha256 of `entry`; CheckpointError where this process sees other content."""
 
     @abc.abstractmethod
     def remove(self, place: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it is there."""
 
     @abc.abstractmethod
     def remove_directory(self, directory: str) -> None:
-        """Remove a directory with all in it, the manifest first, so that half is never taken for a whole."""
+        """Remove a directory and its content, the manifest first: half a checkpoint must not look like a whole one."""
 
     @abc.abstractmethod
     def replacing(self, directory: str) -> contextlib.AbstractContextManager[str]:
-        """Give an empty directory to write to, which is in the place of `directory` when the block ends well."""
+        """Give an empty directory to write to, which replaces `directory` when the block ends without an error."""
 
     @abc.abstractmethod
     def fetch(self, directory: str, manifest: Mapping[str, Any]) -> Path:
@@ -88,7 +88,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def check(self, directory: str, manifest: Mapping[str, Any]) -> None:
-        """Raise CheckpointError unless every byte is what the manifest says."""
+        """Raise CheckpointError unless all files have the sizes and hashes of the manifest."""
 
 
 def store_of(place: Place) -> Store:
@@ -97,7 +97,7 @@ def store_of(place: Place) -> Store:
 
 
 def previous_copy(directory: Place) -> str:
-    """Return where a folder's old copy is for a moment while a new one takes its name."""
+    """Return the name that an old directory has for a moment while a new one takes its place."""
     return f"{os.fspath(directory)}.previous"
 
 
@@ -105,7 +105,7 @@ def previous_copy(directory: Place) -> str:
 
 
 class FolderStore(Store):
-    """Checkpoints as folders of a file system that all machines see."""
+    """Store of checkpoints in folders of a file system that all machines see."""
 
     def put(self, place: str, write: Callable[[Path], object]) -> dict[str, Any]:
         folder = Path(place).parent
@@ -187,10 +187,10 @@ def _names(directory: str) -> list[str]:
 
 
 class ObjectStore(Store):
-    """Checkpoints below a URI; directories are the beginnings of names, and nothing can be renamed.
+    """Store of checkpoints below a URI, where directories are the beginnings of names and nothing can be renamed.
 
-    What is written needs room in the folder for temporary files (TMPDIR), one file at a time. What is read is fetched
-    to this machine once, for all workers on it, and compared with the manifest's hashes then.
+    Writing needs room for one file at a time in the folder for temporary files (TMPDIR). A checkpoint that is read is
+    fetched to this machine once, for all workers on it, and then compared with the manifest's hashes.
     """
 
     def put(self, place: str, write: Callable[[Path], object]) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class ObjectStore(Store):
             return storage.folders(directory)
 
     def copy(self, source: str, target: str, entry: Mapping[str, Any]) -> None:
-        storage.copy(source, target)  # within the store, so that its content is not seen here
+        storage.copy(source, target)  # within the store: this process does not see the content
 
     def remove(self, place: str) -> None:
         storage.remove(place)
@@ -232,7 +232,8 @@ class ObjectStore(Store):
 
     @contextlib.contextmanager
     def replacing(self, directory: str) -> Iterator[str]:
-        # A process that dies meanwhile leaves a directory without a manifest: its caller must be able to begin again.
+        # A process that dies in the block leaves a directory without a manifest, so its caller must be able to begin
+        # again.
         self.remove_directory(directory)
         yield directory
 
@@ -242,7 +243,7 @@ class ObjectStore(Store):
         with _answering(directory), contextlib.ExitStack() as stack:
             run = _cache() / hashlib.sha256(parent.encode()).hexdigest()[:16]
             folder, known = run / name, run / name / MANIFEST
-            # Workers of one machine take turns: the first fetches, the others find it there.
+            # Workers of one machine take turns: the first one fetches, the others find the files there.
             stack.enter_context(file_lock(run / ".lock", wait=True))
             _make_room(folder)
             if known.exists() and known.read_bytes() == data:
@@ -254,7 +255,7 @@ class ObjectStore(Store):
                     with _answering(place):
                         storage.download(place, folder / name)
                     check_content(folder / name, entry, place)
-                with atomic_write(known, None) as temporary:  # the last: what is there was compared
+                with atomic_write(known, None) as temporary:  # last: with it, all files are known to be whole
                     temporary.write_bytes(data)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -267,6 +268,7 @@ class ObjectStore(Store):
 
 @contextlib.contextmanager
 def _answering(place: str) -> Iterator[None]:
+    """Turn OSErrors of reading at `place` into CheckpointError or StorageError."""
     try:
         yield
     except FileNotFoundError:
@@ -276,7 +278,7 @@ def _answering(place: str) -> Iterator[None]:
 
 
 def _cache() -> Path:
-    """Return the folder in which this machine keeps what it has fetched: one user's own."""
+    """Return the folder of fetched checkpoints on this machine, which belongs to this user alone."""
     folder = Path(tempfile.gettempdir(), f"elmo-ray-{getpass.getuser()}", "fetched")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.parent.stat().st_uid != os.getuid():
@@ -285,7 +287,7 @@ def _cache() -> Path:
 
 
 def _make_room(folder: Path) -> None:
-    """Remove checkpoints of the same run that were fetched long ago."""
+    """Remove other checkpoints of the same run that were fetched long ago."""
     for other in folder.parent.iterdir():
         if other.is_dir() and other != folder and time.time() - other.stat().st_mtime > _FETCHED_FOR_S:
             shutil.rmtree(other, ignore_errors=True)

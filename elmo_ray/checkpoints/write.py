@@ -1,10 +1,10 @@
-"""Writing checkpoints that prove that they are whole. Knows neither Ray nor torch.distributed.
+"""Writing of checkpoints that prove that they are whole, without Ray and torch.distributed.
 
 A checkpoint is a directory `step-00001000-attempt-001/` of a folder or an object store. Every rank writes its files,
-each of which appears whole or not at all, and then its `part-RANK.json` (names, sizes, sha256). When all parts are
-there rank 0 writes `manifest.json`, last. A directory without a manifest that verifies is not a checkpoint, and readers
-take only files that the manifest names. Tensors are in safetensors files, nothing is pickled: a stranger's checkpoint
-can be wrong, but it cannot run code.
+each of which appears whole or not at all, and then its own manifest `part-RANK.json` (names, sizes, sha256). When all
+ranks have done so, rank 0 joins their manifests into `manifest.json`, the last file. A directory without a manifest
+that verifies is not a checkpoint, and readers take only files that the manifest names. Tensors are in safetensors files
+and nothing is pickled: a stranger's checkpoint can be wrong, but it cannot run code.
 """
 
 from __future__ import annotations
@@ -52,22 +52,23 @@ __all__ = [
     "open_checkpoint",
     "prune",
     "streams_name",
-    "write_part",
+    "write_rank_files",
 ]
 
 logger = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
+"""File name -> tensor name -> tensor of any shape."""
 
 
 # ---------------------------------------------------------------- writing
 
 
-def write_part(directory: Place, rank: int, tensors: Tensors, texts: Mapping[str, str]) -> None:
-    """Write the files of one rank, then `part-RANK.json`; after an error nothing of this rank is left in `directory`.
+def write_rank_files(directory: Place, rank: int, tensors: Tensors, texts: Mapping[str, str]) -> None:
+    """Write the files of one rank, and its manifest `part-RANK.json` last; an error leaves none of them there.
 
-    `tensors` is file name -> tensor name -> tensor (any shape), `texts` is file name -> text. Raises OSError (disk
-    full, no permission, `directory` is a finished checkpoint) and ValueError for a name that no file may have.
+    texts: file name -> text. Raises OSError (disk full, no permission, `directory` is a finished checkpoint) and
+    ValueError for a name that no file may have.
     """
     place = os.fspath(directory)
     store = store_of(place)
@@ -77,21 +78,21 @@ def write_part(directory: Place, rank: int, tensors: Tensors, texts: Mapping[str
             raise ValueError(f"{name!r} is not a usable file name in a checkpoint")
     if len(set(names)) != len(names):
         raise ValueError(f"a file is given both as tensors and as text: {sorted(names)}")
-    part = _part_name(rank)
+    own_manifest = _rank_manifest_name(rank)
     if store.exists(join(place, MANIFEST)):
         raise FileExistsError(f"{place} is a finished checkpoint and will not be written again")
     try:
-        # The part manifest of an earlier try must not vouch for files that are being replaced.
-        store.remove(join(place, part))
+        # The manifest of an earlier try must not vouch for files that are being replaced.
+        store.remove(join(place, own_manifest))
         files: dict[str, dict[str, Any]] = {}
         for name, group in tensors.items():
             files[name] = store.put(join(place, name), partial(_write_tensors, tensors=group))
         for name, text in texts.items():
             files[name] = store.put(join(place, name), partial(_write_bytes, data=text.encode("utf-8")))
         about = as_json({"format": FORMAT, "rank": rank, "files": files})
-        store.put(join(place, part), partial(_write_bytes, data=about))
+        store.put(join(place, own_manifest), partial(_write_bytes, data=about))
     except BaseException:
-        for name in [part, *names]:
+        for name in [own_manifest, *names]:
             with contextlib.suppress(OSError):
                 store.remove(join(place, name))
         with contextlib.suppress(OSError, CheckpointError):
@@ -105,13 +106,13 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors (any shapes) as a safetensors file; equal tensors give equal bytes in any order of keys."""
+    """Write tensors as a safetensors file; equal tensors give equal bytes in any order of names."""
     ready: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share memory, as it would write them twice: we want them twice.
+        # safetensors refuses tensors that share memory, but a checkpoint needs each of them: write a copy
         ready[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     path.touch()
@@ -125,24 +126,24 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     path.chmod(mode)  # safetensors makes files that only their owner can read
 
 
-def _part_name(rank: int) -> str:
+def _rank_manifest_name(rank: int) -> str:
     return f"part-{rank:05d}.json"
 
 
 def commit(directory: Place, world: int, manifest_fields: Mapping[str, Any], patience_s: float = 30.0) -> Checkpoint:
-    """Join the part manifests into `manifest.json`, the last file of a checkpoint. For rank 0, when all have written.
+    """Join all ranks' manifests into `manifest.json`, the last file of a checkpoint, and return the checkpoint.
 
-    `manifest_fields` are plain JSON values; `step` and `streams` (S) are required. Waits up to `patience_s` seconds for
-    files of other machines that a network file system does not show yet. Raises CheckpointError if a part or file is
-    missing, two ranks wrote the same file, or the stream files do not tile 0..S-1; OSError if the manifest cannot be
-    written.
+    For rank 0, when all ranks have written. manifest_fields: plain JSON values; `step` and `streams` (S) are required.
+    patience_s: seconds to wait for files of other machines, as a network file system may show them late. Raises
+    CheckpointError if a file is missing, two ranks wrote the same file, or the stream files do not tile 0..S-1, and
+    OSError if the manifest cannot be written.
     """
     place = os.fspath(directory)
     store = store_of(place)
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            files = _join_parts(store, place, world)
+            files = _join_rank_files(store, place, world)
             break
         except CheckpointError:
             if time.monotonic() >= deadline:
@@ -153,16 +154,16 @@ def commit(directory: Place, world: int, manifest_fields: Mapping[str, Any], pat
     return Checkpoint(place, manifest)
 
 
-def _join_parts(store: Store, directory: str, world: int) -> dict[str, dict[str, Any]]:
-    """Return the files of all parts: name -> size and sha256. Raises CheckpointError where one is not there."""
+def _join_rank_files(store: Store, directory: str, world: int) -> dict[str, dict[str, Any]]:
+    """Return the files of all ranks, name -> {size, sha256}; CheckpointError where a file is missing."""
     sizes = store.files(directory)  # first: an NFS client that lists a directory asks the server again
     files: dict[str, dict[str, Any]] = {}
     for rank in range(world):
-        place = join(directory, _part_name(rank))
-        part = parse_json(place, store.read(place))
-        if part.get("rank") != rank:
-            raise CheckpointError(f"{place}: is not the part of rank {rank}")
-        for name, entry in checked_files(place, part).items():
+        place = join(directory, _rank_manifest_name(rank))
+        manifest = parse_json(place, store.read(place))
+        if manifest.get("rank") != rank:
+            raise CheckpointError(f"{place}: is not the manifest of rank {rank}")
+        for name, entry in checked_files(place, manifest).items():
             if name in files:
                 raise CheckpointError(f"{place}: {name} was written by another rank as well")
             files[name] = entry
@@ -174,10 +175,11 @@ WriterState = Literal["idle", "writing", "written", "failed"]
 
 
 class CheckpointWriter:
-    """Writer of one rank's part in a thread, one at a time, so that training only waits for the copy to host memory.
+    """Writer of one rank's files in a thread, so that training waits only for the copy to host memory.
 
-    `state` goes idle -> writing -> written | failed, and back to idle with `reset()`. After a failure `error` has the
-    exception and this rank's files are gone from the directory. before: called in the thread before each write.
+    It does one job at a time. `state` goes idle -> writing -> written | failed, and back to idle with `reset()`. After
+    a failure `error` has the exception, and this rank's files are gone from the directory. before: called in the thread
+    before each `write_rank_files`.
     """
 
     def __init__(self, rank: int) -> None:
@@ -188,7 +190,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def start(self, directory: Place, tensors: Tensors, texts: Mapping[str, str]) -> None:
-        """Copy all tensors to host memory (they may change as soon as this returns) and start `write_part`."""
+        """Copy all tensors to host memory (they may change as soon as this returns) and start `write_rank_files`."""
         copies = {
             name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in group.items()}
             for name, group in tensors.items()
@@ -197,12 +199,12 @@ class CheckpointWriter:
 
         def job() -> None:
             self.before()
-            write_part(directory, self.rank, copies, own_texts)
+            write_rank_files(directory, self.rank, copies, own_texts)
 
         self.start_job(job)
 
     def start_job(self, job: Callable[[], object]) -> None:
-        """Run any other slow storage job (such as `copy_best`) under the same rules; RuntimeError while one runs."""
+        """Run another slow job of storage, such as `copy_best`, in the thread; RuntimeError while a job runs."""
         if self.state == "writing":
             raise RuntimeError("a checkpoint is being written: wait() first")
         self.state, self.error = "writing", None
@@ -210,7 +212,7 @@ class CheckpointWriter:
         def run() -> None:
             try:
                 job()
-            except Exception as error:  # whatever happened to storage, training goes on
+            except Exception as error:  # training goes on, whatever happened to the storage
                 self.error = error
                 self.state = "failed"
             else:
@@ -220,14 +222,14 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> WriterState:
-        """Wait for the thread, if there is one; return the state after it."""
+        """Wait for the end of a running job, and return the state after it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         return self.state
 
     def reset(self) -> None:
-        """Go back to idle; waits for a running write."""
+        """Wait for the end of a running job, and go back to idle."""
         self.wait()
         self.state, self.error = "idle", None
 
@@ -236,12 +238,12 @@ class CheckpointWriter:
 
 
 def prune(checkpoints_dir: Place, keep: int, protect: Iterable[Place] = (), damaged: Iterable[Place] = ()) -> list[str]:
-    """Remove all but the `keep` newest checkpoints and leftovers older than the newest; return what was removed.
+    """Remove all but the `keep` newest whole checkpoints, and leftovers older than the newest; return removed places.
 
-    A checkpoint that lacks a file or has one of the wrong size does not count as kept, and goes when it is older than
-    those that do. A directory that is being written is newer than the newest and so never touched; nor are those in
-    `protect`. Those in `damaged` (found so by their hashes, which are not computed here) never count as kept: or they
-    would crowd out the last good one. What cannot be removed is logged and left.
+    A checkpoint that lacks a file, or has one of a wrong size, is not whole: it is removed if it is older than the
+    newest whole one. A directory that is being written is newer than that, so it stays, and those in `protect` stay.
+    damaged: checkpoints that were found damaged by their hashes, which are not computed here; they do not count as
+    whole, or they would crowd out the last good one. A directory that cannot be removed is logged and left.
     """
     spared = {base_name(place) for place in protect}
     bad = {base_name(place) for place in damaged} - spared
@@ -264,14 +266,14 @@ def _has_all_files(place: str) -> bool:
     try:
         open_checkpoint(place, verify=False).verify(hashes=False)
     except StorageError:
-        raise  # or a whole one would be removed because storage was away for a moment
+        raise  # else a whole one would be removed because the storage was away for a moment
     except CheckpointError:
         return False
     return True
 
 
 def discard(directory: Place) -> None:
-    """Remove a checkpoint directory, finished or not; what cannot be removed is logged and left."""
+    """Remove a checkpoint's directory, finished or not; one that cannot be removed is logged and left."""
     place = os.fspath(directory)
     try:
         store_of(place).remove_directory(place)
@@ -280,10 +282,10 @@ def discard(directory: Place) -> None:
 
 
 def copy_best(checkpoint: Checkpoint, best_dir: Place) -> Checkpoint:
-    """Copy a checkpoint to `best_dir` of the same storage, its manifest last; return the copy, which replaces another.
+    """Copy a checkpoint to `best_dir` of the same storage in place of an older copy, and return the new copy.
 
-    In a folder the copy is checked against its hashes, and after an error the old one stays; in an object store the
-    old one goes first. Raises CheckpointError if the source is damaged and OSError if the copy cannot be written.
+    In a folder the copy is checked against its hashes, and after an error the old copy stays; in an object store the
+    old copy is removed first. Raises CheckpointError if the source is damaged, OSError if the copy cannot be written.
     """
     target = os.fspath(best_dir)
     store = store_of(target)

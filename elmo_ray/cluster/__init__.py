@@ -1,1 +1,1 @@
-"""Ray: starting or joining it, tasks, training on workers, stopping, and the workers' logs."""
+"""Use of Ray: starting or joining it, tasks, training on workers, stopping, and the workers' logs."""

@@ -1,7 +1,8 @@
-"""What workers log, kept in `RUN/logs/` and shown in the driver's terminal.
+"""Logs of workers, kept in `RUN/logs/` and shown in the driver's terminal.
 
-Ray can forward the output of all its processes, but then each line has a process number in front, some come twice, and
-Ray's own noise is among them. Here every process appends to a file of its own and the driver follows the files.
+Ray can forward the output of all its processes, but then each line begins with a process number, some lines come twice,
+and messages of Ray itself are among them. Here every process appends to a file of its own and the driver follows the
+files.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ import re
 import socket
 
 from elmo_ray.storage import is_uri
-from elmo_ray.storage.local_copy import Outbox, local_folder
+from elmo_ray.storage.local_copy import local_copy_of, local_folder
 
 _LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)", re.DOTALL)
 _FOLDER = "logs"
 
 
 def log_to_run(run_dir: str, rank: int | None) -> None:
-    """Let the `elmo_ray` loggers of this process write to the run: all of rank 0 (or no rank), warnings of others.
+    """Let the `elmo_ray` loggers of this process write to the run's logs.
 
-    In an object store every process has a file of its own: none could append to another's.
+    Rank 0, and a process without a rank (None), writes all messages from INFO on; other ranks write warnings.
     """
-    outbox = Outbox(run_dir, f"{_FOLDER}/*")
-    folder = outbox.folder / _FOLDER
+    files = local_copy_of(run_dir)
+    files.keep_pushing(f"{_FOLDER}/*")
+    folder = files.folder / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     name = "controller" if rank is None else f"worker-{rank:05d}"
-    if is_uri(run_dir):
+    if is_uri(run_dir):  # no process can append to another's object
         name += f"-{socket.gethostname()}-{os.getpid()}"
     handler = logging.FileHandler(folder / f"{name}.log")
     prefix = f"worker {rank}: " if rank else ""
@@ -39,8 +41,8 @@ def log_to_run(run_dir: str, rank: int | None) -> None:
     package.propagate = False
 
 
-class LogRelay:
-    """Logs again in this process what others have appended to the run's log files since it was made."""
+class LogFollower:
+    """Follower of a run's log files: logs in this process the lines that others append after it was made."""
 
     def __init__(self, run_dir: str) -> None:
         self.folder = local_folder(run_dir) / _FOLDER
@@ -48,7 +50,7 @@ class LogRelay:
         self._read = {path.name: path.stat().st_size for path in self.folder.glob("*.log")}
 
     def poll(self) -> None:
-        """Log all new lines. A file that cannot be read now is read later."""
+        """Log all new whole lines; a file that cannot be read now is read at the next call."""
         with contextlib.suppress(OSError):
             for path in sorted(self.folder.glob("*.log")):
                 start = self._read.get(path.name, 0)
@@ -67,5 +69,5 @@ class LogRelay:
             match = _LINE.match(line)
             if match:
                 level = getattr(logging, match[1].decode())
-            # a line without a head goes on with a message of several lines
+            # a line without date and level continues a message of several lines
             self.logger.log(level, "%s", (match[2] if match else line).decode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""The one place that starts or joins Ray, counts what its nodes have, and decides between CPUs and GPUs."""
+"""Session with Ray: starting or joining it, counting its nodes' resources, and the decision between CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 Device = Literal["cpu", "gpu"]
 
 TORCH_NAMES = {"cpu": "cpu", "gpu": "cuda"}
-"""Names that torch has for the devices."""
+"""Torch's names of the devices."""
 
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_LOG_LEVEL": "ERROR",
-    # print() in a worker would come twice
+    # else print() in a worker would come twice
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # a dead worker is noticed, and a report taken, in one second instead of two
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    # of the report of a checkpoint, in which all workers take part
+    # limit for the report of a checkpoint, in which all workers take part
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
 }
 
@@ -49,14 +49,14 @@ def set_environment() -> None:
 
 
 def ensure_ray() -> None:
-    """Join the cluster of RAY_ADDRESS, or start one on this machine that only this process can use; no-op in a session.
+    """Join the cluster of RAY_ADDRESS, or start one on this machine for this process alone; do nothing in a session.
 
     Raises ConfigError if nothing answers at RAY_ADDRESS.
     """
     set_environment()
     address = os.environ.get("RAY_ADDRESS") or None
     if address is None and "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        # With the mode unset Ray asks for a token on a cluster of its own, and would write one to the home directory.
+        # With the mode unset, Ray needs a token for a cluster of its own and would write one to the home directory.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
@@ -71,7 +71,7 @@ def ensure_ray() -> None:
         return
     # Ray gives its workers a niceness of 15, so that its own processes would take the cores from training at any time.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Nothing is preempted here, and its watcher is a process more that logs an error of no meaning.
+    # Nothing is preempted here, and the watcher is one more process, which logs a meaningless error.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     options = {"address": "local", "object_store_memory": min(1 << 30, memory // 5)}
@@ -86,7 +86,7 @@ def ensure_ray() -> None:
 
 
 def in_cluster() -> bool:
-    """Return True in a Ray job, in a session, and where RAY_ADDRESS names a cluster: others' machines may do the work.
+    """Return True in a Ray job, in a session, and where RAY_ADDRESS names a cluster, so that other machines may work.
 
     Starts nothing and does not import Ray.
     """
@@ -97,13 +97,14 @@ def in_cluster() -> bool:
 
 
 def last_line(error: BaseException) -> str:
-    """Return the class and the last line of an exception, in bounded length: Ray puts remote tracebacks first."""
+    """Return the class and the last line of an exception, shortened to 240 characters."""
+    # Ray puts the remote tracebacks before that line.
     lines = [line for line in str(error).splitlines() if line.strip()]
     return short(f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__, 240)
 
 
 def _check_address(address: str) -> None:
-    """Raise ConfigError if nothing listens at host:port, for which `ray.init` would try for minutes."""
+    """Raise ConfigError if nothing listens at host:port; `ray.init` would try for minutes."""
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdigit():
         return
@@ -113,12 +114,12 @@ def _check_address(address: str) -> None:
         raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster can be joined: {error}") from None
 
 
-# ---------------------------------------------------------------- what there is
+# ---------------------------------------------------------------- nodes
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, with the CPUs and whole GPUs that Ray counts on it."""
+    """Machine of the cluster, with the numbers of CPUs and whole GPUs that Ray counts on it."""
 
     cpus: float
     gpus: int
@@ -134,7 +135,7 @@ def alive_nodes() -> list[Node]:
 
 
 def free_cpus() -> float:
-    """Return how many CPUs nobody has reserved now; starts or joins Ray first."""
+    """Return the number of CPUs that are not reserved now; starts or joins Ray first."""
     ensure_ray()
     import ray
 
@@ -142,12 +143,12 @@ def free_cpus() -> float:
 
 
 def describe_cpus(nodes: Sequence[Node]) -> str:
-    """Return the sum of the nodes' CPUs and the CPUs of each, for a message: `6 on 2 nodes (4, 2)`."""
+    """Return the CPUs of all nodes and of each, for a message, such as `6 on 2 nodes (4, 2)`."""
     each = ", ".join(f"{node.cpus:g}" for node in nodes)
     return f"{sum(node.cpus for node in nodes):g} on {len(nodes)} node{'s' if len(nodes) != 1 else ''} ({each})"
 
 
-# ---------------------------------------------------------------- which device
+# ---------------------------------------------------------------- devices
 
 
 def local_device(cluster: ComputeConfig) -> Device:
@@ -159,7 +160,7 @@ def local_device(cluster: ComputeConfig) -> Device:
 
 @contextlib.contextmanager
 def in_this_process(cluster: ComputeConfig) -> Iterator[str]:
-    """Yield torch's name of the local device; within the context torch has cluster.threads threads, where it is set."""
+    """Yield torch's name of the local device; torch uses cluster.threads threads, where set, until the block ends."""
     device, before = TORCH_NAMES[local_device(cluster)], torch.get_num_threads()
     try:
         torch.set_num_threads(cluster.threads or before)
@@ -171,7 +172,7 @@ def in_this_process(cluster: ComputeConfig) -> Iterator[str]:
 def device_for(cluster: ComputeConfig, workers: int) -> Device:
     """Return the device of `workers` processes that run side by side; starts or joins Ray first.
 
-    Raises ConfigError where cluster.device=gpu and the cluster has not a GPU for each.
+    Raises ConfigError where cluster.device=gpu and the cluster has fewer GPUs than workers.
     """
     if cluster.device == "cpu":
         return "cpu"
@@ -186,15 +187,15 @@ def device_for(cluster: ComputeConfig, workers: int) -> Device:
     return "cpu"
 
 
-# ---------------------------------------------------------------- what fits
+# ---------------------------------------------------------------- placement
 
 
 def fits(nodes: Sequence[Node], device: Device, workers: int, cpus: float, task_cpus: float = 0.0) -> bool:
-    """Return True if some placement holds all `workers`, each with `cpus` and, on GPUs, one of them on its node.
+    """Return True if the nodes can hold all `workers`, each with `cpus` CPUs and, for the device `gpu`, one GPU.
 
-    task_cpus: of the data task that each worker has, which may be on another node.
+    task_cpus: CPUs of the data task that each worker has, which may be on another node than its worker.
     """
-    # tasks[k]: most data tasks that fit beside k workers on the nodes so far
+    # tasks[k]: largest number of data tasks that fit beside k workers on the nodes so far
     tasks: list[float] = [0.0] + [-math.inf] * workers
     for node in nodes:
         most = min(_places(node, device, cpus), workers)
@@ -204,10 +205,8 @@ def fits(nodes: Sequence[Node], device: Device, workers: int, cpus: float, task_
 
 
 def check_room(cluster: TaskConfig, workers: int, device: Device = "cpu") -> None:
-    """Raise ConfigError unless the cluster has nodes that hold `workers` workers at a time; starts or joins Ray first.
-
-    A process that no node can hold would wait for ever.
-    """
+    """Raise ConfigError unless the cluster's nodes hold `workers` workers at a time; starts or joins Ray first."""
+    # a process that no node can hold would wait for ever
     nodes = alive_nodes()
     room = sum(_places(node, device, cluster.cpus_per_worker) for node in nodes)
     if room >= workers:
@@ -223,11 +222,12 @@ def check_room(cluster: TaskConfig, workers: int, device: Device = "cpu") -> Non
 
 
 def check_cluster(cluster: ClusterConfig) -> Device:
-    """Return the device of training's workers; starts or joins Ray where `cluster` needs it.
+    """Return the device of training's workers; starts or joins Ray unless cluster.workers is 0.
 
     Raises ConfigError, with the numbers, where this machine or the cluster cannot hold all workers and their data
-    tasks: a data task that is held back keeps its CPU, so a rank could wait for ever for its data.
+    tasks.
     """
+    # A data task that is held back keeps its CPU: with too few of them a rank could wait for ever for its data.
     if cluster.workers == 0:
         return local_device(cluster)
     nodes = alive_nodes()
@@ -246,7 +246,7 @@ def check_cluster(cluster: ClusterConfig) -> Device:
         raise ConfigError(
             f"{request} cannot be placed: the CPUs are {have}, and a worker or data task must be on one node"
         )
-    for pause in (0.0, 0.2, 0.8):  # CPUs of tasks that have just ended are told of a moment later
+    for pause in (0.0, 0.2, 0.8):  # Ray counts the CPUs of tasks that have just ended a moment later
         time.sleep(pause)
         free = free_cpus()
         if needed <= free + 1e-6:
@@ -263,6 +263,6 @@ def shown_workers(cluster: TaskConfig) -> str:
 
 
 def _places(node: Node, device: Device, cpus: float) -> int:
-    """Return how many workers of `cpus` a node holds, with a GPU for each where the device is `gpu`."""
+    """Return the number of workers with `cpus` CPUs, and a GPU where the device is `gpu`, that a node holds."""
     places = int(node.cpus / cpus + 1e-6)
     return min(places, node.gpus) if device == "gpu" else places

@@ -1,4 +1,4 @@
-"""How a signal to the driver becomes a stop flag that workers see: a file in the run's folder."""
+"""Stopping of a run: a signal to the driver makes a stop file in the run's folder, for which workers look."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ STOP_FILE = "stop"
 
 
 def stop_check(run_dir: str) -> Callable[[], bool]:
-    """Whether the driver has asked to stop; looks at the storage once a second at most, at an object store less."""
+    """Return a function that returns True once the driver has asked to stop.
+
+    It looks at the storage at most once a second, and at an object store at most every 5 seconds.
+    """
     path = join(run_dir, STOP_FILE)
     every = 5.0 if is_uri(path) else 1.0
     seen, looked = False, -math.inf
@@ -44,8 +47,10 @@ def stop_check(run_dir: str) -> Callable[[], bool]:
 
 @contextlib.contextmanager
 def stop_on_signals(stop_file: str) -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM sets the event and makes the stop file; after it signals do again what they did
-    before. In an object store the file is left to `leave_note`: a signal's handler does not wait for a network."""
+    """Yield an event that the first SIGINT or SIGTERM sets; it also makes the stop file.
+
+    After it signals have their former effect. In an object store the caller makes the file, by `make_stop_file`.
+    """
     if not is_uri(stop_file):
         os.makedirs(os.path.dirname(stop_file), exist_ok=True)
     _remove(stop_file)
@@ -62,8 +67,8 @@ def stop_on_signals(stop_file: str) -> Iterator[threading.Event]:
     def ask(number: int, frame: FrameType | None) -> None:
         restore()
         asked.set()
-        if not is_uri(stop_file):
-            leave_note(stop_file)
+        if not is_uri(stop_file):  # a signal's handler must not wait for a network
+            make_stop_file(stop_file)
         logger.warning("%s: training stops after this step; once more to abort", signal.Signals(number).name)
 
     for number in before:
@@ -76,7 +81,8 @@ def stop_on_signals(stop_file: str) -> Iterator[threading.Event]:
             _remove(stop_file)
 
 
-def leave_note(stop_file: str) -> None:
+def make_stop_file(stop_file: str) -> None:
+    """Make the stop file, if the storage answers."""
     with contextlib.suppress(OSError):
         if is_uri(stop_file):
             storage.write_bytes(stop_file, b"")
@@ -92,7 +98,11 @@ def _remove(stop_file: str) -> None:
 
 
 def in_thread(run: Callable[[], T], meanwhile: Callable[[], None]) -> T:
-    """Run beside the main thread, where Ray Train would put a SIGINT handler of its own that aborts training."""
+    """Return the result of `run`, called in a thread; `meanwhile` is called in this thread every 0.2 seconds.
+
+    Raises the exception of `run`.
+    """
+    # In the main thread Ray Train would set a SIGINT handler of its own, which aborts training.
     results: list[T] = []
     problems: list[BaseException] = []
 

@@ -1,6 +1,6 @@
-"""Runs one function over many items on Ray, in tasks or in processes that keep what they have loaded.
+"""Running of one function over many items on Ray, in tasks or in processes that keep a loaded model.
 
-Errors of users travel as values, so that Ray neither wraps nor logs them; a process that dies is replaced.
+Errors of users are returned as values, so that Ray neither wraps nor logs them; a process that dies is replaced.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _NEWS_SECONDS = 20.0
+"""Time without a finished task after which the number of finished ones is logged."""
 
 
 @dataclass(frozen=True)
 class _Work(Generic[T, R]):
-    """What every process is given. share: how many of the processes one machine may have."""
+    """Work of every process. threads: torch's; None for its share. share: largest number of processes on a machine."""
 
     function: Callable[[T], R]
     threads: int | None
@@ -48,21 +49,24 @@ def run_tasks(
 ) -> Generator[tuple[int, R], None, None]:
     """Yield (number of the item, `function(item)`) in the order in which they are done; starts or joins Ray first.
 
-    workers: items that are worked on at a time; a result that the caller has not taken counts as one of them, so that
-        results never pile up. cpus: what Ray reserves for each, beside a GPU where `device` is `gpu`.
-    threads: of torch in a process; None for its share of the machine's cores.
-    keep: let each process live on with its copy of `function`, which can hold a loaded model from item to item.
-    max_failures: how often an item is begun again that lost its process; advice: what the user can do after that.
+    workers: number of items that are worked on at a time; a result that the caller has not taken counts as one of them,
+        so that results never pile up.
+    cpus: number of CPUs that Ray reserves for each, with a GPU where `device` is `gpu`.
+    threads: number of torch's threads in a process; None for its share of the machine's cores.
+    keep: keep each process for many items, with its copy of `function`, which can hold a loaded model.
+    max_failures: number of times that an item is begun again after it lost its process. advice: for the error's message
+        after that.
+
     Raises an ElmoRayError of `function` as it is, and one with `advice` for an item that lost its process too often;
-    the tasks that are left are then cancelled. Other exceptions arrive as Ray's RayTaskError.
+    the remaining tasks are then cancelled. Other exceptions arrive as Ray's RayTaskError.
     """
     workers = min(workers, len(items))
     share = -(-workers // len(alive_nodes()))
     import ray
 
     resources = {"num_cpus": cpus, "num_gpus": 1 if device == "gpu" else 0}
-    # Ray itself retries nothing: it would say nothing of it, and where the node of an actor is gone for good, the item
-    # would wait for that actor while others are free.
+    # Ray itself retries nothing: it would log nothing about it, and where the node of an actor is gone for good, the
+    # item would wait for that actor while others are free.
     task = ray.remote(_perform).options(**resources, max_retries=0)
     actor = ray.remote(_Process).options(**resources, max_restarts=0, max_task_retries=0)
     work = ray.put(_Work(function, threads, share))  # once, and not with every task
@@ -72,7 +76,7 @@ def run_tasks(
     def start_process() -> None:
         process = actor.remote(work)
         processes.append(process)
-        # A process gets items from when it has answered: one that finds no room yet keeps nothing waiting.
+        # A process gets items only after it has answered: one that finds no room yet lets no item wait.
         running[process.ready.remote()] = None, process
 
     idle: list[Any] = []  # processes; None stands for a task that may begin
@@ -101,13 +105,13 @@ def run_tasks(
                     raise
                 except ray.exceptions.RayError as error:
                     failures[number] += 1
-                    _tell_loss(error, failures[number], max_failures, advice)
+                    _log_loss(error, failures[number], max_failures, advice)
                     if number is not None:
                         todo.appendleft(number)
                     if process is None:
                         idle.append(None)
                     else:
-                        ray.kill(process)  # it may only be out of reach
+                        ray.kill(process)  # it may still be alive, but out of reach
                         start_process()
                     continue
                 idle.append(process)
@@ -125,22 +129,22 @@ def run_tasks(
                 ray.kill(process)
 
 
-def _tell_loss(error: Exception, count: int, max_failures: int, advice: str) -> None:
-    """Log a lost process, or raise ElmoRayError where the same item has lost more than `max_failures`."""
-    told = f"{type(error).__name__}: {short(str(error), 300)}"
+def _log_loss(error: Exception, count: int, max_failures: int, advice: str) -> None:
+    """Log the loss of a process, or raise ElmoRayError if the item has lost more than `max_failures`."""
+    reason = f"{type(error).__name__}: {short(str(error), 300)}"
     if count > max_failures:
         raise ElmoRayError(
             f"a task lost its worker process more than cluster.max_failures={max_failures} times; is there enough "
-            f"memory? {advice}; the last loss: {told}"
+            f"memory? {advice}; the last loss: {reason}"
         ) from None
-    logger.warning("failure %d of %d: a task lost its worker process and begins again: %s", count, max_failures, told)
+    logger.warning("failure %d of %d: a task lost its worker process and begins again: %s", count, max_failures, reason)
 
 
 # ---------------------------------------------------------------- in a worker process
 
 
 class _Process:
-    """An actor that holds the function, with what it has loaded, for as long as there are items."""
+    """Actor that keeps the function, with the model it has loaded, for as long as there are items."""
 
     def __init__(self, work: _Work[Any, Any]) -> None:
         self.work = work
@@ -153,9 +157,9 @@ class _Process:
 
 
 def _perform(work: _Work[T, R], item: T) -> tuple[R | None, ElmoRayError | None]:
-    """Return the result, or the user's mistake as a value."""
+    """Return (result, None), or (None, the user's mistake)."""
     leave_background()
-    # Ray allows one OpenMP thread for each process whatever the machine has.
+    # Ray sets one OpenMP thread for each process, whatever the machine has.
     torch.set_num_threads(work.threads or max(1, available_cores() // work.share))
     try:
         return work.function(item), None

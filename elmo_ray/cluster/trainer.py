@@ -1,4 +1,4 @@
-"""Runs the training loop on Ray Train, or in this process: resources checked first, errors and signals brought home."""
+"""Running of the training loop on Ray Train or in this process, with the checks before and the errors after it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 
 from elmo_ray import errors, storage
-from elmo_ray.cluster.logs import LogRelay, log_to_run
+from elmo_ray.cluster.logs import LogFollower, log_to_run
 from elmo_ray.cluster.session import TORCH_NAMES, Device, check_cluster, last_line, set_environment, shown_workers
-from elmo_ray.cluster.stopping import STOP_FILE, in_thread, leave_note, stop_check, stop_on_signals
+from elmo_ray.cluster.stopping import STOP_FILE, in_thread, make_stop_file, stop_check, stop_on_signals
 from elmo_ray.config import ClusterConfig
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.vocabulary import Vocabulary
@@ -31,37 +31,38 @@ TrainFunction = Callable[[TrainPlan, Worker], dict[str, Any]]
 T = TypeVar("T")
 
 _START_FAILURES = 3
+"""Number of failures of Ray to start the workers after which it gives up."""
 
 
 # ---------------------------------------------------------------- running
 
 
 def fit(plan: TrainPlan, function: TrainFunction = train, device: Device | None = None) -> dict[str, Any]:
-    """Train as `plan` says, on Ray or (cluster.workers: 0) here; the result of rank 0.
+    """Train by `plan`, on Ray or (cluster.workers: 0) in this process, and return the result of rank 0.
 
-    device: what `check_cluster` said, where it has been asked already.
-    The first SIGINT or SIGTERM asks the workers to stop at the next step, with a checkpoint; a second one ends the
-    process. Lost workers are restarted up to cluster.max_failures times. ElmoRayErrors of the workers are raised here,
-    and never retried; TrainingError if workers or the cluster fail too often.
+    device: the result of `check_cluster`, where it was called already. The first SIGINT or SIGTERM asks the workers to
+    stop at the next step, with a checkpoint; a second one ends the process. Lost workers are restarted up to
+    cluster.max_failures times. Raises ElmoRayErrors of the workers, which are never retried, and TrainingError if
+    workers or the cluster fail too often.
     """
     run_dir = storage.absolute(plan.run_dir)
     stop_file = storage.join(run_dir, STOP_FILE)
-    device = device or check_cluster(plan.config.cluster)  # before our handlers: Ray sets one for SIGTERM
+    device = device or check_cluster(plan.config.cluster)  # before our own handlers: Ray sets one for SIGTERM
     if plan.config.cluster.workers == 0:
         worker = _local_worker(plan, device)
         with stop_on_signals(stop_file) as asked:
             worker.stop_requested = asked.is_set
             return function(plan, worker)
-    relay = LogRelay(run_dir)
+    logs = LogFollower(run_dir)
     with stop_on_signals(stop_file) as asked:
-        left = -math.inf
+        made = -math.inf
 
         def meanwhile() -> None:
-            nonlocal left
-            relay.poll()
-            if asked.is_set() and time.monotonic() - left >= (5.0 if storage.is_uri(stop_file) else 0.0):
-                leave_note(stop_file)  # again and again: storage may have been away
-                left = time.monotonic()
+            nonlocal made
+            logs.poll()
+            if asked.is_set() and time.monotonic() - made >= (5.0 if storage.is_uri(stop_file) else 0.0):
+                make_stop_file(stop_file)  # repeated, as the storage may have been away
+                made = time.monotonic()
 
         return in_thread(lambda: _fit_on_ray(plan, run_dir, device, function), meanwhile)
 
@@ -121,7 +122,7 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
 
 
 def _ray_storage(run_dir: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own notes, which all nodes must see."""
+    """Return the settings of Ray Train's own storage, which all nodes must see."""
     name = storage.base_name(run_dir)
     if not storage.is_uri(run_dir):
         return {"name": name, "storage_path": os.path.dirname(run_dir)}
@@ -152,7 +153,7 @@ def _failure_log(run_dir: str, max_failures: int) -> Any:
     from ray.train import UserCallback
 
     class FailureLog(UserCallback):
-        """Says in the driver's terminal what Ray does in silence; lives in the controller process."""
+        """Log of lost workers and restarts, of which Ray says nothing; it lives in the controller process."""
 
         count = 0
 
@@ -172,7 +173,7 @@ def _failure_log(run_dir: str, max_failures: int) -> Any:
 
 
 def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs in each worker process."""
+    """Train in a worker process of Ray Train; return {"result": ...}, or {"error": class, "message": text}."""
     set_environment()
     import ray.train
     import ray.train.torch
@@ -197,8 +198,8 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     )
 
     def register(step: int, path: str, metrics: dict[str, Any]) -> None:
-        # Not as a Checkpoint of Ray's: the loop finds, checks and prunes them itself, and Ray would write a list of
-        # them to the storage, where an error (a full disk) ends training and a missing directory the next start.
+        # Not as one of Ray's Checkpoints: the loop finds, checks and prunes them itself. Ray would write a list of them
+        # to the storage, where an error (a full disk) ends training, and a missing directory prevents the next start.
         ray.train.report({**metrics, "checkpoint_path": path})
 
     device = ray.train.torch.get_device()
@@ -206,5 +207,5 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"result": settings["function"](plan, worker)}
     except ElmoRayError as error:
-        # As a value: Ray would retry an exception, and a user's mistake does not go away.
+        # As a value: Ray would retry after an exception, but a user's mistake stays.
         return {"error": type(error).__name__, "message": str(error)}

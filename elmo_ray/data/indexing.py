@@ -35,7 +35,7 @@ from elmo_ray.data.text import OnError, file_status
 from elmo_ray.data.unpack import check_space, compression, is_unpacked, unpack, unpacked_path
 from elmo_ray.errors import DataError
 from elmo_ray.storage.files import write_aside
-from elmo_ray.storage.local_copy import origin
+from elmo_ray.storage.local_copy import uri_of
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Indexer:
 
     def __init__(self, directory: Path, block_bytes: int, on_error: OnError, runner: Runner, fresh: bool = False):
         self.directory = directory
-        self.texts = storage.join(origin(directory), "text")  # Tasks on other machines write and read there.
+        self.texts = storage.join(uri_of(directory), "text")  # Tasks on other machines write and read there.
         self.block_bytes = block_bytes
         self.on_error = on_error
         self.runner = runner

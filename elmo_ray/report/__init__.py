@@ -14,7 +14,7 @@ from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.errors import DataError
 from elmo_ray.report.curves import RunCurve, table, terminal_curve
 from elmo_ray.storage import absolute, join
-from elmo_ray.storage.local_copy import local_folder, send
+from elmo_ray.storage.local_copy import local_folder, push
 
 PAGE = "report.html"
 
@@ -52,7 +52,7 @@ def run(config: ReportConfig, flags: Flags | None = None) -> ReportResult:
     pictures = report_page.draw(runs, folder)
     report_page.write_page(folder / PAGE, runs, about, pictures)
     try:
-        send(folder, PAGE, "*.png")
+        push(folder, PAGE, "*.png")
     except OSError as error:
         raise DataError(f"{place}: cannot be written: {error.strerror}") from None
     return ReportResult(runs, join(place, PAGE), tuple(join(place, path.name) for path in pictures.values()))

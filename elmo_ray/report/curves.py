@@ -13,7 +13,7 @@ from typing import Any
 
 from elmo_ray.errors import DataError
 from elmo_ray.storage import absolute, base_name, is_uri
-from elmo_ray.storage.local_copy import mirror_of
+from elmo_ray.storage.local_copy import local_copy_of
 from elmo_ray.training.metrics import Record, clock, read_metrics
 
 _LOG = logging.getLogger(__name__)
@@ -88,12 +88,12 @@ def _here(run: str | Path) -> Path:
     """A run's folder; of one in an object store a local copy of what a report needs."""
     if not is_uri(run):
         return Path(run).resolve()
-    mirror = mirror_of(absolute(run))
+    copy = local_copy_of(absolute(run))
     try:
-        mirror.pull("metrics/*", "config.yaml", "result.json", "evaluations/*")
+        copy.pull("metrics/*", "config.yaml", "result.json", "evaluations/*")
     except OSError as error:
         raise DataError(f"{run}: {error.strerror or error}") from None
-    return mirror.folder
+    return copy.folder
 
 
 def table(runs: Sequence[RunCurve]) -> str:

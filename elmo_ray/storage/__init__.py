@@ -1,4 +1,4 @@
-"""Files on this machine and in object stores: places by path or URI, whole files or none, copies, and a lock."""
+"""Files on this machine and in object stores: places by path or URI, atomic writing, local copies, and locks."""
 
 from elmo_ray.storage.places import (
     Place,

@@ -1,4 +1,4 @@
-"""Local files that appear whole or not at all, their hashes, and a lock between processes."""
+"""Local files: atomic writing (a file appears whole or not at all), hashes, and a lock between processes."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def atomic_write(
     sync: bool = False,
     also: tuple[type[Exception], ...] = (),
 ) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, to be written to; it takes the name `target` when the block ends well.
+    """Yield a temporary path beside `target` to write to, and rename it to `target` when the block ends well.
 
-    Missing folders are made. After a failure the temporary file is removed and a file that had the name stays. Raises
-    `error` (None: the OSError itself) with the reason and its cure; `also` are exceptions of a library that mean the
-    same as an OSError. sync: the content is on the disk before the file has its name.
+    Missing folders are made. After an error the temporary file is removed, and an older `target` stays as it is.
+    error: exception to raise, with the reason and its cure, in place of an OSError; None raises the OSError itself.
+    also: exceptions of a library that mean the same as an OSError. sync: put the content on the disk before the rename.
     """
     path = Path(target)
     # Processes of several machines may write the same file on a network file system: a process id is not enough.
@@ -75,7 +75,7 @@ def write_json(path: str | os.PathLike[str], value: object, error: type[ElmoRayE
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, if they are not there; NotADirectoryError where one of them is a file."""
+    """Make a folder and those above it if they are missing; NotADirectoryError where one of them is a file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -83,7 +83,7 @@ def make_folder(folder: Path) -> None:
 
 
 def _unwritable(path: Path, problem: Exception) -> str:
-    """Return one line: what cannot be written, why, and what to do about it where that is known."""
+    """Return one line: the file, the reason why it cannot be written, and a cure where one is known."""
     reason = getattr(problem, "strerror", None) or short(str(problem)) or type(problem).__name__
     cure = _CURES.get(getattr(problem, "errno", None) or 0)
     return f"{path}: cannot be written ({reason})" + (f"; {cure}" if cure else "")
@@ -98,13 +98,14 @@ def _sync(path: Path) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """Make renames in `folder` durable where the file system can; some network file systems cannot sync a directory."""
+    """Make renames in `folder` durable, where the file system can."""
+    # some network file systems cannot sync a directory
     with contextlib.suppress(OSError):
         _sync(folder)
 
 
 def file_hash(path: Path) -> str:
-    """Return the sha256 of a file, read in pieces; raises OSError."""
+    """Return the sha256 of a file in hexadecimal; raises OSError. The file is read in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as raw:
         while chunk := raw.read(_CHUNK_BYTES):
@@ -114,10 +115,10 @@ def file_hash(path: Path) -> str:
 
 @contextlib.contextmanager
 def file_lock(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of the file `path`, which is made for it and removed at the end.
+    """Hold a lock between processes in the form of the file `path`, which is made for it and removed at the end.
 
-    Raises BlockingIOError where another process holds it, unless `wait`; OSError where the file cannot be made. The
-    system releases the lock when its holder ends in whatever way.
+    wait: wait for the lock while another process holds it, instead of raising BlockingIOError. Raises OSError where the
+    file cannot be made. The system releases the lock however its holder ends.
     """
     make_folder(path.parent)
     how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
@@ -125,7 +126,7 @@ def file_lock(path: Path, wait: bool = False) -> Iterator[None]:
         file = open(path, "ab")
         try:
             fcntl.flock(file, how)
-            # A holder removes the file when it ends: what was opened before that is nobody's lock any more.
+            # A holder removes the file when it ends: a file that was opened before that is no lock any more.
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
             file.close()

@@ -1,11 +1,11 @@
-"""Where files are: plain paths, and URIs of object stores (`s3://bucket/key`, `gs://`, `az://`, what else fsspec has).
+"""Places of files: plain paths, and URIs of object stores (`s3://bucket/key`, `gs://`, `az://`, others of fsspec).
 
-A *place* is either, as a string. Plain paths go to the operating system as ever. An object appears whole or not at all,
-cannot be appended to or renamed, and is read by byte ranges. Credentials and endpoints are those of the store's own
-library, from its own environment variables and files (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, an instance's role).
+A *place* is a path or a URI. Plain paths go to the operating system. An object appears whole or not at all, cannot be
+appended to or renamed, and is read by ranges of bytes. The store's own library takes credentials and endpoints from its
+environment variables and files (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, an instance's role).
 
-What goes wrong with a store is an OSError with `strerror`, as with a disk; a place that can never be right (no such
-protocol, a library that is not installed) is a ConfigError.
+Errors of a store are OSErrors with `strerror`, like those of a disk. A place that can never be right (no such protocol,
+a library that is not installed) raises ConfigError.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Place = str | os.PathLike[str]
 
 _URI = re.compile(r"([a-z][a-z0-9+.-]+)://")
 _READ_AHEAD = 8 << 20
-# What tells one content of an object from another, in the order of trust; stores have some of these.
+# Values that change with an object's content, the most reliable first; each store has some of them.
 _VERSIONS = (
     "ETag", "etag", "md5Hash", "content_settings", "checksum", "LastModified", "last_modified", "mtime", "updated",
     "created",
@@ -36,20 +36,22 @@ _EXTRAS = {"s3": "s3"}
 
 
 class Status(NamedTuple):
-    """Size in bytes and time of change, named as in os.stat_result. An object's time is a number that changes with its
-    content and says nothing else."""
+    """Size in bytes and time of change of a file, named as in os.stat_result.
+
+    The time of an object is a number that changes with its content and has no other meaning.
+    """
 
     st_size: int
     st_mtime_ns: int
 
 
 def is_uri(place: Place) -> bool:
-    """Whether this is a URI of a store; `file://` is a plain path to `absolute`."""
+    """Return True for a URI of a store. `absolute` makes plain paths of `file://` URIs."""
     return isinstance(place, str) and _URI.match(place) is not None
 
 
 def absolute(place: Place) -> str:
-    """An absolute path, or the URI without a slash at its end; ConfigError for a URI that no store can have."""
+    """Return the absolute path, or the URI without a slash at its end; ConfigError for a URI of no store."""
     text = os.fspath(place)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
@@ -59,17 +61,17 @@ def absolute(place: Place) -> str:
     protocol, _, rest = text.partition("://")
     bucket, _, key = rest.partition("/")
     if not bucket or ".." in key.split("/"):
-        raise ConfigError(f"{text}: no URI of a store; it has the form {protocol}://BUCKET/NAME")
+        raise ConfigError(f"{text}: is no URI of a store, which has the form {protocol}://BUCKET/NAME")
     return text.rstrip("/")
 
 
 def join(place: Place, *names: str) -> str:
-    """The place of these names below another."""
+    """Return the place with these names below another place."""
     return "/".join([os.fspath(place).rstrip("/"), *names]) if is_uri(place) else os.path.join(place, *names)
 
 
 def base_name(place: Place) -> str:
-    """The last name of a place."""
+    """Return the last name of a place."""
     return os.path.basename(os.fspath(place).rstrip("/"))
 
 
@@ -77,7 +79,7 @@ def base_name(place: Place) -> str:
 
 
 def status(place: Place) -> Status | os.stat_result:
-    """Size and time of change; OSError where there is no such file."""
+    """Return size and time of change of a file; OSError where there is no such file."""
     if not is_uri(place):
         return os.stat(place)
     system, path = file_system(place)
@@ -86,7 +88,7 @@ def status(place: Place) -> Status | os.stat_result:
 
 
 def exists(place: Place) -> bool:
-    """Whether there is such a file or folder; OSError where a store does not say."""
+    """Return True if there is such a file or folder; OSError where a store does not answer."""
     if not is_uri(place):
         return os.path.exists(place)
     system, path = file_system(place)
@@ -95,7 +97,7 @@ def exists(place: Place) -> bool:
 
 
 def matches(pattern: str) -> list[str]:
-    """The URIs of the objects that a URI with `*`, `**` and `?` names, sorted."""
+    """Return the sorted URIs of all objects that match a URI with `*`, `**` and `?`."""
     system, path = file_system(pattern)
     with _explained(pattern):
         if not any(character in path for character in "*?["):
@@ -105,7 +107,7 @@ def matches(pattern: str) -> list[str]:
 
 
 def listing(place: Place) -> dict[str, Status]:
-    """Names below a URI, whole and with slashes, of all objects there; none where there is nothing."""
+    """Return name -> status of all objects below a URI, where names have slashes; an empty dict if there are none."""
     system, path = file_system(place)
     with _explained(place):
         try:
@@ -116,7 +118,7 @@ def listing(place: Place) -> dict[str, Status]:
 
 
 def folders(place: Place) -> list[str]:
-    """Names of the folders directly below a URI."""
+    """Return the sorted names of the folders directly below a URI."""
     system, path = file_system(place)
     with _explained(place):
         try:
@@ -127,12 +129,12 @@ def folders(place: Place) -> list[str]:
 
 
 def read_bytes(place: Place) -> bytes:
-    """All bytes of a file."""
+    """Return all bytes of a file."""
     return read_range(place, 0, None) if is_uri(place) else Path(place).read_bytes()
 
 
 def read_range(place: Place, start: int, end: int | None) -> bytes:
-    """Bytes [start, end) of an object, fewer where it ends before; None: to its end."""
+    """Return bytes [start, end) of an object, or fewer where it is shorter; end None: all from `start` on."""
     system, path = file_system(place)
     if end is not None and end <= start:
         return b""
@@ -146,19 +148,19 @@ def read_range(place: Place, start: int, end: int | None) -> bytes:
 
 
 def open_read(place: Place) -> BinaryIO:
-    """The file for reading, with `name`; an object is read ahead in pieces of 8 MiB."""
+    """Return a file, open for reading, whose `name` is the place; an object is read ahead in pieces of 8 MiB."""
     if not is_uri(place):
         return open(place, "rb")
     return io.BufferedReader(_Object(os.fspath(place)), _READ_AHEAD)  # type: ignore[return-value]
 
 
 def opened_status(file: BinaryIO) -> Status | os.stat_result:
-    """`status` of what `open_read` gave, now."""
+    """Return the present `status` of a file from `open_read`."""
     return status(file.name) if is_uri(file.name) else os.fstat(file.fileno())
 
 
 class _Object(io.RawIOBase):
-    """An object as a file that can be read and sought in."""
+    """File interface of an object, for reading and seeking."""
 
     def __init__(self, place: str) -> None:
         self.name = place
@@ -191,8 +193,8 @@ class _Object(io.RawIOBase):
 def write_bytes(place: Place, data: bytes, only_new: bool = False) -> None:
     """Write an object or file of these bytes, which appears whole or not at all.
 
-    only_new (for few bytes): FileExistsError where there is one already, as far as the store can tell. Folders and S3
-    can; elsewhere two writers at the same moment may both be told that they were first.
+    only_new (for few bytes): raise FileExistsError if it exists already. This is certain in folders and in S3; in other
+    stores two writers at the same moment may both succeed.
     """
     if not is_uri(place):
         if not only_new:
@@ -228,14 +230,14 @@ def download(place: Place, target: Path) -> None:
 
 
 def copy(source: Place, target: Place) -> None:
-    """Copy an object to another of the same store, without a way through this machine."""
+    """Copy an object to another place of the same store, without a transfer through this machine."""
     system, path = file_system(source)
     with _explained(source):
         system.cp_file(path, file_system(target)[1])
 
 
 def remove(place: Place) -> None:
-    """Remove an object, if it is there."""
+    """Remove an object if it is there."""
     system, path = file_system(place)
     with _explained(place), contextlib.suppress(FileNotFoundError):
         system.rm_file(path)
@@ -245,7 +247,10 @@ def remove(place: Place) -> None:
 
 
 def file_system(place: Place) -> tuple[Any, str]:
-    """fsspec's file system of a URI, and the path in it. fsspec keeps one instance for each store and process."""
+    """Return fsspec's file system for a URI, one instance for each store and process, and the path in it.
+
+    Raises ConfigError for a protocol that does not exist or whose library is not installed.
+    """
     import fsspec
 
     text = os.fspath(place)
@@ -253,7 +258,7 @@ def file_system(place: Place) -> tuple[Any, str]:
     if match is None:
         raise ValueError(f"{text} is no URI")
     try:
-        # listings are never kept: other processes write
+        # keep no listings, as other processes write to the store
         system = fsspec.filesystem(match[1], use_listings_cache=False)
     except ImportError:
         extra = _EXTRAS.get(match[1])
@@ -261,7 +266,7 @@ def file_system(place: Place) -> tuple[Any, str]:
         raise ConfigError(f"{text}: the package that reads {match[1]}:// is not installed ({cure})") from None
     except ValueError as error:
         raise ConfigError(f"{text}: {_line(error)}") from None
-    except Exception as error:  # credentials that are needed at once
+    except Exception as error:  # such as missing credentials, where they are needed at once
         raise ConfigError(f"{text}: {_line(error)}") from None
     return system, system._strip_protocol(text)
 
@@ -277,7 +282,7 @@ def _status(info: dict[str, Any]) -> Status:
 
 @contextlib.contextmanager
 def _explained(place: Place) -> Iterator[None]:
-    """A store's exceptions as OSErrors of one line."""
+    """Turn a store's exceptions into OSErrors of one line."""
     text = os.fspath(place)
     try:
         yield
@@ -287,7 +292,7 @@ def _explained(place: Place) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, "no such object or bucket", text) from None
     except PermissionError as error:
         raise PermissionError(errno.EACCES, f"access denied ({_line(error)})", text) from None
-    except Exception as error:  # of the library of whatever store: all of them mean that it did not work
+    except Exception as error:  # each store's library has its own exceptions for failures
         raise OSError(errno.EIO, f"{type(error).__name__}: {_line(error)}", text) from None
 
 

@@ -1,10 +1,10 @@
-"""Who runs a run that is in an object store: a note beside it, which its holder renews.
+"""Lock of a run in an object store: an object beside the run, which its holder renews.
 
-No store has a lock that goes with its holder. The note is made only where there is none, is renewed every 20 s, and
-counts for 60 s after that: a second start waits so long for the note of one that was killed, and is refused where the
-note is renewed meanwhile. S3 tells two starts of the same moment apart; a store that cannot make an object "only if it
-is new" does not, and neither does any where a holder sleeps for more than a minute and wakes up again. Even then no
-checkpoint is written by two: every start writes to names of its own attempt.
+No store has a lock that ends with its holder. So the lock is an object that is made only where there is none, is
+renewed every 20 s, and is valid for 60 s after that. A second start waits that long for the lock of a process that was
+killed, and is refused if the lock is renewed meanwhile. S3 tells two starts at the same moment apart. They can both
+succeed in a store that cannot make an object "only if it is new", and in any store where a holder sleeps for more than
+a minute and wakes up again. Even then no checkpoint is written by two: every start writes to names of its own attempt.
 """
 
 from __future__ import annotations
@@ -25,31 +25,33 @@ from elmo_ray.storage import places as storage
 logger = logging.getLogger(__name__)
 
 RENEW_S = 20.0
-COUNTS_S = 60.0
+VALID_S = 60.0
 
 
 @contextlib.contextmanager
 def store_lock(place: str) -> Iterator[None]:
-    """Keep others out of the run at this URI. Raises ConfigError where another has it, OSError where the store does
-    not answer."""
+    """Hold the lock of the run at this URI.
+
+    Raises ConfigError where another process holds it, and OSError where the store does not answer.
+    """
     parent, _, name = place.rpartition("/")
-    note = storage.join(parent, f".{name}.lock")
+    lock = storage.join(parent, f".{name}.lock")
     mine = secrets.token_hex(8)
 
     def text() -> bytes:
         return json.dumps({"id": mine, "host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}).encode()
 
-    _wait_for_end(note, name)
+    _wait_for_end(lock, name)
     try:
-        storage.write_bytes(note, text(), only_new=True)
+        storage.write_bytes(lock, text(), only_new=True)
     except FileExistsError:
-        raise _taken(name, note) from None
+        raise _taken(name, lock) from None
     ended = threading.Event()
 
     def renew() -> None:
         while not ended.wait(RENEW_S):
-            with contextlib.suppress(OSError):  # renewed the next time
-                storage.write_bytes(note, text())
+            with contextlib.suppress(OSError):  # it is renewed the next time
+                storage.write_bytes(lock, text())
 
     thread = threading.Thread(target=renew, name="store-lock", daemon=True)
     thread.start()
@@ -59,27 +61,30 @@ def store_lock(place: str) -> Iterator[None]:
         ended.set()
         thread.join(timeout=RENEW_S)
         with contextlib.suppress(OSError):
-            storage.remove(note)
+            storage.remove(lock)
 
 
-def _wait_for_end(note: str, name: str) -> None:
-    """Until there is no note that counts; one that has not changed for COUNTS_S by our clock is removed."""
+def _wait_for_end(lock: str, name: str) -> None:
+    """Wait until there is no lock, and remove one that has not changed for VALID_S by this machine's clock.
+
+    Raises ConfigError if the lock is renewed meanwhile.
+    """
     seen, since = b"", time.monotonic()
     while True:
         try:
-            now = storage.read_bytes(note)
+            now = storage.read_bytes(lock)
         except FileNotFoundError:
             return
         if seen and now != seen:
-            raise _taken(name, note)
+            raise _taken(name, lock)
         if not seen:
-            logger.info("%s: waiting up to %.0f s for the end of another start of this run", note, COUNTS_S)
-        if seen and time.monotonic() - since >= COUNTS_S:
-            storage.remove(note)
+            logger.info("%s: waiting up to %.0f s for the end of another start of this run", lock, VALID_S)
+        if seen and time.monotonic() - since >= VALID_S:
+            storage.remove(lock)
             return
         seen = now
-        time.sleep(min(1.0, COUNTS_S / 4))
+        time.sleep(min(1.0, VALID_S / 4))
 
 
-def _taken(name: str, note: str) -> ConfigError:
-    return ConfigError(f"run.name={name}: another process is running it ({note}); wait for its end or stop it")
+def _taken(name: str, lock: str) -> ConfigError:
+    return ConfigError(f"run.name={name}: another process is running it ({lock}); wait for its end or stop it")

@@ -1,4 +1,4 @@
-"""Files that are named by a path or by a URL: what is far away is fetched once and kept."""
+"""Cache of files that are named by a URL: each is fetched once and kept."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ CACHE_VARIABLE = "ELMO_RAY_CACHE"
 
 
 def local_file(name: str | os.PathLike[str]) -> Path:
-    """Return the path of a file; one at a URL (https, s3, gs, ... by fsspec) is fetched to the cache first.
+    """Return the local path of a file; one at a URL (https, s3, gs, ... by fsspec) is fetched to the cache first.
 
-    The cache is the folder of $ELMO_RAY_CACHE, else ~/.cache/elmo_ray; a file stays there until it is removed. Raises
-    FormatError where the file is not there or cannot be fetched.
+    The cache is the folder of $ELMO_RAY_CACHE, else ~/.cache/elmo_ray; a file stays there until the user removes it.
+    Raises FormatError where the file does not exist or cannot be fetched.
     """
     text = os.fspath(name)
     scheme, separator, rest = text.partition("://")
@@ -46,5 +46,5 @@ def _fetch(url: str, target: Path) -> None:
 
         with fsspec.open(url, "rb") as source, atomic_write(target, None) as temporary, open(temporary, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
-    except Exception as error:  # fsspec's systems raise what their libraries raise
+    except Exception as error:  # each system of fsspec raises its library's exceptions
         raise FormatError(f"{url}: cannot be fetched: {short(str(error)) or type(error).__name__}") from None

@@ -1,10 +1,12 @@
-"""A trained model's tables of words for another vocabulary: rows of words that both know are kept, new words begin.
+"""Initialization of a run from a trained model (SOURCE), for a vocabulary that may differ from the source's.
 
-The rule for new words. Where the source has a softmax, k new words begin as its <UNK>: in its weights and vector, and
-with an equal share of its probability, by a bias that is log(k + 1) lower, <UNK>'s own too. So all other words keep the
-probabilities that the source gives them. Without a softmax in the source, weights and biases begin as in pretraining.
+Words that both vocabularies have keep their rows of the tables. Where the source has a softmax, k new words begin as
+its <UNK>: with its weights and vector, and with an equal share of its probability, by a bias that is log(k + 1) lower,
+also for <UNK> itself. So all other words keep the probabilities that the source gives them. Without a softmax in the
+source, weights and biases begin as in pretraining.
 
-A checkpoint at which training can begin: a given model with given slots, zero states, no text read yet.
+`write_initial` writes the checkpoint from which training begins: the model and the slots that it is given, zero LSTM
+states, and no text read yet.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from elmo_ray.checkpoints.manifest import MODEL_FILE, OPTIMIZER_FILE
 from elmo_ray.checkpoints.read import Checkpoint
 from elmo_ray.checkpoints.stores import store_of
-from elmo_ray.checkpoints.write import commit, write_part
+from elmo_ray.checkpoints.write import commit, write_rank_files
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import StreamCursors
 from elmo_ray.data.vocabulary import Vocabulary
@@ -34,28 +36,32 @@ from elmo_ray.training.step import DTYPES
 
 @dataclass(frozen=True)
 class WordCounts:
-    """Of the words of the new vocabulary: carried from the source, new; and of the source's that are left out."""
+    """Numbers of words: carried over from the source, new in the new vocabulary, and left out of the source's."""
 
     carried: int
     new: int
     left_out: int
 
     def describe(self, has_softmax: bool) -> str:
+        """Return the counts as a line for the log; has_softmax: whether the source has a softmax."""
         rule = "which begin as its <UNK>" if has_softmax else "as all rows of a softmax that the source does not have"
         new = f"{self.new:,} new ones, {rule}" if self.new else "none new"
         return f"{self.carried:,} words carried over from the source, {new}; {self.left_out:,} of the source's left out"
 
 
 def source_rows(source: Vocabulary, target: Vocabulary) -> Tensor:
-    """[V] for each id of `target` the source's id of that word, -1 where it has none."""
+    """Return [V] int64: for each id of `target` the source's id of that word, or -1 where the source lacks it."""
     return torch.tensor([source.ids.get(word, -1) for word in target.words], dtype=torch.int64)
 
 
 def initial_model(
     config: PretrainConfig, source: BiLM, rows: Tensor | None, vocabulary: Vocabulary, source_unk: int
 ) -> tuple[BiLM, WordCounts]:
-    """A model of `config` for `vocabulary` with the source's parameters; rows: as `source_rows`, None if the source has
-    no tables to take rows from. source_unk: the source's id of <UNK>."""
+    """Return a model of `config` for `vocabulary` with the source's parameters, and the numbers of words.
+
+    rows: from `source_rows`; None if the source has no tables from which to take rows. source_unk: the source's id of
+    <UNK>. Raises ConfigError for another vocabulary than the source's where its softmax has no table of single words.
+    """
     model = BiLM(config.model, config.softmax, vocabulary.size).to(DTYPES[config.train.precision])
     model.reset_parameters(config.run.seed)
     given = dict(source.named_parameters())
@@ -69,7 +75,7 @@ def initial_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in given:
-                continue  # of the softmax, where the source has none
+                continue  # the softmax, where the source has none
             values = given[name].to(parameter)
             if name in TABLES:
                 assert rows is not None
@@ -89,9 +95,10 @@ def initial_model(
 def initial_slots(
     config: PretrainConfig, model: BiLM, kept: Mapping[str, Tensor] | None, rows: Tensor | None
 ) -> dict[str, Tensor]:
-    """Slots as `Optimizer.state_tensors`: new ones, or those of the source with new words' rows as at a start.
+    """Return the optimizer's slots at the start, named as in `Optimizer.state_tensors`.
 
-    Raises ConfigError where the kept ones are another optimizer's.
+    kept: the source's slots, of which the rows of new words begin anew; None: all slots begin anew. rows: as for
+    `initial_model`. Raises ConfigError where `kept` comes from another optimizer.
     """
     first = config.optim.initial_accumulator
     parameters = dict(model.named_parameters())
@@ -136,10 +143,10 @@ def write_initial(
     step: int = 0,
     fields: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Write a whole checkpoint at `place`, a path or URI, which replaces what was there before.
+    """Write a whole checkpoint at `place`, a path or URI, and replace an older one there; return the new one.
 
-    slots: as `Optimizer.state_tensors`; None: the checkpoint has none. fields: more for the manifest. Raises
-    CheckpointError where it cannot be written.
+    slots: as from `Optimizer.state_tensors`; None for a checkpoint without slots. fields: more values for the manifest.
+    Raises CheckpointError where it cannot be written.
     """
     streams = range(config.data.streams)
     snapshot = Snapshot(
@@ -153,7 +160,7 @@ def write_initial(
     target = os.fspath(place)
     try:
         with store_of(target).replacing(target) as new:
-            write_part(new, 0, tensors, snapshot.texts(config, vocabulary))
+            write_rank_files(new, 0, tensors, snapshot.texts(config, vocabulary))
             manifest = {"step": step, "streams": len(streams), "identity": dict(identity), **(fields or {})}
             checkpoint = commit(new, 1, manifest, patience_s=0)
     except OSError as error:

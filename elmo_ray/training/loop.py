@@ -20,7 +20,7 @@ from elmo_ray.elmo.scoring import LossSums, Validation, character_table
 from elmo_ray.errors import ElmoRayError, TrainingError
 from elmo_ray.machine import keep_freed_memory, memory_in_use
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.storage.local_copy import Outbox
+from elmo_ray.storage.local_copy import local_copy_of
 from elmo_ray.training.feeding import Feeder, ReadyBatch, StepAssembler
 from elmo_ray.training.graphs import FixedShapes, graphs_for
 from elmo_ray.training.metrics import MetricsWriter, not_finite, train_record, valid_record
@@ -33,6 +33,9 @@ from elmo_ray.training.step import DTYPES, TrainStep
 
 LAST_SAVE_PAUSES_S = (0.5, 5.0, 30.0)
 """Pauses before further attempts at the last checkpoint; without it all steps since the one before would be lost."""
+
+_PUSHED = ("metrics/*", "tensorboard/*", "logs/*")
+"""Files that a run in an object store copies there while it goes on."""
 
 
 def train(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
@@ -65,11 +68,13 @@ class _Run:
         self.first_bad = torch.zeros(2 + self.model.directions, dtype=torch.float64, device=worker.device)
         self.not_finite = torch.zeros((), dtype=torch.int64, device=worker.device)
         self.seen_not_finite = 0
-        self.outbox = Outbox(plan.run_dir, "metrics/*", "tensorboard/*", "logs/*")
-        self.metrics = MetricsWriter(self.outbox.folder, self.attempt) if worker.rank == 0 else None
+        self.files = local_copy_of(plan.run_dir)
+        self.files.keep_pushing(*_PUSHED)
+        self.metrics = MetricsWriter(self.files.folder, self.attempt) if worker.rank == 0 else None
         self.saver = Saver(plan.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
-        self.saver.writer.before = self.outbox.send  # metrics are sent before a checkpoint that follows them
-        self.start_checkpoint: Checkpoint | None = None  # of a model trained before: it is measured first
+        # before each checkpoint, so that the store never has a checkpoint without the metrics before it
+        self.saver.writer.before = partial(self.files.push, *_PUSHED)
+        self.start_checkpoint: Checkpoint | None = None  # of a model that was trained before, to be measured first
         self._resume()
         self.started = time.monotonic()
         self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
@@ -393,7 +398,7 @@ class _Run:
             self._event(f"stopped at step {self.progress.step} as asked; the state is saved, go on with --resume")
         if self.metrics is not None:
             self.metrics.close()
-        self.outbox.close()
+        self.files.close(*_PUSHED)
 
     def _result(self, stopped: bool) -> dict[str, Any]:
         progress = self.progress

@@ -180,7 +180,7 @@ class Flags:
     """Flags of one rank, or of all ranks combined. stop: a stop was requested.
 
     rank_files: the state of each rank's files of a checkpoint: the number of the save when they are written, minus that
-    number when writing failed, 0 before. committed, tidied: the same for the work of rank 0 when all files are written,
+    number when writing failed, 0 before. committed, cleaned: the same for the work of rank 0 when all files are written,
     and after that.
     """
 
@@ -190,7 +190,7 @@ class Flags:
     stop: bool = False
     rank_files: list[int] = field(default_factory=list)
     committed: int = 0
-    tidied: int = 0
+    cleaned: int = 0
 
     def all_ended(self, save: int) -> bool:
         """Return whether every rank has ended its writing for this save, with success or not."""
@@ -244,7 +244,7 @@ class Exchange:
             flags.rank_files[0] if flags.rank_files else 0,
             error is not None,
             flags.committed,
-            flags.tidied,
+            flags.cleaned,
         ]
         message[self.HEADER : self.HEADER + len(ids)] = ids
         everything = message[None]
@@ -261,8 +261,8 @@ class Exchange:
             raise RuntimeError(
                 f"ranks drew different negatives (hashes {hashes.tolist()}): their seeds or versions differ"
             )
-        committed, tidied = everything[0, 5:7].tolist()
-        combined = Flags(bool(everything[:, 2].any()), everything[:, 3].tolist(), committed, tidied)
+        committed, cleaned = everything[0, 5:7].tolist()
+        combined = Flags(bool(everything[:, 2].any()), everything[:, 3].tolist(), committed, cleaned)
         return Gathered(everything[:, self.HEADER :], int(everything[:, 0].sum()), combined)
 
     def _raise(self, error: ElmoRayError | None) -> None:

@@ -1,4 +1,4 @@
-"""A run's folder, STORAGE/NAME, and the three ways to start in it: fresh, resume, or not at all."""
+"""A run's folder, STORAGE/NAME, and the decision how to start in it: fresh, resumed, or not at all."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from elmo_ray.storage.store_lock import store_lock
 logger = logging.getLogger(__name__)
 
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"
-"""Where Ray unpacks `--working-dir`."""
+"""Part of the path of the folder in which Ray unpacks `--working-dir`."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """path: absolute. newest: its newest whole checkpoint, or None. finished: that is the end `train.duration` asks
-    for. aside: where the old run goes that --fresh replaces. uri: of a run in an object store, whose `path` is the
-    local folder that this process works in."""
+    """Folder of a run.
+
+    path: absolute; for a run in an object store the local folder in which this process works. newest: the run's newest
+    whole checkpoint, or None. finished: True if that is the end for which `train.duration` asks. aside: the new place
+    of an old run that --fresh replaces. uri: the place of a run in an object store, else None.
+    """
 
     path: Path
     newest: Checkpoint | None
@@ -40,11 +43,11 @@ class RunFolder:
 
     @property
     def place(self) -> str:
-        """What all machines find the run by."""
+        """Path or URI by which all machines find the run."""
         return self.uri or str(self.path)
 
     def make(self) -> None:
-        """Move an old run aside, and make the folder. Raises ConfigError where the storage cannot be written."""
+        """Move an old run aside and make the folder; ConfigError where the storage cannot be written."""
         try:
             if self.aside is not None:
                 os.replace(self.path, self.aside)
@@ -59,10 +62,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep others out of the run while this process lives: two drivers would delete each other's checkpoints.
+        """Hold the run's lock: two drivers of one run would delete each other's checkpoints.
 
-        Raises ConfigError where another process has it, or the storage cannot be written. The system lets go of the
-        lock when its holder ends in whatever way.
+        Raises ConfigError where another process holds it, or the storage cannot be written. On a file system the lock
+        is released however its holder ends.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -80,15 +83,16 @@ class RunFolder:
 
 
 def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:
-    """The folder to run in; changes nothing on the disk, so that what fails before `make` loses nothing.
+    """Return the folder to run in.
 
-    A used name needs `resume` or `fresh`; `fresh` moves the old run aside. Raises ConfigError where the name is used
-    and neither is given; CheckpointError where the run that shall go on has checkpoints and none is whole.
+    A name that is already used needs `resume`, or `fresh` to move the old run aside. Nothing on the disk changes before
+    `RunFolder.make`, so that an error before it loses nothing. Raises ConfigError where the name is used and neither is
+    given, and CheckpointError where the run to resume has checkpoints but none is whole.
     """
     name = config.run.name or time.strftime("run-%Y%m%d-%H%M%S")
     place = storage.join(storage.absolute(config.run.storage_path), name)
     try:
-        used = any(storage.exists(storage.join(place, part)) for part in ("checkpoints", "metrics", "config.yaml"))
+        used = any(storage.exists(storage.join(place, entry)) for entry in ("checkpoints", "metrics", "config.yaml"))
     except OSError as error:
         raise ConfigError(f"run.storage_path={config.run.storage_path}: {error.strerror}") from None
     path = local_folder(place)
@@ -98,7 +102,9 @@ def open_run(config: PretrainConfig, resume: bool, fresh: bool) -> RunFolder:
             config.run.storage_path,
         )
     if used and fresh and storage.is_uri(place):
-        raise ConfigError(f"run.name={name}: {place} has a run already, and no store can rename it; name another")
+        raise ConfigError(
+            f"run.name={name}: {place} has a run already, and objects cannot be renamed: choose another run.name"
+        )
     if used and fresh:
         return RunFolder(path, None, False, path.with_name(f"{name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
     if used and not resume:

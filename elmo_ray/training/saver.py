@@ -1,9 +1,11 @@
-"""Checkpoints while training goes on: ranks write, agree, commit, register, and keep the best.
+"""Saving of checkpoints while training goes on: ranks write, agree, commit, register, and keep the best.
 
-Training waits for the copy to host memory and for nothing else. What follows runs in threads, and moves on when the
-flags that ranks exchange each step say so, so that all ranks see it at the same step:
-writing (every rank its part) -> committing (rank 0 the manifest) -> registered -> tidying (rank 0 copies the best and
-deletes old checkpoints) -> done.
+Training waits only for the copy of the tensors to host memory. The phases after it run in threads, and ranks exchange
+flags in each step, so that all of them enter a phase at the same step:
+
+    writing     every rank writes its files
+    committing  rank 0 writes the manifest; then all ranks register the checkpoint
+    cleaning    rank 0 copies the best checkpoint and removes old ones
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ from elmo_ray.training.ranks import Flags, Ranks
 logger = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW = 5
-"""Checkpoints that may fail one after another before training stops: by then storage is gone, not busy."""
+"""Failed checkpoints in a row after which training stops: by then storage is gone, not busy."""
 
 
 def claim_attempt(run_dir: Place) -> int:
-    """Return the number of this start of a run: one more than any that left metrics or a checkpoint.
+    """Return the number of this start of a run: one more than the highest with metrics or a checkpoint in the run.
 
-    Its metrics file exists then, so that no other start has the same number. Raises TrainingError where the run's
-    folder cannot be written.
+    Also makes the empty metrics file of this number, so that no other start takes it. Raises TrainingError where the
+    run's folder cannot be written.
     """
     metrics, store = join(run_dir, "metrics"), store_of(run_dir)
     try:
@@ -59,12 +61,18 @@ def claim_attempt(run_dir: Place) -> int:
 
 
 WARN_AFTER_S = 300.0
+"""Seconds of a save after which, and after each further time as long, a warning is logged."""
 
-Phase = Literal["writing", "committing", "tidying"]
+Phase = Literal["writing", "committing", "cleaning"]
 
 
 @dataclass
 class _Save:
+    """Save that is under way. number: counts the saves of this process. fields: for the manifest. best: it is copied.
+
+    started: time.monotonic() at its start, in seconds.
+    """
+
     number: int
     step: int
     directory: str
@@ -75,7 +83,8 @@ class _Save:
     warnings: int = 0
 
     def warn_if_slow(self) -> None:
-        """A write that never returns, to a file server that is gone, would otherwise be silent."""
+        """Log a warning every WARN_AFTER_S seconds."""
+        # a write to a file server that is gone never returns, and would otherwise be silent
         waited = time.monotonic() - self.started
         if waited > WARN_AFTER_S * (self.warnings + 1):
             self.warnings += 1
@@ -83,11 +92,13 @@ class _Save:
 
 
 class Saver:
-    """One save at a time; every method is called by all ranks at the same step, but for `flags`.
+    """Saver of one run's checkpoints, one at a time.
 
-    register: called on all ranks with (step, path, metrics) of a committed checkpoint. keep: checkpoints to keep.
-    damaged: checkpoints that were found damaged at the start. last, last_step: the newest checkpoint (rank 0 only) and
-    its step. best_lost: the newest save of a best failed.
+    All ranks call every method at the same step, except `flags` and the methods of rank 0.
+
+    keep: number of checkpoints to keep. register: called on all ranks with (step, path, metrics) of each committed
+    checkpoint. last, last_step: the newest checkpoint (on rank 0 only) and its step. damaged: places of checkpoints
+    that were found damaged at the start. best_lost: True if the newest save of a best checkpoint failed.
     """
 
     def __init__(
@@ -102,7 +113,7 @@ class Saver:
         self.best_folder = join(run_dir, "best")
         self.attempt, self.ranks, self.keep, self.register = attempt, ranks, keep, register
         self.writer = CheckpointWriter(ranks.rank)
-        self.clerk = CheckpointWriter(ranks.rank)  # of rank 0: commits and tidies
+        self.committer = CheckpointWriter(ranks.rank)  # used on rank 0 only: commits and cleans
         self.last: Checkpoint | None = None
         self.last_step: int | None = None
         self.best_lost = False
@@ -114,22 +125,24 @@ class Saver:
 
     @property
     def busy(self) -> bool:
+        """True while a save is under way."""
         return self._save is not None
 
     @property
     def saving_best(self) -> bool:
+        """True while the save that is under way is one of a best checkpoint."""
         return self._save is not None and self._save.best
 
     def flags(self, stop: bool) -> Flags:
-        """This rank's flags for the exchange. Called from the loader thread."""
+        """Return this rank's flags for the exchange; called from the loader thread."""
         save = self._save
         if save is None:
             return Flags(stop, [0])
-        # The phase first: it is set after the clerk's old state is cleared, so that what is said of a phase is of that
-        # phase, and that of the phase before does no harm.
+        # Read the phase first. The main thread clears the committer's state before it sets the next phase, so a state
+        # that is read after the phase never belongs to an earlier one.
         phase = save.phase
-        part, clerk = (_ended(writer, save.number) for writer in (self.writer, self.clerk))
-        return Flags(stop, [part], clerk if phase == "committing" else 0, clerk if phase == "tidying" else 0)
+        written, ended = (_ended(writer, save.number) for writer in (self.writer, self.committer))
+        return Flags(stop, [written], ended if phase == "committing" else 0, ended if phase == "cleaning" else 0)
 
     def start(
         self,
@@ -139,7 +152,11 @@ class Saver:
         fields: Mapping[str, Any],
         best: bool,
     ) -> None:
-        """Copy to host memory and write in the background. Not while `busy`."""
+        """Copy the tensors to host memory, and write them and the texts in the background. Not while `busy`.
+
+        tensors: file name -> tensor name -> tensor. texts: file name -> text. fields: more values for the manifest.
+        best: copy the checkpoint to `best/` when it is committed.
+        """
         self._number += 1
         self.best_lost = False
         directory = join(self.folder, directory_name(step, self.attempt))
@@ -149,7 +166,7 @@ class Saver:
         self._save = save
 
     def poll(self, flags: Flags) -> None:
-        """Go on to the next phase when the flags of this step say that all ranks may."""
+        """Enter the next phase if the combined flags of this step allow it."""
         save = self._save
         if save is None:
             return
@@ -160,14 +177,14 @@ class Saver:
         elif save.phase == "committing":
             if abs(flags.committed) == save.number:
                 self._committed(save, flags.committed > 0)
-        elif abs(flags.tidied) == save.number:
+        elif abs(flags.cleaned) == save.number:
             self._save = None
 
     def finish(self) -> None:
-        """Wait until nothing of a save is under way."""
+        """Wait for the end of the save that is under way, through all of its phases."""
         while (save := self._save) is not None:
             mine = save.phase == "writing" or self.ranks.rank == 0
-            thread = (self.writer if save.phase == "writing" else self.clerk) if mine else None
+            thread = (self.writer if save.phase == "writing" else self.committer) if mine else None
             self.ranks.wait_until(partial(_is_done, thread, save))
             well = all(self.ranks.gather(thread is None or thread.state == "written"))
             if save.phase == "writing":
@@ -186,28 +203,28 @@ class Saver:
             def commit_it() -> None:
                 self.last = commit(save.directory, self.ranks.world, save.fields)
 
-            self.clerk.reset()
-            self.clerk.start_job(commit_it)
+            self.committer.reset()
+            self.committer.start_job(commit_it)
         save.phase = "committing"
 
     def _committed(self, save: _Save, well: bool) -> None:
         if not well:
-            self._failed(save, self.clerk.error if self.ranks.rank == 0 else None)
+            self._failed(save, self.committer.error if self.ranks.rank == 0 else None)
             return
         self._failures = 0
         self.last_step = save.step
         self.register(save.step, str(save.directory), {"step": save.step})
-        self.clerk.reset()
-        save.phase = "tidying"
+        self.committer.reset()
+        save.phase = "cleaning"
         if self.ranks.rank == 0:
-            self.clerk.start_job(lambda: self._tidy(save))
+            self.committer.start_job(lambda: self._clean(save))
 
     def _failed(self, save: _Save, error: Exception | None) -> None:
         self._save = None
         self._failures += 1
         self.best_lost = save.best
         if self.ranks.rank == 0:
-            discard(save.directory)  # before the others go on, who may soon write there again
+            discard(save.directory)  # before the other ranks go on, as they may soon write there again
         problems = [p for p in self.ranks.gather(None if error is None else str(error)) if p]
         problem = problems[0] if problems else "no reason given"
         if self.ranks.rank == 0:
@@ -225,7 +242,7 @@ class Saver:
                 f"{problem}; the last good one is {self.last_step or 'none'}"
             )
 
-    def _tidy(self, save: _Save) -> None:
+    def _clean(self, save: _Save) -> None:
         if save.best and self.last is not None:
             self._best_due = self.last
         if self._best_due is not None:
@@ -234,26 +251,34 @@ class Saver:
         prune(self.folder, self.keep, protect, self.damaged)
 
     def newest(self) -> str | None:
-        """Rank 0: where the newest whole checkpoint of the run is, if it has one; the damaged ones are noted."""
+        """Return the place of the run's newest whole checkpoint, or None; adds damaged ones to `damaged`. For rank 0.
+
+        Raises CheckpointError where there are committed checkpoints and all are damaged.
+        """
         found = newest_checkpoint(self.folder, damaged=self.damaged)
         return None if found is None else found.place
 
     def restore_best(self, start: str, best_step: int | None) -> None:
-        """Rank 0, when going on from `start`: a run that was killed between a save and the copy of it to `best/` makes
-        the copy now."""
+        """Copy the checkpoint of `best_step` to `best/` if it is not there. For rank 0, when it goes on from `start`.
+
+        A run that was killed between a save and the copy of it to `best/` makes up for it in this way.
+        """
         if best_step is None:
             return
         for place in (self.best_folder, start, *checkpoints_of_step(self.folder, best_step)):
             with contextlib.suppress(CheckpointError):
                 found = open_checkpoint(place, verify=False)
                 if found.step == best_step:
-                    found.verify(hashes=not is_uri(place))  # hashes would fetch all of it
+                    found.verify(hashes=not is_uri(place))  # to compare hashes, all of it would be fetched
                     if place != self.best_folder:
                         self.copy_to_best(found)
                     return
 
     def copy_to_best(self, checkpoint: Checkpoint) -> None:
-        """Rank 0: make `best/` a copy of this checkpoint; a failure is a warning, and tried again after later saves."""
+        """Make `best/` a copy of this checkpoint. For rank 0.
+
+        A failure is logged as a warning, and the copy is tried again after each later save.
+        """
         self._best_due = checkpoint
         try:
             copy_best(checkpoint, self.best_folder)
@@ -273,4 +298,5 @@ def _is_done(writer: CheckpointWriter | None, save: _Save) -> bool:
 
 
 def _ended(writer: CheckpointWriter, number: int) -> int:
+    """Return the save's number when the writer is done, minus it when that failed, and 0 before."""
     return {"written": number, "failed": -number}.get(writer.state, 0)

@@ -1,6 +1,7 @@
-"""What a checkpoint holds, between the objects of a running worker and the files of a checkpoint.
+"""State of a run as a checkpoint holds it: taken from the objects of a running worker, and put back into them.
 
-What a run knows about itself besides tensors: step, best validation, running sums. Saved as progress.json.
+`Progress` is a run's own numbers besides tensors (step, best validation, ...), saved as progress.json. `Snapshot` adds
+the rows of a worker's streams and running sums. Rank 0 writes what all ranks share: model, optimizer's slots and texts.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ from elmo_ray.model.lstm import LstmState
 from elmo_ray.training.step import TrainStep
 
 _LATER: dict[str, Any] = {"initial": {}, "stale": 0}
-"""What checkpoints of earlier versions do not have."""
+"""Values of `Progress` for keys that earlier versions did not write."""
 
 MOST_AMOUNT = 1e300
-"""Of a perplexity that is worth keeping."""
+"""Perplexities from this on are treated as infinite."""
 
 
 @dataclass
 class Progress:
-    """step: steps done. positions: trained on, one direction, all ranks. window_*: since the last log record.
+    """Progress of a run.
 
-    best_perplexity, best_step: of validation. skipped: steps without update.
-    seconds: of training, over all attempts. initial: the validation before the first step, where there was one.
-    stale: validations in a row since the best one.
+    step: number of steps done. positions: target words trained on, counted in one direction over all ranks.
+    window_positions: those since the last log record. best_perplexity, best_step: of the best validation; last_valid:
+    the newest validation's record. skipped: number of steps without update. seconds: time of training, summed over all
+    attempts. initial: record of the validation before the first step, where there was one. stale: number of
+    validations in a row since the best one.
     """
 
     step: int = 0
@@ -58,7 +61,10 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> Progress:
-        """Raises CheckpointError, naming `source`, where a value is missing, unknown, or of a kind it cannot be."""
+        """Return the progress with these values, from a file that may be a stranger's.
+
+        Raises CheckpointError, naming `source`, where a value is missing, unknown, or of a wrong kind.
+        """
         names = {f.name for f in fields(cls)}
         values = {**_LATER, **values}
         if set(values) != names:
@@ -77,7 +83,7 @@ def _is_amount(value: object) -> bool:
 
 
 def _is_record(value: object) -> bool:
-    """Whether it is a record of validation: names with a number, or none where that was not finite."""
+    """Return True for a record of validation: names with a number each, or None where that was not finite."""
     return isinstance(value, dict) and all(item is None or _is_amount(item) for item in value.values())
 
 
@@ -93,16 +99,22 @@ _KINDS: dict[str, Callable[[object], bool]] = {
 
 @dataclass
 class Snapshot:
-    """A worker's progress, its streams' cursors, and [D + 1] its sums of losses and positions since the last log
-    record."""
+    """State of one worker besides its model and LSTM states.
+
+    cursors: positions of its streams in the corpus. window_sums: [D + 1] float64, its sums of each direction's losses
+    (in nats) and of positions since the last log record.
+    """
 
     progress: Progress
     cursors: StreamCursors
     window_sums: Tensor
 
     def stream_tensors(self, state: LstmState, streams: range) -> dict[str, Mapping[str, Tensor]]:
-        """File name -> tensors of this worker's streams, streams first, so that any worker can take any of them."""
-        # sums belong to a worker and not to a stream: they travel in the row of its first one
+        """Return the file of this worker's streams: file name -> tensor name -> tensor [streams, ...].
+
+        The streams are the leading dimension, so that any worker can take any of them.
+        """
+        # Sums belong to a worker and not to a stream: they are stored in the row of its first stream.
         window = torch.zeros(len(streams), len(self.window_sums), dtype=torch.float64)
         window[0] = self.window_sums.cpu()
         tensors = {
@@ -114,11 +126,11 @@ class Snapshot:
         return {streams_name(streams.start, streams.stop): tensors}
 
     def model_tensors(self, step: TrainStep) -> dict[str, Mapping[str, Tensor]]:
-        """File name -> tensors that all workers share: rank 0's to write."""
+        """Return the files of the tensors that all workers share, for rank 0 to write: file name -> tensors."""
         return {MODEL_FILE: dict(step.model.state_dict()), OPTIMIZER_FILE: step.optimizer.state_tensors()}
 
     def texts(self, config: PretrainConfig, vocabulary: Vocabulary) -> dict[str, str]:
-        """File name -> text: rank 0's to write."""
+        """Return the text files of the run, for rank 0 to write: file name -> text."""
         return {
             "config.yaml": config.to_yaml(),
             "vocab.txt": "".join(f"{word}\n" for word in vocabulary.words),
@@ -127,10 +139,10 @@ class Snapshot:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, expected: Mapping[str, Any], step: TrainStep, streams: range) -> Snapshot:
-        """Put a checkpoint's model, slots and states into `step`, and return the rest.
+        """Put a checkpoint's model, slots and LSTM states of `streams` into `step`, and return the rest.
 
         expected: this run's `identity`. Raises ConfigError naming the key where it differs from the checkpoint's, and
-        CheckpointError where a file does not hold what it should.
+        CheckpointError where the content of a file is not valid.
         """
         check_identity(checkpoint, expected)
         load_model(checkpoint, step.model.state_dict())
@@ -164,7 +176,7 @@ class Snapshot:
 
 
 def load_model(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:
-    """Copy a checkpoint's parameters into those of a model of the same sizes. Raises CheckpointError."""
+    """Copy a checkpoint's parameters into `into`, a model's by name; CheckpointError unless names and shapes agree."""
     saved = checkpoint.tensors(MODEL_FILE)
     check_forms(checkpoint.at(MODEL_FILE), saved, {key: tuple(p.shape) for key, p in into.items()})
     for key, target in into.items():

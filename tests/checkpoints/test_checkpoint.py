@@ -85,7 +85,7 @@ def save(root: Place, step: int, attempt: int = 1, streams: int = 5, world: int 
         if rank == 0:
             tensors["model.safetensors"] = {"weight": torch.full((4, 3), float(step))}
             texts = {"config.yaml": "run: {name: Übung}\n", "progress.json": json.dumps({"step": step})}
-        ck.write_part(folder, rank, tensors, texts)
+        ck.write_rank_files(folder, rank, tensors, texts)
     return ck.commit(folder, world, {"step": step, "streams": streams, "versions": {"torch": "x"}}, patience_s=0)
 
 
@@ -95,7 +95,7 @@ def test_round_trip_of_every_dtype_and_shape(root: str) -> None:
     tensors |= {"grad": torch.randn(3, requires_grad=True), "strided": torch.arange(10)[::3]}
     folder = join(root, ck.directory_name(7, 1))
     streams = {ck.streams_name(0, 1): {"s": torch.zeros(1)}}
-    ck.write_part(folder, 0, {"model.safetensors": tensors, **streams}, {"vocab.txt": "<S>\nnaïve\n"})
+    ck.write_rank_files(folder, 0, {"model.safetensors": tensors, **streams}, {"vocab.txt": "<S>\nnaïve\n"})
     ck.commit(folder, 1, {"step": 7, "streams": 1}, patience_s=0)
     checkpoint = ck.open_checkpoint(folder)
     assert checkpoint.step == 7
@@ -107,7 +107,7 @@ def test_round_trip_of_every_dtype_and_shape(root: str) -> None:
             assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
             assert torch.equal(read[name], tensor.detach())
     reordered = dict(reversed(tensors.items()))
-    ck.write_part(join(root, "again"), 0, {"model.safetensors": reordered}, {})
+    ck.write_rank_files(join(root, "again"), 0, {"model.safetensors": reordered}, {})
     assert read_bytes(join(root, "again", "model.safetensors")) == data
 
 
@@ -127,7 +127,9 @@ def test_streams_come_back_for_any_other_number_of_workers(root: str, streams: i
 
 def test_commit_refuses_what_is_not_whole(root: str) -> None:
     def part(name: str, rank: int, first: int, last: int, **texts: str) -> None:
-        ck.write_part(join(root, name), rank, {ck.streams_name(first, last): {"s": torch.zeros(last - first)}}, texts)
+        ck.write_rank_files(
+            join(root, name), rank, {ck.streams_name(first, last): {"s": torch.zeros(last - first)}}, texts
+        )
 
     def refused(name: str, match: str, world: int = 2) -> None:
         with pytest.raises(CheckpointError, match=match):
@@ -153,11 +155,11 @@ def test_commit_refuses_what_is_not_whole(root: str) -> None:
 
 def test_commit_waits_for_a_slow_file_system(root: str) -> None:
     folder = join(root, "x")
-    ck.write_part(folder, 0, {ck.streams_name(0, 1): {"s": torch.zeros(1)}}, {})
+    ck.write_rank_files(folder, 0, {ck.streams_name(0, 1): {"s": torch.zeros(1)}}, {})
 
     def late() -> None:
         time.sleep(0.3)
-        ck.write_part(folder, 1, {ck.streams_name(1, 2): {"s": torch.zeros(1)}}, {})
+        ck.write_rank_files(folder, 1, {ck.streams_name(1, 2): {"s": torch.zeros(1)}}, {})
 
     thread = threading.Thread(target=late)
     thread.start()
@@ -206,7 +208,7 @@ def test_damage_of_any_file_is_found_named_and_walked_past(
 def test_the_search_for_the_newest(root: str) -> None:
     assert ck.newest_checkpoint(join(root, "nothing")) is None
     unfinished = join(root, ck.directory_name(5, 1))
-    ck.write_part(unfinished, 0, {"model.safetensors": {"w": torch.zeros(2)}}, {})
+    ck.write_rank_files(unfinished, 0, {"model.safetensors": {"w": torch.zeros(2)}}, {})
     write_bytes(join(root, "step-1-attempt-x", "file"), b"")
     write_bytes(join(root, "checkpoint_manager_snapshot.json"), b"{}")
     assert ck.newest_checkpoint(root) is None, "an unfinished directory is not a checkpoint"
@@ -258,16 +260,16 @@ def test_a_failed_write_leaves_no_debris_and_no_harm(root: str) -> None:
     assert contents(root) == before, "a finished checkpoint is never written again"
     for name in ["../x", "a/b", "manifest.json", "part-00000.json", "", ".hidden", "x\n"]:
         with pytest.raises(ValueError, match="not a usable file name"):
-            ck.write_part(join(root, "y"), 0, {}, {name: "x"})
+            ck.write_rank_files(join(root, "y"), 0, {}, {name: "x"})
     writer.start(directory, big, {})
     assert writer.wait() == "written"
 
 
 def test_one_ranks_failure_leaves_the_files_of_the_others(root: str) -> None:
     folder = join(root, "x")
-    ck.write_part(folder, 1, {"streams-00001-00001.safetensors": {"s": torch.zeros(1)}}, {})
+    ck.write_rank_files(folder, 1, {"streams-00001-00001.safetensors": {"s": torch.zeros(1)}}, {})
     with small_disk(1 << 12), pytest.raises(OSError):
-        ck.write_part(folder, 0, {"model.safetensors": {"x": torch.ones(1 << 16)}}, {})
+        ck.write_rank_files(folder, 0, {"model.safetensors": {"x": torch.ones(1 << 16)}}, {})
     assert sorted(contents(folder)) == ["part-00001.json", "streams-00001-00001.safetensors"]
     ck.discard(folder)
     ck.discard(folder)
@@ -291,7 +293,9 @@ def test_training_may_go_on_while_the_writer_writes(root: str) -> None:
 def test_tensors_that_share_memory_and_who_may_read(tmp_path: Path) -> None:
     weights = torch.arange(6.0)
     group = {"all": weights, "same": weights, "part": weights[2:4]}
-    ck.write_part(tmp_path, 0, {"model.safetensors": group, "streams-00000-00000.safetensors": {}}, {"a.txt": "x"})
+    ck.write_rank_files(
+        tmp_path, 0, {"model.safetensors": group, "streams-00000-00000.safetensors": {}}, {"a.txt": "x"}
+    )
     read = ck.commit(tmp_path, 1, {"step": 1, "streams": 1}, patience_s=0).tensors("model.safetensors")
     assert all(torch.equal(read[name], tensor) for name, tensor in group.items())
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
@@ -311,7 +315,7 @@ print("ready", step, flush=True)
 while True:
     step += 1
     folder = join(root, ck.directory_name(step, attempt))
-    ck.write_part(folder, 0, {"model.safetensors": {"w": torch.full((1 << 18,), float(step))},
+    ck.write_rank_files(folder, 0, {"model.safetensors": {"w": torch.full((1 << 18,), float(step))},
                               "streams-00000-00000.safetensors": {"s": torch.zeros(1)}}, {"config.yaml": "x"})
     ck.commit(folder, 1, {"step": step, "streams": 1}, patience_s=0)
     ck.prune(root, 2)
@@ -355,7 +359,7 @@ def test_prune(root: str) -> None:
         save(root, step)
     write_bytes(join(root, "other", "file"), b"")
     for step in (35, 50):  # left over, and being written
-        ck.write_part(join(root, names[step]), 0, {"model.safetensors": {"w": torch.zeros(2)}}, {})
+        ck.write_rank_files(join(root, names[step]), 0, {"model.safetensors": {"w": torch.zeros(2)}}, {})
     remove(join(root, names[30], "model.safetensors"))
     removed = ck.prune(root, 2, [join(root, names[10])])
     assert {base_name(place) for place in removed} == {names[35], names[30]}

@@ -39,7 +39,7 @@ from elmo_ray.checkpoints.identity import identity
 from elmo_ray.checkpoints.manifest import MANIFEST, MODEL_FILE, OPTIMIZER_FILE, directory_name, streams_name
 from elmo_ray.checkpoints.read import Checkpoint, newest_checkpoint, open_checkpoint
 from elmo_ray.checkpoints.source import open_source
-from elmo_ray.checkpoints.write import commit, discard, write_part
+from elmo_ray.checkpoints.write import commit, discard, write_rank_files
 from elmo_ray.data.streams import StreamCursors
 from elmo_ray.data.vocabulary import SPECIAL_WORDS
 from elmo_ray.errors import CheckpointError, ConfigError, ElmoRayError
@@ -94,7 +94,7 @@ def identity_of(name: str) -> dict[str, Any]:
 def save(folder: str, name: str, tensors: Tensors, texts: dict[str, str], **fields: Any) -> str:
     """A checkpoint whose hashes are right, whatever is in it."""
     discard(folder)
-    write_part(folder, 0, tensors, texts)
+    write_rank_files(folder, 0, tensors, texts)
     commit(folder, 1, {"step": STEP, "streams": STREAMS, "identity": identity_of(name), **fields}, patience_s=0)
     return folder
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from elmo_ray.checkpoints import write as ck
 from elmo_ray.cluster import session
 from elmo_ray.cluster import trainer as cluster
-from elmo_ray.cluster.logs import LogRelay, log_to_run
+from elmo_ray.cluster.logs import LogFollower, log_to_run
 from elmo_ray.config import ClusterConfig, PretrainConfig
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.scan import index_shard
@@ -188,11 +188,11 @@ def test_the_first_signal_asks_to_stop(
     assert number.name in caplog.text
 
 
-def test_logs_of_workers_are_relayed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_of_workers_are_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     package = logging.getLogger("elmo_ray")
     before = (package.level, package.handlers, package.propagate)
-    relay = LogRelay(str(tmp_path))
-    relay.poll()
+    follower = LogFollower(str(tmp_path))
+    follower.poll()
     try:
         for rank in (0, 1, None):
             log_to_run(str(tmp_path), rank)
@@ -205,8 +205,8 @@ def test_logs_of_workers_are_relayed(tmp_path: Path, caplog: pytest.LogCaptureFi
     with open(tmp_path / "logs" / "worker-00000.log", "a") as file:
         file.write("2025-01-01 00:00:00 ERROR not yet who")
     with caplog.at_level(logging.INFO):
-        relay.poll()
-        relay.poll()
+        follower.poll()
+        follower.poll()
     seen = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert seen == [
         ("INFO", "step None"),
@@ -221,8 +221,8 @@ def test_logs_of_workers_are_relayed(tmp_path: Path, caplog: pytest.LogCaptureFi
     caplog.clear()
     with open(tmp_path / "logs" / "worker-00000.log", "a") as file:
         file.write("le\n")
-    relay.poll()
-    LogRelay(str(tmp_path)).poll()
+    follower.poll()
+    LogFollower(str(tmp_path)).poll()
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("ERROR", "not yet whole")]
 
 
@@ -245,7 +245,7 @@ def eventful(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
     log.warning("warning of rank %d", worker.rank)
     step = 2 if second else 1
     folder = run_dir / "checkpoints" / ck.directory_name(step, 1 + second)
-    ck.write_part(folder, worker.rank, {ck.streams_name(worker.rank, worker.rank + 1): {"s": torch.zeros(1)}}, {})
+    ck.write_rank_files(folder, worker.rank, {ck.streams_name(worker.rank, worker.rank + 1): {"s": torch.zeros(1)}}, {})
     dist.barrier()
     if worker.rank == 0:
         ck.commit(folder, worker.world, {"step": step, "streams": worker.world})

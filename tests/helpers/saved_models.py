@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from elmo_ray.checkpoints.manifest import streams_name
-from elmo_ray.checkpoints.write import commit, write_part
+from elmo_ray.checkpoints.write import commit, write_rank_files
 from elmo_ray.config import PretrainConfig
 from elmo_ray.model.bilm import BiLM
 
@@ -33,6 +33,6 @@ def save_checkpoint(folder: Path, config: PretrainConfig, words: Sequence[str], 
         "vocab.txt": "".join(word + "\n" for word in words),
         "progress.json": json.dumps({"step": step}),
     }
-    write_part(folder, 0, tensors, texts)
+    write_rank_files(folder, 0, tensors, texts)
     commit(folder, 1, {"step": step, "streams": 1}, patience_s=0)
     return folder

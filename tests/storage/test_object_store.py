@@ -144,7 +144,7 @@ def test_a_run_in_a_store_is_killed_and_goes_on(
     whole = [n for n in kept if storage.exists(f"{bucket}/runs/run/checkpoints/{n}/manifest.json")]
     steps = 10 * (int(max(whole).split("-")[1]) // 10) + 20
 
-    monkeypatch.setattr(store_lock, "COUNTS_S", 1.0)
+    monkeypatch.setattr(store_lock, "VALID_S", 1.0)
     end = [f"train.duration={steps} steps"]
     assert pretrain.main([str(there), *end]) == 2, "a used name needs --resume"
     capsys.readouterr()
@@ -227,7 +227,7 @@ def test_damage_in_a_store_is_found_and_walked_past(bucket: str, text: Path, tmp
 
 def test_two_starts_of_a_run_in_a_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_lock, "RENEW_S", 0.2)
-    monkeypatch.setattr(store_lock, "COUNTS_S", 2.0)
+    monkeypatch.setattr(store_lock, "VALID_S", 2.0)
     place = f"{bucket}/locks/run"
     with store_lock.store_lock(place):
         with pytest.raises(ConfigError, match="another process is running it"):

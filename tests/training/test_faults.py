@@ -23,7 +23,7 @@ from helpers.tiny_runs import (
 )
 
 from elmo_ray.checkpoints.read import Checkpoint
-from elmo_ray.checkpoints.write import commit, write_part
+from elmo_ray.checkpoints.write import commit, write_rank_files
 from elmo_ray.errors import DataError, TrainingError
 from elmo_ray.training import loop
 from elmo_ray.training.loop import train
@@ -39,7 +39,7 @@ def rewritten(checkpoint: Checkpoint, run: Path, **tensors: torch.Tensor) -> Non
     files["model.safetensors"].update(tensors)
     texts = {name: checkpoint.text(name) for name in checkpoint.files if not name.endswith(".safetensors")}
     folder = run / "checkpoints" / checkpoint.path.name
-    write_part(folder, 0, files, texts)
+    write_rank_files(folder, 0, files, texts)
     fields = {k: v for k, v in checkpoint.manifest.items() if k in ("step", "streams", "identity", "device")}
     commit(folder, 1, fields)
 

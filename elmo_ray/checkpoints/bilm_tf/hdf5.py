@@ -1,7 +1,7 @@
-"""bilm-tf's HDF5 weights (BILM.md, Files): written from a model, and read for one, ours or a stranger's.
+"""Files of weights in bilm-tf's HDF5 format (BILM.md, Files): writing, and reading of ours or a stranger's.
 
-Names are those that bilm-tf, AllenNLP and simple_elmo look for, one-layer models included; the softmax is never in the
-file. Reading compares every dataset's kind and shape with the options before it takes memory for it.
+Bilm-tf, AllenNLP and simple_elmo look for these names, also in one-layer models; the softmax is never in the file.
+Reading compares each dataset's type and shape with the options before it takes memory for it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from elmo_ray.errors import FormatError
 from elmo_ray.model.bilm import BiLM
 
 ALLENNLP_CHARACTERS = 50
-"""Ids of a word in AllenNLP, a constant of its batch_to_ids."""
+"""Number of ids of a word in AllenNLP, a constant of its batch_to_ids."""
 
 BILM_TF_LAYERS = 8
-"""Most layers that bilm-tf has names for."""
+"""Largest number of layers for which bilm-tf has names."""
 
 _CELL = re.compile(r"lm/RNN_(\d)/rnn/(?:multi_rnn_cell/cell_(\d+)/)?lstm_cell/(.+)")
-_CELL_PARTS = {"kernel": "W_0", "bias": "B", "projection/kernel": "W_P_0"}
+_CELL_VARIABLES = {"kernel": "W_0", "bias": "B", "projection/kernel": "W_P_0"}
 _EMBEDDING = "embedding"
-_MOST_SLACK = 1 << 24
-_DAMAGES = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError)
+_SLACK_BYTES = 1 << 24
+_LIBRARY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError)
 
 
 def obstacles(model: ModelConfig) -> dict[str, list[str]]:
-    """Why bilm-tf and AllenNLP cannot load a model: reasons by the program's name, none where it can."""
+    """Return the reasons for which bilm-tf and AllenNLP cannot load a model, by the program's name; [] if it can."""
     cnn, lstm = model.char_cnn, model.lstm
     n_filters = sum(count for _, count in cnn.filters)
     bilm_tf, allennlp = [], []
@@ -66,9 +66,9 @@ def obstacles(model: ModelConfig) -> dict[str, list[str]]:
 
 
 def write_weights(path: str | os.PathLike[str], model: BiLM) -> None:
-    """Write everything but the softmax, float32, no attributes; the caller writes aside and renames.
+    """Write a model without its softmax, in float32, without attributes, to a temporary path that the caller renames.
 
-    Raises FormatError for a forward-only model, which no other program loads, and for a disk that takes no more.
+    Raises FormatError for a forward-only model, which no other program loads, and where the file cannot be written.
     """
     if model.directions != 2:
         raise FormatError(f"{path}: a forward-only model has no place in bilm-tf's HDF5 form")
@@ -78,14 +78,14 @@ def write_weights(path: str | os.PathLike[str], model: BiLM) -> None:
             for variable, array in to_variables(model, parameters).items():
                 values = np.ascontiguousarray(array, dtype=np.float32)
                 file.create_dataset(_dataset(variable), data=values, track_times=False)
-    except _DAMAGES as error:
+    except _LIBRARY_ERRORS as error:
         raise FormatError(f"{path}: cannot be written: {_line(error)}") from None
 
 
 def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
-    """The model that a weights file and its options make: without a softmax, so for use and not for training.
+    """Return the model of a weights file and its options, which has no softmax: for use and not for training.
 
-    Raises FormatError naming the dataset that is missing, no floats, or of another shape than the options ask for.
+    Raises FormatError naming a dataset that is missing, has no floats, or has another shape than the options say.
     """
     if not Path(path).is_file():
         raise FormatError(f"{path}: no such file")
@@ -101,21 +101,21 @@ def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
             tensors = from_variables(bilm, arrays, str(path))
     except FormatError:
         raise
-    except _DAMAGES as error:
+    except _LIBRARY_ERRORS as error:
         raise FormatError(f"{path}: cannot be read as bilm-tf weights: {_line(error)}") from None
     bilm.load_state_dict(tensors, assign=True)
     return bilm.requires_grad_(False)
 
 
 def same_weights(model: BiLM, other: BiLM) -> list[str]:
-    """Names of parameters, the softmax aside, that are not bit-equal in float32."""
+    """Return the names of parameters that are not bit-equal in float32, without those of the softmax."""
     ours, theirs = _bits(model), _bits(other)
     both = ours.keys() & theirs.keys()
     return sorted((ours.keys() ^ theirs.keys()) | {name for name in both if not torch.equal(ours[name], theirs[name])})
 
 
 class _Datasets(Mapping[str, np.ndarray]):
-    """A file's arrays by TensorFlow names, each read when it is asked for and all checked before the first."""
+    """Arrays of a file by TensorFlow's names: all are checked first, and each is read when it is asked for."""
 
     def __init__(self, path: str, file: h5py.File, shapes: Mapping[str, tuple[int, ...]]):
         self.file, self.shapes = file, shapes
@@ -134,16 +134,19 @@ class _Datasets(Mapping[str, np.ndarray]):
 
 
 def _dataset(variable: str) -> str:
-    """`lm/RNN_0/rnn/lstm_cell/kernel` -> `RNN_0/RNN/MultiRNNCell/Cell0/LSTMCell/W_0`; others lose their `lm/`."""
+    """Return the dataset's name: `RNN_0/RNN/MultiRNNCell/Cell0/LSTMCell/W_0` for `lm/RNN_0/rnn/lstm_cell/kernel`.
+
+    Names outside of LSTM cells only lose their `lm/`.
+    """
     match = _CELL.fullmatch(variable)
     if match is None:
         return variable.removeprefix("lm/")
-    direction, layer, part = match.groups()
-    return f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer or 0}/LSTMCell/{_CELL_PARTS[part]}"
+    direction, layer, variable = match.groups()
+    return f"RNN_{direction}/RNN/MultiRNNCell/Cell{layer or 0}/LSTMCell/{_CELL_VARIABLES[variable]}"
 
 
 def _check(path: str, file: h5py.File, name: str, shape: tuple[int, ...]) -> int:
-    """The bytes of a dataset that may be read."""
+    """Return the size of a dataset in bytes; FormatError unless it may be read."""
     dataset = _local(path, file, name)
     if tuple(dataset.shape or ()) != shape:
         raise FormatError(f"{path}: {name} has shape {list(dataset.shape or ())}, the options ask for {list(shape)}")
@@ -154,22 +157,25 @@ def _check(path: str, file: h5py.File, name: str, shape: tuple[int, ...]) -> int
 
 
 def _check_storage(path: str, dataset: h5py.Dataset, name: str) -> None:
-    """A few bytes can declare terabytes: what is read must lie in the file, number by number."""
+    """Raise FormatError unless all numbers of a dataset lie in the file: a few bytes can declare terabytes."""
     stored, needed = dataset.id.get_storage_size(), dataset.nbytes
     if dataset.id.get_create_plist().get_nfilters():
-        # compressed data grow by what their author wants, whatever their shape says
+        # compressed data may unpack to any size, whatever their shape is
         raise FormatError(f"{path}: {name} is compressed; unpack the file first: h5repack -f NONE IN OUT")
-    if stored < needed or stored > _MOST_SLACK + 2 * needed:
+    if stored < needed or stored > _SLACK_BYTES + 2 * needed:
         raise FormatError(f"{path}: {name} has {stored} bytes in the file, not the {needed} of its shape")
-    if dataset.chunks is not None and math.prod(dataset.chunks) * dataset.dtype.itemsize > _MOST_SLACK + 2 * needed:
+    if dataset.chunks is not None and math.prod(dataset.chunks) * dataset.dtype.itemsize > _SLACK_BYTES + 2 * needed:
         raise FormatError(f"{path}: {name} is stored in chunks of {list(dataset.chunks)}, larger than itself")
 
 
 def _local(path: str, file: h5py.File, name: str) -> h5py.Dataset:
-    """A dataset that lies in this file: links and external storage could lead a stranger's file to others of ours."""
+    """Return a dataset of this file; FormatError for links and external storage.
+
+    Through those a stranger's file could have other files of ours read.
+    """
     place = ""
-    for part in name.split("/"):
-        place += f"/{part}"
+    for group in name.split("/"):
+        place += f"/{group}"
         link = file.get(place, getlink=True)
         if link is None:
             raise FormatError(f"{path}: has no {name}; the options describe another model")
@@ -191,7 +197,8 @@ def _word_count(path: str, file: h5py.File, width: int) -> int:
 
 
 def _bits(model: BiLM) -> dict[str, Tensor]:
-    """The bits of each parameter as float32: unlike the numbers, they are equal to themselves where they are NaN."""
+    """Return the bits of each parameter in float32, without those of the softmax."""
+    # bits, because a NaN is not equal to itself
     parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax")}
     return {name: p.detach().cpu().float().contiguous().view(torch.int32) for name, p in parameters.items()}
 

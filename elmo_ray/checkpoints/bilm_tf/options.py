@@ -1,7 +1,7 @@
-"""bilm-tf's options.json as our configuration, and back.
+"""Conversion of bilm-tf's options.json to our configuration, and back.
 
-Absent keys mean what bilm-tf makes of them (BILM.md, Files): training takes `bidirectional` as false when absent, a
-published pair of weights and options is always bidirectional.
+Keys that are absent have the values that bilm-tf gives them (BILM.md, Files): in training an absent `bidirectional` is
+false, but a published pair of weights and options is always bidirectional.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from elmo_ray.config.schema import Section
 from elmo_ray.data.characters import N_CHARACTERS
 from elmo_ray.errors import ConfigError, FormatError, short
 
-_MOST_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20
 _THEIR_NAMES = {
     "embedding_dim": "embedding.dim",
     "max_characters": "max_characters_per_token",
@@ -27,14 +27,14 @@ _THEIR_NAMES = {
 
 
 def read_options(path: str | Path) -> dict[str, Any]:
-    """The file's mapping. Raises FormatError where it is no JSON object, or one of more than a MiB."""
+    """Return the JSON object in a file; FormatError if the file has none, or more than a MiB."""
     try:
         if not Path(path).is_file():  # opening a pipe would wait for ever
             raise FormatError(f"{path}: no such file")
         with open(path, "rb") as raw:
-            data = raw.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise FormatError(f"{path}: is larger than {_MOST_BYTES >> 20} MiB, which no options are")
+            data = raw.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise FormatError(f"{path}: is larger than {_MAX_BYTES >> 20} MiB, which no options are")
         options = json.loads(data.decode("utf-8"))
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
@@ -48,9 +48,9 @@ def read_options(path: str | Path) -> dict[str, Any]:
 def from_options(
     options: Mapping[str, Any], source: str = "options.json", published: bool = False
 ) -> tuple[ModelConfig, SoftmaxConfig]:
-    """Model and softmax of an options mapping.
+    """Return the settings of model and softmax for a mapping of options; FormatError, naming `source`, if it is wrong.
 
-    published: it belongs to an HDF5 weights file, so it is bidirectional without saying so. Raises FormatError.
+    published: True for options beside an HDF5 weights file, whose model is bidirectional without saying so.
     """
     lstm = _mapping(options, "lstm", source)
     if lstm is None:
@@ -61,7 +61,7 @@ def from_options(
             "dim": lstm.get("dim"),
             "projection_dim": lstm.get("projection_dim"),
             "n_layers": lstm.get("n_layers", 1),
-            # 0 and null both mean no clip: bilm-tf tests the option's truth
+            # 0 and null both mean no clip: bilm-tf tests whether the option is true
             "cell_clip": lstm.get("cell_clip") or None,
             "proj_clip": lstm.get("proj_clip") or None,
             "use_skip_connections": lstm.get("use_skip_connections", False),
@@ -107,14 +107,17 @@ def to_options(
     unroll: int = 20,
     rows: int = 128,
 ) -> dict[str, Any]:
-    """The options file of a model: 262 characters for use, which bilm-tf's inference insists on, or 261 for its
-    training."""
+    """Return the options of a model for bilm-tf and AllenNLP.
+
+    n_words: size of the vocabulary. for_training: write 261 characters, as bilm-tf's training needs, instead of the 262
+    that its inference needs. dropout, unroll (steps), rows (of a batch): settings of training.
+    """
     lstm: dict[str, Any] = {
         "dim": model.lstm.dim,
         "projection_dim": model.lstm.projection_dim,
         "n_layers": model.lstm.n_layers,
         "use_skip_connections": model.lstm.use_skip_connections,
-        # null is no clip to bilm-tf and to AllenNLP; the latter refuses a file where they are absent
+        # null means no clip to bilm-tf and AllenNLP; AllenNLP refuses a file in which the keys are absent
         "cell_clip": model.lstm.cell_clip,
         "proj_clip": model.lstm.proj_clip,
     }
@@ -158,7 +161,7 @@ def _parse(section: type[Section], values: dict[str, Any], source: str) -> Any:
         if errors is None:
             raise FormatError(f"{source}: {error}") from None
         first = errors()[0]
-        place = ".".join(_THEIR_NAMES.get(str(part), str(part)) for part in first["loc"]) or section.__name__
+        place = ".".join(_THEIR_NAMES.get(str(key), str(key)) for key in first["loc"]) or section.__name__
         message = first["msg"].removeprefix("Value error, ").split("\n")[0]
         raise FormatError(f"{source}: {place}: {message} (given {_short(first.get('input'))})") from None
     return parsed

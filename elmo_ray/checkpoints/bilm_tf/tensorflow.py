@@ -1,7 +1,7 @@
-"""bilm-tf's own checkpoints (TensorFlow V2: an index and data shards), read for their variables and Adagrad slots.
+"""Reading of bilm-tf's own checkpoints (TensorFlow V2: an index and data shards): variables and Adagrad slots.
 
-The one place that imports TensorFlow, an extra (`pip install 'elmo-ray[tensorflow]'`), and only when such a checkpoint
-is opened. Shapes are compared with the options before memory is taken for a variable.
+Only this file imports TensorFlow, an extra (`pip install 'elmo-ray[tensorflow]'`), and only when such a checkpoint is
+opened. Shapes are compared with the options before memory is taken for a variable.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.model.bilm import BiLM
 
 STATE_FILE = "checkpoint"
-"""Names the newest checkpoint of a save folder."""
+"""Name of the file that names the newest checkpoint of a save folder."""
 
 _STATE = re.compile(r'^\s*model_checkpoint_path:\s*"([^"\n]{1,4096})"', re.MULTILINE)
 _NUMBER = re.compile(r"-(\d{1,18})\.index\Z")
 _SLOT = "/Adagrad"
-_MOST_STATE_BYTES = 1 << 20
+_MAX_STATE_BYTES = 1 << 20
 
 
 def is_save_folder(folder: Path) -> bool:
-    """Whether TensorFlow has saved something in it."""
+    """Return True if TensorFlow has saved something in this folder."""
     return folder.is_dir() and ((folder / STATE_FILE).is_file() or any(folder.glob("*.index")))
 
 
 def find_checkpoint(folder: Path, name: str | None = None) -> Path:
-    """The path, without `.index`, of a save folder's checkpoint: `name`, or the newest, named in its file `checkpoint`.
+    """Return the path, without `.index`, of a save folder's checkpoint.
 
-    That file often has the absolute paths of the machine that trained: only the name in it is used. Raises FormatError
-    where there is none, ConfigError for a name that is not there.
+    name: of the checkpoint; None for the one that the folder's file `checkpoint` calls the newest, or, if that is not
+    there, the one with the highest number. Raises FormatError where there is none, ConfigError for a name that is not
+    there.
     """
     indexes = {path.name: path for path in folder.glob("*.index") if path.is_file()}
     if name is not None:
@@ -50,6 +51,7 @@ def find_checkpoint(folder: Path, name: str | None = None) -> Path:
             there = ", ".join(sorted(path.stem for path in indexes.values())[-5:]) or "none"
             raise ConfigError(f"checkpoint={name}: must be best, last or a checkpoint in {folder} ({there})")
         return folder / name
+    # The file often has absolute paths of the machine that trained: only the last name is used.
     newest = _named_newest(folder / STATE_FILE)
     if newest is not None and f"{newest}.index" in indexes:
         return folder / newest
@@ -66,7 +68,7 @@ def find_checkpoint(folder: Path, name: str | None = None) -> Path:
 def _named_newest(state: Path) -> str | None:
     try:
         with open(state, "rb") as file:
-            text = file.read(_MOST_STATE_BYTES).decode("utf-8", "replace")
+            text = file.read(_MAX_STATE_BYTES).decode("utf-8", "replace")
     except OSError:
         return None
     match = _STATE.search(text)
@@ -75,8 +77,11 @@ def _named_newest(state: Path) -> str | None:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What a checkpoint holds. step: bilm-tf's global step, if it has one. fingerprint: sha256 of the index, which has
-    the checksums of all variables."""
+    """Model of a TensorFlow checkpoint.
+
+    prefix: the checkpoint's path without `.index`. step: bilm-tf's global step, or None if it has none. fingerprint:
+    sha256 of the index, which has the checksums of all variables.
+    """
 
     prefix: Path
     model: BiLM
@@ -84,9 +89,9 @@ class SavedModel:
     fingerprint: str
 
     def slots(self) -> dict[str, Tensor]:
-        """Adagrad's sums of squares, [shape of the parameter], by our parameter names; read when asked for.
+        """Read and return Adagrad's sums of squares by our names of parameters, each in its parameter's shape.
 
-        Raises FormatError where the checkpoint has none, or not of all.
+        Raises FormatError where the checkpoint does not have those of all parameters.
         """
         shapes = variable_shapes(self.model)
         variables = _Variables(self.prefix, {f"{name}{_SLOT}": shape for name, shape in shapes.items()})
@@ -94,10 +99,10 @@ class SavedModel:
 
 
 def read_checkpoint(prefix: Path, model: ModelConfig, softmax: SoftmaxConfig) -> SavedModel:
-    """The model with its softmax, float32, without gradients.
+    """Return the model with its softmax, in float32, without gradients.
 
-    Raises FormatError naming the variable that is missing, left over or of another shape than the options ask for;
-    ConfigError where TensorFlow is not installed.
+    prefix: path without `.index`. Raises FormatError naming a variable that is missing, left over, or of another shape
+    than the options say, and ConfigError where TensorFlow is not installed.
     """
     found = _Variables(prefix, {})
     words = found.shapes_there.get("lm/softmax/b", (0,))
@@ -106,17 +111,17 @@ def read_checkpoint(prefix: Path, model: ModelConfig, softmax: SoftmaxConfig) ->
     with torch.device("meta"):
         bilm = BiLM(model, softmax, int(words[0]))
     shapes = variable_shapes(bilm)
-    left = sorted(name for name in found.shapes_there if name.startswith("lm/") and not name.endswith(_SLOT))
-    left = [name for name in left if name not in shapes]
+    extra = sorted(name for name in found.shapes_there if name.startswith("lm/") and not name.endswith(_SLOT))
+    extra = [name for name in extra if name not in shapes]
     variables = _Variables(prefix, shapes, found.reader)
-    if left:
-        raise FormatError(f"{prefix}: has {left[0]}, for which the options have no place: they are another model's")
+    if extra:
+        raise FormatError(f"{prefix}: has {extra[0]}, for which the options have no place: they are another model's")
     bilm.load_state_dict(from_variables(bilm, variables, str(prefix)), assign=True)
     return SavedModel(prefix, bilm.requires_grad_(False), _step(found), _fingerprint(prefix))
 
 
 class _Variables(Mapping[str, np.ndarray]):
-    """A checkpoint's float arrays by TensorFlow's names: all shapes are checked first, each is read when asked for."""
+    """Float arrays of a checkpoint by TensorFlow's names: all shapes are checked first, each is read when asked for."""
 
     def __init__(self, prefix: Path, shapes: Mapping[str, tuple[int, ...]], reader: Any = None):
         self.prefix, self.shapes = prefix, shapes
@@ -136,7 +141,7 @@ class _Variables(Mapping[str, np.ndarray]):
             raise KeyError(name)
         try:
             array = np.asarray(self.reader.get_tensor(name))
-        except Exception as error:  # whatever TensorFlow makes of damaged bytes
+        except Exception as error:  # damaged bytes may raise anything in TensorFlow
             raise FormatError(f"{self.prefix}: {name} cannot be read: {_line(error)}") from None
         if array.dtype.kind != "f":
             raise FormatError(f"{self.prefix}: {name} has numbers of type {array.dtype}, not floats")
@@ -166,7 +171,7 @@ class _Renamed(Mapping[str, np.ndarray]):
 
 
 def _open(prefix: Path) -> Any:
-    # its messages at import are of no use to somebody who only reads a file
+    # TensorFlow's messages at import do not help a user who only reads a file
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
@@ -178,7 +183,7 @@ def _open(prefix: Path) -> Any:
         ) from None
     try:
         return tensorflow.train.load_checkpoint(str(prefix))
-    except Exception as error:  # whatever TensorFlow makes of damaged bytes
+    except Exception as error:  # damaged bytes may raise anything in TensorFlow
         raise FormatError(f"{prefix}: cannot be read as a TensorFlow checkpoint: {_line(error)}") from None
 
 
@@ -187,7 +192,7 @@ def _step(variables: _Variables) -> int | None:
         return None
     try:
         value = float(variables.reader.get_tensor("global_step"))
-    except Exception:  # it is for show: the variables that matter are read one by one
+    except Exception:  # the step is only shown: no error in it may hinder the use of the model
         return None
     return int(value) if 0 <= value < 1 << 53 else None
 

@@ -1,7 +1,7 @@
-"""Our parameters as the variables of bilm-tf's TensorFlow graph, and back.
+"""Conversion of our parameters to the variables of bilm-tf's TensorFlow graph, and back.
 
-Works for parameters, gradients and Adagrad slots alike, since all have the parameters' shapes. Names and shapes are
-those of BILM.md and of bilm-tf's checkpoints: forward-only models have `lm/rnn/` in place of `lm/RNN_{d}/rnn/`,
+It works for parameters, gradients and Adagrad slots alike, since all have the parameters' shapes. Names and shapes are
+those of BILM.md and of bilm-tf's checkpoints: forward-only models have `lm/rnn/` in place of `lm/RNN_{d}/rnn/`, and
 one-layer models have `lstm_cell/` without `multi_rnn_cell/cell_0/`.
 """
 
@@ -21,13 +21,13 @@ Array = np.ndarray
 
 
 def cell_prefix(model: ModelConfig, direction: int, layer: int) -> str:
-    """`lm/RNN_0/rnn/multi_rnn_cell/cell_1/lstm_cell/` and its variants."""
-    run = f"lm/RNN_{direction}/rnn/" if model.bidirectional else "lm/rnn/"
-    return run + (f"multi_rnn_cell/cell_{layer}/" if model.lstm.n_layers > 1 else "") + "lstm_cell/"
+    """Return the beginning of a cell's names, such as `lm/RNN_0/rnn/multi_rnn_cell/cell_1/lstm_cell/`."""
+    rnn = f"lm/RNN_{direction}/rnn/" if model.bidirectional else "lm/rnn/"
+    return rnn + (f"multi_rnn_cell/cell_{layer}/" if model.lstm.n_layers > 1 else "") + "lstm_cell/"
 
 
 def _shared_names(model: BiLM) -> dict[str, str]:
-    """Parameters that hold one variable, as it is or (filters) with other axes: our name -> TensorFlow's."""
+    """Return our name -> TensorFlow's for parameters of one variable each, as it is or (filters) with other axes."""
     names: dict[str, str] = {}
     if model.char_cnn is not None:
         names["char_cnn.embedding"] = "lm/char_embed"
@@ -35,9 +35,9 @@ def _shared_names(model: BiLM) -> dict[str, str]:
             names[f"char_cnn.filters.{i}"] = f"lm/CNN/W_cnn_{i}"
             names[f"char_cnn.filter_biases.{i}"] = f"lm/CNN/b_cnn_{i}"
         for k in range(len(model.char_cnn.highways)):
-            for part in ("carry", "transform"):
-                names[f"char_cnn.highways.{k}.{part}_weight"] = f"lm/CNN_high_{k}/W_{part}"
-                names[f"char_cnn.highways.{k}.{part}_bias"] = f"lm/CNN_high_{k}/b_{part}"
+            for gate in ("carry", "transform"):
+                names[f"char_cnn.highways.{k}.{gate}_weight"] = f"lm/CNN_high_{k}/W_{gate}"
+                names[f"char_cnn.highways.{k}.{gate}_bias"] = f"lm/CNN_high_{k}/b_{gate}"
         if model.char_cnn.projection_weight is not None:
             names["char_cnn.projection_weight"] = "lm/CNN_proj/W_proj"
             names["char_cnn.projection_bias"] = "lm/CNN_proj/b_proj"
@@ -51,7 +51,7 @@ def _shared_names(model: BiLM) -> dict[str, str]:
 
 
 def to_variables(model: BiLM, tensors: Mapping[str, Tensor]) -> dict[str, Array]:
-    """TensorFlow name -> array, for tensors by our parameter names; parameters that `tensors` lacks are left out."""
+    """Return TensorFlow's name -> array for tensors by our names; parameters that `tensors` lacks are left out."""
     result: dict[str, Array] = {}
     arrays = {name: t.detach().cpu().numpy() for name, t in tensors.items()}
     for name, variable in _shared_names(model).items():
@@ -74,7 +74,7 @@ def to_variables(model: BiLM, tensors: Mapping[str, Tensor]) -> dict[str, Array]
 
 
 def variable_shapes(model: BiLM) -> dict[str, tuple[int, ...]]:
-    """TensorFlow name -> shape of every variable of the model, which may be on the meta device."""
+    """Return TensorFlow's name -> shape for all variables of a model, which may be on the meta device."""
     parameters = dict(model.named_parameters())
     shapes: dict[str, tuple[int, ...]] = {}
     for name, variable in _shared_names(model).items():
@@ -94,8 +94,10 @@ def variable_shapes(model: BiLM) -> dict[str, tuple[int, ...]]:
 
 
 def from_variables(model: BiLM, variables: Mapping[str, Array], source: str) -> dict[str, Tensor]:
-    """Our parameter name -> tensor. Raises FormatError, naming `source`, for a variable that is missing or of another
-    shape."""
+    """Return our name -> tensor for all parameters of a model, in the CPU's memory.
+
+    Raises FormatError, naming `source`, for a variable that is missing or of another shape.
+    """
     shapes = variable_shapes(model)
 
     def take(variable: str) -> Array:
