@@ -2,9 +2,9 @@
 
     python -m elmo_ray.evaluate SOURCE data.test=GLOB [key.path=value ...] [--dry-run] [--json FILE]
 
-The text is read as evaluate.streams contiguous parts, each from zero states that are carried to its end, or
-(evaluate.reset=sentence) every sentence alone. The result depends on model, text and that choice only: with
-cluster.workers > 0 the parts are dealt to Ray tasks, with 0 all is done here.
+The text is cut into evaluate.streams contiguous streams. Each is read from zero states, and the states are carried to
+its end; with evaluate.reset=sentence every sentence is read from zero states. The result depends only on the model, the
+text and this choice: with cluster.workers > 0 the streams are dealt to Ray tasks, with 0 this process reads them all.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from elmo_ray.checkpoints.source import Source, open_source
 from elmo_ray.cluster.session import TORCH_NAMES, check_room, device_for, in_this_process
 from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import ComputeConfig, EvaluateConfig
-from elmo_ray.config.command_line import Flags, run_verb
+from elmo_ray.config.command_line import Flags, run_verb, text_table
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.elmo.evaluation import EvaluationJob, LossTotals, measure_share
 from elmo_ray.elmo.scoring import LossSums
 from elmo_ray.errors import DataError, FormatError
+from elmo_ray.storage import absolute_or_none
 
-logger = logging.getLogger("elmo_ray.evaluate")  # also where this module is __main__
+logger = logging.getLogger("elmo_ray.evaluate")  # __name__ is __main__ as a command
 
 NOTE = (
     "<UNK> is scored as one class: a model pays for an unknown word once, not for its spelling, so measures are lower "
@@ -54,30 +55,23 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """values: those of the whole text by their names in `--json`, with `shards` and `without_unknown`."""
+    """Measures of a model. values: as `--json` writes them, of the whole text, with `shards` and `without_unknown`."""
 
     title: str
     values: dict[str, Any]
 
     def summary(self) -> str:
-        """A table: a line for each shard, for all, and for all but the sentences with unknown words."""
+        """Return a table with a row for each shard, for all text, and for the sentences without unknown words."""
         values = self.values
         rows = [(os.path.basename(shard["path"]), shard) for shard in values["shards"]]
         if len(rows) == 1:
             rows = []
         rows += [("all", values), ("without unknown", values["without_unknown"])]
-        lines = [["text", "positions", "unknown", *(head for head, _, _ in _COLUMNS)]]
+        cells = [["text", "positions", "unknown", *(head for head, _, _ in _COLUMNS)]]
         for name, row in rows:
             unknown = "-" if row["oov_rate"] is None else f"{row['oov_rate']:.2%}"
             numbers = ["-" if row[key] is None else format(row[key], form) for _, key, form in _COLUMNS]
-            lines.append([name, f"{row['positions']:,}", unknown, *numbers])
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        table = [
-            "  ".join(
-                [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-            )
-            for line in lines
-        ]
+            cells.append([name, f"{row['positions']:,}", unknown, *numbers])
         replaced = (
             [f"replaced by U+FFFD: {values['replaced']:,} invalid UTF-8 sequences or NULs"]
             if values["replaced"]
@@ -90,7 +84,7 @@ class EvaluateResult:
             [
                 self.title,
                 f"perplexity (both: exp of the mean loss) with the full softmax, {how}; sentence ends count as words",
-                *table,
+                *text_table(cells),
                 *replaced,
                 "without unknown: only sentences without an unknown word",
                 f"note: {NOTE}",
@@ -103,7 +97,7 @@ class EvaluateResult:
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """What `evaluate` would do."""
+    """Work that `evaluate` would do."""
 
     title: str
     config: EvaluateConfig
@@ -119,9 +113,9 @@ class EvaluatePlan:
 
 
 def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | EvaluatePlan:
-    """Measures a SOURCE on data.test; writes only under data.prepared_dir. Raises ElmoRayErrors for users' mistakes."""
-    # absolute: another process opens them again, in another folder
-    options, vocab = (None if p is None else os.path.abspath(p) for p in (config.init.options, config.init.vocab))
+    """Measure a SOURCE on data.test; write only under data.prepared_dir. Raises ElmoRayErrors for a user's mistakes."""
+    # Absolute, as processes with another working folder open the files again.
+    options, vocab = map(absolute_or_none, (config.init.options, config.init.vocab))
     source = open_source(config.init.source, config.checkpoint, options, vocab)
     if not source.has_softmax:
         raise FormatError(
@@ -138,10 +132,10 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
     origin = source.uri or str(source.path)
     job = EvaluationJob(origin, source.fingerprint, corpus, config.evaluate, config.data.on_error, options, vocab)
     start = time.monotonic()
-    tally = _measure_here(job, source, cluster) if cluster.workers == 0 else _measure_on_ray(job, cluster)
+    totals = _measure_here(job, source, cluster) if cluster.workers == 0 else _measure_on_ray(job, cluster)
     seconds = time.monotonic() - start
     logger.info("%s positions in %.1f s, %s/s", f"{corpus.positions:,}", seconds, f"{corpus.positions / seconds:,.0f}")
-    values = all_measures(tally, corpus)
+    values = all_measures(totals, corpus)
     if values["perplexity"] is None:
         logger.warning("%s: the loss is not finite", source.path)
     how = config.evaluate
@@ -159,24 +153,24 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
     return EvaluateResult(source.describe(), {**values, **about})
 
 
-def all_measures(tally: LossTotals, corpus: Corpus) -> dict[str, Any]:
-    """Measures of all the text, with `without_unknown`, and `shards` in the order of the corpus."""
+def all_measures(totals: LossTotals, corpus: Corpus) -> dict[str, Any]:
+    """Return the measures of all the text, with `without_unknown`, and with `shards` in the order of the corpus."""
     tokens = np.bincount(corpus.block_shard, corpus.block_tokens, len(corpus.shards)).astype(np.int64)
     characters = np.bincount(corpus.block_shard, corpus.block_characters, len(corpus.shards)).astype(np.int64)
     everything = slice(None)
     shards = [
-        {"path": shard.source, **_text_measures(tally, tokens, characters, slice(i, i + 1))}
+        {"path": shard.source, **_text_measures(totals, tokens, characters, slice(i, i + 1))}
         for i, shard in enumerate(corpus.shards)
     ]
-    return {**_text_measures(tally, tokens, characters, everything), "shards": shards}
+    return {**_text_measures(totals, tokens, characters, everything), "shards": shards}
 
 
-def _text_measures(tally: LossTotals, tokens: np.ndarray, characters: np.ndarray, shards: slice) -> dict[str, Any]:
-    nats = tally.nats[:, :, shards].sum(axis=2)
-    positions = tally.positions[:, shards].sum(axis=1)
-    unknown = int(tally.unknown[:, shards].sum())
+def _text_measures(totals: LossTotals, tokens: np.ndarray, characters: np.ndarray, shards: slice) -> dict[str, Any]:
+    nats = totals.nats[:, :, shards].sum(axis=2)
+    positions = totals.positions[:, shards].sum(axis=1)
+    unknown = int(totals.unknown[:, shards].sum())
     words, all_characters = int(tokens[shards].sum()), int(characters[shards].sum())
-    known_characters = int(tally.characters[1, shards].sum())
+    known_characters = int(totals.characters[1, shards].sum())
     counts = {"words": words, "unknown_words": unknown, "oov_rate": unknown / words if words else None}
     known = measures(nats[1], int(positions[1]), known_characters)
     return {
@@ -187,10 +181,11 @@ def _text_measures(tally: LossTotals, tokens: np.ndarray, characters: np.ndarray
 
 
 def measures(nats: np.ndarray, positions: int, characters: int) -> dict[str, Any]:
-    """Of some text: nats [D] are summed over its positions, characters are the code points of its words.
+    """Return perplexities, nats per word and bits per character of a text.
 
-    A word's separator counts as a character, one for each position. Values are None where there is no position, for the
-    backward direction of a forward-only model, and where they are not finite.
+    nats [D]: the loss of each direction, summed over the text's positions. characters: the code points of its words.
+    The separator of a word counts as a character, one for each position. A value is None if there is no position, if
+    the model has no backward direction, or if it is not finite.
     """
     sums = LossSums([float(n) for n in nats], positions)
     values: dict[str, float | None] = dict(sums.perplexities())
@@ -235,7 +230,7 @@ def _measure_on_ray(job: EvaluationJob, cluster: ComputeConfig) -> LossTotals:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command and return its exit code."""
     return run_verb("evaluate", EvaluateConfig, run, argv)
 
 

@@ -1,18 +1,14 @@
-"""`export`: a model in bilm-tf's form, weights.hdf5 with options.json and vocab.txt, read back and compared.
+"""`export`: write a model as bilm-tf's weights.hdf5 with options.json and vocab.txt, read back and compared.
 
     python -m elmo_ray.export SOURCE OUT [key.path=value ...] [--json FILE]
 
-With format=checkpoint it writes an elmo_ray checkpoint instead, from whatever the SOURCE is.
-
-In a Ray job, or where RAY_ADDRESS names a cluster, a Ray task does it; else this process.
-
-A SOURCE of any kind as an elmo_ray checkpoint: weights, softmax and optimizer slots, as far as it has them.
+With export.format=checkpoint it writes an elmo_ray checkpoint instead, with weights, softmax and optimizer slots as far
+as the SOURCE has them. A Ray task does it in a Ray job, or if RAY_ADDRESS names a cluster; otherwise this process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -38,17 +34,28 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.encoder import embed_sentences
 from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.storage import absolute
-from elmo_ray.storage.files import write_aside
+from elmo_ray.storage import absolute, absolute_or_none
+from elmo_ray.storage.files import write_json
 from elmo_ray.storage.local_copy import local_folder, push
 from elmo_ray.training.initialize import write_initial
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("elmo_ray.export")  # __name__ is __main__ as a command
+
+SENTENCES = (
+    "the quick brown fox jumps over the lazy dog .",
+    "Nobody expected antidisestablishmentarianism , naïveté or 東京 in one sentence ; it came nevertheless !",
+    "",
+    "yes",
+    "a line of <S> markers </S> and of <UNK> words , 3.14 times",
+)
+"""Sentences that the model and the exported file embed for comparison, with carried states; own writing."""
+
+_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class ImportResult:
-    """has_softmax, has_slots: what the source had, and so what the checkpoint has."""
+    """Checkpoint that was written. has_softmax, has_slots: True if the source, and so the checkpoint, has them."""
 
     source: str
     out_dir: Path
@@ -58,7 +65,7 @@ class ImportResult:
 
     def summary(self) -> str:
         files = ", ".join(f"{name} {size:,} bytes" for name, size in self.bytes.items())
-        has = [f"{'with' if there else 'without'} {what}" for what, there in self._parts()]
+        has = [f"{'with' if there else 'without'} {what}" for what, there in self._components()]
         return f"source: {self.source}\n{self.out_dir}: {files}\ncheckpoint {', '.join(has)}; verified by its hashes"
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,10 +73,10 @@ class ImportResult:
             "source": self.source,
             "out": str(self.out_dir),
             "bytes": self.bytes,
-            **{what.replace(" ", "_"): there for what, there in self._parts()},
+            **{what.replace(" ", "_"): there for what, there in self._components()},
         }
 
-    def _parts(self) -> list[tuple[str, bool]]:
+    def _components(self) -> list[tuple[str, bool]]:
         return [("softmax", self.has_softmax), ("optimizer slots", self.has_slots)]
 
 
@@ -80,9 +87,10 @@ def import_checkpoint(
     options: str | None = None,
     vocab: str | None = None,
 ) -> ImportResult:
-    """Write a checkpoint folder `out_dir`; arguments as `open_source`. A checkpoint of ours is copied as it is.
+    """Write a SOURCE of any kind as a checkpoint folder `out_dir`; the other arguments are those of `open_source`.
 
-    Raises ConfigError where `out_dir` is a folder of something else, CheckpointError where it cannot be written.
+    A checkpoint of elmo_ray is copied unchanged. Raises ConfigError if `out_dir` holds something else, CheckpointError
+    if it cannot be written, and the errors of `open_source`.
     """
     if out_dir is None:
         raise ConfigError("out is empty: name the folder to write")
@@ -98,7 +106,7 @@ def import_checkpoint(
 
 
 def save_as_checkpoint(source: Source, target: Path) -> None:
-    """The source as a checkpoint folder, which replaces one that is there."""
+    """Write the source as a checkpoint folder, which replaces a checkpoint that is there."""
     if (source.path / MANIFEST).is_file():
         if source.path == target:
             raise ConfigError(f"out={target}: is the SOURCE itself")
@@ -122,23 +130,13 @@ def save_as_checkpoint(source: Source, target: Path) -> None:
     )
 
 
-logger = logging.getLogger("elmo_ray.export")  # also where this module is __main__
-
-SENTENCES = (
-    "the quick brown fox jumps over the lazy dog .",
-    "Nobody expected antidisestablishmentarianism , naïveté or 東京 in one sentence ; it came nevertheless !",
-    "",
-    "yes",
-    "a line of <S> markers </S> and of <UNK> words , 3.14 times",
-)
-"""Embedded by the model and by the exported file, state carried from one to the next; own writing."""
-
-_TOLERANCE = 1e-6
-
-
 @dataclass(frozen=True)
 class ExportResult:
-    """obstacles: why bilm-tf and AllenNLP cannot load the files, by their names; no reasons where they can."""
+    """Files that were written, and a comparison of the model that they hold.
+
+    bytes: the size of each file. difference: the largest one between embeddings of the two models. obstacles: for
+    bilm-tf and AllenNLP the reasons why they cannot load the files, none if they can.
+    """
 
     source: str
     out_dir: str
@@ -176,17 +174,17 @@ class ExportResult:
 
 
 def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult | ImportResult:
-    """Exports the SOURCE to OUT. Raises ElmoRayErrors where it cannot be opened, written, or loaded by any program."""
+    """Export the SOURCE to OUT. Raises an ElmoRayError if it cannot be opened, written, or loaded by any program."""
     if config.out is None:
         raise ConfigError("out is empty: name the folder to write")
     if config.cluster.workers > 1:
         raise ConfigError(f"cluster.workers={config.cluster.workers}: export is one task; set 1, or 0 for this process")
     init = config.init
-    # by its own name: this module may be __main__, which a task's process is not
     work: Any = export_model
     if config.export.format == "checkpoint":
         work = import_checkpoint
-    places = [_absolute(path) for path in (init.source, config.out, init.options, init.vocab)]
+    # Absolute, as a task has another working folder.
+    places = [absolute_or_none(path) for path in (init.source, config.out, init.options, init.vocab)]
     arguments = (places[0], places[1], config.checkpoint, places[2], places[3])
     if config.cluster.workers == 0 or not in_cluster():
         return work(*arguments)
@@ -209,10 +207,11 @@ def export_model(
     options: str | None = None,
     vocab: str | None = None,
 ) -> ExportResult:
-    """Write weights.hdf5, options.json and vocab.txt into `out_dir`, in this process; arguments as `open_source`.
+    """Write weights.hdf5, options.json and vocab.txt into `out_dir`; the other arguments are those of `open_source`.
 
     The files are written aside and read back before they take their names: weights are compared bit for bit, and a few
-    sentences are embedded with both models. Raises FormatError for a model that neither bilm-tf nor AllenNLP can load.
+    sentences are embedded with both models. Raises FormatError for a model that neither bilm-tf nor AllenNLP can load,
+    or if the comparison fails; DataError if the files cannot be written; and the errors of `open_source`.
     """
     if out_dir is None:
         raise ConfigError("out is empty: name the folder to write")
@@ -227,7 +226,7 @@ def export_model(
         _write(opened, aside)
         difference = _compare(opened, aside)
         sizes = {name: (aside / name).stat().st_size for name in (WEIGHTS, OPTIONS, VOCABULARY)}
-        # weights.hdf5 is the last to come and the first to go, so that it never stands beside another model's options
+        # weights.hdf5 goes first and comes last, so that it never stands beside the options of another model.
         (target / WEIGHTS).unlink(missing_ok=True)
         for name in (VOCABULARY, OPTIONS, WEIGHTS):
             os.replace(aside / name, target / name)
@@ -242,7 +241,7 @@ def export_model(
 
 @contextlib.contextmanager
 def _folder_aside(target: Path) -> Iterator[Path]:
-    """An empty folder inside `target`, gone at the end; DataError where the disk does not take what is written."""
+    """Yield an empty folder inside `target`, removed at the end. Raises DataError for a failure of the disk."""
     aside = target / f".export-{os.getpid()}"
     try:
         aside.mkdir(parents=True, exist_ok=True)
@@ -267,12 +266,12 @@ def _write(source: Source, folder: Path) -> None:
             "all_clip_norm_val": training.optim.clip_norm,
         }
     write_weights(folder / WEIGHTS, source.model)
-    write_aside(folder / OPTIONS, (json.dumps(options, indent=1) + "\n").encode())
+    write_json(folder / OPTIONS, options, DataError)
     source.vocabulary.write(folder / VOCABULARY)
 
 
 def _compare(source: Source, folder: Path) -> float:
-    """Read everything back; the largest difference of the check sentences' embeddings. Raises FormatError."""
+    """Read all files back; return the largest difference of the sentences' embeddings. Raises FormatError."""
     back = open_source(folder / WEIGHTS)
     different = same_weights(source.model, back.model)
     if different:
@@ -293,12 +292,8 @@ def _embed(model: BiLM, vocabulary: Vocabulary) -> np.ndarray:
     return np.concatenate(list(embed_sentences(model, sentences, vocabulary, carry=True)), axis=1)
 
 
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else absolute(path)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command and return its exit code."""
     return run_verb("export", ExportConfig, run, argv)
 
 

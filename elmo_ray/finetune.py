@@ -1,9 +1,9 @@
-"""`finetune`: go on training a biLM on other text.
+"""`finetune`: continue the training of a biLM on other text.
 
     python -m elmo_ray.finetune CONFIG.yaml init.from=SOURCE [key.path=value ...] [--resume | --fresh] [--dry-run]
 
-SOURCE -> model and vocabulary -> a checkpoint at step 0 -> the same training as `pretrain`, which measures held-out
-text before the first step. What is in the run's folder is all that `--resume` needs: the SOURCE is read once.
+SOURCE -> model and vocabulary -> a checkpoint at step 0 -> the same training as `pretrain`, with a measure of held-out
+text before the first step. The SOURCE is read once: `--resume` needs only the run's folder.
 """
 
 from __future__ import annotations
@@ -28,30 +28,34 @@ logger = logging.getLogger("elmo_ray.finetune")  # __name__ is __main__ as a com
 
 
 def run(config: FinetuneConfig, flags: Flags = NO_FLAGS) -> PretrainResult | DryRun:
-    """The whole job. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
+    """Initialize a run from the SOURCE, or resume it, and train it; a dry run estimates only.
+
+    Raises an ElmoRayError for a mistake of the user, before Ray starts if the mistake can be known by then.
+    """
     if flags.dry_run:
-        return estimate(settings(config, open_init(config)))
+        return estimate(training_settings(config, open_init(config)))
     folder = open_run(config, flags.resume, flags.fresh)
     if folder.newest is not None:
-        return train_in(folder, settings_of_run(config, folder))
+        return train_in(folder, resumed_settings(config, folder))
     source = open_init(config)
     inside = folder.path in (source.path, *source.path.parents)
     if inside or (source.uri or "").startswith(f"{folder.place}/"):
         raise ConfigError(f"init.from={config.init.source}: is in the folder of this run; choose another run.name")
-    training = settings(config, source)
-    begin = beginning(config, [source])
-    del source  # a large model need not stay in the memory of this process while others train
-    return train_in(folder, training, begin)
+    training = training_settings(config, source)
+    # The source leaves this process's memory once it is written: a large model need not stay while others train.
+    initialize = make_initializer(config, [source])
+    del source
+    return train_in(folder, training, initialize)
 
 
 def open_init(config: FinetuneConfig) -> Source:
-    """The SOURCE that `init` names."""
+    """Return the opened SOURCE that `init` names."""
     init = config.init
     return open_source(init.source, config.checkpoint, init.options, init.vocab)
 
 
-def settings(config: FinetuneConfig, source: Source) -> PretrainConfig:
-    """The settings of a new run: model and, unless data.vocab says otherwise, vocabulary are the source's."""
+def training_settings(config: FinetuneConfig, source: Source) -> PretrainConfig:
+    """Return the settings of a new run, with the source's model and, unless data.vocab names one, its vocabulary."""
     vocab = config.data.vocab
     if vocab is None and source.words is not None:
         vocab = source.words.path
@@ -63,8 +67,8 @@ def settings(config: FinetuneConfig, source: Source) -> PretrainConfig:
     return config.training_config(source.config.to_dict(), source.softmax.to_dict(), vocab, first)
 
 
-def settings_of_run(config: FinetuneConfig, folder: RunFolder) -> PretrainConfig:
-    """The settings of a run that goes on: what came from the SOURCE at its start comes from its checkpoint."""
+def resumed_settings(config: FinetuneConfig, folder: RunFolder) -> PretrainConfig:
+    """Return the settings of a resumed run; the SOURCE's part of them comes from the newest checkpoint."""
     from elmo_ray.checkpoints.identity import saved_config
 
     assert folder.newest is not None
@@ -75,17 +79,17 @@ def settings_of_run(config: FinetuneConfig, folder: RunFolder) -> PretrainConfig
     )
 
 
-def beginning(config: FinetuneConfig, opened: list[Source]) -> Callable[[TrainPlan], None]:
-    """What writes the run's checkpoint at step 0; takes the source out of `opened`."""
+def make_initializer(config: FinetuneConfig, opened: list[Source]) -> Callable[[TrainPlan], None]:
+    """Return a function that writes the run's checkpoint at step 0; it takes the source out of the list `opened`."""
 
-    def begin(plan: TrainPlan) -> None:
-        write_beginning(config, opened.pop(), plan)
+    def initialize(plan: TrainPlan) -> None:
+        initialize_run(config, opened.pop(), plan)
 
-    return begin
+    return initialize
 
 
-def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> None:
-    """The source's model, for the run's vocabulary and with the slots that init.optimizer asks for, as a checkpoint."""
+def initialize_run(config: FinetuneConfig, source: Source, plan: TrainPlan) -> None:
+    """Write the checkpoint at step 0: the source's model for the run's vocabulary, with init.optimizer's slots."""
     import torch
 
     from elmo_ray.checkpoints.identity import INITIALISED_FROM, identity
@@ -119,7 +123,7 @@ def write_beginning(config: FinetuneConfig, source: Source, plan: TrainPlan) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command and return its exit code."""
     return run_verb("finetune", FinetuneConfig, run, argv)
 
 

@@ -1,14 +1,14 @@
-"""`prepare`: counts, indexes and checks a corpus; writes vocab.txt; unpacks .gz and .zst; gathers the sample corpus.
+"""`prepare`: count the words of a corpus, index it and check it.
 
     python -m elmo_ray.prepare CONFIG.yaml [key.path=value ...] [--fresh] [--dry-run] [--json FILE]
 
-What it finds out about a file is kept under data.prepared_dir and found out again only when the file, or what is asked
-about it, has changed; so a run that was stopped goes on where it was.
+It also unpacks .gz and .zst files, gathers the sample corpus, and writes vocab.txt unless data.vocab names one. The
+findings about each file are kept under data.prepared_dir. A file is read again only if it has changed, or if other
+things are asked about it; so a run that was stopped continues where it was.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -21,7 +21,7 @@ from elmo_ray import storage
 from elmo_ray.cluster.session import free_cpus
 from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import SAMPLE, ClusterConfig, DataConfig, PrepareConfig, PretrainConfig
-from elmo_ray.config.command_line import Flags, run_verb
+from elmo_ray.config.command_line import Flags, run_verb, text_table
 from elmo_ray.data import sample, scan
 from elmo_ray.data.corpus import Corpus, expand_paths, shard_fields
 from elmo_ray.data.counts import WordCounter
@@ -30,15 +30,16 @@ from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, run_locally,
 from elmo_ray.data.text import OnError, decode, file_status
 from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
-from elmo_ray.storage import is_uri
-from elmo_ray.storage.files import write_aside
+from elmo_ray.storage import is_uri, read_json
+from elmo_ray.storage.files import write_json
 from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
 
 logger = logging.getLogger("elmo_ray.prepare")  # __name__ is __main__ as a command
 
-# Most distinct words held for the corpus, some 0.7 GB; beyond them the rarest are dropped (see WordCounter).
 CORPUS_WORDS = 4_000_000
-# Less work than this, in bytes of text, is done in this process: it takes less time than Ray needs to start.
+"""Largest number of distinct words that are counted, some 0.7 GB; beyond it the rarest are dropped (`WordCounter`)."""
+
+# Less work than this, in bytes of text, takes less time in this process than Ray needs to start.
 SMALL_BYTES = 8 << 20
 TEXTS = ("train", "valid", "test")
 
@@ -47,11 +48,12 @@ TEXTS = ("train", "valid", "test")
 class PrepareResult:
     """A corpus that is ready for training.
 
-    vocabulary_path: data.vocab (a copy of it where it is an object), or the vocab.txt counted from the training text;
-        `counted` tells which.
-    train, valid, test: None where no text is named. With data.holdout, `valid` is those blocks of data.train.
-    pruned_words, pruned_tokens, max_missing: what counting in bounded memory lost, all 0 if exact (see WordCounter).
-    replaced: invalid sequences and NULs that data.on_error=replace turns into U+FFFD.
+    vocabulary_path: data.vocab (a copy of it if it is an object), or the vocab.txt counted from the training text;
+        `counted` tells which of them.
+    train, valid, test: None if no text is named. With data.holdout, `valid` has the blocks set aside from data.train.
+    pruned_words, pruned_tokens, max_missing: losses of counting in bounded memory, all 0 if the counts are exact (see
+        `WordCounter`).
+    replaced: number of invalid sequences and NULs that data.on_error=replace turns into U+FFFD.
     """
 
     prepared_dir: Path
@@ -69,30 +71,30 @@ class PrepareResult:
 
     @property
     def corpora(self) -> dict[str, Corpus]:
-        """The texts that there are, by the names train, valid and test."""
+        """Return the texts that there are, by the names train, valid and test."""
         named = {"train": self.train, "valid": self.valid, "test": self.test}
         return {name: corpus for name, corpus in named.items() if corpus is not None}
 
     def summary(self) -> str:
-        """A table of the texts, and the vocabulary."""
-        lines = [f"{'text':<6}{'files':>7}{'blocks':>9}{'sentences':>13}{'tokens':>15}{'characters':>16}"]
+        """Return a table of the texts, and a line about the vocabulary."""
+        rows = [["text", "files", "blocks", "sentences", "tokens", "characters"]]
         for name, corpus in self.corpora.items():
             files = len(set(corpus.block_shard.tolist()))
-            lines.append(
-                f"{name:<6}{files:>7,}{len(corpus):>9,}{corpus.sentences:>13,}{corpus.tokens:>15,}{corpus.characters:>16,}"
-            )
+            counts = (files, len(corpus), corpus.sentences, corpus.tokens, corpus.characters)
+            rows.append([name, *(f"{count:,}" for count in counts)])
+        lines = text_table(rows)
         lines.append(f"vocabulary: {self.vocabulary_size:,} words in {self.vocabulary_path}")
         if self.replaced:
             lines.append(f"replaced by U+FFFD: {self.replaced:,} invalid UTF-8 sequences or NULs")
         if self.max_missing:
             lines.append(
                 f"counting dropped rare words {self.pruned_words:,} times ({self.pruned_tokens:,} tokens): "
-                f"a count may be short by {self.max_missing:,} at most"
+                f"a count may be too small by at most {self.max_missing:,}"
             )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain values; of each text its shards, sums and fingerprint."""
+        """Return the result as plain values, with the shards, sums and fingerprint of each text."""
         texts = {
             name: {
                 "blocks": len(corpus),
@@ -123,38 +125,39 @@ class PrepareResult:
 
 @dataclass(frozen=True)
 class PreparePlan:
-    """What `prepare` would do: files by text, tasks that are not done yet, and the bytes they read."""
+    """Work that `prepare` would do: the number of files of each text, of tasks not done yet, and of bytes they read."""
 
     files: dict[str, int]
     tasks: int
     bytes_to_read: int
 
     def summary(self) -> str:
-        """One line a text, and the work."""
+        """Return a line for each text, and one for the work."""
         lines = [f"data.{name}: {count:,} files" for name, count in self.files.items()]
         return "\n".join([*lines, f"to do: {self.tasks:,} tasks that read {self.bytes_to_read / 1e6:,.1f} MB"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values."""
+        """Return the plan as plain values."""
         return {"files": self.files, "tasks": self.tasks, "bytes_to_read": self.bytes_to_read}
 
 
 def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
-    """Prepares the texts of data.train, data.valid and data.test, and the vocabulary.
+    """Prepare the texts of data.train, data.valid and data.test, and the vocabulary.
 
-    Writes only under data.prepared_dir: vocab.txt, {train,valid,test}.npz (`Corpus.load`), prepare.json, and what it
-    knows of each file, which `fresh` forgets. Ray tasks do the work, a segment of a file each; with
-    cluster.workers=0 or little to do, this process. Raises ConfigError and DataError.
+    Writes only under data.prepared_dir: vocab.txt, {train,valid,test}.npz (read by `Corpus.load`), prepare.json, and
+    the findings about each file; `fresh` forgets the findings of earlier runs. Ray tasks do the work, each for a
+    segment of a file; this process does it if cluster.workers=0 or if there is little to do. Raises ConfigError and
+    DataError.
     """
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
     given = _read_vocabulary(data.vocab) if data.vocab is not None else None
     counter = WordCounter(CORPUS_WORDS) if given is None else None
-    indexer = Indexer(directory, data.block_bytes, data.on_error, _runner(config.cluster), fresh)
+    indexer = Indexer(directory, data.block_bytes, data.on_error, _make_runner(config.cluster), fresh)
     corpora: dict[str, Corpus] = {}
     findings: list[Findings] = []
     files = _files(data, directory)
-    _warn_of_vanished(directory)
+    _warn_of_missing_files(directory)
     for name, paths in files.items():
         corpora[name], found = indexer.index(paths, f"data.{name}", counter if name == "train" else None)
         findings.append(found)
@@ -167,7 +170,7 @@ def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
     if data.holdout:
         train, corpora["valid"] = train.split(data.holdout, config.run.seed)
         if counter is not None:
-            _take_back(counter, corpora["valid"], data.on_error)
+            _subtract_words(counter, corpora["valid"], data.on_error)
 
     if given is not None:
         vocabulary, path = given, _given_path(given, str(data.vocab), directory)
@@ -189,7 +192,7 @@ def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
     )
     for name, corpus in result.corpora.items():
         corpus.save(directory / f"{name}.npz")
-    write_aside(directory / "prepare.json", (json.dumps(result.to_dict(), indent=1) + "\n").encode())
+    write_json(directory / "prepare.json", result.to_dict(), DataError)
     try:
         push(directory)
     except OSError as error:
@@ -198,7 +201,7 @@ def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
 
 
 def plan(config: PretrainConfig) -> PreparePlan:
-    """What `run` would do; compressed files that are not unpacked count with their compressed size."""
+    """Return the work that `run` would do; compressed files not unpacked yet count with their compressed size."""
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
     indexer = Indexer(directory, data.block_bytes, data.on_error, run_locally)
@@ -212,9 +215,10 @@ def plan(config: PretrainConfig) -> PreparePlan:
 def index_texts(
     globs: Sequence[str], key: str, directory: Path, block_bytes: int, on_error: OnError
 ) -> tuple[Corpus, Findings]:
-    """Indexes texts in this process, without counting words: for evaluation text, which is small.
+    """Index texts in this process without counting their words; return the corpus and the findings.
 
-    `directory` is one of `prepared_dir`; ("sample",) is the sample corpus's test text. Errors name `key`.
+    For evaluation text, which is small. globs: ("sample",) is the test text of the sample corpus. key: the setting that
+    errors name. directory: from `prepared_dir`. Raises ConfigError and DataError.
     """
     if tuple(globs) == (SAMPLE,):
         paths = list(sample.write_sample(directory / "sample").test)
@@ -224,9 +228,10 @@ def index_texts(
 
 
 def prepared_dir(storage_path: str, configured: str | None) -> Path:
-    """The folder of data.prepared_dir, by default `prepared` in run.storage_path: absolute, and made if need be.
+    """Return the absolute folder of data.prepared_dir, which is made if it is not there. Raises DataError.
 
-    For a URI the folder of its local copy (without the unpacked texts, which are written to the store at once).
+    configured: data.prepared_dir, by default the folder `prepared` in run.storage_path. For a URI this is a local copy
+    of the folder, without the unpacked texts; these are written to the store at once.
     """
     place = storage.absolute(configured or storage.join(storage_path, "prepared"))
     directory = local_folder(place)
@@ -241,7 +246,7 @@ def prepared_dir(storage_path: str, configured: str | None) -> Path:
 
 
 def _files(data: DataConfig, directory: Path) -> dict[str, list[str]]:
-    """The files of each text that is named; a sample corpus brings its own valid and test text where none is."""
+    """Return the files of each text that is named; the sample corpus has its own valid and test text."""
     globs = {"train": data.train, "valid": data.valid, "test": data.test}
     if data.train == (SAMPLE,):
         globs["test"] = data.test or (SAMPLE,)
@@ -255,12 +260,12 @@ def _files(data: DataConfig, directory: Path) -> dict[str, list[str]]:
     return files
 
 
-def _warn_of_vanished(directory: Path) -> None:
-    """A glob does not miss a file that is gone; those that were there the last time do."""
+def _warn_of_missing_files(directory: Path) -> None:
+    """Warn if files of the last `prepare` are gone: a glob does not notice it."""
+    last = read_json(directory / "prepare.json") or {}
     try:
-        note = json.loads((directory / "prepare.json").read_bytes())
-        before = [(name, shard["source"]) for name in TEXTS if name in note for shard in note[name]["shards"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = [(name, shard["source"]) for name in TEXTS if name in last for shard in last[name]["shards"]]
+    except (KeyError, TypeError):
         return
     for name in TEXTS:
         gone = [source for text, source in before if text == name and not storage.exists(source)]
@@ -282,27 +287,25 @@ def _read_vocabulary(path: str) -> Vocabulary:
 
 
 def _given_path(vocabulary: Vocabulary, place: str, directory: Path) -> Path:
-    """data.vocab, or a copy of it where it is an object, as the run copies it once more for its workers."""
+    """Return the path of data.vocab; an object is copied to a file first, from which a run makes its own copy."""
     if not is_uri(place):
         return Path(os.path.abspath(place))
     vocabulary.write(directory / "given-vocab.txt")
     return directory / "given-vocab.txt"
 
 
-def _take_back(counter: WordCounter, corpus: Corpus, on_error: OnError) -> None:
-    """Words of text that is set aside are not counted: it stands for text that nobody has seen."""
+def _subtract_words(counter: WordCounter, corpus: Corpus, on_error: OnError) -> None:
+    """Take the words of held-out text out of the counts: it stands for text that nobody has seen."""
     for block in corpus.blocks():
         text, _ = decode(read_block(block), on_error, block.path, block.start)
         counter.subtract(text.split())
 
 
 def _write_vocabulary(counter: WordCounter, data: DataConfig, directory: Path) -> tuple[Vocabulary, Path]:
-    """vocab.txt: the three special words, then words by falling count, equal counts in the order of the words.
-
-    Words that are too long to be words are left out: a line of base64 would make a vocabulary of megabytes.
-    """
+    """Write vocab.txt: the three special words, then words by falling count, and by their order if counts are equal."""
     for word in (*SPECIAL_WORDS, SKIPPED_WORD):
         counter.counts.pop(word, None)
+    # A line of base64 is no word: such lines would make a vocabulary of megabytes.
     for word in [word for word in counter.counts if len(word) > scan.LONG_WORD_CHARACTERS]:
         del counter.counts[word]
     limit = data.max_vocab - len(SPECIAL_WORDS) if data.max_vocab is not None else None
@@ -311,7 +314,7 @@ def _write_vocabulary(counter: WordCounter, data: DataConfig, directory: Path) -
         last = counted[-1][1] if limit is not None and len(counted) == limit else data.min_count
         logger.warning(
             "rare words were dropped to count in bounded memory: words that occur up to %d times may be missing from "
-            "the vocabulary (counts may be short by %d)",
+            "the vocabulary (counts may be too small by %d)",
             last + counter.max_missing,
             counter.max_missing,
         )
@@ -324,14 +327,16 @@ def _write_vocabulary(counter: WordCounter, data: DataConfig, directory: Path) -
 
 
 def _sha256_of(path: Path) -> str | None:
-    """None for a vocabulary that cannot be read: it is about to be replaced."""
+    """Return the hash of a vocabulary that is about to be replaced, or None if it cannot be read."""
     try:
         return Vocabulary.read(path).sha256
     except DataError:
         return None
 
 
-def _runner(cluster: ClusterConfig) -> Runner:
+def _make_runner(cluster: ClusterConfig) -> Runner:
+    """Return a function that performs tasks here if they are small or there are no workers, otherwise on Ray."""
+
     def runner(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
         if cluster.workers == 0 or _bytes_of(todo) < SMALL_BYTES:
             return run_locally(todo)
@@ -341,7 +346,7 @@ def _runner(cluster: ClusterConfig) -> Runner:
 
 
 def _bytes_of(todo: Sequence[Task]) -> int:
-    """About how many bytes the tasks read."""
+    """Return the approximate number of bytes that the tasks read."""
     sizes = {path: file_status(path).st_size for path in {task.get("path") or task["source"] for task in todo}}
     return sum(
         min(sizes[task["path"]], scan.SEGMENT_BYTES)
@@ -364,7 +369,7 @@ def _run_on_ray(todo: Sequence[Task], max_failures: int) -> Iterator[tuple[int, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `python -m elmo_ray.prepare`; returns the exit code."""
+    """Run the command and return its exit code."""
 
     def verb(config: PrepareConfig, flags: Flags) -> PrepareResult | PreparePlan:
         return plan(config) if flags.dry_run else run(config, flags.fresh)

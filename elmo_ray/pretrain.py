@@ -2,14 +2,13 @@
 
     python -m elmo_ray.pretrain CONFIG.yaml [key.path=value ...] [--resume | --fresh] [--dry-run] [--json FILE]
 
-config -> corpus and vocabulary -> trainer -> fit -> evaluate -> export. Everything is written to STORAGE/NAME and to
-data.prepared_dir, by default STORAGE/prepared.
+config -> corpus and vocabulary -> training -> export -> evaluation -> report. Everything is written to STORAGE/NAME and
+to data.prepared_dir, by default STORAGE/prepared.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -22,8 +21,8 @@ from elmo_ray.cluster.session import Device, check_cluster
 from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.errors import ConfigError, FormatError
-from elmo_ray.storage import is_uri, join, read_bytes
-from elmo_ray.storage.files import write_json
+from elmo_ray.storage import is_uri, join, read_json
+from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
 from elmo_ray.training.console import show_metrics
 from elmo_ray.training.dry_run import DryRun, dry_run
@@ -33,7 +32,7 @@ from elmo_ray.training.run_folder import RunFolder, open_run
 logger = logging.getLogger("elmo_ray.pretrain")  # __name__ is __main__ as a command
 
 SHOWN_WORDS = ("the", "is", "one", "two", "string", "returns", "if", "time", "write")
-"""Whose neighbours are shown at the end, as far as the vocabulary has them."""
+"""Words whose neighbours are shown at the end, as far as the vocabulary has them."""
 
 NO_FLAGS = Flags()
 
@@ -43,12 +42,16 @@ _RESULT_KEYS = (
 )  # fmt: skip
 
 UNIGRAM_POSITIONS = 50_000_000
-"""Larger corpora are not read again for the unigram yardstick."""
+"""Largest training text that is read once more for the perplexity of a unigram model, a yardstick."""
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a run has come to. evaluation: of the test text, with the unigram's perplexity beside it, or None."""
+    """Result of a run.
+
+    training: the measures of `cluster.trainer.fit`. evaluation, unigram_perplexity: measures of the test text, or None
+    if there is none. neighbours: nearest words by word. curve: the perplexities as a picture of characters.
+    """
 
     run_dir: str
     training: dict[str, Any]
@@ -84,7 +87,9 @@ class PretrainResult:
         )
         best = training["best_perplexity"]
         if best is not None:
-            lines.append(f"best validation perplexity {best:.2f} at step {training['best_step']:,}{_against(training)}")
+            lines.append(
+                f"best validation perplexity {best:.2f} at step {training['best_step']:,}{_improvement(training)}"
+            )
         lines.append(f"run: {self.run_dir}" + (f"   export: {self.export_dir}" if self.export_dir else ""))
         if training["stopped"]:
             lines.append("go on with the same command and --resume")
@@ -101,8 +106,8 @@ class PretrainResult:
         }
 
 
-def _against(training: dict[str, Any]) -> str:
-    """The measure before the first step, where the run began with a trained model."""
+def _improvement(training: dict[str, Any]) -> str:
+    """Return the comparison with the model before the first step, if the run began with a trained model."""
     initial = training.get("initial") or {}
     before, best = initial.get("perplexity"), training["best_perplexity"]
     if not initial:
@@ -111,23 +116,30 @@ def _against(training: dict[str, Any]) -> str:
 
 
 def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | DryRun:
-    """The whole job. Raises an ElmoRayError for what the user can mend, before Ray starts where that can be known."""
+    """Train, export, evaluate and report; a dry run estimates only.
+
+    Raises an ElmoRayError for a mistake of the user, before Ray starts if the mistake can be known by then.
+    """
     if flags.dry_run:
         return estimate(config)
     return train_in(open_run(config, flags.resume, flags.fresh), config)
 
 
 def estimate(config: PretrainConfig) -> DryRun:
-    """Return what a run of this configuration would need; raises as `dry_run`."""
+    """Return the estimate of a run with this configuration: its memory, time and disk; raises as `dry_run`."""
     todo = prepare.plan(config)
     directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
     return dry_run(config, directory, todo.tasks, todo.bytes_to_read)
 
 
 def train_in(
-    folder: RunFolder, config: PretrainConfig, begin: Callable[[TrainPlan], None] | None = None
+    folder: RunFolder, config: PretrainConfig, initialize: Callable[[TrainPlan], None] | None = None
 ) -> PretrainResult:
-    """A run in its folder from whatever it has there to the end; `begin` writes what a new one starts from."""
+    """Train the run of a folder to its end, from the newest checkpoint there.
+
+    initialize: called for a new run with its plan, to write the checkpoint that it starts from; by default it starts
+    from random weights.
+    """
     if folder.finished and (done := _finished(folder)) is not None:
         logger.info("%s: finished at step %d; nothing to do", folder.place, done.training["steps"])
         return done
@@ -139,10 +151,11 @@ def train_in(
         if folder.newest is not None:
             _check_same_run(config, folder.newest, prepared)
         device = check_cluster(config.cluster)
-        folder.make()  # from here on the run's folder is written: nothing that is refused comes this far
+        # Everything that can be refused has been: from here on the run's folder is written.
+        folder.make()
         plan = make_plan(config, folder.path, prepared)
-        if begin is not None and folder.newest is None:
-            begin(plan)
+        if initialize is not None and folder.newest is None:
+            initialize(plan)
         training = fit_and_show(plan, device)
         if training["stopped"]:
             return PretrainResult(folder.place, training)
@@ -150,7 +163,7 @@ def train_in(
 
 
 def fit_and_show(plan: TrainPlan, device: Device) -> dict[str, Any]:
-    """Train, and show the metrics file's new lines meanwhile."""
+    """Train, and show the new lines of the metrics file meanwhile; return the measures of the training."""
     from elmo_ray.cluster.trainer import fit
 
     copy = local_copy_of(plan.run_dir) if is_uri(plan.run_dir) and plan.config.cluster.workers else None
@@ -168,23 +181,21 @@ def fit_and_show(plan: TrainPlan, device: Device) -> dict[str, Any]:
 
 
 def make_plan(config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult) -> TrainPlan:
-    """Everything that the workers read is copied to the run's folder: another run may prepare another corpus
-    meanwhile."""
-    from elmo_ray.storage.files import write_aside
-
+    """Write everything that the workers read to the run's folder, and return its places."""
+    # Copies, as another run may prepare another corpus meanwhile.
     prepared.train.save(run_dir / "train.npz")
     if prepared.valid is not None:
         prepared.valid.save(run_dir / "valid.npz")
     write_aside(run_dir / "vocab.txt", prepared.vocabulary_path.read_bytes())
     write_aside(run_dir / "config.yaml", config.to_yaml().encode())
     push_to_run(run_dir, "*.npz", "vocab.txt", "config.yaml")
-    place = uri_of(run_dir)  # where all machines find them
+    place = uri_of(run_dir)  # all machines find the files there
     valid = join(place, "valid.npz") if prepared.valid is not None else None
     return TrainPlan(config, place, join(place, "train.npz"), valid, join(place, "vocab.txt"))
 
 
 def push_to_run(run_dir: Path, *patterns: str) -> None:
-    """Push files of a run in an object store there; raise ConfigError where it does not take them."""
+    """Push files of a run to its object store, if it is in one. Raises ConfigError if the store does not take them."""
     try:
         push(run_dir, *patterns)
     except OSError as error:
@@ -194,6 +205,7 @@ def push_to_run(run_dir: Path, *patterns: str) -> None:
 def _finish(
     config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult, training: dict[str, Any]
 ) -> PretrainResult:
+    """Export, evaluate and report a model that is trained; return and write the result."""
     from elmo_ray import evaluate, export, report
     from elmo_ray.checkpoints.source import open_source
     from elmo_ray.data.measures import add_one_perplexity
@@ -207,7 +219,7 @@ def _finish(
         try:
             export.export_model(place, run_dir / "export")
             export_dir = join(place, "export")
-        except FormatError as error:  # the model is trained all the same
+        except FormatError as error:  # the model is trained nevertheless
             logger.warning("run.export: %s", error)
     if prepared.test is not None:
         texts = config.data.test or config.data.train
@@ -244,8 +256,11 @@ def _finish(
 
 
 def _check_same_run(config: PretrainConfig, newest: Any, prepared: prepare.PrepareResult | None) -> None:
-    """Raise ConfigError before Ray starts, and before a file of the run is touched, if this is another run; before the
-    text is prepared, by what does not depend on it."""
+    """Raise ConfigError if the folder's run has another configuration or text.
+
+    prepared: None before the text is prepared; then only settings that do not depend on the text are compared. Both
+    comparisons come before Ray starts and before a file of the run is written.
+    """
     from elmo_ray.checkpoints.identity import TEXT_KEYS, check_identity, identity
     from elmo_ray.data.vocabulary import Vocabulary
 
@@ -257,14 +272,13 @@ def _check_same_run(config: PretrainConfig, newest: Any, prepared: prepare.Prepa
 
 
 def _finished(folder: RunFolder) -> PretrainResult | None:
-    """What a run that was finished before said then; None if it was ended before it could say it."""
-    try:
-        values = json.loads(read_bytes(join(folder.place, "result.json")))
-        training = {key: values[key] for key in _RESULT_KEYS} | {"initial": values.get("initial", {})}
-    except (OSError, ValueError, KeyError, TypeError):
+    """Return the result of a run that is finished, or None if it was killed before it could write its result."""
+    values = read_json(join(folder.place, "result.json"))
+    if values is None or not values.keys() >= set(_RESULT_KEYS):
         return None
+    training = {key: values[key] for key in _RESULT_KEYS} | {"initial": values.get("initial", {})}
     if folder.newest is None or training["steps"] != folder.newest.step:
-        return None  # of a shorter duration
+        return None  # the result of a shorter training
     return PretrainResult(
         folder.place,
         training,
@@ -275,7 +289,7 @@ def _finished(folder: RunFolder) -> PretrainResult | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command and return its exit code."""
     return run_verb("pretrain", PretrainConfig, run, argv)
 
 

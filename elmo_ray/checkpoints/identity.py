@@ -6,7 +6,7 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from elmo_ray import __version__, kernels
 from elmo_ray.checkpoints.read import Checkpoint
 from elmo_ray.config import PretrainConfig
-from elmo_ray.config.schema import show
+from elmo_ray.config.schema import flatten, show
 from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.errors import CheckpointError, ConfigError, short
 from elmo_ray.storage import base_name
@@ -33,7 +33,7 @@ def identity(config: PretrainConfig, corpus_fingerprint: str, vocabulary_sha256:
         "softmax.tied": config.softmax.tied,
         # the kinds with a table of words have the same parameters, and may follow each other
         **({"softmax.kind": config.softmax.kind} if config.softmax.kind == "adaptive" else {}),
-        **dict(_flat(config.model.to_dict(), "model.")),
+        **flatten(config.model.to_dict(), "model."),
     }
 
 
@@ -88,25 +88,17 @@ def saved_settings(checkpoint: Checkpoint) -> dict[str, Any]:
         raise CheckpointError(str(error)) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{place}: has no settings")
-    return dict(_flat(values, ""))
+    return flatten(values)
 
 
 def changes(checkpoint: Checkpoint, config: PretrainConfig) -> list[str]:
     """Return the settings that differ from those of the checkpoint, such as "optim.lr 0.2 -> 0.1"."""
-    before, now = saved_settings(checkpoint), dict(_flat(config.to_dict(), ""))
+    before, now = saved_settings(checkpoint), flatten(config.to_dict())
     return [
         f"{key} {_shown(before.get(key))} -> {_shown(now.get(key))}"
         for key in dict.fromkeys([*now, *before])
         if before.get(key) != now.get(key)
     ]
-
-
-def _flat(values: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _shown(value: Any) -> str:

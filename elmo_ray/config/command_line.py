@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar, runtime_checkable
 
 from elmo_ray import __version__
-from elmo_ray.config.schema import REMOVED, RENAMED, Key, Root, keys, unknown_key
+from elmo_ray.config.schema import REMOVED, RENAMED, Key, Root, keys, set_nested, unknown_key
 from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.errors import ConfigError, ElmoRayError, short
 from elmo_ray.storage.files import write_json
@@ -211,7 +211,7 @@ def load_config(
     tree: dict[str, Any] = {} if path is None else _read(Path(path))
     problems: list[str] = []
     for name, value in (values or {}).items():
-        _set(tree, name, value)
+        set_nested(tree, name, value)
     known = {key.name: key for key in keys(root)}
     overrides = [_current(text) for text in overrides]
     for text in overrides:
@@ -258,6 +258,21 @@ def overview() -> str:
     lines.extend(f"  {name:<9} {verb.summary}" for name, verb in VERBS.items())
     lines.extend(["", "python -m elmo_ray.VERB --help lists a verb's keys; --version prints the version."])
     return "\n".join(lines)
+
+
+def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return the lines of a table for a result's summary; the first `left` columns are aligned left, the others right.
+
+    rows: the head and the rows, all with the same number of cells.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def print_result(text: str) -> int:
@@ -380,14 +395,13 @@ def _override(tree: dict[str, Any], text: str, root: type[Root], known: Mapping[
         raise ConfigError(unknown_key(root, name))
     key = known.get(name)
     if key is not None and key.textual:
-        _set(tree, name, _text(value, key))
+        set_nested(tree, name, _text(value, key))
     else:
         parsed = parse_yaml(value, f"{name}={short(value, 100)}")
         if key is not None:
-            _set(
-                tree, name, None
-            )  # a mapping that is one setting, such as a sweep's space, replaces the one in the file
-        _set(tree, name, parsed)
+            # A mapping that is one setting, such as a sweep's space, replaces the one in the file.
+            set_nested(tree, name, None)
+        set_nested(tree, name, parsed)
 
 
 def _text(value: str, key: Key) -> Any:
@@ -404,20 +418,6 @@ def _text(value: str, key: Key) -> Any:
             return value
         return parsed if isinstance(parsed, str | list) else value
     return value
-
-
-def _set(tree: dict[str, Any], name: str, value: Any) -> None:
-    *path, last = name.split(".")
-    for part in path:
-        below = tree.get(part)
-        if not isinstance(below, dict):
-            below = tree[part] = {}
-        tree = below
-    if isinstance(value, dict) and isinstance(tree.get(last), dict):
-        for part, item in value.items():
-            _set(tree[last], str(part), item)
-    else:
-        tree[last] = value
 
 
 def _expand(value: Any, key: str, problems: list[str]) -> Any:

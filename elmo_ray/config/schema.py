@@ -246,6 +246,40 @@ def keys(root: type[Section], prefix: str = "") -> Iterator[Key]:
             yield from keys(section, full + ".")
 
 
+def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping, from dotted keys to the values that are no mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted keys as nested mappings: the inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        set_nested(tree, name, value)
+    return tree
+
+
+def set_nested(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set the value of a dotted key in nested mappings; a mapping is merged into the mapping that is there."""
+    *path, last = name.split(".")
+    for part in path:
+        below = tree.get(part)
+        if not isinstance(below, dict):
+            below = tree[part] = {}
+        tree = below
+    if isinstance(value, dict) and isinstance(tree.get(last), dict):
+        for part, item in value.items():
+            set_nested(tree[last], str(part), item)
+    else:
+        tree[last] = value
+
+
 def unknown_key(root: type[Section], name: str) -> str:
     """Return the message for a key that does not exist, with the most similar key that does."""
     name = short(name, 100)

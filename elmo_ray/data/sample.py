@@ -19,9 +19,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from elmo_ray.errors import DataError
+from elmo_ray.storage import read_json
 from elmo_ray.storage.files import write_aside
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def write_sample(directory: str | os.PathLike[str]) -> SampleCorpus:
     }
     note = folder / "sample.json"
     version = f"{_FORMAT_VERSION}, Python {platform.python_version()}"
-    known = _read_note(note)
+    known = read_json(note) or {}
     complete = all((folder / name).exists() for name in itertools.chain(*names.values()))
     if known.get("version") != version or not complete:
         texts = _assign_documents(_documents())
@@ -182,13 +182,6 @@ def write_sample(directory: str | os.PathLike[str]) -> SampleCorpus:
         logger.info("sample corpus: %s tokens in %s", f"{sum(tokens.values()):,}", folder)
     paths = {split: tuple(str(folder / name) for name in files) for split, files in names.items()}
     return SampleCorpus(**paths, tokens=known["tokens"])
-
-
-def _read_note(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError):
-        return {}
 
 
 def _documents() -> dict[str, list[str]]:

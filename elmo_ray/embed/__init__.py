@@ -1,10 +1,11 @@
-"""`embed`: text to vectors of every word, as HDF5 or Parquet; or most probable words, or surprisal.
+"""`embed`: write a vector for every word of a text, or probable substitutes, or surprisal, as HDF5 or Parquet.
 
     python -m elmo_ray.embed SOURCE IN OUT [key.path=value ...] [--resume | --fresh] [--dry-run] [--json FILE]
     python -m elmo_ray.embed SOURCE OUT embed.tokens=vocab.txt
 
-A pool of Ray actors does it, each with the model; with cluster.workers=0 this process. The text is cut into
-units, each a file below OUT; a job that was stopped goes on with --resume, and does not do finished units again.
+text -> units (`units`) -> a worker for each process (`worker`) -> a shard file for each unit (`shards`). A pool of Ray
+actors does the work, each with the model; with cluster.workers=0 this process does it. With --resume a stopped job
+continues, and does not repeat the units that are finished (`record`).
 """
 
 from __future__ import annotations
@@ -39,20 +40,21 @@ from elmo_ray.embed.record import (
     job_record,
     locked,
     read_record,
-    remove,
+    remove_output,
 )
 from elmo_ray.embed.shards import is_finished, join_hdf5
 from elmo_ray.embed.units import Unit, cut_units, find_files
 from elmo_ray.embed.worker import EmbedTask, EmbedWorker, Progress, check_layers, write_token_vectors
 from elmo_ray.errors import ConfigError, DataError, FormatError
+from elmo_ray.storage import absolute_or_none
 from elmo_ray.storage.files import write_json
 
-logger = logging.getLogger("elmo_ray.embed")  # also where this module is __main__
+logger = logging.getLogger("elmo_ray.embed")  # __name__ is __main__ as a command
 
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """values: also what --json writes."""
+    """Result of a job. values: as --json writes them."""
 
     values: dict[str, Any]
 
@@ -70,7 +72,7 @@ class EmbedResult:
 
 @dataclass(frozen=True)
 class EmbedPlan:
-    """What `embed` would do."""
+    """Work that `embed` would do."""
 
     config: EmbedConfig
     source: str
@@ -88,57 +90,57 @@ class EmbedPlan:
 
 
 def run(config: EmbedConfig, flags: Flags | None = None) -> EmbedResult | EmbedPlan:
-    """Embeds the text; writes only OUT and, for HDF5, OUT.parts. Raises ElmoRayErrors for users' mistakes."""
+    """Embed the text; write only OUT and, for HDF5, OUT.parts. Raises ElmoRayErrors for a user's mistakes."""
     flags = flags or Flags()
     source = open_source(config.init.source, config.checkpoint, config.init.options, config.init.vocab)
     out = Path(os.path.abspath(os.path.expanduser(str(config.out))))
     if config.embed.tokens is not None:
         return _embed_tokens(config, source, out, flags)
     is_hdf5 = _is_hdf5(config, out)
-    parts = out.with_name(f"{out.name}.parts") if is_hdf5 else out
-    check_use(out, parts, is_hdf5, flags)
-    job = _job(config, source, parts, is_hdf5)
+    shard_folder = out.with_name(f"{out.name}.parts") if is_hdf5 else out
+    check_use(out, shard_folder, is_hdf5, flags)
+    job = _make_job(config, source, shard_folder, is_hdf5)
     check_layers(job, source)
     if flags.fresh and not flags.dry_run:
-        remove(out, parts)
-    old = None if flags.fresh else read_record(parts)
-    # a dry run writes nothing to OUT, but it counts what is in compressed files, too
-    scratch = tempfile.TemporaryDirectory() if flags.dry_run else locked(parts)
+        remove_output(out, shard_folder)
+    old = None if flags.fresh else read_record(shard_folder)
+    # A dry run writes nothing to OUT, but it unpacks compressed files elsewhere to count their sentences.
+    scratch = tempfile.TemporaryDirectory() if flags.dry_run else locked(shard_folder)
     with scratch as temporary:
-        unpack_to = Path(temporary) if temporary else parts / TEXT_FOLDER
+        unpack_to = Path(temporary) if temporary else shard_folder / TEXT_FOLDER
         files = find_files(config.texts, config.embed.column, unpack_to)
         units = cut_units(files, config.embed.column, config.data.block_bytes, whole=job.carry)
         if not units:
             raise DataError(f"in={','.join(config.texts)}: no sentence in {len(files)} files")
         record = job_record(job, source, config.data.block_bytes, files, units)
         if old is not None:
-            check_same(old, record, parts)
-        whole = is_hdf5 and out.exists() and not flags.fresh
-        finished = {unit.number for unit in units if whole or is_finished(job, unit)} if old is not None else set()
+            check_same(old, record, shard_folder)
+        joined = is_hdf5 and out.exists() and not flags.fresh
+        finished = {unit.number for unit in units if joined or is_finished(job, unit)} if old is not None else set()
         sentences = sum(unit.count for unit in units)
         if flags.dry_run:
             return EmbedPlan(config, source.describe(), sentences, len(units), len(finished))
         if old is None:
-            write_json(parts / RECORD, record)
+            write_json(shard_folder / RECORD, record)
         waiting = [unit for unit in units if unit.number not in finished]
         progress = Progress(sentences, sum(unit.count for unit in units if unit.number in finished))
         logger.info("%s", source.describe())
         logger.info("%d of %d shards are to be done, %s sentences", len(waiting), len(units), f"{sentences:,}")
         if waiting:
-            _perform(job, source, waiting, config, progress)
-        if is_hdf5 and not whole:
+            _make_shards(job, source, waiting, config, progress)
+        if is_hdf5 and not joined:
             join_hdf5(job, units, out)
-        shutil.rmtree(parts / TEXT_FOLDER, ignore_errors=True)
+        shutil.rmtree(shard_folder / TEXT_FOLDER, ignore_errors=True)
         if not is_hdf5:
-            write_json(parts / RECORD, {**record, "finished": True})
+            write_json(shard_folder / RECORD, {**record, "finished": True})
     if is_hdf5:
-        shutil.rmtree(parts, ignore_errors=True)
+        shutil.rmtree(shard_folder, ignore_errors=True)
     values = {"out": str(out), "sentences": sentences, "units": len(units), "units_done_before": len(finished)}
     return EmbedResult({**values, **progress.values})
 
 
-def _perform(job: EmbedJob, source: Source, units: Sequence[Unit], config: EmbedConfig, progress: Progress) -> None:
-    """Make all units, here or on Ray, in whatever order they are done: each is a file of its own."""
+def _make_shards(job: EmbedJob, source: Source, units: Sequence[Unit], config: EmbedConfig, progress: Progress) -> None:
+    """Write the shard of each unit, in this process or on Ray, in any order."""
     if config.cluster.workers == 0:
         with in_this_process(config.cluster) as device:
             worker = EmbedWorker(dataclasses.replace(job, device=device), source)
@@ -175,7 +177,7 @@ def _on_ray(
     )
 
 
-def _job(config: EmbedConfig, source: Source, parts: Path, is_hdf5: bool) -> EmbedJob:
+def _make_job(config: EmbedConfig, source: Source, shard_folder: Path, is_hdf5: bool) -> EmbedJob:
     init, embed = config.init, config.embed
     if embed.output in ("substitutes", "surprisal"):
         if not source.has_softmax:
@@ -188,12 +190,12 @@ def _job(config: EmbedConfig, source: Source, parts: Path, is_hdf5: bool) -> Emb
     elif source.config.input == "words" and source.words is None:
         raise ConfigError(f"{source.path}: a model with word input needs its vocabulary: init.vocab=FILE")
     return EmbedJob(
-        source=str(_absolute(init.source)),
+        source=str(absolute_or_none(init.source)),
         checkpoint=config.checkpoint,
-        options=_absolute(init.options),
-        vocab=_absolute(init.vocab),
+        options=absolute_or_none(init.options),
+        vocab=absolute_or_none(init.vocab),
         fingerprint=_fingerprint(source),
-        parts=str(parts),
+        shard_folder=str(shard_folder),
         is_hdf5=is_hdf5,
         output=embed.output,
         layers=embed.layers,
@@ -206,12 +208,6 @@ def _job(config: EmbedConfig, source: Source, parts: Path, is_hdf5: bool) -> Emb
         on_error=config.data.on_error,
         device="cpu",
     )
-
-
-def _absolute(path: str | None) -> str | None:
-    if path is None or "://" in path:
-        return path
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def _is_hdf5(config: EmbedConfig, out: Path) -> bool:
@@ -242,5 +238,5 @@ def _embed_tokens(config: EmbedConfig, source: Source, out: Path, flags: Flags) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command and return its exit code."""
     return run_verb("embed", EmbedConfig, run, argv)

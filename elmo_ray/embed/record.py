@@ -1,13 +1,12 @@
-"""OUT of `embed`: who may write it, and the record of what its finished units were made from and with.
+"""The job of `embed` in plain values for its workers, its folder with a lock, and the record that a resumed job checks.
 
-What an embedding job does, in plain values that travel to its workers, and the record that a resumed one checks.
+The folder is OUT, or OUT.parts for HDF5. It holds a shard for each finished unit, `_embed.json` with the record, the
+unpacked texts, and the lock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
 import shutil
 import time
@@ -20,15 +19,22 @@ from elmo_ray.checkpoints.source import Source
 from elmo_ray.config.command_line import Flags
 from elmo_ray.embed.units import TextFile, Unit
 from elmo_ray.errors import CheckpointError, ConfigError
+from elmo_ray.storage import read_json
 from elmo_ray.storage.files import file_lock
+
+# Readers of a folder of Parquet files leave out names with an underscore.
+RECORD, TEXT_FOLDER = "_embed.json", "_unpacked"
 
 Output = Literal["vectors", "means", "substitutes", "surprisal"]
 
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """source, checkpoint, options, vocab: as for `open_source`; fingerprint: of its weights. out: the file or folder;
-    parts: the folder of finished units. layers: as in the settings.
+    """Everything that a worker must know of a job, besides the unit that it makes.
+
+    source, checkpoint, options, vocab: as for `open_source`, absolute. fingerprint: the hash of the model's weights and
+    vocabulary. shard_folder: the folder of the finished units. device: the worker's, as PyTorch names it. The others
+    are settings.
     """
 
     source: str
@@ -36,7 +42,7 @@ class EmbedJob:
     options: str | None
     vocab: str | None
     fingerprint: str
-    parts: str
+    shard_folder: str
     is_hdf5: bool
     output: Output
     layers: tuple[float, ...] | str
@@ -49,30 +55,23 @@ class EmbedJob:
     on_error: Literal["fail", "replace"]
     device: str
 
-    def settled(self) -> dict[str, Any]:
-        """What the finished units depend on: a job may only go on with all of it the same."""
+    def fixed_settings(self) -> dict[str, Any]:
+        """Return the values that the finished units depend on; they must be equal when a job is resumed."""
         names = ("fingerprint", "is_hdf5", "output", "layers", "dtype", "precision", "carry", "column", "k", "on_error")
         values = asdict(self)
-        # two ways of batching differ in the last bits
-        return {name: values[name] for name in (*names, "batch_positions")} | {"layers": _plain(self.layers)}
+        # Batches of another size give other last bits.
+        fixed = {name: values[name] for name in (*names, "batch_positions")}
+        return fixed | {"layers": self.layers if isinstance(self.layers, str) else list(self.layers)}
 
 
-def _plain(layers: tuple[float, ...] | str) -> list[float] | str:
-    return layers if isinstance(layers, str) else list(layers)
-
-
-logger = logging.getLogger("elmo_ray.embed")
-
-# names that readers of a folder of Parquet files leave out
-RECORD, TEXT_FOLDER = "_embed.json", "_unpacked"
-
-
-def check_use(out: Path, parts: Path, is_hdf5: bool, flags: Flags) -> None:
-    """Raises ConfigError for a used OUT without --resume or --fresh, and for one that is none of ours."""
-    ours = (parts / RECORD).exists()
-    begun = {".lock", TEXT_FOLDER}  # of a job that was killed before it wrote its record
-    if parts.exists() and not ours and (not parts.is_dir() or {path.name for path in parts.iterdir()} - begun):
-        raise ConfigError(f"out={out}: {parts} is there and was not written by embed; name another place")
+def check_use(out: Path, shard_folder: Path, is_hdf5: bool, flags: Flags) -> None:
+    """Raise ConfigError for an OUT in use without --resume or --fresh, and for one that `embed` did not write."""
+    ours = (shard_folder / RECORD).exists()
+    if shard_folder.exists() and not ours:
+        # A job that was killed before it wrote its record leaves these.
+        others = not shard_folder.is_dir() or {path.name for path in shard_folder.iterdir()} - {".lock", TEXT_FOLDER}
+        if others:
+            raise ConfigError(f"out={out}: {shard_folder} is there and was not written by embed; name another place")
     used = ours or (is_hdf5 and out.exists())
     if used and not (flags.resume or flags.fresh or flags.dry_run):
         raise ConfigError(f"out={out}: is there already; --resume goes on with it, --fresh replaces it")
@@ -82,11 +81,11 @@ def check_use(out: Path, parts: Path, is_hdf5: bool, flags: Flags) -> None:
         raise ConfigError(f"out={out}: is finished; --fresh makes it anew")
 
 
-def remove(out: Path, parts: Path) -> None:
-    """Takes away what an earlier job wrote. Raises ConfigError."""
+def remove_output(out: Path, shard_folder: Path) -> None:
+    """Remove the files of an earlier job. Raises ConfigError."""
     try:
-        if parts.exists():
-            shutil.rmtree(parts)
+        if shard_folder.exists():
+            shutil.rmtree(shard_folder)
         if out.is_file():
             out.unlink()
     except OSError as error:
@@ -94,31 +93,31 @@ def remove(out: Path, parts: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(parts: Path) -> Iterator[None]:
-    """Makes the folder and keeps other jobs out of it. What a killed job left half written is removed."""
+def locked(shard_folder: Path) -> Iterator[None]:
+    """Make the folder, keep other jobs out of it, and remove half-written files of a killed job. Raises ConfigError."""
     with contextlib.ExitStack() as stack:
-        stack.callback(_remove_empty, parts)
+        stack.callback(_remove_empty, shard_folder)
         try:
-            stack.enter_context(file_lock(parts / ".lock"))
+            stack.enter_context(file_lock(shard_folder / ".lock"))
         except BlockingIOError:
-            raise ConfigError(f"out: another embed is writing {parts}; wait for its end or stop it") from None
+            raise ConfigError(f"out: another embed is writing {shard_folder}; wait for its end or stop it") from None
         except OSError as error:
-            raise ConfigError(f"out: {parts} cannot be written ({error.strerror})") from None
-        for stale in parts.glob(".part-*"):
+            raise ConfigError(f"out: {shard_folder} cannot be written ({error.strerror})") from None
+        for stale in shard_folder.glob(".part-*"):
             stale.unlink(missing_ok=True)
         yield
 
 
-def _remove_empty(parts: Path) -> None:
-    """Remove the folder where nothing was written to it."""
+def _remove_empty(folder: Path) -> None:
+    """Remove the folder if nothing was written to it."""
     with contextlib.suppress(OSError):
-        parts.rmdir()
+        folder.rmdir()
 
 
 def job_record(
     job: EmbedJob, source: Source, block_bytes: int, files: Sequence[TextFile], units: Sequence[Unit]
 ) -> dict[str, Any]:
-    """What a job is, kept beside its parts."""
+    """Return the record of a job: its model, settings and texts, and the number of its units and sentences."""
     firsts: dict[str, int] = {}
     for unit in units:
         firsts.setdefault(unit.path, unit.first)
@@ -130,7 +129,7 @@ def job_record(
     return {
         "format_version": 1,
         "source": source.describe(),
-        "settings": {**job.settled(), "block_bytes": block_bytes},
+        "settings": {**job.fixed_settings(), "block_bytes": block_bytes},
         "in": inputs,
         "units": len(units),
         "sentences": sum(unit.count for unit in units),
@@ -138,27 +137,24 @@ def job_record(
     }
 
 
-def read_record(parts: Path) -> dict[str, Any] | None:
-    """What a job that was begun here wrote down; raises CheckpointError where that is damaged."""
-    path = parts / RECORD
+def read_record(shard_folder: Path) -> dict[str, Any] | None:
+    """Return the record of the job that was begun here, or None. Raises CheckpointError if the record is damaged."""
+    path = shard_folder / RECORD
     if not path.exists():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and isinstance(record["settings"], dict) and isinstance(record["in"], list):
-            return record
-    except (OSError, ValueError, KeyError):
-        pass
+    record = read_json(path) or {}
+    if isinstance(record.get("settings"), dict) and isinstance(record.get("in"), list):
+        return record
     raise CheckpointError(f"{path}: damaged; --fresh begins anew")
 
 
-def check_same(old: dict[str, Any], new: dict[str, Any], parts: Path) -> None:
-    """Raises ConfigError where finished units come from other text, another model or other settings."""
+def check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    """Raise ConfigError if the finished units come from other text, another model or other settings."""
     for name, value in new["settings"].items():
         if old["settings"].get(name) != value:
             what = "the model is another one" if name == "fingerprint" else (
                 f"{name} was {old['settings'].get(name)} and is {value}"
             )  # fmt: skip
-            raise ConfigError(f"--resume: {parts} was begun otherwise: {what}; --fresh begins anew")
+            raise ConfigError(f"--resume: {folder} was begun otherwise: {what}; --fresh begins anew")
     if old["in"] != new["in"]:
-        raise ConfigError(f"--resume: {parts} was begun with other text, or the text has changed; --fresh begins anew")
+        raise ConfigError(f"--resume: {folder} was begun with other text, or the text has changed; --fresh begins anew")

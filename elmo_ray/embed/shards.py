@@ -1,6 +1,6 @@
-"""Finished units on the disk: a Parquet or HDF5 file each, whole or not there.
+"""Shards of the output of `embed`: a Parquet or HDF5 file for each finished unit, which is whole or not there.
 
-Shapes: L layers, n words, D a vector.
+Shapes: L layers, n words of a sentence, D dimensions of a vector.
 """
 
 from __future__ import annotations
@@ -20,30 +20,33 @@ from elmo_ray.embed.units import Unit
 from elmo_ray.storage.files import atomic_write
 
 Row = NDArray | Substitutes | Surprisal
-"""Of a sentence: vectors [L, n, D], means [L, D], substitutes or surprisal."""
+"""Result for a sentence: vectors [L, n, D], means [L, D], substitutes or surprisal."""
 
 
-class PartWriter(Protocol):
+class ShardWriter(Protocol):
+    """Writer of the sentences of a unit."""
+
     def write(self, first: int, sentences: Sequence[Sequence[str]], rows: Sequence[Row]) -> None:
-        """Adds sentences, the first of which has the number `first`."""
+        """Add sentences and their results. first: the number of the first sentence."""
 
 
-def part_path(job: EmbedJob, unit: Unit) -> Path:
-    return Path(job.parts) / f"part-{unit.number:06d}.{'hdf5' if job.is_hdf5 else 'parquet'}"
+def shard_path(job: EmbedJob, unit: Unit) -> Path:
+    """Return the file of a unit."""
+    return Path(job.shard_folder) / f"part-{unit.number:06d}.{'hdf5' if job.is_hdf5 else 'parquet'}"
 
 
 @contextlib.contextmanager
-def part_writer(job: EmbedJob, unit: Unit) -> Iterator[PartWriter]:
-    """Writes a unit's file aside; it takes its name when all is written. DataError where the disk takes no more."""
-    target = part_path(job, unit)
+def shard_writer(job: EmbedJob, unit: Unit) -> Iterator[ShardWriter]:
+    """Yield a writer for a unit's file, which takes its name at the end. Raises DataError if the disk is full."""
+    target = shard_path(job, unit)
     with atomic_write(target, sync=True) as temporary:
-        with _Hdf5Part(temporary) if job.is_hdf5 else _ParquetPart(temporary, job) as writer:
+        with _Hdf5Shard(temporary) if job.is_hdf5 else _ParquetShard(temporary, job) as writer:
             yield writer
 
 
 def is_finished(job: EmbedJob, unit: Unit) -> bool:
-    """Whether a unit's file is there and has all of its sentences."""
-    path = part_path(job, unit)
+    """Return True if the file of a unit is there and has all of its sentences."""
+    path = shard_path(job, unit)
     try:
         if job.is_hdf5:
             with h5py.File(path, "r") as file:
@@ -51,27 +54,27 @@ def is_finished(job: EmbedJob, unit: Unit) -> bool:
         import pyarrow.parquet
 
         return bool(pyarrow.parquet.ParquetFile(path).metadata.num_rows == unit.count)
-    except Exception:  # not there, cut off, or another's: it is made again
+    except Exception:  # not there, cut off, or of another program: it is made again
         return False
 
 
 def join_hdf5(job: EmbedJob, units: Sequence[Unit], out: Path) -> None:
-    """All parts as one file with the keys 0, 1, ...; appears whole or not at all. DataError for a full disk."""
-    # RuntimeError and ValueError: what h5py makes of a full disk
+    """Join all shards to one file with the keys 0, 1, ...; it appears whole or not at all. Raises DataError."""
+    # h5py raises RuntimeError or ValueError for a full disk.
     with atomic_write(out, also=(RuntimeError, ValueError)) as temporary, h5py.File(temporary, "w") as whole:
         for unit in units:
-            with h5py.File(part_path(job, unit), "r") as part:
+            with h5py.File(shard_path(job, unit), "r") as shard:
                 for number in range(unit.first, unit.first + unit.count):
-                    part.copy(str(number), whole)
+                    shard.copy(str(number), whole)
 
 
-class _Hdf5Part:
-    """A dataset for each sentence, its number the key; without the first dimension where there is one layer."""
+class _Hdf5Shard:
+    """HDF5 file with a dataset for each sentence; its number is the key. A single layer has no first dimension."""
 
     def __init__(self, path: Path):
         self.file = h5py.File(path, "w")
 
-    def __enter__(self) -> _Hdf5Part:
+    def __enter__(self) -> _Hdf5Shard:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -83,14 +86,14 @@ class _Hdf5Part:
             self.file.create_dataset(str(number), data=values[0] if len(values) == 1 else values)
 
 
-class _ParquetPart:
-    """A row for each sentence: its number, its words, and columns by the job's output."""
+class _ParquetShard:
+    """Parquet file with a row for each sentence: its number, its words, and columns by the job's output."""
 
     def __init__(self, path: Path, job: EmbedJob):
         self.path, self.job = path, job
         self.writer: Any = None
 
-    def __enter__(self) -> _ParquetPart:
+    def __enter__(self) -> _ParquetShard:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -114,7 +117,7 @@ class _ParquetPart:
         self.writer.write_table(table)
 
 
-def _names(layers: int) -> list[str]:
+def _layer_names(layers: int) -> list[str]:
     return ["vector"] if layers == 1 else [f"layer_{number}" for number in range(layers)]
 
 
@@ -123,7 +126,7 @@ def _vector_columns(rows: Sequence[Any]) -> dict[str, Any]:
 
     offsets = np.cumsum([0, *(row.shape[1] for row in rows)])
     columns = {}
-    for number, name in enumerate(_names(len(rows[0]))):
+    for number, name in enumerate(_layer_names(len(rows[0]))):
         values = np.concatenate([row[number] for row in rows])
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
         columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), vectors)
@@ -136,7 +139,7 @@ def _mean_columns(rows: Sequence[Any]) -> dict[str, Any]:
     values = np.stack(rows)
     return {
         name: pa.FixedSizeListArray.from_arrays(pa.array(values[:, number].reshape(-1)), values.shape[2])
-        for number, name in enumerate(_names(values.shape[1]))
+        for number, name in enumerate(_layer_names(values.shape[1]))
     }
 
 

@@ -1,4 +1,4 @@
-"""The text that `embed` reads, cut into units of work: lines of text or JSON, or row groups of Parquet."""
+"""Text that `embed` reads, cut into units of work: lines of text or JSON, or row groups of Parquet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from elmo_ray.data.corpus import expand_paths
 from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_status, split_lines
 from elmo_ray.data.unpack import check_space, compression, is_unpacked, unpack, unpacked_path
-from elmo_ray.errors import ConfigError, DataError
+from elmo_ray.errors import ConfigError, DataError, one_line, short
 
 _BLOCK_BYTES = 1 << 18
 _PARQUET_MAGIC = b"PAR1"
@@ -20,10 +20,10 @@ _PARQUET_MAGIC = b"PAR1"
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker does at a time, and one file of the output.
+    """Sentences that a worker makes at a time, and that become one shard of the output.
 
-    path: of seekable text, or of a Parquet file; kind: text, jsonl or parquet. start, end: bytes, or row groups.
-    first: the number of its first sentence, counted over all files from 0; count: its sentences.
+    path: a seekable text or a Parquet file. kind: text, jsonl or parquet. start, end: in bytes, or in row groups.
+    first: the number of its first sentence, counted over all files from 0. count: the number of its sentences.
     """
 
     number: int
@@ -37,7 +37,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class TextFile:
-    """source: as the user named it; path: the same, or its unpacked text."""
+    """File of the input. source: as the user named it. path: the same, or its unpacked text. kind: as of `Unit`."""
 
     source: str
     path: str
@@ -45,7 +45,7 @@ class TextFile:
 
 
 def find_files(patterns: Sequence[str], column: str | None, unpack_to: Path) -> list[TextFile]:
-    """The files that `patterns` name, compressed ones unpacked. Raises ConfigError and DataError."""
+    """Return the files that `patterns` name; compressed files are unpacked. Raises ConfigError and DataError."""
     files: list[TextFile] = []
     packed: list[str] = []
     for source in expand_paths(patterns, "in"):
@@ -75,7 +75,7 @@ def find_files(patterns: Sequence[str], column: str | None, unpack_to: Path) -> 
 
 
 def cut_units(files: Sequence[TextFile], column: str | None, block_bytes: int, whole: bool) -> list[Unit]:
-    """Units of about `block_bytes` of text, or whole files. Reads all of the text once, to number its sentences."""
+    """Return units of about `block_bytes` of text, or of whole files; all text is read once to number its sentences."""
     units: list[Unit] = []
     first = 0
     for file in files:
@@ -90,7 +90,7 @@ def cut_units(files: Sequence[TextFile], column: str | None, block_bytes: int, w
 
 
 def read_sentences(unit: Unit, column: str | None, on_error: OnError) -> Iterator[list[str]]:
-    """The words of each sentence of a unit. Raises DataError for what cannot be read, naming file and line."""
+    """Yield the words of each sentence of a unit. Raises DataError for text that cannot be read, with file and line."""
     if unit.kind == "parquet":
         yield from _parquet_sentences(unit, str(column))
         return
@@ -135,7 +135,7 @@ def _parquet_file(path: str) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path}: cannot be read as Parquet: {one_line(str(error))}") from None
 
 
 def _parquet_sentences(unit: Unit, column: str) -> Iterator[list[str]]:
@@ -149,7 +149,7 @@ def _parquet_sentences(unit: Unit, column: str) -> Iterator[list[str]]:
                 yield _words(value, f"{os.path.basename(unit.path)}, sentence {unit.first + row}")
                 row += 1
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{unit.path}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
+        raise DataError(f"{unit.path}: cannot be read as Parquet: {one_line(str(error))}") from None
 
 
 def _json_words(text: str, column: str, unit: Unit, line: int) -> list[str]:
@@ -157,7 +157,7 @@ def _json_words(text: str, column: str, unit: Unit, line: int) -> list[str]:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: no JSON ({' '.join(str(error).split())[:100]})") from None
+        raise DataError(f"{where}: no JSON ({short(str(error), 100)})") from None
     if not isinstance(row, dict) or column not in row:
         raise DataError(f"{where}: has no {column}")
     return _words(row[column], f"{where}, {column}")

@@ -1,8 +1,7 @@
-"""A worker that holds the model and makes unit after unit. Needs no Ray; `embed` has it called in an actor.
+"""Workers of `embed`: the model makes unit after unit, in this process or in a Ray actor; and the progress of a job.
 
-How far an embedding job is: a bar in a terminal, a line now and then elsewhere.
-
-Context-independent vectors of a vocabulary's words: bilm-tf's token cache (`dump_token_embeddings`).
+Also here are the context-independent vectors of a vocabulary's words, which are bilm-tf's token cache
+(`dump_token_embeddings`). Shapes: B sentences, T positions with the markers, L layers, D dimensions; V words.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
 from elmo_ray.elmo.language_model import LanguageModel
 from elmo_ray.embed.record import EmbedJob
-from elmo_ray.embed.shards import Row, part_writer
+from elmo_ray.embed.shards import Row, shard_writer
 from elmo_ray.embed.units import Unit, read_sentences
 from elmo_ray.errors import ConfigError, DataError
 from elmo_ray.model.lstm import LstmState
@@ -34,12 +33,16 @@ from elmo_ray.training.metrics import clock
 
 logger = logging.getLogger("elmo_ray.embed")
 
-_EVERY_S = 10.0
-_WIDTH = 30
+_LINE_EVERY_S = 10.0
+_BAR_WIDTH = 30
+
+_WORDS_AT_A_TIME = 4096
+_WINDOW_POSITIONS = 1 << 14
+"""Positions that are read before their sentences are sorted by length; they are written together."""
 
 
 class Progress:
-    """Counts units and sentences; `done` of them were finished before."""
+    """Progress of a job: a bar in a terminal, otherwise a line of the log every ten seconds. done: sentences before."""
 
     def __init__(self, sentences: int, done: int):
         self.total, self.before = max(sentences, 1), done
@@ -48,14 +51,14 @@ class Progress:
         self.is_terminal = sys.stderr.isatty()
 
     def add(self, sentences: int, words: int) -> None:
-        """A unit is finished."""
+        """Count a finished unit."""
         self.now += sentences
         self.words += words
-        if self.is_terminal or time.monotonic() - self.shown >= _EVERY_S:
+        if self.is_terminal or time.monotonic() - self.shown >= _LINE_EVERY_S:
             self._show()
 
     def close(self) -> None:
-        """Ends the bar's line."""
+        """End the line of the bar."""
         if self.is_terminal and self.words:
             sys.stderr.write("\n")
 
@@ -70,21 +73,18 @@ class Progress:
         left = (self.total - self.now) * (self.shown - self.start) / max(self.now - self.before, 1)
         text = f"{self.now:,}/{self.total:,} sentences  {speed:,.0f} words/s  {clock(left)} left"
         if self.is_terminal:
-            filled = _WIDTH * self.now // self.total
-            sys.stderr.write(f"\r[{'#' * filled}{'.' * (_WIDTH - filled)}] {text}   ")
+            filled = _BAR_WIDTH * self.now // self.total
+            sys.stderr.write(f"\r[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {text}   ")
             sys.stderr.flush()
         else:
             logger.info("%s", text)
 
 
-_WORDS = 4096
-
-
 def write_token_vectors(source: Source, vocab: str, out: Path, precision: str = "fp32") -> int:
-    """Writes `embedding` [V, P] float32, a row for each line of the vocabulary; returns V.
+    """Write `embedding` [V, D] float32, with a row for each line of the vocabulary; return V.
 
-    `Elmo.from_token_vectors` and bilm-tf run from it. Raises ConfigError for a model with word input, DataError for the
-    vocabulary and where the disk takes no more.
+    `Elmo.from_token_vectors` and bilm-tf run from this file. Raises ConfigError for a model with word input, DataError
+    if the vocabulary cannot be read or the disk is full.
     """
     if source.model.char_cnn is None:
         raise ConfigError(f"{source.path}: embed.tokens is for a model with characters; this one has a table of words")
@@ -94,21 +94,17 @@ def write_token_vectors(source: Source, vocab: str, out: Path, precision: str = 
     with atomic_write(out, also=(RuntimeError,)) as temporary, h5py.File(temporary, "w") as file, torch.no_grad():
         shape = (vocabulary.size, source.config.lstm.projection_dim)
         vectors = file.create_dataset("embedding", shape, dtype="float32", track_times=False)
-        for first in range(0, vocabulary.size, _WORDS):
-            part = encoder.word_vectors(table_VC[first : first + _WORDS])
-            vectors[first : first + _WORDS] = part.float().cpu().numpy()
+        for first in range(0, vocabulary.size, _WORDS_AT_A_TIME):
+            rows = slice(first, first + _WORDS_AT_A_TIME)
+            vectors[rows] = encoder.word_vectors(table_VC[rows]).float().cpu().numpy()
     return vocabulary.size
 
 
-_WINDOW_WORDS = 1 << 14
-"""Words that are read before their sentences are sorted by length, and written together."""
-
-
 class EmbedWorker:
-    """The model of a job on its device. A unit's result depends on the unit alone and not on the ones before."""
+    """Model of a job on its device. The result of a unit depends on this unit only, not on the units before it."""
 
     def __init__(self, job: EmbedJob, source: Source | None = None):
-        """source: the opened model, where this process has it already. Raises ElmoRayErrors as `open_source`."""
+        """Open the model, unless this process has it already as `source`. Raises the errors of `open_source`."""
         self.job = job
         if source is None:
             source = open_source(job.source, job.checkpoint, job.options, job.vocab, verify=False)
@@ -120,12 +116,12 @@ class EmbedWorker:
         self._weights = _layer_weights(job.layers, source.config.lstm.n_layers + 1)
 
     def make(self, unit: Unit) -> dict[str, Any]:
-        """Writes a unit's part; its number, words and seconds. Raises DataError for text that cannot be read."""
+        """Write the shard of a unit; return its number, words and seconds. Raises DataError for unreadable text."""
         start = time.monotonic()
-        # The vectors of words that an earlier unit had would come from products of another size, with other last bits.
+        # A new cache of word vectors: those of earlier units come from products of other sizes, with other last bits.
         self.encoder = SentenceEncoder(self.model, torch.bfloat16 if self.job.precision == "bf16" else None)
         words = done = 0
-        with part_writer(self.job, unit) as writer:
+        with shard_writer(self.job, unit) as writer:
             for sentences, rows in self._rows(read_sentences(unit, self.job.column, self.job.on_error)):
                 writer.write(unit.first + done, sentences, rows)
                 words += sum(map(len, sentences))
@@ -159,7 +155,7 @@ class EmbedWorker:
             return [model.surprisal_of(top, words) for top, words in zip(layers[-1], batch, strict=True)], after
         chosen = self._chosen(layers)[:, :, 1:-1]
         if self.job.output == "means":
-            # positions after a sentence's words are not all zero: its end marker is one of them
+            # Positions after the words of a sentence are not all zero: the first of them is the end marker.
             lengths = torch.tensor([len(words) for words in batch], device=chosen.device)
             inside = (torch.arange(chosen.shape[2], device=chosen.device) < lengths[:, None])[..., None]
             sums = torch.where(inside, chosen, 0.0).sum(dim=2)
@@ -169,7 +165,7 @@ class EmbedWorker:
         return [vectors[:, row, : len(words)] for row, words in enumerate(batch)], after
 
     def _chosen(self, layers: Sequence[Tensor]) -> Tensor:
-        """[L, B, T, D] all layers, or one that they make."""
+        """Return [L, B, T, D]: all layers, or their weighted sum as a single layer."""
         if self._weights is None:
             return torch.stack(list(layers))
         mixed = torch.zeros_like(layers[0])
@@ -195,7 +191,7 @@ def _layer_weights(layers: tuple[float, ...] | str, count: int) -> list[float] |
 
 
 def check_layers(job: EmbedJob, source: Source) -> None:
-    """Raises ConfigError for factors that are not as many as the model's layers."""
+    """Raise ConfigError if the number of factors is not the number of the model's layers."""
     _layer_weights(job.layers, source.config.lstm.n_layers + 1)
 
 
@@ -206,7 +202,7 @@ def _windows(sentences: Iterator[list[str]]) -> Iterator[list[list[str]]]:
         for words in sentences:
             window.append(words)
             positions += len(words) + 2
-            if positions >= _WINDOW_WORDS:
+            if positions >= _WINDOW_POSITIONS:
                 break
         if not window:
             return
@@ -214,7 +210,7 @@ def _windows(sentences: Iterator[list[str]]) -> Iterator[list[list[str]]]:
 
 
 def _batches(window: Sequence[Sequence[str]], most: int) -> Iterator[list[int]]:
-    """Numbers of sentences of like length, longest first, `most` positions with padding at a time; one at least."""
+    """Yield numbers of sentences of similar length, longest first: `most` padded positions, or one longer sentence."""
     order = sorted(range(len(window)), key=lambda number: -len(window[number]))
     waiting = iter(order)
     for number in waiting:
@@ -223,14 +219,14 @@ def _batches(window: Sequence[Sequence[str]], most: int) -> Iterator[list[int]]:
 
 
 class EmbedTask:
-    """A job for any process: the model is opened at the first unit, in the process that is called."""
+    """Function for any process that makes the units of a job; the model is opened there at the first unit."""
 
     def __init__(self, job: EmbedJob):
         self.job = job
         self.worker: EmbedWorker | None = None
 
     def __call__(self, unit: Unit) -> dict[str, Any]:
-        """Make a unit's part; results and errors as of `EmbedWorker`."""
+        """Return the result of `EmbedWorker.make`; raises the same errors."""
         if self.worker is None:
             self.worker = EmbedWorker(self.job)
         return self.worker.make(unit)

@@ -1,4 +1,4 @@
-"""`report`: what runs have come to, as a table and curve in the terminal and as one page of HTML with pictures.
+"""`report`: show runs as a table and a curve in the terminal, and as one page of HTML with pictures.
 
 python -m elmo_ray.report RUN [RUN ...] [out=FOLDER] [words=[...]] [--json FILE]
 """
@@ -21,7 +21,7 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class ReportResult:
-    """page: report.html; pictures: the PNGs beside it, curve.png first."""
+    """Report of runs. page: the place of report.html. pictures: the places of the PNGs beside it, curve.png first."""
 
     runs: tuple[RunCurve, ...]
     page: str
@@ -31,7 +31,7 @@ class ReportResult:
         return "\n".join([table(self.runs), "", terminal_curve(self.runs), f"page: {self.page}"])
 
     def to_dict(self) -> dict[str, Any]:
-        """`runs`: for each its figures and `curves` of [step, perplexity] for train and valid; the files written."""
+        """Return the figures and `curves` of each run, [step, perplexity] for train and valid; and the files."""
         runs = []
         for run in self.runs:
             curves = {kind: [list(point) for point in run.points(kind)] for kind in ("train", "valid")}
@@ -40,7 +40,7 @@ class ReportResult:
 
 
 def run(config: ReportConfig, flags: Flags | None = None) -> ReportResult:
-    """Reads the runs, writes report.html and its PNGs to `out` (by default the first run); raises DataError."""
+    """Read the runs; write report.html and its PNGs to `out`, by default the folder of the first run. DataError."""
     from elmo_ray.report import page as report_page
 
     runs = tuple(RunCurve.read(path) for path in config.runs)
@@ -48,9 +48,9 @@ def run(config: ReportConfig, flags: Flags | None = None) -> ReportResult:
         raise DataError("no run is named; usage: python -m elmo_ray.report RUN [RUN ...]")
     place = absolute(config.out if config.out is not None else config.runs[0])
     folder = local_folder(place)
-    about = [report_page.read_about(run, name, config.words) for run, name in zip(runs, config.runs, strict=True)]
+    details = [report_page.read_details(run, name, config.words) for run, name in zip(runs, config.runs, strict=True)]
     pictures = report_page.draw(runs, folder)
-    report_page.write_page(folder / PAGE, runs, about, pictures)
+    report_page.write_page(folder / PAGE, runs, details, pictures)
     try:
         push(folder, PAGE, "*.png")
     except OSError as error:
@@ -59,4 +59,5 @@ def run(config: ReportConfig, flags: Flags | None = None) -> ReportResult:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return run_verb("report", ReportConfig, run, argv)

@@ -1,8 +1,7 @@
-"""Runs as curves and tables: what the terminal and the page of `report` show."""
+"""Runs as curves and tables, for the terminal and for the page of `report`."""
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 import statistics
@@ -11,22 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elmo_ray.config.command_line import text_table
 from elmo_ray.errors import DataError
 from elmo_ray.storage import absolute, base_name, is_uri
 from elmo_ray.storage.local_copy import local_copy_of
 from elmo_ray.training.metrics import Record, clock, read_metrics
 
-_LOG = logging.getLogger(__name__)
-
 NOTE = "train: as trained, with dropout and, where set, sampled softmax; not comparable with held-out perplexity"
-
+"""Footnote of the tables."""
 
 Points = list[tuple[int, float]]
+"""(step, value), in the order of steps."""
 
 
 @dataclass(frozen=True)
 class RunCurve:
-    """A run's records in the order of steps."""
+    """Records of a run, in the order of steps."""
 
     name: str
     path: Path
@@ -34,15 +33,15 @@ class RunCurve:
 
     @classmethod
     def read(cls, path: str | Path) -> RunCurve:
-        """Raises DataError if the folder has no metrics."""
-        full = _here(path)
+        """Read the metrics of a run. Raises DataError if the folder has none."""
+        full = _local_folder(path)
         records = tuple(read_metrics(full))
         if not records:
             raise DataError(f"{path}/metrics: no record yet")
         return cls(base_name(path if is_uri(path) else full), full, records)
 
     def points(self, kind: str, name: str = "perplexity") -> Points:
-        """(step, value) for each record of the kind that has the value."""
+        """Return (step, value) of each record of this kind with a positive value of this name."""
         return [
             (record["step"], float(record[name]))
             for record in self.records
@@ -50,11 +49,11 @@ class RunCurve:
         ]
 
     def figures(self) -> dict[str, Any]:
-        """The run in some numbers; those that its records do not have are None."""
+        """Return the main numbers of the run; those that its records do not have are None."""
         valid = self.points("valid")
         train = self.points("train")
         last_step = int(self.records[-1]["step"])
-        # A training loss is that of one window: the mean over the last sixth of the run says more than the last one.
+        # The training loss of one window varies much: the mean over the last sixth of the run says more than the last.
         recent = [math.log(value) for step, value in train if step > last_step * 5 / 6]
         best = min(valid, key=lambda point: point[1], default=(None, None))
         forward, backward = self.points("valid", "perplexity_forward"), self.points("valid", "perplexity_backward")
@@ -84,8 +83,8 @@ class RunCurve:
         return max(times) - min(times) if len(times) > 1 else None
 
 
-def _here(run: str | Path) -> Path:
-    """A run's folder; of one in an object store a local copy of what a report needs."""
+def _local_folder(run: str | Path) -> Path:
+    """Return the folder of a run, or a local copy of a report's files if the run is in an object store."""
     if not is_uri(run):
         return Path(run).resolve()
     copy = local_copy_of(absolute(run))
@@ -97,29 +96,20 @@ def _here(run: str | Path) -> Path:
 
 
 def table(runs: Sequence[RunCurve]) -> str:
-    """A line for each run."""
-    cells = table_cells(runs)
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = []
-    for row in cells:
-        line = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(line).rstrip())
-    return "\n".join([*lines, f"perplexities; {NOTE}"])
+    """Return a table for the terminal with a row for each run."""
+    return "\n".join([*text_table(table_cells(runs)), f"perplexities; {NOTE}"])
 
 
 def table_cells(runs: Sequence[RunCurve]) -> list[list[str]]:
-    """The head and a row for each run."""
+    """Return the cells of a table: the head, and a row for each run."""
     head = ["run", "step", "epoch", "train", "held-out", "forward", "backward", "best (step)", "positions/s", "time"]
     rows = []
     for item in runs:
         f = item.figures()
-        best = f"{_show(f['valid_perplexity_best'])} ({f['valid_step_best']})" if f["valid_step_best"] else "-"
+        best = f"{_format(f['valid_perplexity_best'])} ({f['valid_step_best']})" if f["valid_step_best"] else "-"
         names = ("train", "valid", "valid", "valid")
         ends = ("", "", "_forward", "_backward")
-        values = [_show(f[f"{name}_perplexity{end}"]) for name, end in zip(names, ends, strict=True)]
+        values = [_format(f[f"{name}_perplexity{end}"]) for name, end in zip(names, ends, strict=True)]
         speed = f"{f['positions_per_second']:,.0f}" if f["positions_per_second"] else "-"
         time = clock(f["seconds"]) if f["seconds"] is not None else "-"
         epoch = f"{f['epoch']:.2f}" if f["epoch"] is not None else "-"
@@ -128,7 +118,7 @@ def table_cells(runs: Sequence[RunCurve]) -> list[list[str]]:
 
 
 def terminal_curve(runs: Sequence[RunCurve], width: int | None = None, height: int = 18) -> str:
-    """Perplexity over steps on a logarithmic scale, drawn with characters."""
+    """Return a picture of characters: perplexity over steps, on a logarithmic scale."""
     import plotext
 
     lines = _terminal_lines(runs)
@@ -160,7 +150,7 @@ def terminal_curve(runs: Sequence[RunCurve], width: int | None = None, height: i
 
 
 def _terminal_lines(runs: Sequence[RunCurve]) -> list[tuple[str, str, Points]]:
-    """(label, marker, points): both curves of a single run, one curve each of several."""
+    """Return (label, marker, points) of each line: both curves of a single run, or one curve for each of several."""
     if len(runs) == 1:
         both = [("train", "dot", runs[0].points("train")), ("held-out", "x", runs[0].points("valid"))]
         return [line for line in both if line[2]]
@@ -175,7 +165,7 @@ def _terminal_lines(runs: Sequence[RunCurve]) -> list[tuple[str, str, Points]]:
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, not more than eight."""
+    """Return at most eight round numbers from `low` to `high`."""
     for steps in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5, 7), (1, 2, 5), (1,)):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
@@ -185,7 +175,7 @@ def round_ticks(low: float, high: float) -> list[float]:
     return ticks if len(ticks) > 1 else [round(low, 1), round(high, 1)]
 
 
-def _show(value: float | None) -> str:
+def _format(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1f}" if value < 1e6 else f"{value:.2e}"

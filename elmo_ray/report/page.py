@@ -1,4 +1,4 @@
-"""The pictures and the page of `report`: PNGs by matplotlib, and one HTML file that holds them all."""
+"""Pictures and page of `report`: PNGs by matplotlib, and one HTML file that holds them all."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elmo_ray.config.schema import flatten
 from elmo_ray.config.yaml_reader import parse_yaml
-from elmo_ray.errors import ElmoRayError
+from elmo_ray.errors import ConfigError, ElmoRayError
 from elmo_ray.report.curves import NOTE, RunCurve, round_ticks, table_cells
+from elmo_ray.storage import read_json
 from elmo_ray.storage.files import atomic_write, write_aside
 from elmo_ray.training.metrics import clock
 
 logger = logging.getLogger(__name__)
 
 SHOWN_WORDS = ("the", "is", "he", "one", "time", "good", "walked", "because", "London", "unhappily")
-"""Whose neighbours are shown where no others are asked for, as far as the vocabulary has them."""
+"""Words whose neighbours are shown if the user names none, as far as the vocabulary has them."""
 
 _STYLE = (
     "body{font:15px/1.45 sans-serif;margin:2rem auto;max-width:1080px;padding:0 1rem;color:#222}"
@@ -33,27 +35,28 @@ _STYLE = (
 
 
 @dataclass(frozen=True)
-class About:
-    """What a run has besides its metrics: settings by dotted key, its result, and neighbours of words by layer."""
+class RunDetails:
+    """Details of a run besides its metrics: settings by dotted key, its result, and neighbours of words by layer."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     neighbours: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
 
-def read_about(run: RunCurve, place: str, words: Sequence[str]) -> About:
-    """Reads config.yaml, result.json and the best checkpoint of a run at `place`, as far as it has them."""
+def read_details(run: RunCurve, place: str, words: Sequence[str]) -> RunDetails:
+    """Read config.yaml, result.json and the best checkpoint of a run at `place`, as far as it has them."""
     settings: dict[str, Any] = {}
-    result: dict[str, Any] = {}
     try:
-        _flatten(parse_yaml((run.path / "config.yaml").read_text("utf-8"), "config.yaml"), "", settings)
-    except (OSError, ElmoRayError, ValueError, AttributeError):
+        values = parse_yaml((run.path / "config.yaml").read_text("utf-8"), "config.yaml")
+        if not isinstance(values, Mapping):
+            raise ConfigError("config.yaml: must be a mapping of sections")
+        settings = flatten(values)
+    except (OSError, ElmoRayError, ValueError):
         logger.info("%s: has no settings that can be read", place)
-    try:
-        result = dict(json.loads((run.path / "result.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+    result = read_json(run.path / "result.json")
+    if result is None:
         logger.info("%s: has no result yet", place)
-    return About(settings, result, _neighbours(place, words))
+    return RunDetails(settings, result or {}, _neighbours(place, words))
 
 
 def _neighbours(place: str, words: Sequence[str]) -> dict[str, dict[str, list[str]]]:
@@ -82,7 +85,7 @@ def _neighbours(place: str, words: Sequence[str]) -> dict[str, dict[str, list[st
 
 @dataclass(frozen=True)
 class _Panel:
-    """One picture: lines of (kind, name of the value, label, style)."""
+    """Picture with lines of (kind of record, name of the value, label, style)."""
 
     file: str
     title: str
@@ -118,7 +121,7 @@ _PANELS = (
 
 
 def draw(runs: Sequence[RunCurve], folder: Path) -> dict[str, Path]:
-    """Title -> PNG in `folder`, of the pictures for which there are values (and always the curve); DataError."""
+    """Draw the curve, and each picture that has values; return the PNGs in `folder` by title. Raises DataError."""
     pictures = {}
     for panel in _PANELS:
         if panel.file == "curve.png" or any(run.points(kind, name) for run in runs for kind, name, *_ in panel.lines):
@@ -168,16 +171,18 @@ def _draw(panel: _Panel, runs: Sequence[RunCurve], target: Path) -> Path:
 # ---------------------------------------------------------------- page
 
 
-def write_page(path: Path, runs: Sequence[RunCurve], about: Sequence[About], pictures: Mapping[str, Path]) -> None:
-    """The page, written aside and renamed; everything is in the file. Raises DataError where it cannot be written."""
+def write_page(
+    path: Path, runs: Sequence[RunCurve], details: Sequence[RunDetails], pictures: Mapping[str, Path]
+) -> None:
+    """Write the page as one file that needs no other. Raises DataError if it cannot be written."""
     names = [run.name for run in runs]
-    body = [f"<h1>{_text(', '.join(names))}</h1>", _table(table_cells(runs)), f'<p class="note">{_text(NOTE)}</p>']
+    body = [f"<h1>{_escape(', '.join(names))}</h1>", _table(table_cells(runs)), f'<p class="note">{_escape(NOTE)}</p>']
     for title, picture in pictures.items():
         data = base64.b64encode(picture.read_bytes()).decode()
-        body.append(f'<h2>{_text(title)}</h2><img alt="{_text(title)}" src="data:image/png;base64,{data}">')
-    body += _evaluations(names, about) + _differences(names, about) + _history(runs) + _nearest(names, about)
+        body.append(f'<h2>{_escape(title)}</h2><img alt="{_escape(title)}" src="data:image/png;base64,{data}">')
+    body += _evaluations(names, details) + _differences(names, details) + _history(runs) + _nearest(names, details)
     text = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(", ".join(names))}</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_escape(", ".join(names))}</title>'
         f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head>\n<body>\n'
         + "\n".join(body)
         + "\n</body></html>\n"
@@ -185,10 +190,10 @@ def write_page(path: Path, runs: Sequence[RunCurve], about: Sequence[About], pic
     write_aside(path, text.encode())
 
 
-def _evaluations(names: Sequence[str], about: Sequence[About]) -> list[str]:
-    """What each run measured on its test text at its end."""
+def _evaluations(names: Sequence[str], details: Sequence[RunDetails]) -> list[str]:
+    """Return a table of the measures of each run's test text, if there are any."""
     rows = [["run", "forward", "backward", "both", "bits/char", "positions", "unknown", "unigram"]]
-    for name, each in zip(names, about, strict=True):
+    for name, each in zip(names, details, strict=True):
         values = each.result.get("evaluation")
         if isinstance(values, dict):
             numbers = [_number(values.get(f"perplexity{end}")) for end in ("_forward", "_backward", "")]
@@ -204,22 +209,22 @@ def _evaluations(names: Sequence[str], about: Sequence[About]) -> list[str]:
     return ["<h2>Evaluation</h2>", _table(rows), f'<p class="note">{note}</p>']
 
 
-def _differences(names: Sequence[str], about: Sequence[About]) -> list[str]:
-    """The settings in which runs differ; of a single run all."""
-    keys = list(dict.fromkeys(key for each in about for key in each.settings))
-    differing = [key for key in keys if len({_setting(each.settings.get(key)) for each in about}) > 1]
+def _differences(names: Sequence[str], details: Sequence[RunDetails]) -> list[str]:
+    """Return a table of the settings in which the runs differ, or of all settings of a single run."""
+    keys = list(dict.fromkeys(key for each in details for key in each.settings))
+    differing = [key for key in keys if len({_setting(each.settings.get(key)) for each in details}) > 1]
     shown = [key for key in (differing if len(names) > 1 else keys) if key != "run.name"]
     if not keys:
         return []
     title = "Settings in which the runs differ" if len(names) > 1 else "Settings"
     if not shown:
         return [f"<h2>{title}</h2><p>none</p>"]
-    rows = [["key", *names], *([key, *(_setting(each.settings.get(key)) for each in about)] for key in shown)]
+    rows = [["key", *names], *([key, *(_setting(each.settings.get(key)) for each in details)] for key in shown)]
     return [f"<h2>{title}</h2>", _table(rows, numbers=False)]
 
 
 def _history(runs: Sequence[RunCurve]) -> list[str]:
-    """Starts, stops and what else happened in each run."""
+    """Return a table of the starts, stops and other events of each run, if there are any."""
     rows = [["run", "after", "step", "what happened"]]
     for run in runs:
         begun = min((float(r["time"]) for r in run.records if r.get("time") is not None), default=0.0)
@@ -231,30 +236,31 @@ def _history(runs: Sequence[RunCurve]) -> list[str]:
     return ["<h2>Starts and stops</h2>", _table(rows, numbers=False)] if len(rows) > 1 else []
 
 
-def _nearest(names: Sequence[str], about: Sequence[About]) -> list[str]:
-    parts: list[str] = []
-    for layer in dict.fromkeys(layer for each in about for layer in each.neighbours):
-        tables = [each.neighbours.get(layer, {}) for each in about]
+def _nearest(names: Sequence[str], details: Sequence[RunDetails]) -> list[str]:
+    """Return a table of nearest words for each layer that has them."""
+    sections: list[str] = []
+    for layer in dict.fromkeys(layer for each in details for layer in each.neighbours):
+        tables = [each.neighbours.get(layer, {}) for each in details]
         words = list(dict.fromkeys(word for each in tables for word in each))
         rows = [["word", *names], *([w, *(", ".join(each.get(w, [])) for each in tables)] for w in words)]
         if words:
-            parts += [f"<h2>Nearest words {_text(layer)}</h2>", _table(rows, numbers=False)]
-    return parts
+            sections += [f"<h2>Nearest words {_escape(layer)}</h2>", _table(rows, numbers=False)]
+    return sections
 
 
 def _table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
-    """HTML of a head and rows; `numbers`: all columns but the first are."""
+    """Return the HTML of a table with a head and rows. numbers: all columns but the first hold numbers."""
     lines = []
     for index, row in enumerate(rows):
         tag = "td" if index else "th"
         cells = (
-            f"<{tag}{' class=n' if numbers and place else ''}>{_text(cell)}</{tag}>" for place, cell in enumerate(row)
+            f"<{tag}{' class=n' if numbers and place else ''}>{_escape(cell)}</{tag}>" for place, cell in enumerate(row)
         )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def _text(value: str) -> str:
+def _escape(value: str) -> str:
     return html.escape(value, quote=True)
 
 
@@ -264,11 +270,3 @@ def _number(value: Any, form: str = ",.2f") -> str:
 
 def _setting(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str, into: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            _flatten(value, f"{prefix}{key}.", into)
-        else:
-            into[f"{prefix}{key}"] = value

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -63,6 +64,11 @@ def absolute(place: Place) -> str:
     if not bucket or ".." in key.split("/"):
         raise ConfigError(f"{text}: is no URI of a store, which has the form {protocol}://BUCKET/NAME")
     return text.rstrip("/")
+
+
+def absolute_or_none(place: Place | None) -> str | None:
+    """Return `absolute` of a place that is given, for a process with another working folder."""
+    return None if place is None else absolute(place)
 
 
 def join(place: Place, *names: str) -> str:
@@ -131,6 +137,15 @@ def folders(place: Place) -> list[str]:
 def read_bytes(place: Place) -> bytes:
     """Return all bytes of a file."""
     return read_range(place, 0, None) if is_uri(place) else Path(place).read_bytes()
+
+
+def read_json(place: Place) -> dict[str, Any] | None:
+    """Return the JSON object in a file, or None if there is no such file or it holds none that can be read."""
+    try:
+        value = json.loads(read_bytes(place))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def read_range(place: Place, start: int, end: int | None) -> bytes:

@@ -16,7 +16,7 @@ from pydantic import Field, PlainValidator
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.config.finetune import FinetuneConfig, explicit
-from elmo_ray.config.schema import Allowed, Duration, Int, Section, keys, show, unknown_key
+from elmo_ray.config.schema import Allowed, Duration, Int, Section, flatten, keys, nest, set_nested, show, unknown_key
 from elmo_ray.errors import ConfigError, short
 
 KINDS = ("loguniform", "uniform", "randint", "choice", "grid")
@@ -24,7 +24,7 @@ KINDS = ("loguniform", "uniform", "randint", "choice", "grid")
 
 @dataclass(frozen=True)
 class Domain:
-    """Values of one key. kind: one of KINDS.
+    """Values that one key can take. kind: one of KINDS.
 
     values: (low, high) of a range (randint includes both), or all values of `choice` and `grid`.
     """
@@ -199,17 +199,13 @@ class SweepConfig(FinetuneConfig):
 
     def tree(self) -> dict[str, Any]:
         """Return the settings that the user gave, as nested plain values, without the section `sweep`."""
-        return nested({key: value for key, value in explicit(self, "") if not key.startswith("sweep.")})
+        return nest({key: value for key, value in explicit(self, "") if not key.startswith("sweep.")})
 
     def trial(self, values: dict[str, Any]) -> FinetuneConfig | PretrainConfig:
         """Return the configuration of a trial; raise ConfigError for values that do not fit."""
         tree = self.tree()
         for key, value in values.items():
-            place = tree
-            *path, last = key.split(".")
-            for name in path:
-                place = place.setdefault(name, {})
-            place[last] = value
+            set_nested(tree, key, value)
         if self.init.source is not None:
             return FinetuneConfig.from_dict(tree)
         tree.pop("init", None)
@@ -218,7 +214,7 @@ class SweepConfig(FinetuneConfig):
 
     def as_given(self) -> dict[str, Any]:
         """Return the values of the varied keys in the file itself; raise ConfigError if one is not in its domain."""
-        whole = dict(explicit_or_default(self.trial({})))
+        whole = flatten(self.trial({}).to_dict())
         values = {key: whole.get(key) for key in self.sweep.space}
         for key, domain in self.sweep.domains().items():
             value = values[key]
@@ -233,7 +229,7 @@ class SweepConfig(FinetuneConfig):
                 )
         return values
 
-    def places(self, values: dict[str, Any]) -> dict[str, Any]:
+    def optuna_values(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return the values in the form that Optuna takes: for a choice, the index of the value as a string."""
         domains = self.sweep.domains()
         return {
@@ -241,7 +237,7 @@ class SweepConfig(FinetuneConfig):
             for key, value in values.items()
         }
 
-    def draws(self) -> list[dict[str, Any]]:
+    def planned_trials(self) -> list[dict[str, Any]]:
         """Return the varied values of each trial that does not depend on the results of others.
 
         The values of the first trial may be empty: it is the file as it is.
@@ -253,26 +249,3 @@ class SweepConfig(FinetuneConfig):
         if self.sweep.search == "grid":
             return [*first, *all_combinations(domains)]
         return [*first, *draw_trials(domains, self.sweep.trials - len(first), self.run.seed)]
-
-
-def explicit_or_default(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield all settings, each as its dotted key and its plain value."""
-    for name, value in section.to_dict().items():
-        field = next(n for n, f in type(section).model_fields.items() if name in (n, f.alias))
-        below = getattr(section, field)
-        if isinstance(below, Section):
-            yield from explicit_or_default(below, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return dotted keys as nested mappings."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        place = tree
-        *path, last = key.split(".")
-        for name in path:
-            place = place.setdefault(name, {})
-        place[last] = value
-    return tree

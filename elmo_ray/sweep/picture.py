@@ -1,4 +1,4 @@
-"""A sweep as a picture: held-out perplexity against steps for all trials, and against each thing that was varied."""
+"""Picture of a sweep: held-out perplexity against steps for all trials, and against each setting that was varied."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from elmo_ray.config.schema import show
 from elmo_ray.storage.files import atomic_write
-from elmo_ray.sweep.trials import FAILED, STOPPED, Trial
+from elmo_ray.sweep.trials import FAILED, FINISHED, STOPPED, Trial
 
 _COLUMNS = 3
 
 
 def draw(path: Path, trials: Sequence[Trial], best: Trial | None) -> None:
-    """Write a PNG; raises DataError where it cannot be written."""
+    """Write a PNG to `path`. Raises DataError if it cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,21 +36,21 @@ def draw(path: Path, trials: Sequence[Trial], best: Trial | None) -> None:
     axes.set_title("held-out perplexity of each trial")
     if axes.lines:
         axes.legend(fontsize=8, ncols=2)
-    _perplexity(axes)
+    _set_up_perplexity_axis(axes)
     for place, key in enumerate(keys):
-        _against(figure.add_subplot(grid[1 + place // _COLUMNS, place % _COLUMNS]), key, trials, best)
+        _plot_against(figure.add_subplot(grid[1 + place // _COLUMNS, place % _COLUMNS]), key, trials, best)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _against(axes: Any, key: str, trials: Sequence[Trial], best: Trial | None) -> None:
-    """Best perplexity against one key: an axis of numbers, or a place for each value."""
+def _plot_against(axes: Any, key: str, trials: Sequence[Trial], best: Trial | None) -> None:
+    """Plot the best perplexities against the values of one key: an axis of numbers, or a tick for each value."""
     points = [(t.values[key], t.best[1], t) for t in trials if key in t.values and t.best is not None]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value, _, _ in points)
     names = list(dict.fromkeys(show(value) for value, _, _ in points))
     for value, perplexity, trial in points:
         x = value if numeric else names.index(show(value))
-        hollow = trial.status != "finished"
+        hollow = trial.status != FINISHED
         colour = "C3" if trial is best else "C0"
         axes.plot([x], [perplexity], "o", color=colour, markerfacecolor="none" if hollow else colour)
         axes.annotate(str(trial.number), (x, perplexity), textcoords="offset points", xytext=(5, 3), fontsize=8)
@@ -63,10 +63,10 @@ def _against(axes: Any, key: str, trials: Sequence[Trial], best: Trial | None) -
             range(len(names)), [name if len(name) < 30 else name[:27] + "..." for name in names], fontsize=7
         )
     axes.set_xlabel(f"{key} (hollow: not finished)")
-    _perplexity(axes)
+    _set_up_perplexity_axis(axes)
 
 
-def _perplexity(axes: Any) -> None:
+def _set_up_perplexity_axis(axes: Any) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("held-out perplexity")
     axes.grid(alpha=0.3, which="both")

@@ -1,32 +1,33 @@
-"""The trials of a sweep as they are on the disk: what each varies, how far it is, how it ended; and tables of them.
+"""Trials of a sweep as they are on the disk, and tables of them.
 
-Everything is in SWEEP/trials/trial-000/, a run's folder with two files more: trial.json, what is varied, and
-outcome.json, how it ended. So a sweep that was killed knows all that it knew.
+The folder SWEEP/trials/trial-000/ is a run's folder with two more files: trial.json holds the varied values, and
+outcome.json says how the trial ended. So a sweep that was killed loses nothing that it knew.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elmo_ray.config.command_line import text_table
 from elmo_ray.config.schema import show
 from elmo_ray.errors import DataError
+from elmo_ray.storage import read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.training.metrics import Record, clock, read_metrics
 
 TRIAL, OUTCOME = "trial.json", "outcome.json"
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
-"""How a trial can end: at its last step (or by patience), early because others are better, or with an error."""
+"""Ends of a trial: at its last step or by patience, early because other trials are better, or with an error."""
 
 
 @dataclass
 class Trial:
-    """values: what is varied, by dotted key. outcome: None while it has not ended; `status` and more."""
+    """Trial of a sweep. values: the varied ones, by dotted key. outcome: None until it ends, then `status` and more."""
 
     number: int
     folder: Path
@@ -46,7 +47,7 @@ class Trial:
 
     @property
     def validations(self) -> list[tuple[int, float]]:
-        """(step, held-out perplexity) as far as it was finite."""
+        """Return (step, held-out perplexity) of each validation with a finite perplexity."""
         pairs = ((r["step"], r.get("perplexity")) for r in self.records if r["kind"] == "valid")
         return [(step, float(value)) for step, value in pairs if value is not None]
 
@@ -56,11 +57,12 @@ class Trial:
 
     @property
     def best(self) -> tuple[int, float] | None:
+        """Return (step, held-out perplexity) of the best validation, or None."""
         return min(self.validations, key=lambda pair: pair[1], default=None)
 
     @property
     def seconds_left(self) -> float | None:
-        """At the speed of the last record of training."""
+        """Return the seconds to the last step at the speed of the last training record, or None if it is unknown."""
         train = [record for record in self.records if record["kind"] == "train"]
         if self.outcome is not None or not train or not train[-1].get("positions_per_second"):
             return None
@@ -69,38 +71,29 @@ class Trial:
         return float(left / last["positions_per_second"])
 
     def read(self) -> None:
-        """What it has come to since the last look."""
+        """Read the outcome and the records from the disk."""
         if self.outcome is None:
-            self.outcome = read_json_file(self.folder / OUTCOME)
+            self.outcome = read_json(self.folder / OUTCOME)
         try:
             self.records = [r for r in read_metrics(self.folder) if r["kind"] in ("train", "valid")]
-        except DataError:  # not begun, or a line that is being written
+        except DataError:  # it has not begun, or a line is being written
             return
 
     def end(self, status: str, **more: Any) -> None:
-        """Note how it ended; the first note counts."""
-        if read_json_file(self.folder / OUTCOME) is None:
+        """Write the outcome, unless one is there: the first one counts."""
+        if read_json(self.folder / OUTCOME) is None:
             write_json(self.folder / OUTCOME, {"status": status, **more})
 
 
 def try_lost_again(trials: Sequence[Trial]) -> None:
-    """Forget how trials ended that were lost with their workers: they go on where they were."""
+    """Remove the outcome of trials that were lost with their workers, so that they continue from their checkpoints."""
     for trial in trials:
         if trial.status == FAILED and (trial.outcome or {}).get("lost"):
             (trial.folder / OUTCOME).unlink(missing_ok=True)
 
 
-def read_json_file(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file, or none that can be read."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
 def add_trial(sweep_dir: Path, number: int, values: dict[str, Any]) -> Trial:
-    """Make the trial's folder; raises FileExistsError where the number is taken."""
+    """Make the folder of a new trial. Raises FileExistsError if the number is taken."""
     folder = sweep_dir / "trials" / f"trial-{number:03d}"
     folder.mkdir(parents=True)
     write_json(folder / TRIAL, {"number": number, "values": values})
@@ -108,35 +101,35 @@ def add_trial(sweep_dir: Path, number: int, values: dict[str, Any]) -> Trial:
 
 
 def read_trials(sweep_dir: Path) -> list[Trial]:
-    """All trials that have a folder, by number, read from the disk."""
+    """Return all trials that have a folder, read from the disk and sorted by number."""
     trials = []
     for folder in (sweep_dir / "trials").glob("trial-*"):
-        note = read_json_file(folder / TRIAL)
-        if note is not None:
-            trials.append(Trial(int(note["number"]), folder, dict(note["values"])))
+        given = read_json(folder / TRIAL)
+        if given is not None:
+            trials.append(Trial(int(given["number"]), folder, dict(given["values"])))
     for trial in trials:
         trial.read()
     return sorted(trials, key=lambda trial: trial.number)
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """Lowest held-out perplexity among those that came to their end, or, where none did, among all."""
+    """Return the trial with the lowest held-out perplexity among the finished ones or, if there are none, among all."""
     measured = [trial for trial in trials if trial.best is not None and trial.status != FAILED]
     finished = [trial for trial in measured if trial.status == FINISHED]
     return min(finished or measured, key=lambda trial: (trial.best or (0, 0.0))[1], default=None)
 
 
-def table(trials: Sequence[Trial], total_steps: int | None = None) -> str:
-    """For the terminal: a line for each trial."""
+def table(trials: Sequence[Trial]) -> str:
+    """Return a table for the terminal with a row for each trial, and the reasons of those that failed."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
-    lines = [["trial", "status", *keys, "step", "perplexity", "best", "at step", "left"]]
+    rows = [["trial", "status", *keys, "step", "perplexity", "best", "at step", "left"]]
     for trial in trials:
         last, best, left = trial.validations[-1:], trial.best, trial.seconds_left
-        lines.append(
+        rows.append(
             [
                 str(trial.number),
                 trial.status,
-                *(_short(trial.values[key]) if key in trial.values else "as given" for key in keys),
+                *(_format_value(trial.values[key]) if key in trial.values else "as given" for key in keys),
                 f"{trial.step:,}",
                 f"{last[0][1]:.2f}" if last else "-",
                 f"{best[1]:.2f}" if best else "-",
@@ -144,18 +137,16 @@ def table(trials: Sequence[Trial], total_steps: int | None = None) -> str:
                 clock(left) if left is not None else "-",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
     reasons = [
         f"trial {trial.number} failed: {trial.outcome.get('message', '')}"
         for trial in trials
         if trial.outcome is not None and trial.status == FAILED
     ]
-    return "\n".join([*rows, *reasons])
+    return "\n".join([*text_table(rows, left=0), *reasons])
 
 
 def results(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Plain values of each trial, with its validations."""
+    """Return the plain values of each trial, with its validations."""
     rows = []
     for trial in trials:
         best, outcome = trial.best, trial.outcome or {}
@@ -180,7 +171,7 @@ def results(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def write_results(sweep_dir: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """results.json and results.csv; in the second each varied key is a column."""
+    """Write results.json and results.csv; in results.csv each varied key is a column."""
     write_json(sweep_dir / "results.json", {**about, "trials": list(rows)})
     keys = list(dict.fromkeys(key for row in rows for key in row["values"]))
     plain = [name for name in (rows[0] if rows else {}) if name not in ("values", "validations")]
@@ -193,5 +184,5 @@ def write_results(sweep_dir: Path, rows: Sequence[dict[str, Any]], about: dict[s
     write_aside(sweep_dir / "results.csv", text.getvalue().encode())
 
 
-def _short(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else show(value)

@@ -1,6 +1,6 @@
-"""A session of Ray Tune: how many trials fit, which of them runs when, and which one ends early.
+"""Session of Ray Tune: the number of trials that fit at a time, the order of trials, and the early end of bad ones.
 
-What lasts is on the disk (`trials`); a session that was killed is followed by a new one with what is left.
+The state that lasts is on the disk (`trials`); a session that was killed is followed by a new one with the trials left.
 """
 
 from __future__ import annotations
@@ -16,43 +16,45 @@ from typing import Any
 
 from elmo_ray.cluster.session import Device, alive_nodes, check_cluster, describe_cpus, fits
 from elmo_ray.errors import ConfigError
+from elmo_ray.storage import read_json
 from elmo_ray.storage.files import write_json
 from elmo_ray.sweep.config import SweepConfig
-from elmo_ray.sweep.trials import FAILED, STOPPED, Trial, read_json_file, read_trials, table
+from elmo_ray.sweep.trials import FAILED, STOPPED, Trial, read_trials, table
 from elmo_ray.training.metrics import clock
 
 logger = logging.getLogger(__name__)
 
 DRIVER_CPUS = 0.05
-"""What a trial's own process reserves: it waits for its workers."""
+"""CPUs that a trial's own process reserves; it only waits for its workers."""
 
 _SESSION = "session.json"
 
 
-def room(config: SweepConfig) -> tuple[Device, int]:
-    """Return the device of workers, and how many trials fit at a time; ConfigError with the numbers where it is none.
+def concurrent_trials(config: SweepConfig) -> tuple[Device, int]:
+    """Return the device of the workers, and the number of trials that fit at a time.
 
-    A trial's process, its workers and their data tasks must all find their CPUs: trials that hold theirs while they
-    wait for others' would wait for ever.
+    Raises ConfigError with the numbers if no trial fits, or if fewer than sweep.concurrent fit.
     """
+    # The process of each trial, its workers and their data tasks must all find CPUs: trials that hold some of theirs
+    # while they wait for the others would wait for ever.
     cluster = config.cluster
     device = check_cluster(cluster)
     nodes = alive_nodes()
     workers = cluster.fewest_workers
-    one = DRIVER_CPUS + workers * (cluster.cpus_per_worker + cluster.data_cpus)
+    cpus_per_trial = DRIVER_CPUS + workers * (cluster.cpus_per_worker + cluster.data_cpus)
 
     def fit(trials: int) -> bool:
         left = [replace(node, cpus=node.cpus - DRIVER_CPUS * trials / len(nodes)) for node in nodes]
-        whole = trials * one <= sum(node.cpus for node in nodes) + 1e-6
-        return whole and fits(left, device, trials * workers, cluster.cpus_per_worker, cluster.data_cpus)
+        total_fits = trials * cpus_per_trial <= sum(node.cpus for node in nodes) + 1e-6
+        return total_fits and fits(left, device, trials * workers, cluster.cpus_per_worker, cluster.data_cpus)
 
     asked = config.sweep.concurrent
     most = 0
     while most < (asked or config.sweep.trials) and fit(most + 1):
         most += 1
     needs = (
-        f"a trial needs {one:g} CPUs: {DRIVER_CPUS:g} + cluster.workers={workers} x (cluster.cpus_per_worker="
-        f"{cluster.cpus_per_worker} + cluster.data_cpus={cluster.data_cpus})"
+        f"a trial needs {cpus_per_trial:g} CPUs: {DRIVER_CPUS:g} + cluster.workers={workers} x "
+        f"(cluster.cpus_per_worker={cluster.cpus_per_worker} + cluster.data_cpus={cluster.data_cpus})"
     )
     have = f"the CPUs of the Ray cluster are {describe_cpus(nodes)}"
     if device == "gpu":
@@ -67,9 +69,9 @@ def room(config: SweepConfig) -> tuple[Device, int]:
 def run_session(
     config: SweepConfig, sweep_dir: Path, concurrent: int, run_trial: Callable[[dict[str, Any]], None]
 ) -> float:
-    """Run what is left of a sweep's trials with Tune; the seconds that all its sessions have taken.
+    """Run the trials that are left with Tune; return the seconds that all sessions of the sweep have taken.
 
-    run_trial: called in a process for each trial, with its number or (Optuna) its values.
+    run_trial: called in a process of each trial, with the trial's number or, for Optuna, its values.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     from ray import tune
@@ -77,7 +79,7 @@ def run_session(
     trials = read_trials(sweep_dir)
     waiting = [trial for trial in trials if trial.outcome is None]
     left = len(waiting) + (max(0, config.sweep.trials - len(trials)) if config.sweep.search == "optuna" else 0)
-    before = (read_json_file(sweep_dir / _SESSION) or {}).get("seconds", 0.0)
+    before = (read_json(sweep_dir / _SESSION) or {}).get("seconds", 0.0)
     if not left:
         return float(before)
     scheduler = _scheduler(config, trials)
@@ -123,14 +125,14 @@ def run_session(
 
 
 def report_while(work: Callable[[], None], trial: Trial) -> float:
-    """Do the work in a thread and report each of the trial's validations to Tune; the seconds the trial has taken.
+    """Do the work in a thread and report each validation to Tune; return the seconds that the trial has taken.
 
-    In the trial's process. Tune may end it at any report.
+    Called in the trial's process. Tune may end this process at any report.
     """
     from ray import tune
 
     start = time.monotonic()
-    before = (read_json_file(trial.folder / _SESSION) or {}).get("seconds", 0.0)
+    before = (read_json(trial.folder / _SESSION) or {}).get("seconds", 0.0)
     thread = threading.Thread(target=work, name="trial", daemon=True)
     thread.start()
     reported, alive, seconds = 0, True, 0.0
@@ -147,14 +149,14 @@ def report_while(work: Callable[[], None], trial: Trial) -> float:
 
 
 def _scheduler(config: SweepConfig, trials: Sequence[Trial]) -> Any:
-    """Tune's, which is told again what trials of earlier sessions have come to: a session of Tune forgets its rungs."""
+    """Return a scheduler of Tune that has the results of earlier sessions: a new session does not know their rungs."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
     if config.sweep.scheduler is None:
         return FIFOScheduler()
 
     class Scheduler(ASHAScheduler):
-        """The configuration as given is the yardstick: others are compared with it, and it runs to its end."""
+        """ASHA that never ends trial 0: the configuration as given is the yardstick for the others."""
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             decision = super().on_trial_result(tune_controller, trial, result)
@@ -171,22 +173,22 @@ def _scheduler(config: SweepConfig, trials: Sequence[Trial]) -> Any:
     )
     for trial in trials:
         if trial.outcome is not None and trial.validations:
-            ghost = _Ghost(f"earlier-{trial.name}")
-            scheduler.on_trial_add(None, ghost)
+            ended = _EndedTrial(f"earlier-{trial.name}")
+            scheduler.on_trial_add(None, ended)
             for step, perplexity in trial.validations:
-                scheduler.on_trial_result(None, ghost, {"step": step, "perplexity": perplexity})
+                scheduler.on_trial_result(None, ended, {"step": step, "perplexity": perplexity})
     return scheduler
 
 
 @dataclass(frozen=True)
-class _Ghost:
-    """All that a scheduler asks of a trial that has ended."""
+class _EndedTrial:
+    """Trial of an earlier session; a scheduler asks for no more than its id."""
 
     trial_id: str
 
 
 def _optuna(config: SweepConfig, trials: Sequence[Trial]) -> Any:
-    """Optuna by Tune. Trials that were begun come first; it is told what those that have ended came to."""
+    """Return Tune's search by Optuna. It has the results of ended trials, and begins with the unfinished ones."""
     from ray import tune
 
     try:
@@ -198,7 +200,7 @@ def _optuna(config: SweepConfig, trials: Sequence[Trial]) -> Any:
     space: dict[str, Any] = {}
     for key, domain in config.sweep.domains().items():
         if domain.kind == "choice":
-            space[key] = tune.choice([str(place) for place in range(len(domain.values))])  # Optuna takes no lists
+            space[key] = tune.choice([str(place) for place in range(len(domain.values))])  # no lists
         elif domain.kind == "randint":
             space[key] = tune.randint(domain.values[0], domain.values[1] + 1)
         else:
@@ -207,20 +209,21 @@ def _optuna(config: SweepConfig, trials: Sequence[Trial]) -> Any:
         OptunaSearch.convert_search_space(space),
         metric="perplexity",
         mode="min",
-        points_to_evaluate=[config.places(trial.values) for trial in trials if trial.outcome is None],
+        points_to_evaluate=[config.optuna_values(trial.values) for trial in trials if trial.outcome is None],
         seed=config.run.seed % 2**31,
     )
     for trial in trials:
         if trial.outcome is not None and trial.best is not None:
-            search.add_evaluated_point(config.places(trial.values), trial.best[1])
+            search.add_evaluated_point(config.optuna_values(trial.values), trial.best[1])
     return search
 
 
 def _outcomes(sweep_dir: Path) -> Any:
+    """Return a callback of Tune that writes outcomes."""
     from ray.tune import Callback
 
     class Outcomes(Callback):
-        """Notes what a trial's own process cannot: that Tune ended it, or that it died."""
+        """Callback that writes the outcome of a trial whose own process cannot: Tune ended it, or it died."""
 
         def _trial(self, trial: Any) -> Trial | None:
             number = (trial.last_result or {}).get("number", trial.config.get("number"))

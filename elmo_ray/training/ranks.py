@@ -180,7 +180,7 @@ class Flags:
     """Flags of one rank, or of all ranks combined. stop: a stop was requested.
 
     rank_files: the state of each rank's files of a checkpoint: the number of the save when they are written, minus that
-    number when writing failed, 0 before. committed, cleaned: the same for the work of rank 0 when all files are written,
+    number when writing failed, 0 before. committed, cleaned: the same for the work of rank 0 when all are written,
     and after that.
     """
 

@@ -111,7 +111,7 @@ def test_settings_that_do_not_fit(space: dict[str, Any] | None, sweep: dict[str,
 
 def test_trials_are_configurations_of_finetune_or_pretrain(tmp_path: Path) -> None:
     config = sweep_config(trials=3)
-    drawn = config.draws()
+    drawn = config.planned_trials()
     assert drawn[0] == {} and len(drawn) == 3
     trial = config.trial(drawn[1])
     assert isinstance(trial, FinetuneConfig)
@@ -124,7 +124,7 @@ def test_trials_are_configurations_of_finetune_or_pretrain(tmp_path: Path) -> No
     made = scratch.trial({"model.lstm.dim": 256})
     assert type(made) is PretrainConfig and made.model.lstm.dim == 256
     grid = sweep_config({"train.dropout": {"grid": [0, 0.1]}, "optim.lr": {"choice": [1, 2]}}, search="grid")
-    assert len(grid.draws()) == 5
+    assert len(grid.planned_trials()) == 5
 
 
 def write_metrics(folder: Path, perplexities: list[float], total: int = 40) -> None:
@@ -178,7 +178,7 @@ def test_trials_that_were_lost_are_tried_again(tmp_path: Path) -> None:
 
 def test_the_best_trials_file_is_read_by_finetune(tmp_path: Path) -> None:
     config = sweep_config()
-    trial = add_trial(tmp_path, 3, config.draws()[3])
+    trial = add_trial(tmp_path, 3, config.planned_trials()[3])
     write_metrics(trial.folder, [90.0, 50.0])
     trial.end(FINISHED, threads=1)
     (found,) = read_trials(tmp_path)
@@ -194,8 +194,8 @@ def test_optuna_begins_with_the_configuration_as_given() -> None:
     config = sweep_config(
         {"optim.lr": {"loguniform": [0.1, 1]}, "train.freeze": {"choice": [["lstm.0"], []]}}, search="optuna"
     )
-    assert config.draws() == [{"optim.lr": 0.2, "train.freeze": []}]
-    assert config.places(config.draws()[0]) == {"optim.lr": 0.2, "train.freeze": "1"}
+    assert config.planned_trials() == [{"optim.lr": 0.2, "train.freeze": []}]
+    assert config.optuna_values(config.planned_trials()[0]) == {"optim.lr": 0.2, "train.freeze": "1"}
     outside = sweep_config({"optim.lr": {"uniform": [0.5, 1]}}, search="optuna")
     with pytest.raises(ConfigError, match="sweep.space.optim.lr: 0.2, as given, is not among its values"):
-        outside.draws()
+        outside.planned_trials()
