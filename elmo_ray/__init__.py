@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from elmo_ray.elmo.layer import batch_to_ids as batch_to_ids
     from elmo_ray.elmo.scalar_mix import ScalarMix as ScalarMix
 
-__version__ = "0.3.1"
+__version__ = "0.4.0"
 
 _MODULES = {
     "Elmo": "layer",

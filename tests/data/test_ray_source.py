@@ -148,7 +148,7 @@ def test_segments_grow_from_a_short_first_one(text: Text, monkeypatch: pytest.Mo
     source.close()
     assert_equal(actual, text.expected(n))
     assert at_first <= 20_000 + 40_000 + 4096 + 10 * 5_000, "the second segment waits for half of the first"
-    segments = itertools.islice(feed._segments(text.endless(), 80_000, 5_000), 5)
+    segments = itertools.islice(feed._cut_segments(text.endless(), 80_000, 5_000), 5)
     lengths = [sum(block.end - block.start for group in segment for block in group) for segment in segments]
     for length, most in zip(lengths, [20_000, 40_000, 80_000, 80_000, 80_000], strict=True):
         assert most / 2 < length <= most
