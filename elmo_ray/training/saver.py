@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ def claim_attempt(run_dir: Place) -> int:
     """
     metrics, store = join(run_dir, "metrics"), store_of(run_dir)
     try:
-        names = [name.removesuffix(".jsonl") for name in store.files(metrics)]
+        names = [os.path.splitext(name)[0] for name in store.files(metrics)]
         names += store.directories(join(run_dir, "checkpoints"))
         numbers = [int(digits) for name in names if (digits := name.rpartition("attempt-")[2]).isdigit()]
         attempt = max(numbers, default=0) + 1

@@ -255,7 +255,7 @@ def test_two_workers_share_nothing_but_the_store(bucket: str, text: Path, tmp_pa
     with open(log, "wb") as output:
         driver = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 420
         while not (storage.folders(f"{bucket}/ray/run/checkpoints") and "positions/s" in log.read_text()):
             assert driver.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.3)
