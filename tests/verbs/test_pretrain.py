@@ -81,7 +81,7 @@ def test_a_used_name_needs_resume_or_fresh(config: Path, capsys: pytest.CaptureF
     assert error.startswith("error: run.name=tiny:") and "--resume" in error and "--fresh" in error
     assert main([*arguments, "--resume"]) == 0  # finished: nothing to do
     run = config.parent / "runs" / "tiny"
-    assert len(list((run / "metrics").iterdir())) == 1
+    assert sorted(path.name for path in (run / "metrics").iterdir()) == ["attempt-001.csv", "attempt-001.jsonl"]
     longer = [str(config), "train.duration=40 steps", "train.validate_every=20 steps"]
     assert main([*longer, "--resume"]) == 0
     newest = newest_checkpoint(run / "checkpoints")
