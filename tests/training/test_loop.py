@@ -270,7 +270,9 @@ def test_metrics_of_attempts(corpus: Paths, tmp_path: Path) -> None:
     train(plan, worker_of(plan, stop=Stopper(5)))
     train(plan, worker_of(plan))
     assert sorted(p.name for p in (tmp_path / "run" / "metrics").iterdir()) == [
+        "attempt-001.csv",
         "attempt-001.jsonl",
+        "attempt-002.csv",
         "attempt-002.jsonl",
     ]
     found = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
