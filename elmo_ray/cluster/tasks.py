@@ -124,7 +124,8 @@ def run_tasks(
         if ray.is_initialized():  # else both calls would start it again
             for reference, (_, process) in running.items():
                 if process is None:
-                    ray.cancel(reference)
+                    # by force: an interrupt can be lost while the process imports, and a long C call does not see it
+                    ray.cancel(reference, force=True)
             for process in processes:
                 ray.kill(process)
 

@@ -3,7 +3,7 @@
 `SentenceEncoder` does it for batches. The char CNN runs once for each distinct word, and its vectors are kept while
 nothing trains. Without gradients the LSTM runs over packed positions where there is a kernel for it; with gradients, or
 without a kernel, the plain model runs over padded rows. `encode_sentences` prepares tokenised sentences for it.
-`embed_sentences` does it sentence by sentence with the plain model, as bilm-tf, AllenNLP and simple_elmo do.
+`embed_sentences` does it sentence by sentence, as bilm-tf, AllenNLP and simple_elmo do.
 
 Shapes: D directions, B sentences, T positions of the longest sentence with its markers, N packed positions, U distinct
 words, C characters, P projection, L layers.
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elmo_ray import kernels
-from elmo_ray.data.characters import encode_words, sentence_marker_rows
 from elmo_ray.data.vocabulary import SENTENCE_BEGIN_WORD, SENTENCE_END_WORD, Vocabulary
 from elmo_ray.data.word_types import encode_with_markers, sort_by_length
 from elmo_ray.elmo.word_cache import WordCache
@@ -220,10 +219,6 @@ def encode_sentences(
     return vectors, torch.from_numpy(indices).to(encoder.device), lengths
 
 
-_MARKERS = (SENTENCE_BEGIN_WORD, SENTENCE_END_WORD)
-
-
-@torch.no_grad()
 def embed_sentences(
     model: BiLM, sentences: Iterable[Sequence[str]], vocabulary: Vocabulary | None = None, carry: bool = False
 ) -> Iterator[NDArray[np.float32]]:
@@ -234,32 +229,11 @@ def embed_sentences(
     of the one before, as in the original programs; otherwise each begins at zero. vocabulary: needed for word input,
     where words outside of it are `<UNK>`; not used for characters.
     """
-    reference = next(model.parameters())
-    state = None
+    encoder, state = SentenceEncoder(model), None
     for words in sentences:
-        types = _types([_MARKERS[0], *words, _MARKERS[1]], model, vocabulary).to(reference.device)
-        types_UP = model.encode_types(types)
-        order = torch.arange(len(types), device=reference.device)
-        inputs_DBT = torch.stack([order, order.flip(0)][: model.directions])[:, None, :]
-        if state is None or not carry:
-            state = model.lstm.zero_state(1, like=types_UP)
-        layers, state = model.layers(types_UP, inputs_DBT, state)
-        yield torch.stack([_join(layer_DBTP) for layer_DBTP in layers]).float().cpu().numpy()
-
-
-def _join(layer_DBTP: Tensor) -> Tensor:
-    """Return [n, D * P]: both directions in the order of the text, without the sentence markers."""
-    directions = [layer_DBTP[0, 0], *(backward.flip(0) for backward in layer_DBTP[1:, 0])]
-    return torch.cat(directions, dim=-1)[1:-1]
-
-
-def _types(words: Sequence[str], model: BiLM, vocabulary: Vocabulary | None) -> Tensor:
-    """Return [n, C] character ids of words, or [n] vocabulary ids."""
-    if model.char_cnn is None:
-        if vocabulary is None:
-            raise ValueError("a model with word input needs the vocabulary")
-        return torch.tensor([vocabulary.ids.get(word, vocabulary.unk) for word in words])
-    chars_NC = encode_words(words, model.config.char_cnn.max_characters)
-    for marker, row in zip(_MARKERS, sentence_marker_rows(chars_NC.shape[1]), strict=True):
-        chars_NC[[word == marker for word in words]] = row
-    return torch.from_numpy(chars_NC)
+        inputs = encode_sentences(encoder, vocabulary, [words])
+        with torch.no_grad():
+            layers, after = encoder.layers(*inputs, state)
+            found = torch.stack([layer_BTP[0, 1:-1] for layer_BTP in layers]).float().cpu().numpy()
+        state = after if carry else None
+        yield found

@@ -81,7 +81,7 @@ class BiLM(nn.Module):
         """Return the softmax table [V, P], with tied tables the word embedding. Raises ValueError if there is none."""
         weight = self.word_embedding if self.tied else self.softmax_weight
         if weight is None:
-            raise ValueError("this model has no table of the softmax")
+            raise ValueError("this model has no softmax with a table of words")
         return weight
 
     def dense_parameters(self) -> dict[str, nn.Parameter]:
@@ -126,17 +126,3 @@ class BiLM(nn.Module):
         outputs, state = self.lstm(x_DTBP, state, lengths_B, dropout, dtype)
         top = outputs[-1] if dropout is None else dropout(outputs[-1])
         return top.transpose(1, 2), state
-
-    @torch.no_grad()
-    def layers(
-        self,
-        types_UP: Tensor,
-        inputs_DBT: Tensor,
-        state: LstmState,
-        lengths_B: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[list[Tensor], LstmState]:
-        """Return [D, B, T, P] of the word inputs and of every LSTM layer, from word vectors, without gradients."""
-        x_DTBP = F.embedding(inputs_DBT.transpose(1, 2), types_UP)
-        outputs, state = self.lstm(x_DTBP, state, lengths_B, None, dtype)
-        return [x.transpose(1, 2) for x in (x_DTBP, *outputs)], state

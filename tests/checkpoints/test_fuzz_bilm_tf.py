@@ -291,7 +291,7 @@ _READER = """
 import collections, json, resource, sys
 from pathlib import Path
 from helpers.fuzzing import DAMAGES, check_message, damaged
-from test_fuzz_formats import CONFIG, WORDS
+from test_fuzz_bilm_tf import CONFIG, WORDS
 from elmo_ray.errors import FormatError
 from elmo_ray.formats.bilm_hdf5 import read_weights
 

@@ -188,9 +188,8 @@ def reading(model: BiLM, words: list[str], direction: int) -> torch.Tensor:
     from elmo_ray.data.word_types import encode_with_markers
 
     vectors = model.encode_types(torch.from_numpy(encode_with_markers(words, model.config.char_cnn.max_characters)))
-    inputs = torch.arange(len(words)).expand(2, 1, -1)
-    layers, _ = model.layers(vectors, inputs, model.lstm.zero_state(1, like=vectors))
-    return layers[-1][direction, 0, -1]
+    outputs, _ = model.lstm(vectors[None, :, None].expand(2, -1, -1, -1), model.lstm.zero_state(1, like=vectors))
+    return outputs[-1][direction, -1, 0]
 
 
 def test_token_vectors(tmp_path: Path) -> None:

@@ -143,7 +143,10 @@ def test_layers_for_use(name: str) -> None:
     model = random_model(config)
     types, classes, inputs, characters = batch_of(config)
     state = random_state(model)
-    found, new = model.layers(model.encode_types(types, classes), inputs, state, torch.tensor(LENGTHS))
+    with torch.no_grad():
+        x_DTBP = torch.nn.functional.embedding(inputs.transpose(1, 2), model.encode_types(types, classes))
+        outputs_DTBP, new = model.lstm(x_DTBP, state, torch.tensor(LENGTHS))
+    found = [layer_DTBP.transpose(1, 2) for layer_DTBP in (x_DTBP, *outputs_DTBP)]
     p = {key: q.detach() for key, q in model.named_parameters()}
     vectors = [
         p["word_embedding"][row[0]] if config.input == "words" else naive_bilm.word_vector(p, config, row)
