@@ -37,6 +37,8 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import FormatError
 from elmo_ray.model.bilm import BiLM
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 CNN = {"filters": [[1, 4], [3, 8]], "embedding_dim": 5, "n_highway": 2}
 CONFIG = PretrainConfig.from_dict({"model": {"char_cnn": CNN, "lstm": {"dim": 12, "projection_dim": 6}}})
@@ -293,7 +295,7 @@ from pathlib import Path
 from helpers.fuzzing import DAMAGES, check_message, damaged
 from test_fuzz_bilm_tf import CONFIG, WORDS
 from elmo_ray.errors import FormatError
-from elmo_ray.formats.bilm_hdf5 import read_weights
+from elmo_ray.checkpoints.bilm_tf.hdf5 import read_weights
 
 folder, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 path, found = folder / "damaged.hdf5", collections.Counter()

@@ -47,6 +47,8 @@ from elmo_ray.storage import is_uri, join, read_bytes, write_bytes
 from elmo_ray.training.snapshot import PROGRESS_FILE, Progress, Snapshot, load_model
 from elmo_ray.training.step import TrainStep
 
+pytestmark = pytest.mark.slow
+
 WORDS = [*SPECIAL_WORDS, "the", "cat", "sees"]
 VOCABULARY = "".join(word + "\n" for word in WORDS)
 CONFIGS = {

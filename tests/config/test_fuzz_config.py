@@ -34,6 +34,8 @@ from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.errors import ConfigError
 from elmo_ray.model.bilm import BiLM
 
+pytestmark = pytest.mark.slow
+
 ROOTS: list[type[Root]] = [PretrainConfig, PrepareConfig, EvaluateConfig, ExportConfig, ReportConfig]
 roots = st.sampled_from(ROOTS)
 NAMES = {root: [key.name for key in keys(root)] for root in ROOTS}

@@ -18,6 +18,8 @@ from elmo_ray.data.corpus import pack_index, read_index, read_index_fields
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 WHOLE = pack_index({"version": 1, "paths": ["a", "b"]}, {"x": np.arange(99), "y": np.zeros((3, 4))})
 
 
