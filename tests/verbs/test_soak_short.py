@@ -67,7 +67,7 @@ def test_three_interruptions(tmp_path: Path) -> None:
         broken.finish()
     # A kill that came after the end of its save is a kill all the same; the long soak tries again.
     assert [result["kind"] for result in results[1:]] == ["damage", "sigterm"]
-    assert len(list((tmp_path / "broken" / "metrics").iterdir())) == 4
+    assert len(list((tmp_path / "broken" / "metrics").glob("*.jsonl"))) == 4
     torch.multiprocessing.spawn(never_stopped, (tmp_path,), nprocs=WORLD)
     assert differences(tmp_path / "whole", tmp_path / "broken") == []
 
