@@ -213,10 +213,9 @@ def load_config(
     for name, value in (values or {}).items():
         set_nested(tree, name, value)
     known = {key.name: key for key in keys(root)}
-    overrides = [_current(text) for text in overrides]
     for text in overrides:
         try:
-            _override(tree, text, root, known)
+            _override(tree, _current(text), root, known)
         except ConfigError as error:
             problems.append(str(error))
     problems.extend(_of_older_versions(tree))

@@ -119,7 +119,7 @@ def fixed_char_cnn(embedding: Tensor, filters: Sequence[Tensor]) -> Function | N
 
 def full_losses(weight: Tensor) -> Function | None:
     """Class of losses over the whole vocabulary without gradients; the plain form is
-    `model.softmax.FullSoftmax`."""
+    `model.softmax.ExactLosses`."""
     if _setting == "auto" and weight.dtype == torch.float32:
         from elmo_ray.kernels.full_softmax import FullSoftmax
 
