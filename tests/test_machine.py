@@ -31,6 +31,7 @@ def page_faults(mode: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_a_block_that_is_taken_again_is_not_cleared_again() -> None:
     given_back = page_faults("give back")
@@ -43,6 +44,7 @@ _POLICY = "import os; from elmo_ray.machine import leave_background; "
 _POLICY += "print(os.sched_getscheduler(0)); leave_background(); print(os.sched_getscheduler(0))"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
 def test_what_starts_in_the_background_may_leave_it() -> None:
     def started() -> list[int]:
@@ -58,6 +60,7 @@ def test_what_starts_in_the_background_may_leave_it() -> None:
     assert started() == [os.SCHED_OTHER, os.SCHED_OTHER], "an error does not keep it"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
 def test_a_policy_that_a_user_chose_stays() -> None:
     script = """

@@ -71,6 +71,7 @@ def test_placement_is_found_if_there_is_one(nodes: list[tuple[int, int]], worker
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_resources_of_the_cluster(caplog: pytest.LogCaptureFixture) -> None:
     def check(**keys: Any) -> str:
@@ -111,8 +112,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux only")
 def test_training_is_more_urgent_than_the_other_processes_of_a_cluster_of_its_own(tmp_path: Path) -> None:
     script = tmp_path / "policies.py"
@@ -316,6 +317,7 @@ def test_a_run_on_ray(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_errors_of_ray_become_one_line(caplog: pytest.LogCaptureFixture) -> None:
     from ray.train import ControllerError, WorkerGroupError
 

@@ -17,7 +17,7 @@ from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import ComputeConfig
 from elmo_ray.errors import ConfigError, DataError, ElmoRayError
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session", "by_value")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session", "by_value")]
 
 
 @pytest.fixture

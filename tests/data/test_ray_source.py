@@ -20,7 +20,7 @@ from elmo_ray.errors import DataError
 
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 WORDS = ["the", "of", "a", "naïve", "Zoë", "日本", "unlikely-word-", "x" * 60, ",", "."]
 

@@ -296,6 +296,7 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_actors_make_what_one_process_makes(tmp_path: Path, checkpoint: Path, ray_session: None) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(sentences(200, seed=9)) + "\n", encoding="utf-8")

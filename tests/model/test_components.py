@@ -66,6 +66,7 @@ def test_what_is_frozen_stays(tmp_path: Path, corpus: CorpusPaths, changes: dict
     assert moved_parts(checkpoint, config, "model") == trained == moved_parts(checkpoint, config, "optimizer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adagrad", "adamw"])
 def test_softmax_first_then_all_and_a_stop_at_any_time_changes_nothing(
     tmp_path: Path, corpus: CorpusPaths, name: str
@@ -100,6 +101,7 @@ def test_rates_of_parts(tmp_path: Path, corpus: CorpusPaths) -> None:
         assert bool((move != 0).any()), name
 
 
+@pytest.mark.slow
 def test_training_ends_when_validation_no_longer_improves(tmp_path: Path, corpus: CorpusPaths) -> None:
     """With so high a rate it soon gets worse. The counter is in the checkpoint: a stop in between changes nothing."""
     changes = with_valid(optim__lr=3.0, train__duration="200 steps", train__validate_every="2 steps", train__patience=3)

@@ -110,6 +110,7 @@ def test_a_killed_sweep_goes_on_and_its_best_comes_again(config: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(
     ("changes", "message"),

@@ -261,6 +261,7 @@ def test_the_command_prints_a_table_and_writes_json(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluate", [{"streams": 5}, {"reset": "sentence", "rows": 4}], ids=["streams", "sentences"])
 def test_workers_on_ray_find_the_same(
     ray_session: None, checkpoint: Path, texts: list[Path], evaluate: dict[str, Any]
@@ -271,6 +272,7 @@ def test_workers_on_ray_find_the_same(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_worker_s_error_is_the_user_s(
     ray_session: None, checkpoint: Path, texts: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -145,6 +145,7 @@ def test_mistakes(values: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_in_a_cluster_a_task_does_it(ray_session: None, checkpoint: Path, tmp_path: Path) -> None:
     values = {"init": {"from": str(checkpoint)}, "out": str(tmp_path / "out"), "cluster": {"cpus_per_worker": 0.5}}
     result = run(ExportConfig.from_dict(values))

@@ -246,6 +246,7 @@ def test_text_without_words(folder: Path) -> None:
         prepare.run(configure(folder, data__valid=str(folder / "none*")))
 
 
+@pytest.mark.slow
 def test_sample_corpus(tmp_path: Path) -> None:
     result = prepare.run(configure(tmp_path, data__train="sample", data__block_bytes=131072))
     assert result.valid is not None and result.test is not None
@@ -281,6 +282,7 @@ def test_command(folder: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_tasks_find_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, ray_session: None
 ) -> None:
