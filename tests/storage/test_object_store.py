@@ -201,6 +201,7 @@ def test_a_run_in_a_store_is_killed_and_goes_on(
     assert report.main([folder]) == 0 and "report.html" in storage.listing(folder)
 
 
+@pytest.mark.slow
 def test_damage_in_a_store_is_found_and_walked_past(bucket: str, text: Path, tmp_path: Path) -> None:
     path = config_file(tmp_path, f"{bucket}/damage", str(text), run__export=False, train__duration="30 steps")
     assert pretrain.main([str(path)]) == 0

@@ -45,6 +45,7 @@ Paths = tuple[Path, Path]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_it_learns(corpus: Paths, valid: Path, tmp_path: Path) -> None:
     config = tiny_config(**with_valid(train__duration="4 epochs", data__streams=8, train__validate_every="1 epochs"))
     plan = plan_of(tmp_path / "run", config, corpus, valid)

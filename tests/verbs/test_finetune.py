@@ -121,6 +121,7 @@ def test_from_weights_without_a_softmax(domain: Domain) -> None:
     assert "softmax_first: 1000" in domain.finetune(weights, "--fresh", "--dry-run").printed
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_without_its_source(domain: Domain) -> None:
     """Stopped by a duration that is made longer, the source gone: the same bits as a run that was never stopped."""
     changes = (
@@ -181,6 +182,7 @@ def test_the_same_settings_of_the_model_may_be_given(domain: Domain) -> None:
     assert outcome.code == 0 and "init" not in outcome.result["config"]
 
 
+@pytest.mark.slow
 def test_words_as_input(domain: Domain) -> None:
     """Rows of the word table go with the words too."""
     words = Vocabulary.from_words(["<S>", "</S>", "<UNK>", ".", "the", "cat", "sees", "dog", "a", "bird", "fish"])

@@ -73,6 +73,7 @@ def test_a_run_trains_evaluates_exports_and_writes_only_below_its_storage(config
     assert newest is not None and newest.step == 60
 
 
+@pytest.mark.slow
 def test_a_used_name_needs_resume_or_fresh(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(config), "train.duration=20 steps", "train.validate_every=20 steps"]
     assert main([*arguments, "--resume"]) == 0  # nothing there yet: starts fresh
@@ -140,6 +141,7 @@ def test_what_is_refused_changes_nothing(config: Path, flag: str, capsys: pytest
     assert not (config.parent / "runs" / "new").exists()
 
 
+@pytest.mark.slow
 def test_one_run_has_one_driver(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     holder = f"""
 import time
