@@ -1,7 +1,7 @@
 """Trainer of ELMo bidirectional language models on Ray; `python -m elmo_ray` lists its verbs.
 
-Programs that use a trained model import `Elmo`, `ElmoEmbedder`, `ElmoTokenEmbedder`, `ScalarMix` and `batch_to_ids`
-from here. They need no Ray.
+Programs that use a trained model import `Elmo`, `ElmoEmbedder`, `ElmoTokenEmbedder`, `LanguageModel`, `ScalarMix` and
+`batch_to_ids` from here. They need no Ray.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elmo_ray.elmo.embedder import ElmoEmbedder as ElmoEmbedder
     from elmo_ray.elmo.embedder import ElmoTokenEmbedder as ElmoTokenEmbedder
+    from elmo_ray.elmo.language_model import LanguageModel as LanguageModel
     from elmo_ray.elmo.layer import Elmo as Elmo
     from elmo_ray.elmo.layer import batch_to_ids as batch_to_ids
     from elmo_ray.elmo.scalar_mix import ScalarMix as ScalarMix
 
+__all__ = ["Elmo", "ElmoEmbedder", "ElmoTokenEmbedder", "LanguageModel", "ScalarMix", "__version__", "batch_to_ids"]
 __version__ = "0.4.0"
 
 _MODULES = {
     "Elmo": "layer",
     "ElmoEmbedder": "embedder",
     "ElmoTokenEmbedder": "embedder",
+    "LanguageModel": "language_model",
     "ScalarMix": "scalar_mix",
     "batch_to_ids": "layer",
 }
@@ -35,4 +38,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -3,13 +3,21 @@
 A verb prints such an error as one line and exits with code 2; any other exception is a defect of this package.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 
 class ElmoRayError(Exception):
     """Base of every error that a user's input can cause."""
 
 
 class ConfigError(ElmoRayError):
-    """Error of a configuration key: unknown, of the wrong type, out of range, or in contradiction to another one."""
+    """Error of a configuration key: unknown, of the wrong type, out of range, or in contradiction to another one.
+
+    unused: the keys that other settings make useless, each with the reason, where the error has such keys.
+    """
+
+    unused: Mapping[str, str] = MappingProxyType({})
 
 
 class DataError(ElmoRayError):

@@ -122,6 +122,7 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
             f"{source.path}: holds no softmax, so it gives no word a probability; evaluate the run or the checkpoint "
             "that it was exported from"
         )
+    _ = source.vocabulary  # raises an error where there is none, before the text is indexed
     directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
     data, cluster = config.data, config.cluster
     corpus, found = prepare.index_texts(data.test, "data.test", directory, data.block_bytes, data.on_error)

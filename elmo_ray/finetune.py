@@ -57,6 +57,8 @@ def open_init(config: FinetuneConfig) -> Source:
 def training_settings(config: FinetuneConfig, source: Source) -> PretrainConfig:
     """Return the settings of a new run, with the source's model and, unless data.vocab names one, its vocabulary."""
     vocab = config.data.vocab
+    if source.has_softmax or source.config.input == "words" or (vocab is None and source.bad_words is not None):
+        _ = source.vocabulary  # raises an error where there is none, before the text is prepared
     if vocab is None and source.words is not None:
         vocab = source.words.path
     elif vocab is None:

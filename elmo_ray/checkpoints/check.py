@@ -21,6 +21,10 @@ def check_forms(place: str, saved: Mapping[str, Tensor], shapes: Mapping[str, tu
     """Raise CheckpointError, beginning with `place`, unless `saved` has exactly these names and shapes, in floats."""
     for name in sorted(saved.keys() | shapes.keys()):
         found, expected = _shape(saved.get(name)), shapes.get(name)
+        if found is None:
+            raise CheckpointError(f"{place}: has no {short(name)}, which config.yaml and vocab.txt ask for")
+        if expected is None:
+            raise CheckpointError(f"{place}: has {short(name)}, for which config.yaml and vocab.txt have no place")
         if found != expected:
             raise CheckpointError(
                 f"{place}: {short(name)} has shape {short(str(found))}, config.yaml and vocab.txt ask for {expected}"

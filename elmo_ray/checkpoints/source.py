@@ -1,7 +1,9 @@
 """Opening of a SOURCE, the trained model from which `evaluate`, `export` and other commands start.
 
 A SOURCE is a run's folder (its best checkpoint, or the one that `checkpoint` names), a checkpoint, a folder in which
-bilm-tf has saved with TensorFlow, or a published weights.hdf5; the last two need the options.json beside them.
+bilm-tf has saved with TensorFlow, or a published weights.hdf5; the last two need the options.json beside them. Others
+give these files names of their own: a folder's only .hdf5 file, `elmo_weights.hdf5` beside `elmo_options.json`,
+`vocab.txt.gz`, one of the files of a TensorFlow checkpoint.
 Everything is checked before it is used: hashes of a checkpoint, shapes against the model, the vocabulary against the
 softmax.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +21,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elmo_ray.checkpoints.bilm_tf.hdf5 import read_weights
+from elmo_ray.checkpoints.bilm_tf.hdf5 import check_is_hdf5, read_weights
 from elmo_ray.checkpoints.bilm_tf.options import from_options, read_options
-from elmo_ray.checkpoints.bilm_tf.tensorflow import find_checkpoint, is_save_folder, read_checkpoint
+from elmo_ray.checkpoints.bilm_tf.tensorflow import (
+    STATE_FILE,
+    checkpoint_prefix,
+    find_checkpoint,
+    is_save_folder,
+    read_checkpoint,
+)
 from elmo_ray.checkpoints.check import check_forms
 from elmo_ray.checkpoints.identity import saved_config
 from elmo_ray.checkpoints.manifest import MANIFEST, MODEL_FILE, OPTIMIZER_FILE
@@ -29,16 +37,19 @@ from elmo_ray.checkpoints.read import Checkpoint, listed_checkpoints, newest_che
 from elmo_ray.checkpoints.stores import StorageError, previous_copy, store_of
 from elmo_ray.config import PretrainConfig, SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
-from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
+from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
+from elmo_ray.errors import CheckpointError, ConfigError, DataError, ElmoRayError, FormatError
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.storage import absolute, base_name, download, exists, is_uri, join
+from elmo_ray.storage import absolute, base_name, download, exists, is_uri, join, matches
 from elmo_ray.storage.local_copy import scratch
 
 logger = logging.getLogger(__name__)
 
 BEST, LAST = "best", "last"
 WEIGHTS, OPTIONS, VOCABULARY = "weights.hdf5", "options.json", "vocab.txt"
+_WEIGHTS_NAMES = ("*.hdf5", "*.h5")
+_OPTIONS_NAMES = ("*options*.json",)
+_VOCABULARY_NAMES = ("vocab*.txt", "vocab*.txt.gz")
 _KINDS = "a run, a checkpoint, a bilm-tf save folder or a weights.hdf5"
 
 
@@ -50,7 +61,8 @@ class Source:
     `.index`. uri: place of a checkpoint that was fetched from an object store to `path`, else None.
     step, fingerprint: of a checkpoint, its step and a hash of its weights. training: of a checkpoint of ours, the
     settings with which it was trained. slots: function that reads the optimizer's tensors, `<slot>.<parameter>` as in
-    `Optimizer.state_tensors`; None where there are none.
+    `Optimizer.state_tensors`; None where there are none. bad_words: the error of a vocabulary that lies beside the
+    model and cannot be read, where the model itself does not need it.
     """
 
     path: Path
@@ -62,6 +74,7 @@ class Source:
     training: PretrainConfig | None = None
     uri: str | None = None
     slots: Callable[[], dict[str, Tensor]] | None = None
+    bad_words: ElmoRayError | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -75,7 +88,9 @@ class Source:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Vocabulary of the model; ConfigError for weights that came without one."""
+        """Vocabulary of the model; ConfigError for weights that came without one, DataError for one that is damaged."""
+        if self.bad_words is not None:
+            raise self.bad_words
         if self.words is None:
             raise ConfigError(f"{self.path}: has no {VOCABULARY} beside it; name its vocabulary with init.vocab=FILE")
         return self.words
@@ -122,6 +137,8 @@ def open_source(
             raise _no_choice(source, checkpoint)
         return _from_weights(_fetched_weights(place), options, vocab)
     path = Path(place)
+    if path.is_file():
+        path = _named_by_its_file(path, source)
     if path.with_name(path.name + ".index").is_file() and not path.is_dir():
         path, checkpoint = path.parent, path.name  # a TensorFlow checkpoint by its own name
     if not path.exists():
@@ -131,17 +148,55 @@ def open_source(
         return _from_tensorflow(find_checkpoint(path, name), options, vocab)
     if checkpoint != BEST:
         raise _no_choice(source, checkpoint)
-    weights = path if path.is_file() else path / WEIGHTS
-    if path.is_dir() and not weights.exists():
+    weights = path if path.is_file() else _only_weights(path)
+    if weights is None:
         raise ConfigError(
-            f"{source}: no run (checkpoints/), no checkpoint ({MANIFEST}), no folder with {WEIGHTS} or that TensorFlow "
-            "has saved in (*.index)"
+            f"{source}: no run (checkpoints/), no checkpoint ({MANIFEST}), no folder with {WEIGHTS} or another .hdf5 "
+            "file, or that TensorFlow has saved in (*.index)"
         )
     return _from_weights(weights, options, vocab)
 
 
 def _no_choice(source: str | os.PathLike[str], checkpoint: str) -> ConfigError:
     return ConfigError(f"checkpoint={checkpoint} chooses among a run's, but {source} is no run; leave it out")
+
+
+def _named_by_its_file(path: Path, source: str | os.PathLike[str]) -> Path:
+    """Return the model that a file belongs to: a TensorFlow checkpoint's name, its folder, or the file itself.
+
+    Raises ConfigError for a file of a checkpoint of ours, and for options.
+    """
+    prefix = checkpoint_prefix(path)
+    if prefix is not None:
+        if not prefix.with_name(f"{prefix.name}.index").is_file():
+            raise ConfigError(
+                f"{source}: is a file of a TensorFlow checkpoint whose {prefix.name}.index is not beside it"
+            )
+        return prefix
+    if path.name == STATE_FILE and is_save_folder(path.parent):
+        return path.parent
+    if (path.parent / MANIFEST).is_file():
+        raise ConfigError(f"{source}: is a file of a checkpoint; name the checkpoint: {path.parent}")
+    if path.suffix == ".json":
+        raise ConfigError(f"{source}: is JSON; name the weights as SOURCE and options.json as init.options=FILE")
+    check_is_hdf5(path)
+    return path
+
+
+def _only_weights(folder: Path) -> Path | None:
+    """Return the weights in a folder: `weights.hdf5`, or else its only HDF5 file; None where there is none."""
+    if (folder / WEIGHTS).exists():
+        return folder / WEIGHTS
+    return _only(folder, _WEIGHTS_NAMES, "weights", "name the file")
+
+
+def _only(folder: Path, patterns: Iterable[str], what: str, cure: str) -> Path | None:
+    """Return the only file in a folder that matches one of the patterns; ConfigError where there are several."""
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:5])
+        raise ConfigError(f"{folder}: has {len(found)} files that may be its {what} ({names}); {cure}")
+    return found[0] if found else None
 
 
 def _is_checkpoint(place: str) -> bool:
@@ -160,12 +215,18 @@ def _fetched_weights(uri: str) -> Path:
 
     uri: of the file or of its folder. Raises ConfigError where there are none, or the store does not answer.
     """
-    folder, name = (uri.rpartition("/")[0], base_name(uri)) if uri.endswith(".hdf5") else (uri, WEIGHTS)
+    is_file = uri.endswith((".hdf5", ".h5"))
+    folder, name = (uri.rpartition("/")[0], base_name(uri)) if is_file else (uri, WEIGHTS)
     target = scratch("fetched")
     try:
+        if not is_file and not exists(join(folder, name)) and len(found := matches(join(folder, "*.hdf5"))) == 1:
+            name = base_name(found[0])
         if not exists(join(folder, name)):
-            raise ConfigError(f"{uri}: no run, checkpoint or {WEIGHTS}")
-        for each in (name, OPTIONS, VOCABULARY):
+            raise ConfigError(f"{uri}: no run, checkpoint, {WEIGHTS} or another .hdf5 file alone")
+        others = {OPTIONS, VOCABULARY}
+        for pattern in (*_OPTIONS_NAMES, *_VOCABULARY_NAMES):
+            others.update(map(base_name, matches(join(folder, pattern))))
+        for each in (name, *sorted(others)):
             with contextlib.suppress(FileNotFoundError):
                 download(join(folder, each), target / each)
     except OSError as error:
@@ -196,15 +257,17 @@ def _of_run(run: str, name: str, verify: bool) -> Checkpoint:
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Source:
     config = saved_config(checkpoint)
+    tensors = checkpoint.tensors(MODEL_FILE)
+    has_softmax = any(name.startswith("softmax") for name in tensors)  # not in one that was made from a weights.hdf5
     try:
-        vocabulary = Vocabulary.read(checkpoint.path / VOCABULARY)
+        needed = SPECIAL_WORDS if has_softmax or config.model.input == "words" else ()
+        vocabulary = Vocabulary.read(checkpoint.path / VOCABULARY, needed)
     except DataError as error:
         raise CheckpointError(str(error)) from None
     with torch.device("meta"):
         model = BiLM(config.model, config.softmax, vocabulary.size)
-    tensors = checkpoint.tensors(MODEL_FILE)
-    if not any(name.startswith("softmax") for name in tensors):
-        model.drop_softmax()  # made from a weights.hdf5
+    if not has_softmax:
+        model.drop_softmax()
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     check_forms(checkpoint.at(MODEL_FILE), tensors, shapes)
     if len({tensor.dtype for tensor in tensors.values()}) != 1:
@@ -220,12 +283,10 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
 def _from_tensorflow(prefix: Path, options: str | None, vocab: str | None) -> Source:
     options_path = _options_path(prefix.parent, options)
     model_config, softmax = from_options(read_options(options_path), str(options_path))
-    vocab_path = Path(vocab) if vocab is not None else prefix.parent / VOCABULARY
-    if vocab is None and not vocab_path.is_file():
-        raise ConfigError(f"{prefix.parent}: its softmax needs the vocabulary it was trained with: init.vocab=FILE")
-    vocabulary = Vocabulary.read(vocab_path)
+    vocab_path = _vocabulary_path(prefix.parent, vocab)
+    vocabulary = None if vocab_path is None else Vocabulary.read(vocab_path)
     saved = read_checkpoint(prefix, model_config, softmax)
-    if saved.model.n_words != vocabulary.size:
+    if vocabulary is not None and saved.model.n_words != vocabulary.size:
         raise ConfigError(
             f"init.vocab={vocab_path}: has {vocabulary.size:,} words, the softmax of {prefix} has "
             f"{saved.model.n_words:,}; name the vocabulary that it was trained with"
@@ -234,10 +295,18 @@ def _from_tensorflow(prefix: Path, options: str | None, vocab: str | None) -> So
     def slots() -> dict[str, Tensor]:
         return {f"accumulator.{name}": slot for name, slot in saved.slots().items()}
 
-    return Source(prefix, saved.model, softmax, vocabulary, saved.step, saved.fingerprint, slots=slots)
+    there = slots if saved.has_slots else None
+    return Source(prefix, saved.model, softmax, vocabulary, saved.step, saved.fingerprint, slots=there)
 
 
-def _options_path(folder: Path, options: str | None) -> Path:
+def _options_path(folder: Path, options: str | None, weights: str = "") -> Path:
+    """Return the path of the options: the given one, or that of the file beside weights of this name."""
+    if options is None:
+        named = folder / f"{weights.rpartition('.')[0].replace('weights', 'options')}.json"
+        path = next((path for path in (folder / OPTIONS, named) if path.is_file()), None)
+        path = path or _only(folder, _OPTIONS_NAMES, "options", "name one with init.options=FILE")
+        if path is not None:
+            return path
     path = Path(options) if options is not None else folder / OPTIONS
     if not path.is_file():
         cure = "correct init.options" if options is not None else "name it with init.options=FILE"
@@ -245,13 +314,43 @@ def _options_path(folder: Path, options: str | None) -> Path:
     return path
 
 
+def _vocabulary_path(folder: Path, vocab: str | None) -> Path | None:
+    """Return the path of the vocabulary: the given one, or that of the file in the folder; None where there is none."""
+    if vocab is not None:
+        return Path(vocab)
+    if (folder / VOCABULARY).is_file():
+        return folder / VOCABULARY
+    return _only(folder, _VOCABULARY_NAMES, "vocabulary", "name one with init.vocab=FILE")
+
+
 def _from_weights(weights: Path, options: str | None, vocab: str | None) -> Source:
-    options_path = _options_path(weights.parent, options)
-    model_config, softmax = from_options(read_options(options_path), str(options_path), published=True)
-    vocab_path = Path(vocab) if vocab is not None else weights.parent / VOCABULARY
-    vocabulary = Vocabulary.read(vocab_path) if vocab is not None or vocab_path.is_file() else None
+    check_is_hdf5(weights)
+    options_path = _options_path(weights.parent, options, weights.name)
+    values = read_options(options_path)
+    model_config, softmax = from_options(values, str(options_path), published=True)
+    vocab_path, vocabulary, bad_words = None, None, None
+    # A model with characters is used without a vocabulary: `<UNK>` is needed by a softmax or a word table only.
+    needs_words = model_config.input == "words"
+    try:
+        vocab_path = _vocabulary_path(weights.parent, vocab)
+        if vocab_path is not None:
+            vocabulary = Vocabulary.read(vocab_path, SPECIAL_WORDS if needs_words else ())
+    except ElmoRayError as error:
+        if needs_words or vocab is not None:
+            raise
+        bad_words = error
+        logger.info("%s; a model with characters is used without it", error)
     model = read_weights(weights, model_config)
     rows = None if model.word_embedding is None else len(model.word_embedding)
     if vocabulary is not None and rows not in (None, vocabulary.size):
         raise FormatError(f"{weights}: embedding has {rows} words, {vocab_path} has {vocabulary.size}")
-    return Source(weights, model, softmax, vocabulary)
+    counted = values.get("n_tokens_vocab")
+    if vocabulary is not None and rows is None and isinstance(counted, int) and counted != vocabulary.size:
+        logger.info(
+            "%s has %s words, and n_tokens_vocab in %s is %s: is it another model's vocabulary?",
+            vocab_path,
+            f"{vocabulary.size:,}",
+            options_path,
+            f"{counted:,}",
+        )
+    return Source(weights, model, softmax, vocabulary, bad_words=bad_words)

@@ -9,6 +9,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import logging
@@ -139,8 +140,8 @@ def run_verb(
         return print_result(f"elmo_ray {__version__}")
     code = 0
     try:
-        config, flags = parse(arguments, name, root)
         set_up_logging()
+        config, flags = parse(arguments, name, root)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal may lack the characters of our curve
         result = run(config, flags)
@@ -206,9 +207,11 @@ def load_config(
     """Return the configuration: defaults, then the YAML file, then the dotted `values`, then `key.path=value`.
 
     ${NAME} in a string is replaced by the environment variable. Raises ConfigError, with one line for each unknown key,
-    bad value, contradiction, or variable that is not set.
+    bad value, contradiction, or variable that is not set. A setting of the file that has no effect beside an override
+    is not used, and a log line says so.
     """
     tree: dict[str, Any] = {} if path is None else _read(Path(path))
+    base = copy.deepcopy(tree)
     problems: list[str] = []
     for name, value in (values or {}).items():
         set_nested(tree, name, value)
@@ -220,12 +223,16 @@ def load_config(
             problems.append(str(error))
     problems.extend(_of_older_versions(tree))
     tree = _expand(tree, "", problems)
+    names = [text.partition("=")[0] for text in overrides]
+    given = [*(values or {}), *(RENAMED.get(name, name) for name in names)]
     try:
-        config = root.from_dict(tree)
+        config, useless = root.from_overridden(_expand(base, "", []), tree, given)
     except ConfigError as error:
         raise ConfigError("\n".join([*problems, str(error)])) from None
     if problems:
         raise ConfigError("\n".join(problems))
+    for key, why in useless.items():
+        logger.info("%s: %s has no effect in this run: %s", path, key, why.split(";")[0])
     return config
 
 

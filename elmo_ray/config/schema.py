@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
@@ -133,6 +134,14 @@ class Key:
         return bool(_bare(self.field.annotation) == tuple[str, ...])
 
 
+class _Problems(ValueError):
+    """Problems of a section, one line each. unused: the lines of settings without effect, by their full key."""
+
+    def __init__(self, lines: list[str], unused: dict[str, str]) -> None:
+        super().__init__("\n".join(map(one_line, lines)))
+        self.unused = unused
+
+
 class Section(BaseModel):
     """Group of settings. It is an error to set a key that `_unused` names: the other settings make it useless."""
 
@@ -155,14 +164,15 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Section:
-        lines = [f"{self.path}{key} is set, but {why}" for key, why in self._unused().items() if _is_set(self, key)]
+        unused = {f"{self.path}{key}": why for key, why in self._unused().items() if _is_set(self, key)}
+        lines = [f"{key} is set, but {why}" for key, why in unused.items()]
         lines.extend(self._contradictions())
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, tuple) else [value])):
                 lines.append(f"{self.path}{field.alias or name} has a NUL character, which no path or name can have")
         if lines:
-            raise ValueError("\n".join(map(one_line, lines)))
+            raise _Problems(lines, unused)
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,7 +200,12 @@ class Root(Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError("\n".join(_error_lines(type(self), error))) from None
+            problem = ConfigError("\n".join(_error_lines(type(self), error)))
+            for item in error.errors():
+                found = item.get("ctx", {}).get("error")
+                if isinstance(found, _Problems):
+                    problem.unused = {**problem.unused, **found.unused}
+            raise problem from None
 
     def required(self) -> dict[str, str]:
         """Return the keys that the command needs and that are empty, each with the cure."""
@@ -211,10 +226,63 @@ class Root(Section):
         try:
             config = cls(**known)
         except ConfigError as error:
+            if not lines:
+                raise
             raise ConfigError("\n".join([*lines, str(error)])) from None
         if lines:
             raise ConfigError("\n".join(lines))
         return config
+
+    @classmethod
+    def from_overridden(
+        cls: type[RootT], base: Mapping[str, Any], values: Mapping[str, Any], overrides: Collection[str]
+    ) -> tuple[RootT, dict[str, str]]:
+        """Return the configuration for `values`, and the settings of `base` that the overrides made useless.
+
+        values: `base` after the settings with the dotted keys `overrides` were replaced. A setting that has no effect
+        beside an override is left out, and is returned by its key with the reason. Raises ConfigError as `from_dict`
+        does, also where `base` alone has a setting without effect.
+        """
+        try:
+            return cls.from_dict(values), {}
+        except ConfigError as error:
+            problem = error
+        kept = copy.deepcopy(dict(values))
+        dropped: dict[str, str] = {}
+        mistakes = cls._useless(base) if problem.unused else {}
+        while problem.unused:
+            new = {
+                key: why
+                for key, why in problem.unused.items()
+                if key not in mistakes and not any(_overlap(key, override) for override in overrides)
+            }
+            if not new:
+                break
+            for key in new:
+                _remove(kept, key.split("."))
+            dropped |= new
+            try:
+                return cls.from_dict(kept), dropped
+            except ConfigError as error:
+                problem = error
+        raise problem
+
+    @classmethod
+    def _useless(cls, values: Mapping[str, Any]) -> dict[str, str]:
+        """Return all settings without effect, which may show one after the other."""
+        kept = copy.deepcopy(dict(values))
+        found: dict[str, str] = {}
+        while True:
+            try:
+                cls.from_dict(kept)
+                return found
+            except ConfigError as error:
+                new = error.unused
+            if not new.keys() - found.keys():
+                return found
+            for key in new:
+                _remove(kept, key.split("."))
+            found |= new
 
     def to_yaml(self) -> str:
         """Return the settings as YAML."""
@@ -339,6 +407,11 @@ def _remove(values: dict[str, Any], path: list[str]) -> None:
     for name in path[:-1]:
         values = values.get(name, {})
     values.pop(path[-1], None)
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Return True if one of two dotted keys is the other, or is a section that holds it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ SAMPLE = "sample"  # data.train: the built-in corpus
 COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and not the SOURCE's
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
+_NAME_IN_WORDS = "1 to 200 letters, digits and . _ = + - (no blank, no slash), the first a letter or a digit; or null"
 
 _MOST_POSITIONS = 1 << 25  # in one step; more would need several GB for indices alone
 
@@ -45,7 +46,7 @@ class StorageConfig(Section):
 class RunConfig(StorageConfig):
     """Section `run` of a training."""
 
-    name: Annotated[str | None, Allowed("a file name without a slash, or null")] = Field(
+    name: Annotated[str | None, Allowed(_NAME_IN_WORDS)] = Field(
         None,
         pattern=_NAME,
         max_length=200,

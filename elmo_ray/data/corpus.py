@@ -308,10 +308,7 @@ def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
         if storage.is_uri(pattern):
             paths.update(dict.fromkeys(_matching_objects(pattern, key)))
             continue
-        expanded = os.path.expanduser(pattern)
-        found = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
-        if not found:
-            raise ConfigError(f"{key}={pattern}: no file matches (looked in {os.getcwd()})")
+        found = _matching_files(pattern, key)
         for name in found:
             path = os.path.abspath(name)
             if os.path.isdir(path):
@@ -325,6 +322,41 @@ def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
     return list(paths)
 
 
+_BRACKETS = "[ ] stand for one of the characters between them; write [[] for a bracket that belongs to the name"
+
+
+def _matching_files(pattern: str, key: str) -> list[str]:
+    """Return the files that a path or a glob names, sorted. Raises ConfigError where there are none.
+
+    A folder whose name has brackets may be written as it is: `news [v2]/*.txt`.
+    """
+    expanded = os.path.expanduser(pattern)
+    if os.path.exists(expanded):
+        return [expanded]
+    found = sorted(glob.glob(expanded, recursive=True))
+    literal = _with_literal_folders(expanded)
+    if literal != expanded and (inside := sorted(glob.glob(literal, recursive=True))):
+        if found:
+            raise ConfigError(
+                f"{key}={pattern}: matches {found[0]} as a glob and {inside[0]} as it is spelt; {_BRACKETS}"
+            )
+        return inside
+    if not found:
+        hint = f"; {_BRACKETS}" if "[" in expanded else ""
+        raise ConfigError(f"{key}={pattern}: no file matches (looked in {os.getcwd()}){hint}")
+    return found
+
+
+def _with_literal_folders(pattern: str) -> str:
+    """Return a glob in which the brackets of folders that exist as they are spelt are no longer special."""
+    folders = pattern.split("/")[:-1]
+    for count in range(len(folders), 0, -1):
+        start = "/".join(folders[:count])
+        if "[" in start and os.path.isdir(start):
+            return start.replace("[", "[[]") + pattern[len(start) :]
+    return pattern
+
+
 def _matching_objects(pattern: str, key: str) -> list[str]:
     """Return the URIs of the objects that a URI, with or without a glob, names."""
     try:
@@ -334,7 +366,8 @@ def _matching_objects(pattern: str, key: str) -> list[str]:
     except ConfigError as error:
         raise ConfigError(f"{key}={error}") from None
     if not found:
-        raise ConfigError(f"{key}={pattern}: no object matches")
+        hint = f"; {_BRACKETS}" if "[" in pattern else ""
+        raise ConfigError(f"{key}={pattern}: no object matches{hint}")
     return found
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -47,6 +48,16 @@ def compression(path: str) -> str | None:
             head = file.read(10)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
+    return _compression_of(head, path)
+
+
+def unpacked_bytes(data: bytes, path: str) -> bytes:
+    """Return the text in all bytes of a small file, which is plain, gz or zst. Raises DataError as `unpack` does."""
+    kind = _compression_of(data[:10], path)
+    return data if kind is None else b"".join(_pieces(io.BytesIO(data), path, kind))
+
+
+def _compression_of(head: bytes, path: str) -> str | None:
     suffix = path.rpartition(".")[2]
     for kind, magic in _MAGIC.items():
         if head.startswith(magic):
@@ -123,7 +134,7 @@ def _unpack(source: str, target: Path) -> int:
         size = 0
         since_check = _CHECK_BYTES
         with storage.open_read(source) as packed, open(aside, "wb") as text:
-            for piece in _pieces(packed, source):
+            for piece in _pieces(packed, source, compression(source)):
                 if since_check >= _CHECK_BYTES:
                     since_check = 0
                     _check_free(target, source)
@@ -142,9 +153,9 @@ def _unpack(source: str, target: Path) -> int:
     return size
 
 
-def _pieces(packed: BinaryIO, source: str) -> Iterator[bytes]:
+def _pieces(packed: BinaryIO, source: str, kind: str | None) -> Iterator[bytes]:
     """Yield the text of a compressed file. Raises DataError when it is truncated or damaged."""
-    pieces = _zst_pieces(packed, source) if compression(source) == "zst" else _gz_pieces(packed)
+    pieces = _zst_pieces(packed, source) if kind == "zst" else _gz_pieces(packed)
     try:
         yield from pieces
     except EOFError:

@@ -13,6 +13,7 @@ from elmo_ray import storage
 from elmo_ray.data.characters import encode_words, sentence_marker_rows
 from elmo_ray.data.lookup import WordTable
 from elmo_ray.data.text import split_lines
+from elmo_ray.data.unpack import unpacked_bytes
 from elmo_ray.errors import DataError
 from elmo_ray.storage import is_uri
 from elmo_ray.storage.files import write_aside
@@ -30,22 +31,16 @@ class Vocabulary:
 
     words: list of V words, duplicates included; words[i] is the word of id i.
     ids:   the id of each word; a word that stands twice has the last of its ids.
-    bos, eos, unk: the ids of `<S>`, `</S>` and `<UNK>`, which may stand anywhere.
+    bos, eos, unk: the ids of `<S>`, `</S>` and `<UNK>`, which may stand anywhere; DataError for one that is missing.
     sha256: hash of the words in order, independent of how the file spells them.
     """
 
-    def __init__(self, words: Iterable[str], path: str | None = None) -> None:
-        """Number the words in their order. Raises DataError when one of the three special words is missing."""
+    def __init__(self, words: Iterable[str], path: str | None = None, needed: Iterable[str] = SPECIAL_WORDS) -> None:
+        """Number the words in their order. Raises DataError when one of the special words in `needed` is missing."""
         self.path = path
         self.words = list(words)
         self.ids = {word: number for number, word in enumerate(self.words)}
-        missing = [word for word in SPECIAL_WORDS if word not in self.ids]
-        if missing:
-            where = path if path is not None else "vocabulary"
-            raise DataError(f"{where}: the vocabulary has no line {' and no line '.join(missing)}; add it at the top")
-        self.bos = self.ids[SENTENCE_BEGIN_WORD]
-        self.eos = self.ids[SENTENCE_END_WORD]
-        self.unk = self.ids[UNKNOWN_WORD]
+        self.check_special_words(needed)
         self._tables: dict[int, npt.NDArray[np.int16]] = {}
 
     @classmethod
@@ -60,19 +55,42 @@ class Vocabulary:
                 raise DataError(f"vocabulary: {word!r} cannot stand in a vocabulary file; leave it out")
         return vocabulary
 
+    def check_special_words(self, needed: Iterable[str] = SPECIAL_WORDS) -> None:
+        """Raise DataError when one of the special words in `needed` is missing."""
+        missing = [word for word in needed if word not in self.ids]
+        if missing:
+            where = self.path if self.path is not None else "vocabulary"
+            raise DataError(f"{where}: the vocabulary has no line {' and no line '.join(missing)}; add it at the top")
+
+    @functools.cached_property
+    def bos(self) -> int:
+        return self._special(SENTENCE_BEGIN_WORD)
+
+    @functools.cached_property
+    def eos(self) -> int:
+        return self._special(SENTENCE_END_WORD)
+
+    @functools.cached_property
+    def unk(self) -> int:
+        return self._special(UNKNOWN_WORD)
+
+    def _special(self, word: str) -> int:
+        self.check_special_words((word,))
+        return self.ids[word]
+
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> "Vocabulary":
-        """Read a vocabulary file: one word a line, stripped; lines end with \\n, \\r\\n or \\r.
+    def read(cls, path: str | os.PathLike[str], needed: Iterable[str] = SPECIAL_WORDS) -> "Vocabulary":
+        """Read a vocabulary file: one word a line, stripped; lines end with \\n, \\r\\n or \\r. It may be .gz or .zst.
 
         The line `!!!MAXTERMID` is left out. Raises DataError when the file is missing, is not UTF-8 (the message names
-        the line), lacks a special word, or begins with a byte order mark before one.
+        the line), lacks a special word in `needed`, or begins with a byte order mark before one.
         """
         name = os.fspath(path)
         try:
             if not is_uri(path) and Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
                 # Every process reads the vocabulary, and a pipe can be read only once.
                 raise DataError(f"{name}: is no regular file but a pipe or a device; name a file")
-            data = storage.read_bytes(path)
+            data = unpacked_bytes(storage.read_bytes(path), name)
         except OSError as error:
             raise DataError(f"{name}: cannot read the vocabulary ({error.strerror})") from None
         try:
@@ -83,7 +101,7 @@ class Vocabulary:
         if text.startswith(tuple(f"\ufeff{word}" for word in SPECIAL_WORDS)):
             raise DataError(f"{name}, line 1: a byte order mark, which would be part of the first word; remove it")
         words = (line.strip() for line in split_lines(text))
-        return cls((word for word in words if word != SKIPPED_WORD), path=storage.absolute(name))
+        return cls((word for word in words if word != SKIPPED_WORD), path=storage.absolute(name), needed=needed)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the words, one a line, as UTF-8; the file appears whole, or not at all and with a DataError."""
@@ -115,7 +133,9 @@ class Vocabulary:
         table_VC = self._tables.get(max_characters)
         if table_VC is None:
             table_VC = encode_words(self.words, max_characters)
-            table_VC[[self.bos, self.eos]] = sentence_marker_rows(max_characters)
+            for word, row in zip(SPECIAL_WORDS[:2], sentence_marker_rows(max_characters), strict=True):
+                if word in self.ids:
+                    table_VC[self.ids[word]] = row
             table_VC.setflags(write=False)
             self._tables[max_characters] = table_VC
         return table_VC

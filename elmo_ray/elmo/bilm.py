@@ -9,11 +9,11 @@ Shapes: B sentences, T words of the longest sentence, C characters, D directions
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any, Literal
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,11 @@ from elmo_ray.checkpoints.bilm_tf.hdf5 import read_weights
 from elmo_ray.checkpoints.bilm_tf.options import from_options, read_options
 from elmo_ray.config import SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
-from elmo_ray.data.characters import N_CHARACTERS, PADDING, WORD_END, sentence_marker_rows
+from elmo_ray.data.characters import N_CHARACTERS, PADDING, WORD_BEGIN, WORD_END, sentence_marker_rows
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import distinct_rows, encode_with_markers
-from elmo_ray.elmo.encoder import IntArray, SentenceEncoder
-from elmo_ray.errors import ConfigError, FormatError
+from elmo_ray.elmo.encoder import IntArray, SentenceEncoder, check_words, outside_of_graphs, without_autocast
+from elmo_ray.errors import ConfigError, short
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.storage.url_cache import local_file
@@ -140,14 +140,21 @@ class ElmoBiLm(nn.Module):
         """Let the next batch begin at zero, or only its rows where `mask` [rows] is set."""
         self._elmo_lstm.reset_states(mask)
 
+    @outside_of_graphs
+    @without_autocast
     def forward(self, inputs: Tensor, word_inputs: Tensor | None = None) -> dict[str, Any]:
         """Return `activations`, a list of [B, T + 2, D * P] for the word vectors and each LSTM layer, and the `mask`.
 
         Both include the sentence markers; the mask is [B, T + 2]. inputs: [B, T, C] as from `batch_to_ids`; for a model
         with word input [B, T] vocabulary ids plus one, 0 for padding. word_inputs: [B, T] indices into
         `vocab_to_cache`, 0 for padding; they are used instead of `inputs` if there is such a list and all of them are
-        in it. Raises ConfigError for ids out of range.
+        in it. Raises ConfigError for ids out of range, TypeError for anything but a tensor of whole numbers.
+
+        Within torch.autocast it computes as outside of it, as `precision` says.
         """
+        check_ids(inputs)
+        if word_inputs is not None:
+            check_ids(word_inputs, "word_inputs")
         device = self._encoder.device
         if self._word_embedding is not None and word_inputs is not None and self._has(word_inputs):
             lengths = _lengths(word_inputs.cpu().numpy() > 0)
@@ -183,6 +190,10 @@ class ElmoBiLm(nn.Module):
 
     def _run(self, vectors_UP: Tensor, indices_BT: Tensor, lengths: IntArray, bos: int, eos: int) -> dict[str, Any]:
         b, t = indices_BT.shape
+        if not b:
+            empty = vectors_UP.new_zeros(0, t + 2, self.get_output_dim())
+            mask = torch.zeros(0, t + 2, dtype=torch.bool, device=vectors_UP.device)
+            return {"activations": [empty] * self.num_layers, "mask": mask}
         full = indices_BT.new_full((b, t + 2), bos)
         full[:, 1:-1] = indices_BT
         full.scatter_(1, torch.from_numpy(lengths + 1)[:, None].to(full.device), eos)
@@ -227,6 +238,7 @@ class ElmoBiLm(nn.Module):
 
         The first of the tokens is padding.
         """
+        check_words(tokens, "vocab_to_cache")
         if self.bilm.char_cnn is None:
             raise ConfigError("vocab_to_cache is for a model with characters; this one has a table of words")
         if self._requires_grad:
@@ -262,6 +274,9 @@ class ElmoCharacterEncoder(nn.Module):
 
 def read_bilm(options_file: Path, weight_file: Path) -> BiLM:
     """Read the model of a published pair of files, each a path or a URL; without gradients. Raises FormatError."""
+    for place in (options_file, weight_file):
+        if os.path.isdir(place):
+            raise ConfigError(f"{place}: is a folder; Elmo.from_run opens a run, a checkpoint or a folder of weights")
     options, weights = local_file(options_file), local_file(weight_file)
     config, _ = from_options(read_options(options), str(options), published=True)
     return read_weights(weights, config)
@@ -282,28 +297,40 @@ def with_word_vectors(model: BiLM, vectors_VP: Tensor) -> BiLM:
     return _rebuilt(config, {**tensors, "word_embedding": vectors_VP}, len(vectors_VP))
 
 
-def read_word_vectors(path: Path, width: int) -> Tensor:
-    """Read [V, P] word vectors, the `embedding` of a file written by `embed` or bilm-tf's dump_token_embeddings.
-
-    Raises FormatError where the file cannot be read or the vectors are not `width` numbers long.
-    """
-    local = local_file(path)
-    try:
-        with h5py.File(local, "r") as file:
-            values = np.asarray(file["embedding"][...], dtype=np.float32)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise FormatError(f"{path}: cannot be read as word vectors: {' '.join(str(error).split())}") from None
-    if values.ndim != 2 or values.shape[1] != width:
-        raise FormatError(f"{path}: embedding has shape {list(values.shape)}, the model needs [words, {width}]")
-    return torch.from_numpy(values)
-
-
 def _rebuilt(config: ModelConfig, tensors: dict[str, Tensor], n_words: int) -> BiLM:
     with torch.device("meta"):
         bare = BiLM(config, SoftmaxConfig(), n_words)
     bare.drop_softmax()
     bare.load_state_dict({name: x for name, x in tensors.items() if not name.startswith("softmax")}, assign=True)
     return bare.requires_grad_(False)
+
+
+def check_ids(inputs: object, name: str = "inputs") -> None:
+    """Raise TypeError unless `inputs` is a tensor of whole numbers."""
+    if not isinstance(inputs, Tensor):
+        what = "a NumPy array; torch.from_numpy makes a tensor of it" if isinstance(inputs, np.ndarray) else (
+            f"{short(repr(inputs), 60)}; batch_to_ids(sentences) makes them"
+        )  # fmt: skip
+        raise TypeError(f"the layer takes a tensor of ids, and {name} is {what}")
+    if inputs.is_floating_point() or inputs.is_complex() or inputs.dtype == torch.bool:
+        raise TypeError(f"the layer takes a tensor of ids, and {name} has numbers of type {inputs.dtype}")
+
+
+def are_characters(ids: Tensor) -> bool:
+    """Return True if all rows look like words of `batch_to_ids`: begin, some bytes, end, and padding up to the end.
+
+    No sentence of word ids does, as these ids would have to be the same words in this order in every sentence.
+    """
+    rows = ids.reshape(-1, ids.shape[-1]) if ids.dim() > 2 and ids.numel() else ids.new_zeros(0, 1)
+    rows = rows[(rows != 0).any(dim=1)]
+    ends = (rows == WORD_END + 1).int().cumsum(dim=1)
+    after = rows[ends > 0]
+    return bool(
+        len(rows)
+        and (rows[:, 0] == WORD_BEGIN + 1).all()
+        and (ends[:, -1] == 1).all()
+        and ((after == WORD_END + 1) | (after == PADDING + 1)).all()
+    )
 
 
 def _lengths(words_BT: NDArray[np.bool_]) -> IntArray:
@@ -320,7 +347,10 @@ def _to_width(chars_BTC: NDArray[np.int16], width: int) -> NDArray[np.int16]:
         return chars_BTC
     if given < width:
         if given < 3 or (chars_BTC[..., -1] == WORD_END).any():
-            raise ConfigError(f"words have {given} ids and may be cut off; this model's words have {width}")
+            raise ConfigError(
+                f"words have {given} ids and may be cut off; this model's words have {width}: "
+                f"batch_to_ids(sentences, max_characters={width}), or encode(sentences) of the layer"
+            )
         return np.pad(chars_BTC, ((0, 0), (0, 0), (0, width - given)), constant_values=PADDING)
     cut = chars_BTC[..., :width].copy()
     # a word that has not ended at the new last character was longer: its last id is the end of a word

@@ -11,8 +11,9 @@ words, C characters, P projection, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,13 +25,72 @@ from elmo_ray import kernels
 from elmo_ray.data.vocabulary import SENTENCE_BEGIN_WORD, SENTENCE_END_WORD, Vocabulary
 from elmo_ray.data.word_types import encode_with_markers, sort_by_length
 from elmo_ray.elmo.word_cache import WordCache
-from elmo_ray.errors import ConfigError
+from elmo_ray.errors import ConfigError, short
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _CACHE_BYTES = 1 << 28
 
 IntArray = NDArray[np.int64]
+
+
+def without_autocast(function: Function) -> Function:
+    """Return a function that runs with torch.autocast off, also where it is called within it.
+
+    The model's own `dtype` decides in what its products are computed; kernels write into buffers of a known type.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return cast(Function, run)
+
+
+def outside_of_graphs(function: Function) -> Function:
+    """Return a function that torch.compile leaves out of its graphs, as NumPy and Numba have no place in them."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # torch.compiler.disable as a decorator would import the whole compiler, which takes seconds
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(Function, run)
+
+
+def check_sentences(batch: Any) -> None:
+    """Raise TypeError, which names the place, unless `batch` holds sentences that are sequences of strings."""
+    if batch is None or isinstance(batch, str | bytes):
+        raise TypeError(f"{_shown(batch)} was given; sentences are a list of lists of words, as [['The', 'cat']]")
+    for number, words in enumerate(batch):
+        check_words(words, f"sentence {number}")
+
+
+def checked_sentences(sentences: Any) -> Iterator[Sequence[str]]:
+    """Yield the sentences; raise TypeError as `check_sentences` at the first one that is no sequence of strings."""
+    if sentences is None or isinstance(sentences, str | bytes):
+        check_sentences(sentences)
+    for number, words in enumerate(sentences):
+        check_words(words, f"sentence {number}")
+        yield words
+
+
+def check_words(words: Any, name: str) -> None:
+    """Raise TypeError, in which `name` stands for them, unless `words` is a sequence of strings."""
+    if isinstance(words, str | bytes) or not hasattr(words, "__len__"):
+        raise TypeError(f"{name} is {_shown(words)}; it must be a list of words, as ['The', 'cat']")
+    for place, word in enumerate(words):
+        if not isinstance(word, str):
+            raise TypeError(f"{name}, word {place} is {_shown(word)}; a word is a string")
+
+
+def _shown(value: Any) -> str:
+    return short(repr(value), 60)
 
 
 class Packing(NamedTuple):
@@ -115,6 +175,7 @@ class SentenceEncoder:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @without_autocast
     def word_vectors(self, types_UC: NDArray[np.int16]) -> Tensor:
         """Return [U, P] context-independent vectors of words by their characters. types_UC: distinct words."""
         if self.model.char_cnn is None:
@@ -126,6 +187,7 @@ class SentenceEncoder:
             return F.embedding(on_device, vectors)
         return self._frozen_cache().vectors(types, classes)[on_device]
 
+    @without_autocast
     def layers(
         self, vectors_UP: Tensor, indices_BT: Tensor, lengths_B: IntArray, state: LstmState | None = None
     ) -> tuple[list[Tensor], LstmState]:
@@ -200,14 +262,19 @@ def encode_sentences(
     """Return the arguments of `SentenceEncoder.layers` for tokenised sentences.
 
     They are the vectors [U, P] of the distinct words, indices [B, T] into them with the sentence markers, and the
-    positions [B] of each sentence. vocabulary: needed for word input, where words outside of it are `<UNK>`.
+    positions [B] of each sentence. vocabulary: needed for word input, where words outside of it are `<UNK>`. Raises
+    TypeError unless sentences are sequences of strings.
     """
+    if any(isinstance(words, str | bytes) for words in batch):
+        check_sentences(batch)
     seen = {SENTENCE_BEGIN_WORD: 0, SENTENCE_END_WORD: 1}
     lengths = np.fromiter(map(len, batch), np.int64, len(batch)) + 2
     indices = np.zeros((len(batch), int(lengths.max())), np.int64)
     for row, words in zip(indices, batch, strict=True):
         row[1 : len(words) + 1] = [seen.setdefault(word, len(seen)) for word in words]
         row[len(words) + 1] = 1
+    if not all(isinstance(word, str) for word in seen):
+        check_sentences(batch)
     model = encoder.model
     if model.char_cnn is not None:
         vectors = encoder.word_vectors(encode_with_markers(list(seen), model.config.char_cnn.max_characters))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
+from elmo_ray.elmo.encoder import SentenceEncoder, checked_sentences, encode_sentences, without_autocast
 from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.model.bilm import BiLM
 
@@ -40,7 +40,9 @@ class Substitutes:
     vocabulary: Vocabulary
 
     def words(self, direction: str = "both") -> list[list[str]]:
-        """Return the words for the ids of a direction."""
+        """Return the words for the ids of a direction; ConfigError for another one than `ids` has."""
+        if direction not in self.ids:
+            raise ConfigError(f"direction={direction}: must be one of {', '.join(self.ids)}")
         return [[self.vocabulary.words[i] for i in row] for row in self.ids[direction].tolist()]
 
 
@@ -84,10 +86,14 @@ class LanguageModel:
             raise FormatError(f"{opened.path}: holds no softmax, so it gives no word a probability; name the run")
         return cls(opened.model, opened.vocabulary)
 
-    def substitutes(self, sentences: Iterable[Sequence[str]], k: int = 10) -> Iterator[Substitutes]:
-        """Yield for each tokenised sentence the `k` most probable words in place of each of its words."""
-        for words in sentences:
-            yield self.substitutes_of(self._top(words), len(words), k)
+    def substitutes(self, sentences: Iterable[Sequence[str]], k: int = 10) -> list[Substitutes]:
+        """Return for each tokenised sentence the `k` most probable words in place of each of its words.
+
+        Raises TypeError unless a sentence is a list of strings, ConfigError for k below 1.
+        """
+        if k < 1:
+            raise ConfigError(f"k={k}: must be 1 or more")
+        return [self.substitutes_of(self._top(words), len(words), k) for words in checked_sentences(sentences)]
 
     def surprisal(self, sentences: Iterable[Sequence[str]]) -> Iterator[Surprisal]:
         """Yield for each tokenised sentence the surprisal of its words."""
@@ -99,6 +105,7 @@ class LanguageModel:
         with torch.no_grad():
             return self.encoder.layers(*batch)[0][-1][0]
 
+    @without_autocast
     @torch.no_grad()
     def substitutes_of(self, top: Tensor, n: int, k: int) -> Substitutes:
         """Return the substitutes of a sentence of n words.
@@ -129,6 +136,7 @@ class LanguageModel:
             self.vocabulary,
         )
 
+    @without_autocast
     @torch.no_grad()
     def surprisal_of(self, top: Tensor, words: Sequence[str]) -> Surprisal:
         """Return the surprisal of the words of a sentence. top: its top layer, as in `substitutes_of`."""

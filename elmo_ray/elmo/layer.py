@@ -17,18 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.checkpoints.bilm_tf.hdf5 import read_word_vectors
+from elmo_ray.data.vocabulary import SPECIAL_WORDS, UNKNOWN_WORD, Vocabulary
 from elmo_ray.data.word_types import encode_with_markers
 from elmo_ray.elmo.bilm import (
     ElmoBiLm,
     ElmoCharacterEncoder,
     Path,
     Precision,
+    are_characters,
+    check_ids,
     read_bilm,
-    read_word_vectors,
     with_word_vectors,
     without_softmax,
 )
+from elmo_ray.elmo.encoder import check_sentences
 from elmo_ray.elmo.scalar_mix import ScalarMix
 from elmo_ray.errors import ConfigError
 from elmo_ray.model.bilm import BiLM
@@ -57,13 +60,16 @@ class Elmo(nn.Module):
     Arguments that AllenNLP does not have: stateful=False; precision="bf16" for the matrix products; l2_coef and
     use_top_only as in `ScalarMix`; vocabulary, needed for a model with word input.
     Raises FormatError for files that cannot be used and ConfigError for arguments that do not fit.
+
+    The layer works within torch.autocast, where it computes as outside of it, and in a model for torch.compile, which
+    leaves it out of its graphs.
     """
 
     def __init__(
         self,
         options_file: Path | None,
-        weight_file: Path | None,
-        num_output_representations: int,
+        weight_file: Path | None = None,
+        num_output_representations: int | None = None,
         requires_grad: bool = False,
         do_layer_norm: bool = False,
         dropout: float = 0.5,
@@ -79,6 +85,11 @@ class Elmo(nn.Module):
         vocabulary: Vocabulary | None = None,
     ):
         super().__init__()
+        if num_output_representations is None:
+            raise TypeError(
+                "Elmo takes options_file, weight_file and num_output_representations; "
+                "Elmo.from_run(SOURCE) opens a run, a checkpoint or a folder of weights"
+            )
         if module is not None and (options_file is not None or weight_file is not None):
             raise ConfigError("options_file and weight_file are not read beside a module; give None for them")
         if module is None or isinstance(module, BiLM):
@@ -155,11 +166,11 @@ class Elmo(nn.Module):
 
         `embed` with embed.tokens, or bilm-tf's dump_token_embeddings, wrote that file for the words of `vocab_file`.
         `forward` takes [B, T] word ids plus one, as `encode` returns them; a word that is not in `vocab_file` is
-        `<UNK>`.
+        `<UNK>`, or an error of `encode` where `vocab_file` has no such line.
         """
         model = read_bilm(options_file, weight_file)
-        vocabulary = Vocabulary.read(local_file(vocab_file))
-        vectors = read_word_vectors(vectors_file, model.config.lstm.projection_dim)
+        vocabulary = Vocabulary.read(local_file(vocab_file), SPECIAL_WORDS[:2])
+        vectors = read_word_vectors(local_file(vectors_file), model.config.lstm.projection_dim)
         if len(vectors) != vocabulary.size:
             raise ConfigError(f"{vectors_file}: has {len(vectors)} words, {vocab_file} has {vocabulary.size}")
         model = with_word_vectors(model, vectors).requires_grad_(requires_grad)
@@ -186,11 +197,21 @@ class Elmo(nn.Module):
         """Return the `inputs` of tokenised sentences.
 
         They are character ids as from `batch_to_ids`, or [B, T] vocabulary ids plus one for a model with word input.
+        Raises TypeError unless a sentence is a list of strings, and ConfigError for a word that is not in a vocabulary
+        without `<UNK>`.
         """
         bilm: ElmoBiLm = self._elmo_lstm
         if bilm.vocabulary is None or bilm.bilm.char_cnn is not None:
             return batch_to_ids(batch, bilm.max_characters)
-        ids, unk = bilm.vocabulary.ids, bilm.vocabulary.unk
+        check_sentences(batch)
+        ids, unk = bilm.vocabulary.ids, bilm.vocabulary.ids.get(UNKNOWN_WORD)
+        for number, words in enumerate(batch):
+            unknown = [] if unk is not None else [word for word in words if word not in ids]
+            if unknown:
+                raise ConfigError(
+                    f"sentence {number}: {unknown[0]!r} is not in {bilm.vocabulary.path}, which has no {UNKNOWN_WORD}; "
+                    "add the word, and compute the vectors again with embed.tokens"
+                )
         inputs = torch.zeros(len(batch), max(map(len, batch), default=0), dtype=torch.long)
         for row, words in zip(inputs, batch, strict=True):
             row[: len(words)] = torch.tensor([ids.get(word, unk) + 1 for word in words], dtype=torch.long)
@@ -205,13 +226,20 @@ class Elmo(nn.Module):
 
         inputs: [B, T, 50] from `batch_to_ids`, or the result of `encode`; further dimensions in front are kept.
         word_inputs: [B, T] indices into vocab_to_cache; if any of them is outside of it, all words are read from
-        `inputs`. With keep_sentence_boundaries the results have T + 2 positions.
+        `inputs`. With keep_sentence_boundaries the results have T + 2 positions. No sentences, [0, T, 50], give empty
+        tensors. Raises TypeError for anything but tensors of whole numbers.
         """
+        check_ids(inputs)
+        if self._takes_words and are_characters(inputs):
+            raise ConfigError(
+                "inputs are characters, as from batch_to_ids; this layer takes the ids of its encode(sentences)"
+            )
         inner = 2 if self._takes_words else 3
         lead = inputs.shape[: 1 - inner]  # all but the words of a sentence and their characters
         if inputs.dim() > inner:
             inputs = inputs.reshape(-1, *inputs.shape[1 - inner :])
         if word_inputs is not None:
+            check_ids(word_inputs, "word_inputs")
             lead = word_inputs.shape[:-1]
             word_inputs = word_inputs.reshape(-1, word_inputs.shape[-1])
             if not self._has_cached_vocab:
@@ -237,8 +265,12 @@ class Elmo(nn.Module):
 def batch_to_ids(batch: Sequence[Sequence[str]], max_characters: int = 50) -> Tensor:
     """Return [sentences, words of the longest, max_characters] int64 character ids of tokenised sentences.
 
-    The ids are those of training plus one, and 0 for padding words.
+    The ids are those of training plus one, and 0 for padding words. Raises TypeError, which names the place, unless a
+    sentence is a list of strings.
     """
+    check_sentences(batch)
+    if max_characters < 3:
+        raise ConfigError(f"max_characters={max_characters}: must be 3 or more, as a word's begin and end are two")
     lengths = np.fromiter(map(len, batch), np.int64, len(batch))
     words = list(itertools.chain.from_iterable(batch))
     ids = np.zeros((len(lengths), int(lengths.max(initial=0)), max_characters), np.int64)

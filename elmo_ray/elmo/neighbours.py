@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.encoder import check_words, without_autocast
 from elmo_ray.model.bilm import BiLM
 
 _WORDS_AT_A_TIME = 512
 
 
+@without_autocast
 @torch.no_grad()
 def nearest_words(
     model: BiLM,
@@ -29,8 +31,9 @@ def nearest_words(
     Only the `among` most frequent words of the vocabulary take part; a word that is not among them has no entry.
     layer: "softmax" takes the rows of the softmax table as vectors; they describe a word as a prediction and do not
     depend on its spelling. A softmax without a table uses "token" instead. "token" takes the input of the LSTMs, which
-    the char CNN computes from a word's characters.
+    the char CNN computes from a word's characters. Raises TypeError unless `words` is a list of strings.
     """
+    check_words(words, "words")
     special = {vocabulary.bos, vocabulary.eos, vocabulary.unk}
     ids = [i for i in range(min(among + len(special), vocabulary.size)) if i not in special]
     has_table = model.softmax_weight is not None or (model.tied and model.has_softmax)

@@ -187,6 +187,7 @@ def _make_job(config: EmbedConfig, source: Source, shard_folder: Path, is_hdf5: 
             )
         if is_hdf5:
             raise ConfigError(f"embed.output={embed.output} is written as Parquet; name a folder as OUT")
+        _ = source.vocabulary  # raises an error where there is none
     elif source.config.input == "words" and source.words is None:
         raise ConfigError(f"{source.path}: a model with word input needs its vocabulary: init.vocab=FILE")
     return EmbedJob(

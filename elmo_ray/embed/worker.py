@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from elmo_ray.checkpoints.source import Source, open_source
-from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
 from elmo_ray.elmo.language_model import LanguageModel
 from elmo_ray.embed.record import EmbedJob
@@ -88,7 +88,7 @@ def write_token_vectors(source: Source, vocab: str, out: Path, precision: str = 
     """
     if source.model.char_cnn is None:
         raise ConfigError(f"{source.path}: embed.tokens is for a model with characters; this one has a table of words")
-    vocabulary = Vocabulary.read(vocab)
+    vocabulary = Vocabulary.read(vocab, SPECIAL_WORDS[:2])  # the cache has no softmax, so it needs no <UNK>
     encoder = SentenceEncoder(source.model, torch.bfloat16 if precision == "bf16" else None)
     table_VC = vocabulary.characters(source.config.char_cnn.max_characters)
     with atomic_write(out, also=(RuntimeError,)) as temporary, h5py.File(temporary, "w") as file, torch.no_grad():

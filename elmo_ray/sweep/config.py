@@ -5,6 +5,7 @@ A space gives each dotted key a domain of values. The values of a trial are a pu
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -202,15 +203,20 @@ class SweepConfig(FinetuneConfig):
         return nest({key: value for key, value in explicit(self, "") if not key.startswith("sweep.")})
 
     def trial(self, values: dict[str, Any]) -> FinetuneConfig | PretrainConfig:
-        """Return the configuration of a trial; raise ConfigError for values that do not fit."""
-        tree = self.tree()
+        """Return the configuration of a trial; raise ConfigError for values that do not fit.
+
+        Settings of the file that have no effect beside these values are left out.
+        """
+        base = self.tree()
+        root: type[PretrainConfig] = FinetuneConfig
+        if self.init.source is None:
+            root = PretrainConfig
+            base.pop("init", None)
+            base.pop("checkpoint", None)
+        tree = copy.deepcopy(base)
         for key, value in values.items():
             set_nested(tree, key, value)
-        if self.init.source is not None:
-            return FinetuneConfig.from_dict(tree)
-        tree.pop("init", None)
-        tree.pop("checkpoint", None)
-        return PretrainConfig.from_dict(tree)
+        return root.from_overridden(base, tree, values)[0]
 
     def as_given(self) -> dict[str, Any]:
         """Return the values of the varied keys in the file itself; raise ConfigError if one is not in its domain."""

@@ -65,6 +65,12 @@ def initial_model(
     model = BiLM(config.model, config.softmax, vocabulary.size).to(DTYPES[config.train.precision])
     model.reset_parameters(config.run.seed)
     given = dict(source.named_parameters())
+    left = sorted(given.keys() - dict(model.named_parameters()).keys())
+    if left:
+        raise ConfigError(
+            f"softmax.kind={config.softmax.kind}: has no place for the SOURCE's {left[0]}; "
+            "leave softmax.kind as it is in the SOURCE"
+        )
     if rows is not None and source.has_softmax and not source.has_table:
         if not torch.equal(rows, torch.arange(source.n_words)):
             raise ConfigError(
@@ -130,6 +136,12 @@ def initial_slots(
                 fresh = (rows < 0).view(-1, *[1] * (slot.ndim - 1))
                 slot = torch.where(fresh, first, slot[rows.clamp_min(0)])
             slots[key] = slot.contiguous()
+    left = sorted(kept.keys() - slots.keys())
+    if left:
+        raise ConfigError(
+            f"init.optimizer=keep: optim.name={config.optim.name} has no place for the source's {left[0]}; "
+            "set init.optimizer=reset"
+        )
     return slots
 
 

@@ -12,7 +12,13 @@ import pytest
 import torch
 from helpers.saved_models import random_model
 
-from elmo_ray.checkpoints.bilm_tf.hdf5 import obstacles, read_weights, same_weights, write_weights
+from elmo_ray.checkpoints.bilm_tf.hdf5 import (
+    obstacles,
+    read_weights,
+    read_word_vectors,
+    same_weights,
+    write_weights,
+)
 from elmo_ray.checkpoints.bilm_tf.options import from_options, read_options
 from elmo_ray.config import PretrainConfig
 from elmo_ray.config.model import ModelConfig
@@ -212,3 +218,91 @@ def test_what_other_programs_cannot_load(config: ModelConfig, bilm_tf: str | Non
         reasons = obstacles(config)[program]
         assert len(reasons) == (expected is not None), reasons
         assert expected is None or expected in reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("of", "read_as", "extra"),
+    [
+        ("characters", {"lstm": {**LSTM, "n_layers": 1}}, "RNN_0/RNN/MultiRNNCell/Cell1/LSTMCell/B"),
+        ("characters", {"char_cnn": {**CNN, "n_highway": 1}}, "CNN_high_1/W_carry"),
+        ("characters", {"char_cnn": {**CNN, "n_highway": 0}}, "CNN_high_0/W_carry"),
+        ("no projections", {"lstm": {"dim": 12, "projection_dim": 12, "n_layers": 2}}, "Cell2/LSTMCell/B"),
+    ],
+    ids=["layers", "a highway", "highways", "last layer"],
+)
+def test_a_file_with_more_than_the_options_say_is_another_model_s(
+    of: str, read_as: dict[str, Any], extra: str, tmp_path: Path
+) -> None:
+    write_weights(tmp_path / "w.hdf5", model_of(MODELS[of]))
+    other = PretrainConfig.from_dict({"model": {**MODELS[of], **read_as}}).model
+    with pytest.raises(FormatError, match=rf"w\.hdf5: has \S*{extra}, for which the options have no place") as raised:
+        read_weights(tmp_path / "w.hdf5", other)
+    assert "\n" not in str(raised.value)
+
+
+def test_other_things_in_a_file_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(MODELS["characters"])
+    write_weights(tmp_path / "w.hdf5", model)
+    with h5py.File(tmp_path / "w.hdf5", "r+") as file:
+        file.create_dataset("about/version", data=np.ones(3))
+        file["elsewhere"] = h5py.ExternalLink("/etc/passwd", "/x")
+    with caplog.at_level("INFO"):
+        assert same_weights(model, read_weights(tmp_path / "w.hdf5", model.config)) == []
+    assert "has about/version, which is no part of a biLM" in caplog.text
+    with h5py.File(tmp_path / "w.hdf5", "r+") as file:
+        file["embedding"] = np.zeros((4, 6), np.float32)
+    with pytest.raises(FormatError, match="has embedding, for which"):
+        read_weights(tmp_path / "w.hdf5", model.config)
+
+
+def test_deep_groups_and_loops_in_a_file(tmp_path: Path) -> None:
+    model = model_of(MODELS["characters"])
+    write_weights(tmp_path / "w.hdf5", model)
+    with h5py.File(tmp_path / "w.hdf5", "r+") as file:
+        loop = file.create_group("loop")
+        loop["again"] = loop
+        file.create_group("/".join(["deep"] * 50))
+    assert same_weights(model, read_weights(tmp_path / "w.hdf5", model.config)) == []
+
+
+def test_word_vectors_and_weights_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    write_weights(tmp_path / "words.hdf5", model_of(MODELS["words"]))
+    with pytest.raises(FormatError, match=r"words\.hdf5: has RNN_0/\S+, so it is no file of word vectors"):
+        read_word_vectors(tmp_path / "words.hdf5", 6)
+    with h5py.File(tmp_path / "v.hdf5", "w") as file:
+        file["embedding"] = np.ones((4, 6), np.float32)
+    assert read_word_vectors(tmp_path / "v.hdf5", 6).shape == (4, 6)
+    for width, message in (
+        (7, r"embedding has shape \[4, 6\], the model needs \[words, 7\]"),
+        (6, "int32, not floats"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            read_word_vectors(tmp_path / "v.hdf5", width)
+        with h5py.File(tmp_path / "v.hdf5", "w") as file:
+            file["embedding"] = np.ones((4, 6), np.int32)
+    with h5py.File(tmp_path / "none.hdf5", "w") as file:
+        pass
+    with pytest.raises(FormatError, match=r"none\.hdf5: has no embedding"):
+        read_word_vectors(tmp_path / "none.hdf5", 6)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (b"PK\x03\x04", "is a zip file; unpack it first"),
+        (b"\x1f\x8b\x08", "is a gz file; unpack it first"),
+        (b"BZh91AY&SY", "is a bzip2 file"),
+        (bytes(257) + b"ustar", "is a tar archive"),
+        (b'{"lstm": {}}', "is JSON and no HDF5 file; are options and weights swapped"),
+        (bytes(8) + b'{"x": 1}', "is a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "is a pointer of Git LFS"),
+        (b"", "is empty"),
+        (b"the cat\n", "is no HDF5 file"),
+    ],
+)
+def test_other_files_are_named_for_what_they_are(head: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "w.hdf5").write_bytes(head)
+    with pytest.raises(FormatError, match=rf"w\.hdf5: {message}"):
+        read_weights(tmp_path / "w.hdf5", ModelConfig())
+    with pytest.raises(FormatError, match="is a folder and no HDF5 file"):
+        read_weights(tmp_path, ModelConfig())

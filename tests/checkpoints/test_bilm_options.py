@@ -162,14 +162,15 @@ def changed(place: str, value: Any) -> dict[str, Any]:
     ("char_cnn.n_characters", 260), ("char_cnn.n_characters", "262"), ("char_cnn.n_characters", [262]),
     ("char_cnn.n_highway", -1), ("char_cnn.n_highway", "two"), ("char_cnn.n_highway", 10**9),
     ("char_cnn.max_characters_per_token", 2), ("char_cnn.max_characters_per_token", 10**6),
-    ("sample_softmax", "maybe"), ("sample_softmax", None),
-    ("n_negative_samples_batch", 0), ("n_negative_samples_batch", "many"), ("n_negative_samples_batch", None),
     ("share_embedding_softmax", True), ("share_embedding_softmax", "no"),
 ], ids=lambda value: str(value)[:30])  # fmt: skip
 @pytest.mark.parametrize("published", [True, False], ids=["published", "training"])
 def test_absurd_values(place: str, value: Any, published: bool) -> None:
     if published and place == "bidirectional":
         assert from_options(changed(place, value), published=True)[0].bidirectional, "not read there"
+        return
+    if published and place in ("char_cnn.n_characters", "share_embedding_softmax"):
+        assert from_options(changed(place, value), published=True) == from_options(PUBLISHED, published=True)
         return
     with pytest.raises(FormatError) as caught:
         from_options(changed(place, value), "runs/a/options.json", published)
@@ -193,3 +194,36 @@ def test_files_that_are_no_options(tmp_path: Path, text: str) -> None:
 def test_defaults_of_the_softmax_are_ours() -> None:
     assert from_options(WORDS)[1] == SoftmaxConfig(kind="sampled", tied=False)
     assert from_options({**WORDS, "n_negative_samples_batch": 8192})[1].negatives == 8192
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("n_negative_samples_batch", value) for value in (0.001, None, 0, "many", True, float("nan"))),
+        *(("sample_softmax", value) for value in ("maybe", None)),
+    ],
+)
+@pytest.mark.parametrize("published", [True, False], ids=["published", "training"])
+def test_how_a_softmax_was_trained_is_no_part_of_the_model(
+    key: str, value: Any, published: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        found = from_options({**PUBLISHED, key: value}, "runs/a/options.json", published)
+    assert found == from_options(PUBLISHED, published=published)
+    (record,) = caplog.records
+    assert f"runs/a/options.json: {key} is {value!r}, which only training uses" in record.getMessage()
+
+
+def test_a_misspelt_key_of_the_model_is_not_its_default() -> None:
+    options = changed("lstm.use_skip_connections", ...)
+    options["lstm"]["use_skip_connection"] = True
+    with pytest.raises(FormatError, match=r"lstm\.'use_skip_connection' is not known; did you mean use_skip"):
+        from_options(options, published=True)
+    options["lstm"]["use_skip_connections"] = True
+    assert from_options(options, published=True) == from_options(PUBLISHED, published=True)
+
+
+def test_weights_in_the_place_of_options(tmp_path: Path) -> None:
+    (tmp_path / "weights.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(2 << 20))
+    with pytest.raises(FormatError, match="is an HDF5 file and no options.json; are options and weights swapped"):
+        read_options(tmp_path / "weights.hdf5")

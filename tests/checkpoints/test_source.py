@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from elmo_ray.checkpoints.bilm_tf.options import to_options
 from elmo_ray.checkpoints.manifest import directory_name
 from elmo_ray.checkpoints.source import open_source
 from elmo_ray.data.vocabulary import SPECIAL_WORDS
-from elmo_ray.errors import CheckpointError, ConfigError, ElmoRayError, FormatError
+from elmo_ray.errors import CheckpointError, ConfigError, DataError, ElmoRayError, FormatError
+from elmo_ray.export import import_checkpoint
 
 CONFIG = tiny_config(model__bidirectional=True)
+LSTM = CONFIG.model.lstm.to_dict()
 WORDS = [*SPECIAL_WORDS, "the", "cat", "sees"]
 GOLDEN = Path(__file__).parents[1] / "golden" / "model"
 
@@ -125,6 +128,11 @@ def empty(run: Path) -> Path:
     return run.parent / "empty"
 
 
+def made(run: Path, name: str, content: bytes) -> Path:
+    (run.parent / name).write_bytes(content)
+    return run.parent / name
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], type[ElmoRayError], str]] = {
     "nothing there": (lambda run: run / "nowhere", {}, ConfigError, "no such file or folder"),
     "a folder of something else": (lambda run: run.parent, {}, ConfigError, "no run .*, no checkpoint"),
@@ -162,9 +170,34 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], type[ElmoRayEr
         lambda run: rewritten(run, tiny_config(model__lstm={"dim": 16, "projection_dim": 8, "n_layers": 3})),
         {},
         CheckpointError,
-        "lstm.layers.2.bias has shape None",
+        "model.safetensors: has no lstm.layers.2.bias, which config.yaml and vocab.txt ask for",
     ),
-    "a text file": (lambda run: run / "best" / "vocab.txt", {}, ConfigError, "options.json: no such file"),
+    "a smaller number of layers": (
+        lambda run: rewritten(run, tiny_config(model__bidirectional=True, model__lstm={**LSTM, "n_layers": 1})),
+        {},
+        CheckpointError,
+        "model.safetensors: has lstm.layers.1.bias, for which config.yaml and vocab.txt have no place",
+    ),
+    "a file of a checkpoint": (
+        lambda run: run / "best" / "model.safetensors",
+        {},
+        ConfigError,
+        "is a file of a checkpoint; name the checkpoint: .*best",
+    ),
+    "a text file": (lambda run: made(run, "text.txt", b"the cat\n"), {}, FormatError, "is no HDF5 file"),
+    "a zip file": (
+        lambda run: made(run, "model.zip", b"PK\x03\x04"),
+        {},
+        FormatError,
+        "is a zip file; unpack it first",
+    ),
+    "options": (lambda run: made(run, "options.json", b"{}"), {}, ConfigError, "is JSON; name the weights as SOURCE"),
+    "shards of TensorFlow without an index": (
+        lambda run: made(run, "model.ckpt-3.data-00000-of-00001", b"x"),
+        {},
+        ConfigError,
+        "is a file of a TensorFlow checkpoint whose model.ckpt-3.index is not beside it",
+    ),
 }
 
 
@@ -188,3 +221,55 @@ def test_weights_and_options_that_do_not_fit(tmp_path: Path) -> None:
 def test_no_source_at_all() -> None:
     with pytest.raises(ConfigError, match=r"init.from is empty"):
         open_source(None)
+
+
+def test_names_that_others_give_their_files(tmp_path: Path) -> None:
+    """The only .hdf5 file and vocab.txt.gz, as simple_elmo has them; X_weights.hdf5 and X_options.json, as AllenNLP."""
+    weights = exported(tmp_path / "a")
+    (tmp_path / "a" / "vocab.txt.gz").write_bytes(gzip.compress((tmp_path / "a" / "vocab.txt").read_bytes()))
+    (tmp_path / "a" / "vocab.txt").unlink()
+    weights.rename(tmp_path / "a" / "model.hdf5")
+    for source in (open_source(tmp_path / "a"), open_source(tmp_path / "a" / "model.hdf5")):
+        assert source.path == tmp_path / "a" / "model.hdf5" and source.vocabulary.words == WORDS
+    (tmp_path / "a" / "options.json").rename(tmp_path / "a" / "elmo_small_options.json")
+    (tmp_path / "a" / "model.hdf5").rename(tmp_path / "a" / "elmo_small_weights.hdf5")
+    assert open_source(tmp_path / "a").vocabulary.words == WORDS
+    (tmp_path / "a" / "elmo_big_options.json").write_text("{}")
+    assert open_source(tmp_path / "a").config == CONFIG.model, "the options of the same name"
+    (tmp_path / "a" / "elmo_small_options.json").rename(tmp_path / "a" / "options_small.json")
+    with pytest.raises(ConfigError, match=r"2 files that may be its options \(elmo_big_options.json, options_small"):
+        open_source(tmp_path / "a")
+    (tmp_path / "a" / "other.hdf5").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"2 files that may be its weights \(elmo_small_weights.hdf5, other.hdf5"):
+        open_source(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "model.ckpt-657.index", "model.ckpt-657.data-00000-of-00001"])
+def test_a_tensorflow_checkpoint_by_one_of_its_files(run: Path, name: str) -> None:
+    folder = tensorflow_folder(run)
+    with pytest.raises(FormatError, match="tf/options.json: is not JSON"):
+        open_source(folder / name)
+
+
+def test_a_vocabulary_is_checked_where_it_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = exported(tmp_path / "export", vocabulary=False)
+    (tmp_path / "words.txt").write_text("<S>\n</S>\nthe\n")
+    assert open_source(weights, vocab=str(tmp_path / "words.txt")).vocabulary.size == 3
+    (weights.parent / "vocab.txt").write_bytes(b"\xff\xfe")
+    source = open_source(weights)
+    assert source.words is None
+    with pytest.raises(DataError, match="vocab.txt: is UTF-16"):
+        _ = source.vocabulary
+    with pytest.raises(DataError, match="vocab.txt: is UTF-16"):
+        open_source(weights, vocab=str(weights.parent / "vocab.txt"))
+    (weights.parent / "vocab.txt").write_text("<S>\n")
+    with caplog.at_level("INFO"):
+        assert open_source(weights).vocabulary.size == 1
+    assert "vocab.txt has 1 words, and n_tokens_vocab in" in caplog.text
+
+
+def test_an_imported_checkpoint_needs_no_unk(tmp_path: Path) -> None:
+    weights = exported(tmp_path / "export", vocabulary=False)
+    (weights.parent / "vocab.txt").write_text("the\n")
+    import_checkpoint(weights, tmp_path / "imported")
+    assert open_source(tmp_path / "imported").vocabulary.words == ["the"]

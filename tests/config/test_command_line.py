@@ -287,3 +287,57 @@ def test_a_pipe_that_nobody_reads(arguments: list[str], code: int, repository: P
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr or b"") == (code, b"")
+
+
+LEFT_OVER = """
+data: {train: a.txt, valid: b.txt, min_count: 2}
+softmax: {negatives: 64}
+optim: {name: adamw, weight_decay: 0.1}
+model: {char_cnn: {n_highway: 1}}
+train: {validate_every: 50 steps, validate_positions: 2000, patience: 3, on_nonfinite: skip, max_skips: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "useless"),
+    [
+        (["train.validate_every=null"], ["train.validate_positions", "train.patience"]),
+        (["data.valid=null"], ["train.validate_every", "train.validate_positions", "train.patience"]),
+        (["softmax.kind=full", "optim.name=adagrad"], ["softmax.negatives", "optim.weight_decay"]),
+        (["model.input=words"], ["model.char_cnn"]),
+        (["data.vocab=v.txt", "train.on_nonfinite=stop"], ["data.min_count", "train.max_skips"]),
+    ],
+    ids=lambda values: values[0],
+)
+def test_settings_of_the_file_that_an_override_makes_useless_are_a_note(
+    overrides: list[str], useless: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(LEFT_OVER, encoding="utf-8")
+    with caplog.at_level("INFO"):
+        config = load_config(path, overrides, PretrainConfig)
+    assert [record.getMessage().split(" has no effect")[0] for record in caplog.records] == [
+        f"{path}: {key}" for key in useless
+    ]
+    assert not any("remove" in record.getMessage() for record in caplog.records)
+    assert PretrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_what_the_file_or_the_command_line_contradicts_itself_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(LEFT_OVER, encoding="utf-8")
+    assert mistakes(["softmax.kind=full", "softmax.negatives=5"], path) == [
+        "softmax.negatives is set, but softmax.kind=full samples no words; remove one of them"
+    ]
+    assert mistakes(["model.input=words", "model.char_cnn.n_highway=3"], path)[0].startswith("model.char_cnn is set")
+    assert mistakes(["train.validate_every=null", "optim.lr=-1"], path)[-1].startswith("optim.lr=-1: must be")
+    path.write_text(LEFT_OVER + "evaluate: {reset: sentence, streams: 4}\n", encoding="utf-8")
+    assert mistakes(["train.validate_every=null"], path)[-1].startswith("evaluate.streams is set, but")
+
+
+def test_a_value_of_a_sweep_may_make_a_setting_of_the_file_useless(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(LEFT_OVER + "sweep: {space: {softmax.kind: {choice: [sampled, full]}}}\n", encoding="utf-8")
+    config = load_config(path, [], SweepConfig)
+    assert config.trial({"softmax.kind": "full"}).softmax.kind == "full"
+    assert config.trial({"softmax.kind": "sampled"}).softmax.negatives == 64

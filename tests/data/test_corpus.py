@@ -227,6 +227,17 @@ def test_expand_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
         expand_paths(["*.gz"], "data.valid")
     with pytest.raises(ConfigError, match=r"^data\.train=s\*: sub is a directory; name its files, as in sub/\*\.txt$"):
         expand_paths(["s*"])
+    for name in ("news [v2].d", "news v.d"):
+        (tmp_path / name).mkdir()
+    write(tmp_path, "x\n", "news [v2].d/d.txt")
+    inside = str(tmp_path / "news [v2].d" / "d.txt")
+    assert expand_paths(["news [v2].d/*.txt"]) == expand_paths(["news [[]v2].d/*.txt"]) == [inside]
+    assert expand_paths([f"{tmp_path}/news [v2].d/**/*.txt"]) == [inside]
+    with pytest.raises(ConfigError, match=r"no file matches .*; \[ \] stand for one .*write \[\[\] for a bracket"):
+        expand_paths(["news [v3].d/*.txt"])
+    write(tmp_path, "x\n", "news v.d/e.txt")
+    with pytest.raises(ConfigError, match=r"matches news v.d/e.txt as a glob and news \[v2\].d/d.txt as it is spelt"):
+        expand_paths(["news [v2].d/*.txt"])
     os.symlink("nowhere", "link.text")
     with pytest.raises(
         DataError, match=r"/link\.text: is a symbolic link to nowhere: No such file or directory \(data"

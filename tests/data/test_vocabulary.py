@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -91,3 +92,28 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     # Before another word it is part of that word, as in the original.
     path.write_bytes(b"\xef\xbb\xbfthe\n<S>\n</S>\n<UNK>\n")
     assert Vocabulary.read(path).words[0] == "\ufeffthe"
+
+
+def test_compressed_and_foreign_files(tmp_path: Path) -> None:
+    content = b"<S>\n</S>\n<UNK>\nthe\n"
+    (tmp_path / "vocab.txt").write_bytes(content)
+    (tmp_path / "vocab.txt.gz").write_bytes(gzip.compress(content))
+    plain, packed = (Vocabulary.read(tmp_path / name) for name in ("vocab.txt", "vocab.txt.gz"))
+    assert packed.words == plain.words and packed.sha256 == plain.sha256
+    (tmp_path / "vocab.txt.gz").write_bytes(gzip.compress(content)[:-9])
+    with pytest.raises(DataError, match=r"vocab\.txt\.gz: is truncated"):
+        Vocabulary.read(tmp_path / "vocab.txt.gz")
+    (tmp_path / "vocab.zip").write_bytes(b"PK\x03\x04" + bytes(60))
+    with pytest.raises(DataError, match=r"vocab\.zip: is a zip file; unpack it first"):
+        Vocabulary.read(tmp_path / "vocab.zip")
+
+
+def test_special_words_are_needed_where_they_are_used(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("<S>\n</S>\nthe\n")
+    with pytest.raises(DataError, match=r"words\.txt: the vocabulary has no line <UNK>"):
+        Vocabulary.read(tmp_path / "words.txt")
+    vocabulary = Vocabulary.read(tmp_path / "words.txt", SPECIAL_WORDS[:2])
+    assert (vocabulary.bos, vocabulary.eos, vocabulary.size) == (0, 1, 3)
+    with pytest.raises(DataError, match=r"words\.txt: the vocabulary has no line <UNK>"):
+        _ = vocabulary.unk
+    assert Vocabulary(["the"], needed=()).characters().tolist() == encode_words(["the"]).tolist()

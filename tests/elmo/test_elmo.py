@@ -17,14 +17,17 @@ import pytest
 import torch
 from helpers.saved_models import random_model, save_checkpoint
 
+import elmo_ray
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.bilm import ElmoBiLm, ElmoCharacterEncoder
 from elmo_ray.elmo.embedder import ElmoEmbedder, ElmoTokenEmbedder
 from elmo_ray.elmo.encoder import embed_sentences
+from elmo_ray.elmo.language_model import LanguageModel
 from elmo_ray.elmo.layer import Elmo, batch_to_ids
+from elmo_ray.elmo.neighbours import nearest_words
 from elmo_ray.elmo.scalar_mix import ScalarMix
-from elmo_ray.errors import ConfigError, FormatError
+from elmo_ray.errors import ConfigError, DataError, FormatError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = (GOLDEN / "model" / "options_262.json", GOLDEN / "model" / "weights.hdf5")
@@ -236,7 +239,7 @@ def test_ids_of_other_widths_and_ids_that_are_none() -> None:
     bilm = ElmoBiLm(None, None, model=random_model(config, 0), stateful=False)
     for ids in (wide, batch_to_ids(words)):
         assert torch.equal(bilm(ids)["activations"][2], bilm(narrow)["activations"][2])
-    with pytest.raises(ConfigError, match="may be cut off"):
+    with pytest.raises(ConfigError, match=r"may be cut off; .* 50: batch_to_ids\(sentences, max_characters=50\)"):
         ElmoBiLm(*FILES)(narrow)
     gap = batch_to_ids([["a", "b"]])
     gap[0, 0] = 0
@@ -347,3 +350,214 @@ def test_the_package_alone_imports_neither_torch_nor_ray() -> None:
 def run(arguments: Sequence[str]) -> None:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def token_cache(folder: Path, words: Sequence[str]) -> tuple[Path, Path]:
+    """Vectors of some words, as bilm-tf's dump_token_embeddings writes them: a row a line of the vocabulary."""
+    (folder / "words.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    vectors = ElmoCharacterEncoder(*FILES)(batch_to_ids([[word] for word in words]))["token_embedding"][:, 1]
+    with h5py.File(folder / "vectors.hdf5", "w") as file:
+        file["embedding"] = vectors.numpy()
+    return folder / "vectors.hdf5", folder / "words.txt"
+
+
+def test_a_token_cache_needs_no_unk(tmp_path: Path) -> None:
+    """bilm-tf's usage_token.py: the vocabulary of a data set, in which every word is."""
+    cache = token_cache(tmp_path, ["<S>", "</S>", *dict.fromkeys(word for words in LINES[:3] for word in words)])
+    elmo = Elmo.from_token_vectors(*FILES, *cache, stateful=False).eval()
+    expected = Elmo(*FILES, 1, stateful=False).eval()(batch_to_ids(LINES[:3]))["elmo_representations"][0]
+    close(elmo(elmo.encode(LINES[:3]))["elmo_representations"][0], expected.detach())
+    with pytest.raises(ConfigError, match=r"sentence 1: 'zebra' is not in \S*words.txt, which has no <UNK>"):
+        elmo.encode([LINES[0], [LINES[0][0], "zebra"]])
+    (tmp_path / "words.txt").write_text("<S>\nthe\n")
+    with pytest.raises(DataError, match=r"words.txt: the vocabulary has no line </S>"):
+        Elmo.from_token_vectors(*FILES, *cache)
+
+
+@pytest.mark.parametrize("sentences", [LINES[:4], [["a"]], [["<S>", "x" * 60]], [["a", "b"], []]])
+def test_characters_are_not_taken_for_word_ids(sentences: list[list[str]], tmp_path: Path) -> None:
+    elmo = Elmo.from_token_vectors(*FILES, *token_cache(tmp_path, WORDS), stateful=False).eval()
+    with pytest.raises(ConfigError, match="this layer takes the ids of its own encode"):
+        elmo(batch_to_ids(sentences))
+    ids = elmo.encode([WORDS[3:], WORDS[4:6]])
+    folded = elmo(ids[None].repeat(2, 1, 1))["elmo_representations"][0]
+    close(folded[1], elmo(ids)["elmo_representations"][0].detach())
+    with pytest.raises(ConfigError, match="word ids beyond"):
+        elmo(ids + 100)
+
+
+NO_IDS: dict[str, tuple[Any, str]] = {
+    "strings": ([["The", "cat"]], r"inputs is \[\['The', 'cat'\]\]; batch_to_ids\(sentences\) makes them"),
+    "None": (None, r"inputs is None; batch_to_ids"),
+    "NumPy": (np.zeros((1, 1, 50), np.int64), "inputs is a NumPy array; torch.from_numpy"),
+    "floats": (torch.zeros(1, 1, 50), "inputs has numbers of type torch.float32"),
+    "Booleans": (torch.zeros(1, 1, 50, dtype=torch.bool), "inputs has numbers of type torch.bool"),
+}
+
+
+@pytest.mark.parametrize("name", NO_IDS)
+def test_inputs_that_are_no_ids(name: str) -> None:
+    inputs, message = NO_IDS[name]
+    for layer in (Elmo(*FILES, 1), ElmoBiLm(*FILES), ElmoTokenEmbedder(*FILES)):
+        with pytest.raises(TypeError, match=message):
+            layer(inputs)
+    with pytest.raises(TypeError, match=message.replace("inputs", "word_inputs")):
+        Elmo(*FILES, 1, vocab_to_cache=["", "a"])(batch_to_ids([["a"]]), inputs if inputs is not None else "x")
+
+
+def test_no_sentences_give_empty_tensors() -> None:
+    for settings in ({}, {"requires_grad": True}, {"keep_sentence_boundaries": True}):
+        elmo = Elmo(*FILES, 2, **settings)  # type: ignore[arg-type]
+        elmo(batch_to_ids(LINES[:2]))
+        for ids in (batch_to_ids([]), torch.zeros(0, 3, 50, dtype=torch.long)):
+            output = elmo(ids)
+            width = ids.shape[1] + (2 if "keep_sentence_boundaries" in settings else 0)
+            assert [x.shape for x in output["elmo_representations"]] == [(0, width, 32)] * 2
+            assert output["mask"].shape == (0, width)
+    embedder = ElmoEmbedder(*FILES)
+    assert embedder.embed_batch([]) == [] and list(embedder.embed_sentences([])) == []
+    assert embedder.batch_to_embeddings([])[0].shape == (0, 3, 0, 32)
+
+
+NO_SENTENCES: dict[str, tuple[Any, str]] = {
+    "a sentence": (["The cat sat"], "sentence 0 is 'The cat sat'; it must be a list of words"),
+    "a text": ("The cat", "'The cat' was given; sentences are a list of lists of words"),
+    "None": (None, "None was given"),
+    "no sentence": ([["a"], None], "sentence 1 is None; it must be a list of words"),
+    "no word": ([["b", "a", None]], "sentence 0, word 2 is None; a word is a string"),
+    "a number": ([["a"], ["a", 3]], "sentence 1, word 1 is 3"),
+    "bytes": ([["a", b"b"]], "sentence 0, word 1 is b'b'"),
+}
+
+
+@pytest.mark.parametrize("name", NO_SENTENCES)
+def test_sentences_that_are_no_lists_of_words(name: str, tmp_path: Path) -> None:
+    sentences, message = NO_SENTENCES[name]
+    config = PretrainConfig.from_dict({**tiny(), "softmax": {"negatives": 4}})
+    spoken = LanguageModel(random_model(config, len(WORDS)), Vocabulary.from_words(WORDS))
+    cached = Elmo.from_token_vectors(*FILES, *token_cache(tmp_path, WORDS))
+    for call in (batch_to_ids, Elmo(*FILES, 1).encode, cached.encode, spoken.substitutes):
+        with pytest.raises(TypeError, match=message):
+            call(sentences)
+    if isinstance(sentences, list):
+        with pytest.raises(TypeError, match="must be a list of words|a word is a string"):
+            list(embed_sentences(spoken.model, sentences))
+        with pytest.raises(TypeError, match="must be a list of words|a word is a string"):
+            ElmoEmbedder(*FILES).embed_batch(sentences)
+    with pytest.raises(TypeError, match="vocab_to_cache is 'the'"):
+        Elmo(*FILES, 1, vocab_to_cache="the")
+    with pytest.raises(TypeError, match="words is 'the'"):
+        nearest_words(spoken.model, spoken.vocabulary, "the")
+
+
+def test_substitutes_are_a_list_by_direction() -> None:
+    for bidirectional in (True, False):
+        config = PretrainConfig.from_dict({**tiny(bidirectional=bidirectional), "softmax": {"negatives": 4}})
+        spoken = LanguageModel(random_model(config, len(WORDS)), Vocabulary.from_words(WORDS))
+        found = spoken.substitutes([["the", "words"], []], k=2)
+        assert len(found) == 2 and [len(words) for words in found[0].words("forward")] == [2, 2]
+        assert found[1].words("forward") == []
+        names = "forward, backward, both" if bidirectional else "forward"
+        with pytest.raises(ConfigError, match=f"direction=sideways: must be one of {names}$"):
+            found[0].words("sideways")
+    with pytest.raises(ConfigError, match="k=0: must be 1 or more"):
+        spoken.substitutes([["the"]], k=0)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("runs/quickstart",), ("o.json", "w.hdf5"), ("runs/quickstart", 1)], ids=["run", "pair", "number"]
+)
+def test_arguments_that_are_missing(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError, match=r"options_file, weight_file and num_output_.*Elmo.from_run\(SOURCE\) opens"):
+        Elmo(*arguments)
+
+
+def test_files_that_are_swapped_or_folders() -> None:
+    for kind in (Elmo, ElmoEmbedder):
+        rest = (1,) if kind is Elmo else ()
+        with pytest.raises(FormatError, match=r"weights.hdf5: is an HDF5 file .*are options and weights swapped"):
+            kind(FILES[1], FILES[0], *rest)
+        with pytest.raises(FormatError, match=r"options_262.json: is JSON .*are options and weights swapped"):
+            kind(FILES[0], FILES[0], *rest)
+        with pytest.raises(ConfigError, match=r"golden: is a folder; Elmo.from_run opens"):
+            kind(GOLDEN, FILES[1], *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast_around_the_layer(dtype: torch.dtype, trained: bool) -> None:
+    """The layer computes as outside of it; what a task adds to it is in the lower type."""
+    ids = batch_to_ids(LINES[:4])
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(3)
+        elmo = Elmo(*FILES, 1, requires_grad=trained, dropout=0.0, do_layer_norm=True)
+        head = torch.nn.Linear(32, 2)
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            elmo(ids)
+            (vectors,) = elmo(ids)["elmo_representations"]
+            scores = head(vectors)
+            assert vectors.dtype == torch.float32 and scores.dtype == (dtype if enabled else torch.float32)
+            scores.float().square().mean().backward()
+            with torch.no_grad():
+                close(elmo(ids)["elmo_representations"][0][0, :2].isfinite(), True)
+        found.append((vectors, [p.grad for p in elmo.parameters() if p.requires_grad]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert len(found[0][1]) > (10 if trained else 3)
+    for ours, theirs in zip(found[1][1], found[0][1], strict=True):
+        assert ours is not None and theirs is not None
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
+def test_autocast_around_words_and_substitutes() -> None:
+    config = PretrainConfig.from_dict({**tiny(), "softmax": {"negatives": 4}})
+    spoken = LanguageModel(random_model(config, len(WORDS)), Vocabulary.from_words(WORDS))
+    cached = ["", *dict.fromkeys(LINES[0])]
+    expected = spoken.substitutes(LINES[:1], k=3)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = spoken.substitutes(LINES[:1], k=3)[0]
+        (nats,) = spoken.surprisal(LINES[:1])
+        elmo = Elmo(*FILES, 1, vocab_to_cache=cached, stateful=False).eval()
+        words = torch.arange(1, len(cached))[None]
+        from_cache = elmo(torch.zeros(1, len(cached) - 1, 50, dtype=torch.long), words)["elmo_representations"][0]
+        close(from_cache, elmo(batch_to_ids([cached[1:]]))["elmo_representations"][0].detach())
+    assert nats.nats["both"].dtype == np.float32
+    for name, values in expected.log_probabilities.items():
+        np.testing.assert_array_equal(found.log_probabilities[name], values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [False, True])
+def test_torch_compile_leaves_the_layer_out_of_its_graphs(trained: bool) -> None:
+    class Tagger(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.elmo = Elmo(*FILES, 1, requires_grad=trained, dropout=0.0)
+            self.head = torch.nn.Linear(32, 2)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            output = self.elmo(ids)
+            return torch.relu(self.head(output["elmo_representations"][0])) * output["mask"][..., None]
+
+    torch.manual_seed(1)
+    tagger = Tagger()
+    same = copy.deepcopy(tagger)
+    compiled = torch.compile(tagger, backend="eager")
+    for batch in (LINES[:3], LINES[3:6]):
+        ids = batch_to_ids(batch)
+        ours, theirs = compiled(ids), same(ids)
+        assert torch.equal(ours, theirs)
+        ours.sum().backward()
+        theirs.sum().backward()
+    for (name, one), other in zip(tagger.named_parameters(), same.parameters(), strict=True):
+        assert (one.grad is None) == (not one.requires_grad), name
+        if one.grad is not None and other.grad is not None:
+            close(one.grad, other.grad)
+
+
+def test_public_names() -> None:
+    names = ["Elmo", "ElmoEmbedder", "ElmoTokenEmbedder", "LanguageModel", "ScalarMix", "batch_to_ids"]
+    assert [name for name in dir(elmo_ray) if not name.startswith("_")] == names
+    assert set(names) < set(elmo_ray.__all__)
+    assert elmo_ray.LanguageModel is LanguageModel and elmo_ray.Elmo is Elmo
+    run(["-c", "from elmo_ray import *; LanguageModel, batch_to_ids"])

@@ -204,6 +204,11 @@ def test_token_vectors(tmp_path: Path) -> None:
         np.testing.assert_allclose(file["embedding"][:50], expected["token_embedding"][:, 1], rtol=0, atol=1e-5)
     files = GOLDEN / "model" / "options_262.json", WEIGHTS, tmp_path / "v.hdf5", vocab
     assert Elmo.from_token_vectors(*files).get_output_dim() == 32
+    own = tmp_path / "own.txt"
+    own.write_text("<S>\n</S>\n" + "".join(f"{word}\n" for word in vocabulary.words[3:20]), encoding="utf-8")
+    assert main([str(WEIGHTS), str(tmp_path / "own.hdf5"), f"embed.tokens={own}", "cluster.workers=0"]) == 0
+    with h5py.File(tmp_path / "own.hdf5") as few, h5py.File(tmp_path / "v.hdf5") as file:
+        np.testing.assert_allclose(few["embedding"][2:], file["embedding"][3:20], rtol=0, atol=1e-5)
     assert main([str(WEIGHTS), str(tmp_path / "v.hdf5"), f"embed.tokens={vocab}", "cluster.workers=0"]) == 2
 
 

@@ -107,3 +107,13 @@ def test_another_optimizers_slots_are_not_kept() -> None:
     model = random_model(config, OLD.size)
     with pytest.raises(ConfigError, match="init.optimizer=keep: the source has no slots of optim.name=adagrad"):
         initial_slots(config, model, {"accumulator.softmax_bias": torch.ones(OLD.size)}, torch.arange(OLD.size))
+
+
+def test_slots_and_a_softmax_that_have_no_place_are_refused() -> None:
+    adamw = tiny_config(softmax__negatives=5, optim__name="adamw")
+    model, rows = random_model(adamw, OLD.size), torch.arange(OLD.size)
+    with pytest.raises(ConfigError, match="init.optimizer=keep: optim.name=adamw has no place for the source's acc"):
+        initial_slots(adamw, model, {"accumulator.lstm.layers.0.bias": torch.ones(2)}, rows)
+    adaptive = tiny_config(softmax__kind="adaptive", softmax__negatives=None)
+    with pytest.raises(ConfigError, match="softmax.kind=adaptive: has no place for the SOURCE's softmax_bias"):
+        initial_model(adaptive, model, rows, OLD, OLD.unk)

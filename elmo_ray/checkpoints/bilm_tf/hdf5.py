@@ -6,6 +6,7 @@ Reading compares each dataset's type and shape with the options before it takes 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -20,8 +21,10 @@ from torch import Tensor
 from elmo_ray.checkpoints.bilm_tf.variables import from_variables, to_variables, variable_shapes
 from elmo_ray.config import SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
-from elmo_ray.errors import FormatError
+from elmo_ray.errors import FormatError, short
 from elmo_ray.model.bilm import BiLM
+
+logger = logging.getLogger(__name__)
 
 ALLENNLP_CHARACTERS = 50
 """Number of ids of a word in AllenNLP, a constant of its batch_to_ids."""
@@ -32,6 +35,17 @@ BILM_TF_LAYERS = 8
 _CELL = re.compile(r"lm/RNN_(\d)/rnn/(?:multi_rnn_cell/cell_(\d+)/)?lstm_cell/(.+)")
 _CELL_VARIABLES = {"kernel": "W_0", "bias": "B", "projection/kernel": "W_P_0"}
 _EMBEDDING = "embedding"
+_OF_A_MODEL = re.compile(r"(?:char_embed|embedding)\Z|(?:CNN|CNN_high_\d+|CNN_proj|RNN_\d+|RNN)/")
+"""Names that the variables of a biLM have in a file."""
+_FOREIGN = {
+    b"PK\x03\x04": "is a zip file; unpack it first (a file of torch.save is one, too, and holds no weights of bilm-tf)",
+    b"\x1f\x8b": "is a gz file; unpack it first",
+    b"\x28\xb5\x2f\xfd": "is a zst file; unpack it first",
+    b"\xfd7zXZ\0": "is an xz file; unpack it first",
+    b"BZh": "is a bzip2 file; unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "is a 7z file; unpack it first",
+}
+_DEEPEST, _MOST_NAMES = 5, 10_000
 _SLACK_BYTES = 1 << 24
 _LIBRARY_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError)
 
@@ -85,10 +99,10 @@ def write_weights(path: str | os.PathLike[str], model: BiLM) -> None:
 def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
     """Return the model of a weights file and its options, which has no softmax: for use and not for training.
 
-    Raises FormatError naming a dataset that is missing, has no floats, or has another shape than the options say.
+    Raises FormatError naming a dataset that is missing, left over, has no floats, or has another shape than the options
+    say.
     """
-    if not Path(path).is_file():
-        raise FormatError(f"{path}: no such file")
+    check_is_hdf5(path)
     try:
         with h5py.File(path, "r") as file:
             n_words = 0
@@ -97,7 +111,16 @@ def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
             with torch.device("meta"):
                 bilm = BiLM(model, SoftmaxConfig(), n_words)
             bilm.drop_softmax()
-            arrays = _Datasets(str(path), file, variable_shapes(bilm))
+            shapes = variable_shapes(bilm)
+            arrays = _Datasets(str(path), file, shapes)
+            extra = sorted(set(_dataset_names(str(path), file)) - {_dataset(variable) for variable in shapes})
+            others = [name for name in extra if _OF_A_MODEL.match(name)]
+            if others:
+                raise FormatError(
+                    f"{path}: has {short(others[0])}, for which the options have no place: they are another model's"
+                )
+            if extra:
+                logger.info("%s: has %s, which is no part of a biLM and is not used", path, short(extra[0]))
             tensors = from_variables(bilm, arrays, str(path))
     except FormatError:
         raise
@@ -105,6 +128,86 @@ def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
         raise FormatError(f"{path}: cannot be read as bilm-tf weights: {_line(error)}") from None
     bilm.load_state_dict(tensors, assign=True)
     return bilm.requires_grad_(False)
+
+
+def read_word_vectors(path: str | os.PathLike[str], width: int) -> Tensor:
+    """Return the [V, P] word vectors that `embed` (embed.tokens) or bilm-tf's dump_token_embeddings wrote.
+
+    Raises FormatError where the file cannot be read, holds more than vectors, or has vectors of another width.
+    """
+    check_is_hdf5(path)
+    try:
+        with h5py.File(path, "r") as file:
+            extra = sorted(set(_dataset_names(str(path), file)) - {_EMBEDDING})
+            if extra:
+                raise FormatError(
+                    f"{path}: has {short(extra[0])}, so it is no file of word vectors, which embed.tokens=FILE writes"
+                )
+            if _EMBEDDING not in file:
+                raise FormatError(f"{path}: has no {_EMBEDDING}, so it is no file of word vectors")
+            dataset = _local(str(path), file, _EMBEDDING)
+            if dataset.ndim != 2 or dataset.shape[1] != width:
+                shape = list(dataset.shape or ())
+                raise FormatError(f"{path}: {_EMBEDDING} has shape {shape}, the model needs [words, {width}]")
+            if dataset.dtype.kind != "f":
+                raise FormatError(f"{path}: {_EMBEDDING} has numbers of type {dataset.dtype}, not floats")
+            return torch.from_numpy(np.asarray(dataset[...], dtype=np.float32))
+    except FormatError:
+        raise
+    except _LIBRARY_ERRORS as error:
+        raise FormatError(f"{path}: cannot be read as word vectors: {_line(error)}") from None
+
+
+def check_is_hdf5(path: str | os.PathLike[str]) -> None:
+    """Raise FormatError, which says what the file is, unless it begins as an HDF5 file does."""
+    if Path(path).is_dir():
+        raise FormatError(f"{path}: is a folder and no HDF5 file; name the file in it")
+    if not Path(path).is_file():
+        raise FormatError(f"{path}: no such file")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+        if h5py.is_hdf5(path):
+            return
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from None
+    raise FormatError(f"{path}: {_what_it_is(head, os.fspath(path))}")
+
+
+def _what_it_is(head: bytes, path: str) -> str:
+    """Return what a file is that is no HDF5 file, and the cure, by its first bytes."""
+    for magic, what in _FOREIGN.items():
+        if head.startswith(magic):
+            return what
+    if head[257:262] == b"ustar":
+        return "is a tar archive; unpack it first"
+    if not head:
+        return "is empty; get the whole file again"
+    if head.lstrip()[:1] == b"{":
+        return "is JSON and no HDF5 file; are options and weights swapped?"
+    if head[8:9] == b"{":
+        return "is a safetensors file; name the folder of the run or of the checkpoint that it belongs to"
+    if b"git-lfs" in head:
+        return "is a pointer of Git LFS and not the weights; git lfs pull gets them"
+    return "is no HDF5 file, which weights.hdf5 of bilm-tf and AllenNLP is; is it the right file, and whole?"
+
+
+def _dataset_names(path: str, file: h5py.File) -> list[str]:
+    """Return the names of the datasets in a file as far down as a biLM has any, without those behind links."""
+    names: list[str] = []
+    waiting: list[tuple[str, h5py.Group]] = [("", file)]
+    while waiting:
+        prefix, group = waiting.pop()
+        for name in group:
+            item = group[name] if isinstance(group.get(name, getlink=True), h5py.HardLink) else None
+            place = f"{prefix}{name}"
+            if isinstance(item, h5py.Dataset):
+                names.append(place.encode("ascii", "backslashreplace").decode())
+            elif isinstance(item, h5py.Group) and place.count("/") < _DEEPEST:
+                waiting.append((f"{place}/", item))
+            if len(names) + len(waiting) > _MOST_NAMES:
+                raise FormatError(f"{path}: has more than {_MOST_NAMES:,} arrays, so it is no file of a biLM")
+    return names
 
 
 def same_weights(model: BiLM, other: BiLM) -> list[str]:

@@ -1,12 +1,15 @@
 """Conversion of bilm-tf's options.json to our configuration, and back.
 
 Keys that are absent have the values that bilm-tf gives them (BILM.md, Files): in training an absent `bidirectional` is
-false, but a published pair of weights and options is always bidirectional.
+false, but a published pair of weights and options is always bidirectional. Keys that describe the training and not the
+model are not errors: a value that cannot be used is replaced by the default, and a log line says so.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,17 @@ from elmo_ray.config.schema import Section
 from elmo_ray.data.characters import N_CHARACTERS
 from elmo_ray.errors import ConfigError, FormatError, short
 
+logger = logging.getLogger(__name__)
+
 _MAX_BYTES = 1 << 20
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_SECTIONS = {
+    "lstm": ("use_skip_connections", "projection_dim", "cell_clip", "proj_clip", "dim", "n_layers"),
+    "char_cnn": (
+        "activation", "filters", "n_highway", "embedding", "n_characters", "max_characters_per_token",
+    ),
+}  # fmt: skip
+"""Keys that describe the model; a misspelt one would leave its default in force."""
 _THEIR_NAMES = {
     "embedding_dim": "embedding.dim",
     "max_characters": "max_characters_per_token",
@@ -33,9 +46,11 @@ def read_options(path: str | Path) -> dict[str, Any]:
             raise FormatError(f"{path}: no such file")
         with open(path, "rb") as raw:
             data = raw.read(_MAX_BYTES + 1)
+        if data.startswith(_HDF5):
+            raise FormatError(f"{path}: is an HDF5 file and no options.json; are options and weights swapped?")
         if len(data) > _MAX_BYTES:
             raise FormatError(f"{path}: is larger than {_MAX_BYTES >> 20} MiB, which no options are")
-        options = json.loads(data.decode("utf-8"))
+        options = json.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -50,11 +65,13 @@ def from_options(
 ) -> tuple[ModelConfig, SoftmaxConfig]:
     """Return the settings of model and softmax for a mapping of options; FormatError, naming `source`, if it is wrong.
 
-    published: True for options beside an HDF5 weights file, whose model is bidirectional without saying so.
+    published: True for options beside an HDF5 weights file, whose model is bidirectional without saying so, has 261
+    characters, and has no softmax.
     """
     lstm = _mapping(options, "lstm", source)
     if lstm is None:
         raise FormatError(f"{source}: has no lstm; it is no options file of a biLM")
+    _check_spelling(options, source)
     values: dict[str, Any] = {
         "bidirectional": True if published else options.get("bidirectional", False),
         "lstm": {
@@ -72,7 +89,7 @@ def from_options(
         values["input"] = "words"
     else:
         n_characters = char_cnn.get("n_characters", N_CHARACTERS)
-        if n_characters not in (N_CHARACTERS, N_CHARACTERS + 1):
+        if not published and n_characters not in (N_CHARACTERS, N_CHARACTERS + 1):
             raise FormatError(
                 f"{source}: char_cnn.n_characters is {_short(n_characters)}; a biLM has 261 in training, 262 for use"
             )
@@ -84,18 +101,51 @@ def from_options(
             "max_characters": char_cnn.get("max_characters_per_token", 50),
             "n_highway": char_cnn.get("n_highway") or 0,
         }
-    sampled = options.get("sample_softmax", True)
+    model: ModelConfig = _parse(ModelConfig, values, source)
+    return model, _softmax(options, model.input == "words", source, published)
+
+
+def _softmax(options: Mapping[str, Any], has_words: bool, source: str, published: bool) -> SoftmaxConfig:
+    """Return the settings of the softmax.
+
+    How the softmax was trained is no part of the model, so unusable values are replaced by our defaults.
+    """
+    sampled, tied = options.get("sample_softmax", True), options.get("share_embedding_softmax", False)
     if not isinstance(sampled, bool):
-        raise FormatError(f"{source}: sample_softmax is {_short(sampled)}; it must be true or false")
-    softmax: dict[str, Any] = {
-        "kind": "sampled" if sampled else "full",
-        "tied": options.get("share_embedding_softmax", False),
-    }
-    if "n_negative_samples_batch" in options and softmax["kind"] == "sampled":
-        softmax["negatives"] = options["n_negative_samples_batch"]
-    if softmax["tied"] and char_cnn is not None:
+        _note(source, "sample_softmax", sampled, "softmax.kind=sampled")
+        sampled = True
+    if published and not (isinstance(tied, bool) and (has_words or not tied)):
+        _note(source, "share_embedding_softmax", tied, "softmax.tied=false")
+        tied = False
+    if tied is True and not has_words:
         raise FormatError(f"{source}: share_embedding_softmax needs word input, but there is a char_cnn")
-    return _parse(ModelConfig, values, source), _parse(SoftmaxConfig, softmax, source)
+    softmax: dict[str, Any] = {"kind": "sampled" if sampled else "full", "tied": tied}
+    if sampled and "n_negative_samples_batch" in options:
+        try:
+            return SoftmaxConfig(**softmax, negatives=options["n_negative_samples_batch"])
+        except ValueError:
+            default = SoftmaxConfig().negatives
+            _note(
+                source, "n_negative_samples_batch", options["n_negative_samples_batch"], f"softmax.negatives={default}"
+            )
+    parsed: SoftmaxConfig = _parse(SoftmaxConfig, softmax, source)
+    return parsed
+
+
+def _note(source: str, key: str, value: Any, default: str) -> None:
+    logger.info("%s: %s is %s, which only training uses; %s in its place", source, key, _short(value), default)
+
+
+def _check_spelling(options: Mapping[str, Any], source: str) -> None:
+    """Raise FormatError for a key that is not known and is almost the name of a key that is not there."""
+    for section, known in _SECTIONS.items():
+        given = options.get(section)
+        if not isinstance(given, Mapping):
+            continue
+        for key in given.keys() - set(known):
+            near = difflib.get_close_matches(str(key), [name for name in known if name not in given], n=1, cutoff=0.85)
+            if near:
+                raise FormatError(f"{source}: {section}.{_short(key)} is not known; did you mean {near[0]}?")
 
 
 def to_options(

@@ -29,6 +29,7 @@ STATE_FILE = "checkpoint"
 
 _STATE = re.compile(r'^\s*model_checkpoint_path:\s*"([^"\n]{1,4096})"', re.MULTILINE)
 _NUMBER = re.compile(r"-(\d{1,18})\.index\Z")
+_PART = re.compile(r"(.+)\.(?:index|meta|data-\d{5}-of-\d{5})")
 _SLOT = "/Adagrad"
 _MAX_STATE_BYTES = 1 << 20
 
@@ -36,6 +37,12 @@ _MAX_STATE_BYTES = 1 << 20
 def is_save_folder(folder: Path) -> bool:
     """Return True if TensorFlow has saved something in this folder."""
     return folder.is_dir() and ((folder / STATE_FILE).is_file() or any(folder.glob("*.index")))
+
+
+def checkpoint_prefix(path: Path) -> Path | None:
+    """Return the path of a checkpoint from that of one of its files; None for a file of another name."""
+    match = _PART.fullmatch(path.name)
+    return None if match is None else path.with_name(match[1])
 
 
 def find_checkpoint(folder: Path, name: str | None = None) -> Path:
@@ -80,13 +87,14 @@ class SavedModel:
     """Model of a TensorFlow checkpoint.
 
     prefix: the checkpoint's path without `.index`. step: bilm-tf's global step, or None if it has none. fingerprint:
-    sha256 of the index, which has the checksums of all variables.
+    sha256 of the index, which has the checksums of all variables. has_slots: True if it has sums of Adagrad.
     """
 
     prefix: Path
     model: BiLM
     step: int | None
     fingerprint: str
+    has_slots: bool
 
     def slots(self) -> dict[str, Tensor]:
         """Read and return Adagrad's sums of squares by our names of parameters, each in its parameter's shape.
@@ -117,7 +125,8 @@ def read_checkpoint(prefix: Path, model: ModelConfig, softmax: SoftmaxConfig) ->
     if extra:
         raise FormatError(f"{prefix}: has {extra[0]}, for which the options have no place: they are another model's")
     bilm.load_state_dict(from_variables(bilm, variables, str(prefix)), assign=True)
-    return SavedModel(prefix, bilm.requires_grad_(False), _step(found), _fingerprint(prefix))
+    has_slots = any(name.endswith(_SLOT) for name in found.shapes_there)
+    return SavedModel(prefix, bilm.requires_grad_(False), _step(found), _fingerprint(prefix), has_slots)
 
 
 class _Variables(Mapping[str, np.ndarray]):
