@@ -154,7 +154,7 @@ class ElmoBiLm(nn.Module):
         """
         check_ids(inputs)
         if word_inputs is not None:
-            check_ids(word_inputs, "word_inputs")
+            check_ids(word_inputs, "word_inputs", "they are indices into vocab_to_cache")
         device = self._encoder.device
         if self._word_embedding is not None and word_inputs is not None and self._has(word_inputs):
             lengths = _lengths(word_inputs.cpu().numpy() > 0)
@@ -305,13 +305,12 @@ def _rebuilt(config: ModelConfig, tensors: dict[str, Tensor], n_words: int) -> B
     return bare.requires_grad_(False)
 
 
-def check_ids(inputs: object, name: str = "inputs") -> None:
-    """Raise TypeError unless `inputs` is a tensor of whole numbers."""
+def check_ids(inputs: object, name: str = "inputs", made_by: str = "batch_to_ids(sentences) makes them") -> None:
+    """Raise TypeError unless `inputs` is a tensor of whole numbers. name, made_by: what they are, for the message."""
     if not isinstance(inputs, Tensor):
-        what = "a NumPy array; torch.from_numpy makes a tensor of it" if isinstance(inputs, np.ndarray) else (
-            f"{short(repr(inputs), 60)}; batch_to_ids(sentences) makes them"
-        )  # fmt: skip
-        raise TypeError(f"the layer takes a tensor of ids, and {name} is {what}")
+        is_array = isinstance(inputs, np.ndarray)
+        what = "a NumPy array; torch.from_numpy makes a tensor of it" if is_array else short(repr(inputs), 60)
+        raise TypeError(f"the layer takes a tensor of ids, and {name} is {what}{'' if is_array else f'; {made_by}'}")
     if inputs.is_floating_point() or inputs.is_complex() or inputs.dtype == torch.bool:
         raise TypeError(f"the layer takes a tensor of ids, and {name} has numbers of type {inputs.dtype}")
 

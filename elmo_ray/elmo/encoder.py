@@ -265,7 +265,7 @@ def encode_sentences(
     positions [B] of each sentence. vocabulary: needed for word input, where words outside of it are `<UNK>`. Raises
     TypeError unless sentences are sequences of strings.
     """
-    if any(isinstance(words, str | bytes) for words in batch):
+    if any(isinstance(words, str | bytes) or not hasattr(words, "__len__") for words in batch):
         check_sentences(batch)
     seen = {SENTENCE_BEGIN_WORD: 0, SENTENCE_END_WORD: 1}
     lengths = np.fromiter(map(len, batch), np.int64, len(batch)) + 2

@@ -231,15 +231,13 @@ class Elmo(nn.Module):
         """
         check_ids(inputs)
         if self._takes_words and are_characters(inputs):
-            raise ConfigError(
-                "inputs are characters, as from batch_to_ids; this layer takes the ids of its encode(sentences)"
-            )
+            raise ConfigError("inputs are characters, as from batch_to_ids; this layer takes the ids of its own encode")
         inner = 2 if self._takes_words else 3
         lead = inputs.shape[: 1 - inner]  # all but the words of a sentence and their characters
         if inputs.dim() > inner:
             inputs = inputs.reshape(-1, *inputs.shape[1 - inner :])
         if word_inputs is not None:
-            check_ids(word_inputs, "word_inputs")
+            check_ids(word_inputs, "word_inputs", "they are indices into vocab_to_cache")
             lead = word_inputs.shape[:-1]
             word_inputs = word_inputs.reshape(-1, word_inputs.shape[-1])
             if not self._has_cached_vocab:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from elmo_ray.kernels.cpu.loops import as_array, compiled, float32, sigmoid, stored, wide
@@ -189,6 +190,7 @@ class _LargestProducts(torch.autograd.Function):
     over all windows of W characters of their products with the filters; the gradient goes to the first that has it."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # within torch.autocast
     def forward(
         ctx: Any, embedding: Tensor, weight: Tensor, width: int, dtype: torch.dtype | None, *types: Tensor
     ) -> Tensor:
@@ -222,6 +224,7 @@ class _LargestProducts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         embedding, weight_low, which_UF = ctx.saved_tensors
         gradient_UF, which, low, n = grads[0].contiguous(), which_UF.numpy(), weight_low.dtype, len(ctx.branches)
@@ -256,6 +259,7 @@ class _Highway(torch.autograd.Function):
     """(x [U, F], carry weight [F, F], carry bias, transform weight, transform bias, the products' dtype) -> [U, F]."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # within torch.autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -283,6 +287,7 @@ class _Highway(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, x_low, w_carry, w_transform, gate, other = ctx.saved_tensors
         dy, full, n = grads[0].contiguous(), x.dtype, len(ctx.shares)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from elmo_ray.kernels.cpu.loops import as_array, bound_of, compiled, float32, limited, sigmoid, stored, tanh, wide
@@ -184,6 +185,7 @@ def window(
 
 class _Window(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # within torch.autocast
     def forward(
         ctx: Any,
         x_DTBI: Tensor,
@@ -237,6 +239,7 @@ class _Window(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         w_input, w_hidden, w_projection, kernel_DKG, projection_DHP, *windows = ctx.saved_tensors
         memory_DBH, given_DTBK, gates_DTBG, *windows = windows

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from elmo_ray.kernels.gpu.arithmetic import block_for, product_float32
@@ -73,6 +74,7 @@ class _Highway(torch.autograd.Function):
     """The autograd function of `highway`, with its arguments."""
 
     @staticmethod
+    @custom_fwd(device_type="cuda", cast_inputs=torch.float32)  # within torch.autocast
     def forward(
         ctx: Any,
         x_UF: Tensor,
@@ -95,6 +97,7 @@ class _Highway(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cuda")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, x_low, weights, carry_bias, transform_bias, product = ctx.saved_tensors
         u, f = x.shape

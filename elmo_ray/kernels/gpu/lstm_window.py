@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from elmo_ray.kernels.gpu.arithmetic import block_for, product_float32, tanh
@@ -328,6 +329,7 @@ class _Window(torch.autograd.Function):
     """The autograd function of `window`, with its arguments."""
 
     @staticmethod
+    @custom_fwd(device_type="cuda", cast_inputs=torch.float32)  # within torch.autocast
     def forward(
         ctx: Any,
         x_DTBI: Tensor,
@@ -363,6 +365,7 @@ class _Window(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cuda")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, w_input, w_hidden, w_projection, *saved = ctx.saved_tensors
         buffers, d_outputs = _Buffers(*saved), grads[0]
