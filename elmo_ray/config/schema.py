@@ -396,7 +396,8 @@ def _section(field: FieldInfo) -> type[Section] | None:
 
 
 def _is_set(section: Section, key: str) -> bool:
-    name, _, rest = key.partition(".")
+    alias, _, rest = key.partition(".")
+    name = next((name for name, field in type(section).model_fields.items() if field.alias == alias), alias)
     if name not in section.model_fields_set:
         return False
     value = getattr(section, name)

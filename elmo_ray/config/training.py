@@ -29,7 +29,7 @@ SAMPLE = "sample"  # data.train: the built-in corpus
 COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and not the SOURCE's
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
-_NAME_IN_WORDS = "1 to 200 letters, digits and . _ = + - (no blank, no slash), the first a letter or a digit; or null"
+_NAME_IN_WORDS = "a letter or digit, then these and . _ = + - (no blank); or null"
 
 _MOST_POSITIONS = 1 << 25  # in one step; more would need several GB for indices alone
 
@@ -50,7 +50,7 @@ class RunConfig(StorageConfig):
         None,
         pattern=_NAME,
         max_length=200,
-        description="The run is in this folder of run.storage_path; null takes the date.",
+        description="The run's folder in run.storage_path; null: the date.",
     )
     seed: Int = Field(
         1, ge=0, lt=2**63, description="It decides initial values, order of blocks, dropout and negatives."

@@ -169,8 +169,8 @@ class Elmo(nn.Module):
         `<UNK>`, or an error of `encode` where `vocab_file` has no such line.
         """
         model = read_bilm(options_file, weight_file)
-        vocabulary = Vocabulary.read(local_file(vocab_file), SPECIAL_WORDS[:2])
         vectors = read_word_vectors(local_file(vectors_file), model.config.lstm.projection_dim)
+        vocabulary = Vocabulary.read(local_file(vocab_file), SPECIAL_WORDS[:2])
         if len(vectors) != vocabulary.size:
             raise ConfigError(f"{vectors_file}: has {len(vectors)} words, {vocab_file} has {vocabulary.size}")
         model = with_word_vectors(model, vectors).requires_grad_(requires_grad)

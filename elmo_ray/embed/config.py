@@ -107,6 +107,6 @@ class EmbedConfig(Root):
             needed["in"] = "name the text to embed"
         return needed
 
-    def _contradictions(self) -> Iterator[str]:
-        if self.embed.tokens is not None and self.texts:
-            yield "embed.tokens names the words to embed, so there is no IN; remove one of them"
+    def _unused(self) -> dict[str, str]:
+        why = "embed.tokens names the words to embed, so there is no IN; remove one of them"
+        return {} if self.embed.tokens is None else {"in": why}

@@ -211,7 +211,8 @@ def test_how_a_softmax_was_trained_is_no_part_of_the_model(
         found = from_options({**PUBLISHED, key: value}, "runs/a/options.json", published)
     assert found == from_options(PUBLISHED, published=published)
     (record,) = caplog.records
-    assert f"runs/a/options.json: {key} is {value!r}, which only training uses" in record.getMessage()
+    shown = "null" if value is None else repr(value)
+    assert f"runs/a/options.json: {key} is {shown}, which only training uses" in record.getMessage()
 
 
 def test_a_misspelt_key_of_the_model_is_not_its_default() -> None:

@@ -323,6 +323,16 @@ def test_settings_of_the_file_that_an_override_makes_useless_are_a_note(
     assert PretrainConfig.from_dict(config.to_dict()) == config
 
 
+def test_a_text_of_the_file_beside_tokens_of_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "embed.yaml"
+    path.write_text("in: text.txt\nembed: {tokens: v.txt}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="in is set, but embed.tokens names the words"):
+        load_config(path, ["out=v.hdf5"], EmbedConfig)
+    path.write_text("in: text.txt\nembed: {layers: top}\n", encoding="utf-8")
+    config = load_config(path, ["embed.tokens=v.txt", "out=v.hdf5"], EmbedConfig)
+    assert config.texts == () and config.embed.layers == "all" and config.embed.tokens == "v.txt"
+
+
 def test_what_the_file_or_the_command_line_contradicts_itself_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(LEFT_OVER, encoding="utf-8")

@@ -38,7 +38,7 @@ _EMBEDDING = "embedding"
 _OF_A_MODEL = re.compile(r"(?:char_embed|embedding)\Z|(?:CNN|CNN_high_\d+|CNN_proj|RNN_\d+|RNN)/")
 """Names that the variables of a biLM have in a file."""
 _FOREIGN = {
-    b"PK\x03\x04": "is a zip file; unpack it first (a file of torch.save is one, too, and holds no weights of bilm-tf)",
+    b"PK\x03\x04": "is a zip file; unpack it first",
     b"\x1f\x8b": "is a gz file; unpack it first",
     b"\x28\xb5\x2f\xfd": "is a zst file; unpack it first",
     b"\xfd7zXZ\0": "is an xz file; unpack it first",
@@ -176,6 +176,8 @@ def check_is_hdf5(path: str | os.PathLike[str]) -> None:
 
 def _what_it_is(head: bytes, path: str) -> str:
     """Return what a file is that is no HDF5 file, and the cure, by its first bytes."""
+    if path.endswith((".pt", ".pth", ".th", ".bin", ".ckpt")):
+        return "is no HDF5 file but one of PyTorch, by its name; name the weights.hdf5 of bilm-tf or AllenNLP"
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
             return what
@@ -189,7 +191,7 @@ def _what_it_is(head: bytes, path: str) -> str:
         return "is a safetensors file; name the folder of the run or of the checkpoint that it belongs to"
     if b"git-lfs" in head:
         return "is a pointer of Git LFS and not the weights; git lfs pull gets them"
-    return "is no HDF5 file, which weights.hdf5 of bilm-tf and AllenNLP is; is it the right file, and whole?"
+    return "is no HDF5 file; is it the right file, and whole?"
 
 
 def _dataset_names(path: str, file: h5py.File) -> list[str]:

@@ -133,7 +133,8 @@ def _softmax(options: Mapping[str, Any], has_words: bool, source: str, published
 
 
 def _note(source: str, key: str, value: Any, default: str) -> None:
-    logger.info("%s: %s is %s, which only training uses; %s in its place", source, key, _short(value), default)
+    shown = "null" if value is None else _short(value)
+    logger.info("%s: %s is %s, which only training uses; %s in its place", source, key, shown, default)
 
 
 def _check_spelling(options: Mapping[str, Any], source: str) -> None:
