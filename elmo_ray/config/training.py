@@ -29,7 +29,7 @@ SAMPLE = "sample"  # data.train: the built-in corpus
 COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and not the SOURCE's
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
-_NAME_IN_WORDS = "a letter or digit, then these and . _ = + - (no blank); or null"
+_NAME_IN_WORDS = "letters, digits and . _ = + - (first a letter or digit), or null"
 
 _MOST_POSITIONS = 1 << 25  # in one step; more would need several GB for indices alone
 
@@ -50,7 +50,7 @@ class RunConfig(StorageConfig):
         None,
         pattern=_NAME,
         max_length=200,
-        description="The run's folder in run.storage_path; null: the date.",
+        description="The name of the run's folder; null: the date.",
     )
     seed: Int = Field(
         1, ge=0, lt=2**63, description="It decides initial values, order of blocks, dropout and negatives."

@@ -75,8 +75,11 @@ def test_frozen() -> None:
         ({"data": {"train": ["a", 3]}}, "data.train[1]=3: must be a glob or a list of globs"),
         ({"data": {"shuffle": "lines"}}, "data.shuffle=lines: must be blocks or off"),
         ({"data": {"block_bytes": 100}}, "data.block_bytes=100: must be an integer >= 4096 and <= 16777216"),
-        ({"run": {"name": "a/b"}}, "run.name=a/b: must be a letter or digit, then these and . _ = + - (no"),
-        ({"run": {"name": "second try"}}, "run.name=second try: must be a letter or digit, then"),
+        (
+            {"run": {"name": "a/b"}},
+            "run.name=a/b: must be letters, digits and . _ = + - (first a letter or digit), or null",
+        ),
+        ({"run": {"name": "second try"}}, "run.name=second try: must be letters, digits and"),
         ({"train": {"duration": "3 parsecs"}}, "train.duration=3 parsecs: must be a duration like"),
         ({"train": {"duration": "-3 steps"}}, "train.duration=-3 steps: must be a duration like"),
         ({"train": {"duration": 3}}, "train.duration=3: must be a duration like"),
