@@ -175,7 +175,7 @@ def _named_by_its_file(path: Path, source: str | os.PathLike[str]) -> Path:
         return prefix
     if path.name == STATE_FILE and is_save_folder(path.parent):
         return path.parent
-    if (path.parent / MANIFEST).is_file():
+    if path.suffix not in (".hdf5", ".h5") and (path.parent / MANIFEST).is_file():
         raise ConfigError(f"{source}: is a file of a checkpoint; name the checkpoint: {path.parent}")
     if path.suffix == ".json":
         raise ConfigError(f"{source}: is JSON; name the weights as SOURCE and options.json as init.options=FILE")
@@ -302,8 +302,9 @@ def _from_tensorflow(prefix: Path, options: str | None, vocab: str | None) -> So
 def _options_path(folder: Path, options: str | None, weights: str = "") -> Path:
     """Return the path of the options: the given one, or that of the file beside weights of this name."""
     if options is None:
-        named = folder / f"{weights.rpartition('.')[0].replace('weights', 'options')}.json"
-        path = next((path for path in (folder / OPTIONS, named) if path.is_file()), None)
+        # elmo_options.json of elmo_weights.hdf5
+        pair = f"{weights.rpartition('.')[0].replace('weights', 'options')}.json" if "weights" in weights else OPTIONS
+        path = next((folder / name for name in (pair, OPTIONS) if (folder / name).is_file()), None)
         path = path or _only(folder, _OPTIONS_NAMES, "options", "name one with init.options=FILE")
         if path is not None:
             return path

@@ -14,6 +14,7 @@ import torch
 from helpers.saved_models import random_model, save_checkpoint
 from helpers.tiny_runs import tiny_config
 
+from elmo_ray import storage
 from elmo_ray.checkpoints.bilm_tf.hdf5 import same_weights, write_weights
 from elmo_ray.checkpoints.bilm_tf.options import to_options
 from elmo_ray.checkpoints.manifest import directory_name
@@ -273,3 +274,18 @@ def test_an_imported_checkpoint_needs_no_unk(tmp_path: Path) -> None:
     (weights.parent / "vocab.txt").write_text("the\n")
     import_checkpoint(weights, tmp_path / "imported")
     assert open_source(tmp_path / "imported").vocabulary.words == ["the"]
+
+
+def test_names_of_others_in_an_object_store(tmp_path: Path) -> None:
+    weights = exported(tmp_path / "a")
+    for name, source in (
+        ("model.hdf5", weights),
+        ("elmo_options.json", weights.with_name("options.json")),
+        ("vocab.txt.gz", made(tmp_path / "a", "v.gz", gzip.compress(weights.with_name("vocab.txt").read_bytes()))),
+    ):
+        storage.upload(source, f"memory://models/se/{name}")
+    for place in ("memory://models/se", "memory://models/se/model.hdf5"):
+        assert open_source(place).vocabulary.words == WORDS
+    storage.upload(weights, "memory://models/se/other.hdf5")
+    with pytest.raises(ConfigError, match=r"no run, checkpoint, weights.hdf5 or another .hdf5 file alone"):
+        open_source("memory://models/se")
