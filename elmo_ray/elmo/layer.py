@@ -214,7 +214,8 @@ class Elmo(nn.Module):
                 )
         inputs = torch.zeros(len(batch), max(map(len, batch), default=0), dtype=torch.long)
         for row, words in zip(inputs, batch, strict=True):
-            row[: len(words)] = torch.tensor([ids.get(word, unk) + 1 for word in words], dtype=torch.long)
+            numbers = [ids[word] if unk is None else ids.get(word, unk) for word in words]
+            row[: len(words)] = torch.tensor(numbers, dtype=torch.long) + 1
         return inputs
 
     def regularization(self) -> Tensor:

@@ -225,7 +225,7 @@ class _LargestProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         embedding, weight_low, which_UF = ctx.saved_tensors
         gradient_UF, which, low, n = grads[0].contiguous(), which_UF.numpy(), weight_low.dtype, len(ctx.branches)
         d_weights = torch.zeros(n, *weight_low.shape, dtype=gradient_UF.dtype)
@@ -288,7 +288,7 @@ class _Highway(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, x_low, w_carry, w_transform, gate, other = ctx.saved_tensors
         dy, full, n = grads[0].contiguous(), x.dtype, len(ctx.shares)
         d_carry, d_transform, d_x = torch.empty_like(x_low), torch.empty_like(x_low), torch.empty_like(x)

@@ -240,7 +240,7 @@ class _Window(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         w_input, w_hidden, w_projection, kernel_DKG, projection_DHP, *windows = ctx.saved_tensors
         memory_DBH, given_DTBK, gates_DTBG, *windows = windows
         low, i = given_DTBK.dtype, w_input.shape[1]

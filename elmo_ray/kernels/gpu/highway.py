@@ -98,7 +98,7 @@ class _Highway(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cuda")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, x_low, weights, carry_bias, transform_bias, product = ctx.saved_tensors
         u, f = x.shape
         d_product, d_x, block = torch.empty_like(product), torch.empty_like(x), block_for(f)

@@ -366,7 +366,7 @@ class _Window(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cuda")
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, w_input, w_hidden, w_projection, *saved = ctx.saved_tensors
         buffers, d_outputs = _Buffers(*saved), grads[0]
         if d_outputs is None:
