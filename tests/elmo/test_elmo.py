@@ -564,4 +564,3 @@ def test_public_names() -> None:
     assert [name for name in dir(elmo_ray) if not name.startswith("_")] == names
     assert set(names) < set(elmo_ray.__all__)
     assert elmo_ray.LanguageModel is LanguageModel and elmo_ray.Elmo is Elmo
-    run(["-c", "from elmo_ray import *; LanguageModel, batch_to_ids"])
