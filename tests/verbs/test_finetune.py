@@ -163,7 +163,7 @@ def test_slots_are_kept_or_reset(domain: Domain) -> None:
         (["softmax.tied=true"], "tied"),
         (["data.max_vocab=9"], "data.max_vocab is set, but the vocabulary is the source's"),
         (["train.validate_every=null"], "train.validate_every=null: the model is measured before and after"),
-        (["data.valid=[]"], "there is no validation text; set data.valid or data.holdout"),
+        (["data.valid=[]"], "data.valid is empty; the model is measured before and after: set it, or data.holdout"),
         (["init.vocab=vocab.txt"], "init.vocab=.*: .* has its own; leave it out"),
         (["init.from=nowhere"], "nowhere: no such file or folder"),
         (["init.optimizer=both"], "init.optimizer=both: must be keep or reset"),
