@@ -20,8 +20,8 @@ RAY_FILES = {"data/ray_source.py", "sweep/tuning.py"}
 ROOMS = [
     {"errors", "machine"},
     {"storage"},
-    {"config", "data"},
     {"kernels"},
+    {"config", "data"},
     {"model"},
     {"checkpoints"},
     {"elmo"},

@@ -36,6 +36,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from elmo_ray import kernels
 from elmo_ray.data.corpus import Block, Corpus
 from elmo_ray.data.encode import EncodedBlock
 from elmo_ray.data.vocabulary import Vocabulary
@@ -206,7 +207,7 @@ class _Piece:
     unknown_base: the number of the block's first unknown word in `tokens`.
     unknown: the bytes of the unknown words' rows of characters.
     replaced: the damaged places of the block, if they count with this share.
-    taken: the positions that went into windows.
+    done: all its positions went into windows.
     """
 
     tokens: NDArray[np.int64]
@@ -215,7 +216,7 @@ class _Piece:
     unknown_base: int
     unknown: bytes
     replaced: int
-    taken: int = 0
+    done: bool = False
 
 
 def inputs_and_targets(block: EncodedBlock, vocabulary: Vocabulary, unknown_base: int = 0) -> NDArray[np.int64]:
@@ -224,6 +225,11 @@ def inputs_and_targets(block: EncodedBlock, vocabulary: Vocabulary, unknown_base
     A sentence of n words gives n + 1 positions (BILM.md). As inputs, unknown words are numbered from `unknown_base`; as
     targets they are `<UNK>`.
     """
+    if run := kernels.mark_sentences():
+        marked: NDArray[np.int64] = run(
+            block.ids, block.lengths, unknown_base, vocabulary.bos, vocabulary.eos, vocabulary.unk
+        )
+        return marked
     lengths = block.lengths.astype(np.int64)
     n_sentences, n_tokens = len(lengths), len(block.ids)
     ids = block.ids.astype(np.int64)
@@ -273,7 +279,12 @@ class StreamLoader:
         self.vocabulary, self.characters = vocabulary, characters
         self.cursors = cursors.copy()
         self._window = 0
+        # Each row's pieces: the first one is the row's own until its end, those behind it wait.
         self._pieces: list[deque[_Piece]] = [deque() for _ in streams]
+        # Of each row's first piece: the positions that went into windows, those that are left, the number of its
+        # block's positions before it, and where it is in memory. Without a piece there are none left.
+        self._taken, self._left, self._before = (np.zeros(len(streams), np.int64) for _ in range(3))
+        self._addresses, self._strides = (np.zeros(len(streams), np.int64) for _ in range(2))
         self._open_pieces: list[_Piece] = []  # The pieces of all streams, by rising `unknown_base`.
         self._next_base = vocabulary.size
         self._unique_index = UniqueIndex(vocabulary.size + directions * len(streams) * unroll)
@@ -321,8 +332,8 @@ class StreamLoader:
         if self.plan.epochs is None:
             return bool(self._sizes.any())
         left = np.maximum((self.plan.epochs - self.cursors.epoch) * self._sizes - self.cursors.offset, 0)
-        available = [sum(piece.size - piece.taken for piece in pieces) for pieces in self._pieces]
-        return bool((left != available).any())
+        available = [sum(piece.size for piece in pieces) for pieces in self._pieces]
+        return bool((left != available - self._taken).any())
 
     def _add(self, share: BlockShare, block: EncodedBlock) -> None:
         """Add the share's positions of a block to its stream. Raises DataError when they contradict the index."""
@@ -339,8 +350,21 @@ class StreamLoader:
         own, size = tokens[:, share.first : share.last], share.last - share.first
         piece = _Piece(own, size, share.first, self._next_base, block.unknown.tobytes(), replaced)
         self._next_base += len(block.unknown)
-        self._pieces[share.stream - self.streams.start].append(piece)
+        row = share.stream - self.streams.start
+        self._pieces[row].append(piece)
+        if len(self._pieces[row]) == 1:
+            self._begin_piece(row)
         self._open_pieces.append(piece)
+
+    def _begin_piece(self, row: int) -> None:
+        """Point to the first of the row's pieces, of which nothing is taken yet, or to none."""
+        pieces = self._pieces[row]
+        self._taken[row] = 0
+        self._left[row] = pieces[0].size if pieces else 0
+        self._before[row] = pieces[0].first if pieces else 0
+        if pieces:
+            self._addresses[row] = pieces[0].tokens.ctypes.data
+            self._strides[row] = pieces[0].tokens.strides[0] // pieces[0].tokens.itemsize
 
     def __iter__(self) -> Iterator[Batch]:
         while self.plan.epochs is None or not self.done():
@@ -355,54 +379,72 @@ class StreamLoader:
     def next_batch(self) -> Batch:
         """Return the next window of every stream; streams that are done have targets of -1."""
         self._fetch_pieces()
-        unroll = self.unroll
-        slices: list[NDArray[np.int64]] = []
-        filled: list[int] = []
-        into_block: list[int] = []  # For each row, the position in its block at which the window begins.
-        ended = False
-        for row, pieces in enumerate(self._pieces):
-            into_block.append(pieces[0].first + pieces[0].taken if pieces else 0)
-            n = 0
-            while n < unroll and pieces:
-                piece = pieces[0]
-                start = piece.taken
-                piece.taken = stop = min(start + unroll - n, piece.size)
-                slices.append(piece.tokens[:, start:stop])
-                n += stop - start
-                if start == 0:
-                    self.cursors.replaced[row] += piece.replaced
-                if stop == piece.size:
-                    pieces.popleft()
-                    ended = True
-            if n < unroll:
-                slices.append(self._filler[:, n:])
-            filled.append(n)
+        rows = len(self._pieces)
+        tokens = np.empty((4, rows, self.unroll), np.int64)
+        lengths = np.full(rows, self.unroll, np.int64)
+        # For each row, the position in its block at which the window begins.
+        into_block = self._before + self._taken
+        # Most rows are in the middle of a piece, and only need a copy.
+        whole = (self._left > self.unroll) & (self._taken > 0)
+        others = np.flatnonzero(~whole).tolist()
+        for row in others:
+            lengths[row] = self._cut_row(row, tokens[:, row])
+        inputs, targets, n_unknown = self._next_window(whole, tokens, lengths)
+        self._taken[whole] += self.unroll
+        self._left[whole] -= self.unroll
         self._window += 1
-        tokens = np.concatenate(slices, axis=1).reshape(4, len(filled), unroll)
-        lengths = np.array(filled, np.int64)
         # The start of a share counts as the start of a block, even in the middle of one.
-        new_block = (np.minimum(into_block, self.cursors.offset) < unroll) & (lengths > 0)
-        self._advance(lengths, tokens[1::2])
-        directions = slice(0, 2 * self.directions, 2)
+        new_block = (np.minimum(into_block, self.cursors.offset) < self.unroll) & (lengths > 0)
+        shares, self.cursors.offset = np.divmod(self.cursors.offset + lengths, np.maximum(self._sizes, 1))
+        self.cursors.epoch += shares
+        self.cursors.audit_positions += lengths
         types, classes, inputs = distinct_types(
-            tokens[directions], self.vocabulary, self.characters, self._unknown_rows, self._unique_index
+            inputs, self.vocabulary, self.characters, self._unknown_rows, self._unique_index, n_unknown > 0
         )
-        if ended:
-            self._open_pieces = [piece for piece in self._open_pieces if piece.taken < piece.size]
-        targets = tokens[1:][directions].copy()
+        if others:
+            self._open_pieces = [piece for piece in self._open_pieces if not piece.done]
         return Batch(types, classes, inputs, targets, lengths, new_block, self.cursors.copy())
 
-    def _advance(self, lengths: IntArray, targets: NDArray[np.int64]) -> None:
-        """Move the cursors by a window of `lengths` positions, [B], with `targets`, [2, B, T]."""
-        cursors = self.cursors
-        shares, cursors.offset = np.divmod(cursors.offset + lengths, np.maximum(self._sizes, 1))
-        cursors.epoch += shares
-        cursors.audit_positions += lengths
+    def _cut_row(self, row: int, tokens: NDArray[np.int64]) -> int:
+        """Fill in a row's window, int64 [4, T], from as many pieces as it needs, and return its positions."""
+        pieces, n = self._pieces[row], 0
+        while n < self.unroll and pieces:
+            piece, start = pieces[0], int(self._taken[row])
+            stop = min(start + self.unroll - n, piece.size)
+            tokens[:, n : n + stop - start] = piece.tokens[:, start:stop]
+            n += stop - start
+            if start == 0:
+                self.cursors.replaced[row] += piece.replaced
+            self._taken[row], self._left[row] = stop, piece.size - stop
+            if stop == piece.size:
+                piece.done = True
+                pieces.popleft()
+                self._begin_piece(row)
+        tokens[:, n:] = self._filler[:, n:]
+        return n
+
+    def _next_window(
+        self, whole: NDArray[np.bool_], tokens: NDArray[np.int64], lengths: IntArray
+    ) -> tuple[IntArray, IntArray, int]:
+        """Fill in the rows of `tokens`, int64 [4, B, T], that are `whole`, and move all audit hashes on.
+
+        Returns inputs and targets, int64 [D, B, T], and the number of inputs that are unknown words.
+        """
+        hashes, n_known = self.cursors.audit_hash, self.vocabulary.size
+        if run := kernels.next_window():
+            places = self._addresses, self._strides, self._taken
+            inputs, targets, n_unknown = run(*places, whole, tokens, lengths, hashes, self.directions, n_known)
+            return inputs, targets, n_unknown
+        for row in np.flatnonzero(whole).tolist():
+            start = int(self._taken[row])
+            tokens[:, row] = self._pieces[row][0].tokens[:, start : start + self.unroll]
         # The hash goes position by position, so it does not depend on the length of windows.
-        positions = targets.transpose(1, 2, 0).astype("<i4", order="C")
+        positions = tokens[1::2].transpose(1, 2, 0).astype("<i4", order="C")
         data, row_bytes, position_bytes = positions.tobytes(), positions[0].nbytes, positions[0, 0].nbytes
-        rows = zip(range(0, len(data), row_bytes), lengths.tolist(), cursors.audit_hash.tolist(), strict=True)
-        cursors.audit_hash[:] = [zlib.crc32(data[at : at + n * position_bytes], before) for at, n, before in rows]
+        rows = zip(range(0, len(data), row_bytes), lengths.tolist(), hashes.tolist(), strict=True)
+        hashes[:] = [zlib.crc32(data[at : at + n * position_bytes], before) for at, n, before in rows]
+        inputs, targets = tokens[: 2 * self.directions : 2], tokens[1 : 2 * self.directions : 2].copy()
+        return inputs, targets, int((inputs >= n_known).sum())
 
     def _unknown_rows(self, numbers: IntArray) -> NDArray[np.int16]:
         """Return the characters of unknown words, int16 [n, C], by their numbers in the pieces of this window."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from elmo_ray import kernels
 from elmo_ray.data.characters import PADDING, encode_words, sentence_marker_rows
 from elmo_ray.data.vocabulary import SENTENCE_BEGIN_WORD, SENTENCE_END_WORD, Vocabulary
 
@@ -46,7 +47,11 @@ class _LengthClasses:
         counts = np.bincount(classes_N, minlength=len(self._bounds))
         index = np.empty(len(order), np.int64)
         index[order] = np.arange(len(order))
-        return order, tuple((n, c) for n, c in zip(counts.tolist(), self.columns, strict=True) if n), index
+        return order, self.type_classes(counts), index
+
+    def type_classes(self, counts: IntArray) -> TypeClasses:
+        """Return the classes that are there. counts: the number of words of each class."""
+        return tuple((n, c) for n, c in zip(counts.tolist(), self.columns, strict=True) if n)
 
 
 class TypeTable:
@@ -74,11 +79,36 @@ class TypeTable:
         order, type_classes, index = self._length_classes.sort(classes)
         return types.take(order, axis=0), type_classes, index
 
+    def types_of(
+        self, ids: IntArray, unknown: NDArray[np.int16], unique_index: UniqueIndex
+    ) -> tuple[NDArray[np.int16], TypeClasses, IntArray]:
+        """Return the distinct words among `ids`, sorted by class: types, type_classes and the index of each of the ids.
+
+        unknown: int16 [n, C], the characters of the unknown words, which have the n ids behind those of the vocabulary
+        and are all among the ids.
+        """
+        if run := kernels.types_by_class():
+            types, counts, index = run(
+                ids,
+                unknown,
+                self._length_classes.of(unknown),
+                self.table,
+                self.classes,
+                len(self.columns),
+                unique_index.eights,
+                unique_index.index_of,
+            )
+            return types, self._length_classes.type_classes(counts), index
+        words = unique_index.unique(ids)
+        types, type_classes, index = self.gather(words[: len(words) - len(unknown)], unknown)
+        return types, type_classes, index.take(unique_index.index_of.take(ids))
+
 
 class UniqueIndex:
     """Finder of the distinct ids among ids from 0 to n - 1, for one thread.
 
     index_of: int64 [n], for each id of the last call its index in that call's result; other elements have no meaning.
+    eights: uint64, the mark of each id as a byte, all 0 between calls; loops look at eight of them at a time.
     """
 
     # Ids are marked in a table, for np.unique sorts: that takes twice as long for a thousand ids, ten times as long for
@@ -86,11 +116,15 @@ class UniqueIndex:
     # of the vocabulary's size in every step takes longer than all the rest.
 
     def __init__(self, n: int):
-        self._seen = np.zeros(n, np.bool_)
+        self.eights = np.zeros(-(-n // 8), np.uint64)
+        self._seen = self.eights.view(np.bool_)
         self.index_of = np.empty(n, np.int64)
 
     def unique(self, ids: IntArray) -> IntArray:
-        """Return the distinct ids, in order."""
+        """Return the distinct ids of an array [N], in order."""
+        if run := kernels.distinct_ids():
+            found: IntArray = run(ids, self.eights, self.index_of)
+            return found
         self._seen[ids] = True
         found = np.flatnonzero(self._seen)
         self._seen[found] = False
@@ -104,6 +138,7 @@ def distinct_types(
     characters: TypeTable | None,
     unknown_rows: Callable[[IntArray], NDArray[np.int16]],
     unique_index: UniqueIndex | None = None,
+    has_unknown: bool = True,
 ) -> tuple[NDArray, TypeClasses, IntArray]:
     """Return the distinct words of `inputs`: types, type_classes and inputs as in `streams.Batch`.
 
@@ -112,14 +147,15 @@ def distinct_types(
     characters: without it, types are vocabulary ids, and unknown words are `<UNK>`.
     unknown_rows: returns the characters, int16 [n, C], of n such numbers.
     unique_index: for as many ids as the vocabulary and `inputs` have together.
+    has_unknown: False where the caller knows that no word is unknown.
     """
     n_known, ids = vocabulary.size, inputs.ravel()
     unique_index = unique_index or UniqueIndex(n_known + len(ids))
     if characters is None:
-        ids = np.where(ids >= n_known, vocabulary.unk, ids)
+        ids = np.where(ids >= n_known, vocabulary.unk, ids) if has_unknown else ids
         words = unique_index.unique(ids)
         return words, ((len(words), 1),), unique_index.index_of.take(ids).reshape(inputs.shape)
-    at = np.flatnonzero(ids >= n_known)
+    at = np.flatnonzero(ids >= n_known) if has_unknown else np.zeros(0, np.int64)
     unknown = np.zeros((0, characters.table.shape[1]), np.int16)
     if len(at):
         # The numbers of unknown words depend on the order in which blocks were read, which differs after a resume.
@@ -129,9 +165,8 @@ def distinct_types(
         unknown = distinct.view(np.int16).reshape(len(distinct), -1)
         ids = ids.copy()
         ids[at] = n_known + row_index
-    words = unique_index.unique(ids)
-    types, type_classes, index = characters.gather(words[: len(words) - len(unknown)], unknown)
-    return types, type_classes, index.take(unique_index.index_of.take(ids)).reshape(inputs.shape)
+    types, type_classes, index = characters.types_of(ids, unknown, unique_index)
+    return types, type_classes, index.reshape(inputs.shape)
 
 
 def distinct_rows(chars_NC: NDArray[np.int16]) -> tuple[NDArray[np.int16], IntArray]:

@@ -147,6 +147,51 @@ def adagrad(value: Tensor) -> Function | None:
     return None
 
 
+def next_window() -> Function | None:
+    """Counterpart of what `data.streams.StreamLoader._next_window` does without it."""
+    return _of_feed("next_window")
+
+
+def mark_sentences() -> Function | None:
+    """Counterpart of `data.streams.inputs_and_targets`, which takes the arrays of a block."""
+    return _of_feed("mark_sentences")
+
+
+def distinct_ids() -> Function | None:
+    """Counterpart of `data.word_types.UniqueIndex.unique`, which takes the tables of the index."""
+    return _of_feed("distinct_ids")
+
+
+def types_by_class() -> Function | None:
+    """Counterpart of `data.word_types.TypeTable.types_of`, which takes the tables."""
+    return _of_feed("types_by_class")
+
+
+def uniform() -> Function | None:
+    """Function for the draws of NumPy's Philox generators."""
+    return _of_feed("uniform")
+
+
+def keep_first_distinct() -> Function | None:
+    """Function that picks the distinct ones among draws; the plain counterpart is in `model.softmax.draw_negatives`."""
+    return _of_feed("keep_first_distinct")
+
+
+def touched_rows() -> Function | None:
+    """Counterpart of `training.noise.touched_rows`."""
+    return _of_feed("touched_rows")
+
+
+def _of_feed(name: str) -> Function | None:
+    """Return a compiled loop over integers in host memory, whatever device trains."""
+    if _setting == "off":
+        return None
+    from elmo_ray.kernels.cpu import feed
+    from elmo_ray.kernels.cpu.loops import has_compiler
+
+    return getattr(feed, name) if has_compiler() else None
+
+
 def _on_cpu(x: Tensor) -> bool:
     if _setting == "off" or x.device.type != "cpu" or x.dtype != torch.float32:
         return False

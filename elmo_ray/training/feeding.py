@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from elmo_ray import kernels
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader
 from elmo_ray.data.word_types import UniqueIndex
 from elmo_ray.errors import ElmoRayError
-from elmo_ray.model.softmax import draw_negatives, log_expected_count
 from elmo_ray.training.graphs import FixedShapes
+from elmo_ray.training.noise import Noise, NoiseSampler, RowFinder
 from elmo_ray.training.ranks import Exchange, Flags, Gathered
 from elmo_ray.training.step_input import StepInput, Transfer, wait_for_arrival, with_micro_batches
 
@@ -63,6 +64,10 @@ def reset_rows(
         return np.zeros(len(streams), np.bool_)
     if reset == "block":
         return batch.new_block
+    if uniform := kernels.uniform():
+        draws = np.empty((1, -(-n_streams // 4) * 4))
+        uniform(np.array([[seed ^ RESET_KEY, step]], np.uint64), 0, 1.0, draws)
+        return draws[0, streams.start : streams.stop] < float(reset)
     random = np.random.Generator(np.random.Philox(key=[seed ^ RESET_KEY, step]))
     return random.random(n_streams)[streams.start : streams.stop] < float(reset)
 
@@ -77,27 +82,18 @@ class StepAssembler:
         rows = -(-config.data.streams // exchange.world)
         self.capacity = rows * config.train.unroll * self.directions * (2 if self.words else 1)
         self._unique_index = UniqueIndex(n_words)
+        self._noise: NoiseSampler | None = None
+        if config.softmax.kind == "sampled":
+            negatives = config.softmax.negatives
+            self._noise = NoiseSampler(config.run.seed, self.directions, n_words, negatives, self._unique_index)
+            self._find_rows = RowFinder(n_words, self._unique_index)
 
     def __call__(self, batch: Batch, step: int, flags: Flags) -> tuple[StepInput, Flags]:
         """Return the input of a step, on the CPU, and the flags of all ranks. flags: of this rank."""
         config = self.config
-        sampled = config.softmax.kind == "sampled"
-        drawn = []
-        if sampled:
-            drawn = [
-                draw_negatives(
-                    config.run.seed, step, d, self.n_words, config.softmax.negatives, self._unique_index.index_of
-                )
-                for d in range(self.directions)
-            ]
-        noise_hash = zlib.crc32(b"".join(n.ids.tobytes() for n in drawn))
+        noise = None if self._noise is None else self._noise(step)
         inputs = batch.types.astype(np.int64) if self.words else np.zeros(0, np.int64)
-        # input ids have a fixed place behind all targets, for they touch other rows than targets do
-        ids = np.full(self.capacity, -1, np.int64)
-        ids[: batch.targets.size] = batch.targets.ravel()
-        if self.words:
-            ids[self.capacity // 2 : self.capacity // 2 + len(inputs)] = inputs
-        gathered = self.exchange.gather(ids, self.capacity, batch.positions, noise_hash, flags, step=step)
+        gathered = self._exchange_ids(batch, inputs, noise, flags, step)
         reset = reset_rows(config.train.reset, batch, self.streams, config.data.streams, config.run.seed, step)
         result = StepInput(
             step,
@@ -109,38 +105,45 @@ class StepAssembler:
             torch.from_numpy(reset),
             gathered.positions,
         )
-        if sampled:
-            self._add_rows(result, batch, drawn, gathered, inputs)
+        if noise is not None:
+            self._add_rows(result, batch, noise, gathered, inputs)
         return result, gathered.flags
 
-    def _add_rows(
-        self, result: StepInput, batch: Batch, drawn: list, gathered: Gathered, inputs: NDArray[np.int64]
-    ) -> None:
-        half = self.capacity // 2 if self.words else self.capacity
-        touched = [gathered.ids[:, :half].ravel(), *(n.ids for n in drawn)]
-        if self.words and self.config.softmax.tied:
-            touched.append(gathered.ids[:, half:].ravel())
-        rows, place = self._rows(np.concatenate(touched)), self._unique_index.index_of
-        precision = np.float64 if self.config.train.precision == "fp64" else np.float32
-        safe = np.maximum(batch.targets, 0)
-        counts = np.stack([log_expected_count(safe[d], n.tries, self.n_words) for d, n in enumerate(drawn)])
-        negative_ids = np.stack([n.ids for n in drawn])
-        negative_counts = np.stack([log_expected_count(n.ids, n.tries, self.n_words) for n in drawn])
-        result.rows = torch.from_numpy(rows)
-        # "no position" has row 0, whether or not word 0 is touched: if it is touched, it is the first row anyway
-        place[0] = 0
-        result.target_rows = torch.from_numpy(place[safe])
-        result.target_log_count = torch.from_numpy(counts.astype(precision))
-        result.negative_rows = torch.from_numpy(place[negative_ids])
-        result.negative_log_count = torch.from_numpy(negative_counts.astype(precision))
+    def _exchange_ids(
+        self, batch: Batch, inputs: NDArray[np.int64], noise: Noise | None, flags: Flags, step: int
+    ) -> Gathered:
+        """Return the ids of all ranks: of targets, and with word input behind them those of inputs."""
+        targets = batch.targets.ravel()
+        if self.exchange.world == 1 and not self.words:
+            return self.exchange.gather(targets, len(targets), batch.positions, 0, flags, step=step)
+        # input ids have a fixed place behind all targets, for they touch other rows than targets do
+        ids = np.full(self.capacity, -1, np.int64)
+        ids[: len(targets)] = targets
         if self.words:
-            if not self.config.softmax.tied:
-                result.input_rows = torch.from_numpy(self._rows(gathered.ids[:, half:]))
-            result.types = torch.from_numpy(place[inputs])
+            ids[self.capacity // 2 : self.capacity // 2 + len(inputs)] = inputs
+        noise_hash = 0 if noise is None else zlib.crc32(noise.ids)
+        return self.exchange.gather(ids, self.capacity, batch.positions, noise_hash, flags, step=step)
 
-    def _rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the distinct ids in order, without the -1 of "no position"; `index_of` then has the row of each."""
-        return self._unique_index.unique(ids[ids >= 0])
+    def _add_rows(
+        self, result: StepInput, batch: Batch, noise: Noise, gathered: Gathered, inputs: NDArray[np.int64]
+    ) -> None:
+        half = self.capacity // 2 if self.words else gathered.ids.shape[1]
+        of_targets, of_inputs = gathered.ids[:, :half].ravel(), gathered.ids[:, half:].ravel()
+        tied = self.words and self.config.softmax.tied
+        found = self._find_rows(of_targets, of_inputs if tied else of_inputs[:0], batch.targets, noise)
+        counts = found.log_counts
+        if self.config.train.precision == "fp64":
+            counts = counts.astype(np.float64)  # type: ignore[assignment]
+        of_target, of_negative = np.split(counts, [batch.targets.size])
+        result.rows = torch.from_numpy(found.rows)
+        result.target_rows = torch.from_numpy(found.target_rows)
+        result.target_log_count = torch.from_numpy(of_target.reshape(batch.targets.shape))
+        result.negative_rows = torch.from_numpy(found.negative_rows)
+        result.negative_log_count = torch.from_numpy(of_negative.reshape(noise.ids.shape))
+        if self.words:
+            if not tied:
+                result.input_rows = torch.from_numpy(self._unique_index.unique(of_inputs[of_inputs >= 0]))
+            result.types = torch.from_numpy(self._unique_index.index_of[inputs])
 
 
 class Feeder:

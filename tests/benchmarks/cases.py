@@ -192,10 +192,10 @@ def cut_vocabulary(file: str, words: int, folder: Path) -> Path:
     return path
 
 
-def arguments_of(doc: str | None, seconds: float = 20) -> argparse.ArgumentParser:
+def arguments_of(doc: str | None, seconds: float = 20, required: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
-    parser.add_argument("--corpus", required=True, metavar="GLOB")
-    parser.add_argument("--vocab", required=True, metavar="FILE")
+    parser.add_argument("--corpus", required=required, metavar="GLOB")
+    parser.add_argument("--vocab", required=required, metavar="FILE")
     parser.add_argument("--peer", metavar="PYTHON", help="Python of an environment with bilm and tensorflow-cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)

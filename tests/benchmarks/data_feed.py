@@ -5,6 +5,13 @@
 encode: bytes of a block to ids, lengths and unknown words' characters, reading of the file left out, one core.
 thread: files to `Batch`, in this process (the source without Ray). ray: the same with Ray Data's tasks encoding, on all
 cores; the first batches, while Ray starts, are left out. A word here is a position: sentence ends count.
+
+    python tests/benchmarks/data_feed.py --whole [--streams 128] [--rounds 5] [--text FOLDER]
+
+The whole feed of the original's sizes in one process without Ray: files to the inputs of training steps, on the text of
+`gpu_check.py` (made in FOLDER, or found there). One line: `positions_per_second` as fast as the feed can; then steps of
+`step_ms` of small PyTorch calls in the main thread, `with_feed_ms` the same with a new input for each step, and
+`longer`, the ratio of both less one, medians of the rounds.
 """
 
 from __future__ import annotations
@@ -12,15 +19,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
-from cases import SIZES, Run, Timed, arguments_of, cut_vocabulary, measured, peers, read_corpus, with_ratios
+from cases import SIZES, Run, Timed, arguments_of, cut_vocabulary, measured, our_config, peers, read_corpus, with_ratios
+from gpu_check import made_up_text
 
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import encode_block, read_block, thread_source
@@ -28,6 +39,8 @@ from elmo_ray.data.ray_source import ray_source
 from elmo_ray.data.streams import BlockSource, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
+from elmo_ray.training.feeding import Feeder, ReadyBatch, StepAssembler
+from elmo_ray.training.ranks import Exchange, Flags
 
 
 def encoding(corpus: Corpus, vocabulary: Vocabulary) -> Run:
@@ -78,13 +91,87 @@ def cases(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
         yield {"streams": arguments.streams, "words": vocabulary.size, **record}
 
 
+def whole_feed(text: Path, streams: int) -> Iterator[ReadyBatch]:
+    """Inputs of steps at the original's sizes, without end, from a thread."""
+    vocabulary = Vocabulary.read(text / "vocab.txt")
+    config = our_config(SIZES["original"], "bf16", streams)
+    plan = StreamPlan(read_corpus(str(text / "train-*.txt")), streams, seed=1)
+    filters = config.model.char_cnn.filters
+    table = TypeTable(vocabulary, config.model.char_cnn.max_characters, max(width for width, _ in filters))
+    source = partial(thread_source, vocabulary=vocabulary)
+    start = StreamCursors.start(streams)
+    loader = StreamLoader(plan, range(streams), start, source, vocabulary, config.train.unroll, table)
+    assembler = StepAssembler(config, vocabulary.size, range(streams), Exchange())
+    return iter(Feeder(loader, assembler, range(1 << 40), Flags, torch.device("cpu")))
+
+
+def small_calls(count: int) -> None:
+    """What a training thread does that launches a step: PyTorch calls of microseconds, with Python between them."""
+    x = torch.ones(8, 8)
+    for _ in range(count):
+        x = (x + 1.0).mul_(0.5)
+
+
+def milliseconds(steps: int, calls: int, feed: Iterator[ReadyBatch] | None) -> float:
+    start = time.perf_counter()
+    for _ in range(steps):
+        if feed is not None:
+            next(feed)
+        small_calls(calls)
+    return (time.perf_counter() - start) / steps * 1e3
+
+
+def whole(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
+    if not text.exists():
+        made_up_text(text)
+    feed = whole_feed(text, arguments.streams)
+    for _ in range(100):  # the blocks of all streams, and what is compiled
+        next(feed)
+    speeds, per_cpu = [], []
+    for _ in range(arguments.rounds):
+        positions, end = 0, time.perf_counter() + arguments.seconds
+        with Timed() as timed:
+            while time.perf_counter() < end:
+                positions += next(feed).batch.positions
+        speeds.append(positions / timed.seconds)
+        per_cpu.append(positions / timed.cpu_seconds)
+    time.sleep(0.5)  # the feeder has its steps ahead
+    calls = round(1000 * 6.0 / min(milliseconds(10, 1000, None) for _ in range(5)))
+    steps = round(arguments.seconds * 1000 / 6.0)
+    alone, beside = [], []
+    for _ in range(arguments.rounds):
+        alone.append(milliseconds(steps, calls, None))
+        beside.append(milliseconds(steps, calls, feed))
+    feed.close()  # type: ignore[attr-defined]
+    return {
+        "case": "whole",
+        "streams": arguments.streams,
+        "positions_per_second": round(statistics.median(speeds)),
+        "positions_per_cpu_second": round(statistics.median(per_cpu)),
+        "rounds": [round(speed) for speed in speeds],
+        "step_ms": round(statistics.median(alone), 3),
+        "with_feed_ms": round(statistics.median(beside), 3),
+        "longer": round(statistics.median(np.divide(beside, alone)) - 1, 4),
+        "rounds_longer": np.round(np.divide(beside, alone) - 1, 4).tolist(),
+    }
+
+
 def main() -> None:
-    parser = arguments_of(__doc__, seconds=5)
-    parser.add_argument("--streams", type=int, default=32)
+    parser = arguments_of(__doc__, seconds=3, required=False)
+    parser.add_argument("--streams", type=int)
     parser.add_argument("--words", type=int, default=50_000, help="of the vocabulary")
     parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("--whole", action="store_true", help="files to the inputs of steps, on a text of its own")
+    parser.add_argument("--text", type=Path, metavar="FOLDER", help="of the text of --whole, to keep it")
     arguments = parser.parse_args()
+    arguments.streams = arguments.streams or (128 if arguments.whole else 32)
     torch.set_num_threads(1)
+    if arguments.whole:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(whole(arguments, arguments.text or Path(folder) / "text")), flush=True)
+        return
+    if not (arguments.corpus and arguments.vocab):
+        parser.error("--corpus and --vocab are needed, or --whole")
     with tempfile.TemporaryDirectory() as folder:
         for line in cases(arguments, Path(folder)):
             print(json.dumps(line), flush=True)
