@@ -16,6 +16,9 @@ Step 6: `StreamLoader` (here) cuts the next window of T positions from every str
 Step 7: `word_types.py` replaces the input words of the window by indices into its distinct words, whose characters are
         sorted by length. The outcome is a `Batch`, from which `training/feeding.py` makes the input of a step.
 
+Where Numba is, steps 5 to 7 are compiled loops (`kernels/cpu/feed.py`), which do not hold Python's lock; the forms here
+give the same bits.
+
 Evaluation of independent sentences has `sentences.py` in place of steps 3 and 6.
 
 The blocks of an epoch in their order form one line of P positions; of S streams, stream s owns the positions

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
 import zlib
@@ -33,6 +34,9 @@ from elmo_ray.training.step_input import StepInput, Transfer, wait_for_arrival, 
 logger = logging.getLogger(__name__)
 
 WARN_AFTER_S = 60.0
+
+SWITCH_INTERVAL_S = 5e-4
+"""Seconds that the loader thread waits for Python's lock before it asks for it, where a GPU trains."""
 
 RESET_KEY = 0x7265736574
 """Constant that separates the draws of resets from the other draws of the same (seed, step)."""
@@ -215,6 +219,11 @@ class Feeder:
 
     def __iter__(self) -> Iterator[ReadyBatch]:
         self._thread.start()
+        usual = sys.getswitchinterval()
+        if self.transfer.device.type == "cuda":
+            # a thread that launches small operations takes the lock again before the loader wakes up, and the loader
+            # gets it only by asking: by Python's own interval of 5 ms it waits longer than a step takes
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
         try:
             while True:
                 start = time.perf_counter()
@@ -227,5 +236,6 @@ class Feeder:
                 wait_for_arrival(item.batch, item.arrived)
                 yield item
         finally:
+            sys.setswitchinterval(usual)
             self._closed.set()
             self._thread.join(timeout=30)

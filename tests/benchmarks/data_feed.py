@@ -9,7 +9,7 @@ cores; the first batches, while Ray starts, are left out. A word here is a posit
     python tests/benchmarks/data_feed.py --whole [--streams 128] [--rounds 5] [--text FOLDER]
 
 The whole feed of the original's sizes in one process without Ray: files to the inputs of training steps, on the text of
-`gpu_check.py` (made in FOLDER, or found there). One line: `positions_per_second` as fast as the feed can; then steps of
+`gpu_check.py` (made in FOLDER, or found there). ELMO_RAY_KERNELS=off leaves the compiled loops out. One line: `positions_per_second` as fast as the feed can; then steps of
 `step_ms` of small PyTorch calls in the main thread, `with_feed_ms` the same with a new input for each step, and
 `longer`, the ratio of both less one, medians of the rounds.
 """
@@ -20,6 +20,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ from elmo_ray.data.ray_source import ray_source
 from elmo_ray.data.streams import BlockSource, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
-from elmo_ray.training.feeding import Feeder, ReadyBatch, StepAssembler
+from elmo_ray.machine import keep_freed_memory
+from elmo_ray.training.feeding import SWITCH_INTERVAL_S, Feeder, ReadyBatch, StepAssembler
 from elmo_ray.training.ranks import Exchange, Flags
 
 
@@ -124,6 +126,8 @@ def milliseconds(steps: int, calls: int, feed: Iterator[ReadyBatch] | None) -> f
 def whole(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
     if not text.exists():
         made_up_text(text)
+    keep_freed_memory()  # as the verbs do
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as training on a GPU does
     feed = whole_feed(text, arguments.streams)
     for _ in range(100):  # the blocks of all streams, and what is compiled
         next(feed)
@@ -136,7 +140,8 @@ def whole(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
         speeds.append(positions / timed.seconds)
         per_cpu.append(positions / timed.cpu_seconds)
     time.sleep(0.5)  # the feeder has its steps ahead
-    calls = round(1000 * 6.0 / min(milliseconds(10, 1000, None) for _ in range(5)))
+    milliseconds(100, 1000, None)  # the clock and the caches
+    calls = round(1000 * 6.0 / milliseconds(200, 1000, None))
     steps = round(arguments.seconds * 1000 / 6.0)
     alone, beside = [], []
     for _ in range(arguments.rounds):

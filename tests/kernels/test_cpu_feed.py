@@ -36,7 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     shards = []
     for shard in range(3):
         lines = []
-        for _ in range(40):
+        for _ in range(12):
             words = random.choice([*KNOWN, "unknown", "rare", "ü" * 30, "unknowable"], random.integers(1, 60))
             lines.append(" ".join(words).encode())
         lines[7] += b" \xff"

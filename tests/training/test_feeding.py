@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -181,6 +182,12 @@ def test_an_error_comes_after_the_steps_before_it(corpus: tuple[Corpus, Vocabula
             done += 1
     assert 0 < done < 1000
     assert not threads()
+
+
+def test_the_lock_changes_hands_as_before_afterwards(corpus: tuple[Corpus, Vocabulary]) -> None:
+    usual = sys.getswitchinterval()
+    assert sum(1 for _ in feeder_of(corpus, range(3))) == 3
+    assert sys.getswitchinterval() == usual
 
 
 def test_leaving_early_ends_the_threads(corpus: tuple[Corpus, Vocabulary]) -> None:
