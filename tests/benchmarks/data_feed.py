@@ -9,9 +9,9 @@ cores; the first batches, while Ray starts, are left out. A word here is a posit
     python tests/benchmarks/data_feed.py --whole [--streams 128] [--rounds 5] [--text FOLDER]
 
 The whole feed of the original's sizes in one process without Ray: files to the inputs of training steps, on the text of
-`gpu_check.py` (made in FOLDER, or found there). ELMO_RAY_KERNELS=off leaves the compiled loops out. One line: `positions_per_second` as fast as the feed can; then steps of
-`step_ms` of small PyTorch calls in the main thread, `with_feed_ms` the same with a new input for each step, and
-`longer`, the ratio of both less one, medians of the rounds.
+`gpu_check.py` (made in FOLDER, or found there). ELMO_RAY_KERNELS=off leaves the compiled loops out. One line, with
+medians of the rounds: `positions_per_second`, as fast as the feed can; `step_ms` of steps of small PyTorch calls in the
+main thread, some 6 ms, `with_feed_ms` of the same with a new input for each step, and `longer`, their ratio less one.
 """
 
 from __future__ import annotations
