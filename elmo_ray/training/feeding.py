@@ -125,7 +125,7 @@ class StepAssembler:
         ids[: len(targets)] = targets
         if self.words:
             ids[self.capacity // 2 : self.capacity // 2 + len(inputs)] = inputs
-        noise_hash = 0 if noise is None else zlib.crc32(noise.ids)
+        noise_hash = 0 if noise is None else zlib.crc32(noise.ids.tobytes())
         return self.exchange.gather(ids, self.capacity, batch.positions, noise_hash, flags, step=step)
 
     def _add_rows(

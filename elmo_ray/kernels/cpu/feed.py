@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from elmo_ray.kernels.cpu.loops import compiled, numba
+from elmo_ray.kernels.cpu.loops import compiled
+
+try:
+    import numba
+    from numba.extending import intrinsic
+except ImportError:  # a Python that it does not know yet
+    numba = None  # type: ignore[assignment]
 
 
 def _crc_tables() -> np.ndarray:
@@ -29,10 +35,15 @@ def _crc_tables() -> np.ndarray:
 
 _CRC = _crc_tables()
 
-if numba is not None:
+_pointer: Any = None
+_high_product: Any = None
+_carray: Any = None
 
-    @numba.extending.intrinsic
-    def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
+if numba is not None:
+    _carray = numba.carray  # type: ignore[attr-defined]
+
+    @intrinsic
+    def _to_pointer(typingctx, address):  # type: ignore[no-untyped-def]
         """Turn an address into a pointer to int64."""
         signature = numba.types.CPointer(numba.types.int64)(numba.types.int64)
 
@@ -41,8 +52,10 @@ if numba is not None:
 
         return signature, generate
 
-    @numba.extending.intrinsic
-    def _high_product(typingctx, a, b):  # type: ignore[no-untyped-def]
+    _pointer = _to_pointer
+
+    @intrinsic
+    def _upper_half(typingctx, a, b):  # type: ignore[no-untyped-def]
         """Multiply two uint64; the result is the upper half of their product."""
         signature = numba.types.uint64(numba.types.uint64, numba.types.uint64)
 
@@ -53,12 +66,14 @@ if numba is not None:
 
         return signature, generate
 
+    _high_product = _upper_half
+
 
 @compiled
 def _cut_row(address: Any, stride: Any, start: Any, tokens_4T: Any) -> None:
     """Copy a window of the piece int64 [4, stride] at this address."""
     unroll = tokens_4T.shape[1]
-    piece = numba.carray(_pointer(address), (3 * stride + start + unroll,))
+    piece = _carray(_pointer(address), (3 * stride + start + unroll,))
     for line in range(4):
         first = line * stride + start
         for t in range(unroll):
@@ -121,7 +136,7 @@ def mark_sentences(ids: Any, lengths: Any, unknown_base: Any, bos: Any, eos: Any
     tokens = np.empty((4, len(ids) + len(lengths)), np.int64)
     first_word = start = 0
     for sentence in range(len(lengths)):
-        length = np.int64(lengths[sentence])
+        length: Any = np.int64(lengths[sentence])
         tokens[0, start], tokens[1, start + length] = bos, eos
         tokens[2, start], tokens[3, start + length] = eos, bos
         for i in range(length):
