@@ -2,14 +2,16 @@
 
     python -m elmo_ray.evaluate SOURCE data.test=GLOB [key.path=value ...] [--dry-run] [--json FILE]
 
-The text is cut into evaluate.streams contiguous streams. Each is read from zero states, and the states are carried to
-its end; with evaluate.reset=sentence every sentence is read from zero states. The result depends only on the model, the
-text and this choice: with cluster.workers > 0 the streams are dealt to Ray tasks, with 0 this process reads them all.
+The text is cut into evaluate.streams contiguous streams, or fewer where the text is short: each has 200 positions or
+more. Each is read from zero states, and the states are carried to its end; with evaluate.reset=sentence every sentence
+is read from zero states. The result depends only on the model, the text and this choice: with cluster.workers > 0 the
+streams are dealt to Ray tasks, with 0 this process reads them all.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 import operator
@@ -29,6 +31,7 @@ from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import ComputeConfig, EvaluateConfig
 from elmo_ray.config.command_line import Flags, run_verb, text_table
 from elmo_ray.data.corpus import Corpus
+from elmo_ray.data.streams import fewer_streams_note, held_out_streams
 from elmo_ray.elmo.evaluation import EvaluationJob, LossTotals, measure_share
 from elmo_ray.elmo.scoring import LossSums
 from elmo_ray.errors import DataError, FormatError
@@ -77,7 +80,8 @@ class EvaluateResult:
             if values["replaced"]
             else []
         )
-        how = "each sentence alone" if values["reset"] == "sentence" else f"{values['streams']} streams"
+        streams = values["streams"]
+        how = "each sentence alone" if streams is None else f"{streams:,} stream{'s' if streams > 1 else ''}"
         if values["precision"] == "bf16":
             how += ", bf16 products"
         return "\n".join(
@@ -130,8 +134,13 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
         raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
     if flags is not None and flags.dry_run:
         return EvaluatePlan(source.describe(), config, corpus)
+    how = config.evaluate
+    if how.reset == "never":
+        if (note := fewer_streams_note("the text has", corpus.positions, how.streams)) is not None:
+            logger.info("%s", note)
+        how = how.model_copy(update={"streams": held_out_streams(corpus.positions, how.streams)})
     origin = source.uri or str(source.path)
-    job = EvaluationJob(origin, source.fingerprint, corpus, config.evaluate, config.data.on_error, options, vocab)
+    job = EvaluationJob(origin, source.fingerprint, corpus, how, config.data.on_error, options, vocab)
     start = time.monotonic()
     totals = _measure_here(job, source, cluster) if cluster.workers == 0 else _measure_on_ray(job, cluster)
     seconds = time.monotonic() - start
@@ -139,11 +148,12 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
     values = all_measures(totals, corpus)
     if values["perplexity"] is None:
         logger.warning("%s: the loss is not finite", source.path)
-    how = config.evaluate
     about = {
         "source": str(source.path),
         "step": source.step,
         "vocabulary": source.vocabulary.size,
+        "vocabulary_sha256": source.vocabulary.sha256,
+        "text_sha256": hashlib.sha256("".join(shard.sha256 for shard in corpus.shards).encode()).hexdigest(),
         "streams": how.streams if how.reset == "never" else None,
         "reset": how.reset,
         "precision": how.precision,

@@ -221,7 +221,7 @@ class TrainConfig(Section):
     duration: Duration = Field(Duration(10, "epochs"), description="How long to train.")
     validate_every: Duration | None = Field(Duration(1000, "steps"), description="How often to validate; null: never.")
     validate_positions: Int = Field(
-        200_000, ge=1, le=10**15, description="A validation reads at most this many positions."
+        200_000, ge=1, le=10**15, description="A validation reads this many positions, in whole windows, or all."
     )
     checkpoint_every: Duration = Field(Duration(1000, "steps"), description="How often to write a checkpoint.")
     keep_last: Int = Field(
@@ -315,10 +315,14 @@ class EvalConfig(Section):
 
     path: ClassVar[str] = "evaluate."
     streams: Int = Field(
-        32, ge=1, le=1 << 20, description="The text is read in this many contiguous parts, each from a zero state."
+        32,
+        ge=1,
+        le=1 << 20,
+        description="At most this many contiguous parts of the text: each from a zero state, 200 positions or more.",
     )
     reset: Literal["never", "sentence"] = Field(
-        "never", description="sentence starts every sentence from a zero state."
+        "never",
+        description="sentence starts each sentence from a zero state, in evaluate and for the final test text.",
     )
     rows: Int = Field(
         128, ge=1, le=1 << 20, description="This many streams are computed at a time; the result does not change."

@@ -461,10 +461,35 @@ class StreamLoader:
         return np.frombuffer(rows, np.int16).reshape(len(numbers), -1)
 
 
+FEWEST_POSITIONS = 200
+"""Positions that a stream of held-out text has at least."""
+
+
+def held_out_streams(positions: int, most: int) -> int:
+    """Return the number of streams in which `positions` of held-out text are measured: at most `most`, at least 1."""
+    # The first words of a stream are predicted without context, so many short streams would measure another thing.
+    return max(1, min(most, positions // FEWEST_POSITIONS))
+
+
+def fewer_streams_note(subject: str, positions: int, most: int) -> str | None:
+    """Return a note that says why held-out text is measured in fewer streams than evaluate.streams=`most`, or None.
+
+    subject: the beginning of the note, such as "the text has".
+    """
+    streams = held_out_streams(positions, most)
+    if streams == most:
+        return None
+    return (
+        f"{subject} {positions:,} positions, so evaluate.streams={most} becomes {streams}: a stream has "
+        f"{FEWEST_POSITIONS} positions or more, as its first words are predicted without context"
+    )
+
+
 def split_evenly(n: int, ranges: int) -> list[range]:
     """Return `ranges` contiguous ranges that tile range(n) and differ in length by at most one.
 
-    Streams are split among workers in this way, and rows among micro-batches; `ranges` is at most `n`.
+    Streams are split among workers in this way, and rows among micro-batches. The last ranges are empty where `ranges`
+    is larger than `n`.
     """
     edges = [-(-i * n // ranges) for i in range(ranges + 1)]
     return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]

@@ -14,7 +14,14 @@ from elmo_ray.checkpoints.read import Checkpoint, open_checkpoint
 from elmo_ray.config.schema import Duration
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import thread_source
-from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, split_evenly
+from elmo_ray.data.streams import (
+    StreamCursors,
+    StreamLoader,
+    StreamPlan,
+    fewer_streams_note,
+    held_out_streams,
+    split_evenly,
+)
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.scoring import LossSums, Validation, character_table
 from elmo_ray.errors import ElmoRayError, TrainingError
@@ -96,9 +103,13 @@ class _Run:
         self.total_steps = self._steps(duration)
         self.streams = split_evenly(config.data.streams, worker.world)[worker.rank]
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-        self.valid_plan = None
+        self.valid_plan, self.valid_note = None, None
         if self.plan.valid_path is not None and config.train.validate_every is not None:
-            self.valid_plan = StreamPlan(Corpus.load(self.plan.valid_path), config.evaluate.streams, 0, False, 1)
+            text, most = Corpus.load(self.plan.valid_path), config.evaluate.streams
+            # A function of the text and the settings alone, so that it is equal on all ranks and after a resume.
+            positions = min(text.positions, config.train.validate_positions)
+            self.valid_plan = StreamPlan(text, held_out_streams(positions, most), 0, False, 1)
+            self.valid_note = fewer_streams_note("a validation reads", positions, most)
         self.unroll = unroll
 
     def _steps(self, duration: Duration) -> int:
@@ -125,7 +136,7 @@ class _Run:
             )
             self.validation = Validation(
                 self.valid_plan,
-                split_evenly(config.evaluate.streams, worker.world)[worker.rank],
+                split_evenly(self.valid_plan.n_streams, worker.world)[worker.rank],
                 source,
                 self.vocabulary,
                 self.unroll,
@@ -159,6 +170,8 @@ class _Run:
             self.start_checkpoint = self.saver.last if is_initial(checkpoint) else None
         for message in start_messages(checkpoint, self.config, self.total_steps, self.ranks.world, self._conditions()):
             self._event(message)
+        if self.valid_note is not None:
+            self._event(self.valid_note)
 
     def _conditions(self) -> dict[str, Any]:
         return conditions(self.worker.device, self.config.train.precision)
@@ -338,7 +351,7 @@ class _Run:
             self.metrics.write({**record, "epoch": epoch, "total_steps": self.total_steps, "time": time.time()})
 
     def _validate(self) -> None:
-        assert self.validation is not None
+        assert self.validation is not None and self.valid_plan is not None
         start = time.monotonic()
         error: ElmoRayError | None = None
         losses = LossSums([0.0] * self.model.directions, 0)
@@ -353,7 +366,7 @@ class _Run:
         self.window_pause += pause
         values = total.perplexities()
         progress = self.progress
-        self._write(valid_record(progress.step, total, pause))
+        self._write(valid_record(progress.step, total, self.valid_plan.n_streams, pause))
         # JSON has no infinity, and an infinite perplexity is never the best
         finite = {name: v if v is not None and v < MOST_AMOUNT else None for name, v in values.items()}
         progress.last_valid = {"step": progress.step, **finite}

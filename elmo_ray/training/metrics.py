@@ -2,13 +2,14 @@
 
 Each attempt of a run writes one JSONL file; the console, TensorBoard, the CSV file and `report` read the same records.
 A record is a flat mapping with `kind` ("train" or "valid"), `step` (optimizer steps done), `time` (seconds since 1970),
-and numbers: `epoch` (fractional), `positions` (trained on so far), `loss` (nats per position: mean over directions),
-`loss_forward`, `loss_backward`, `perplexity`, `perplexity_forward`, `perplexity_backward` (exp of those; the backward
-ones are None for a forward-only model). Records of kind "train" also have `grad_norm`, `lr`, `positions_per_second`,
-`data_wait` (share of the time that was spent waiting for text), `memory` (bytes in use by worker 0, of its GPU if it
-has one), `skipped` (steps without update so far) and `replaced` (damaged places of the text so far); those of kind
-"valid" have `perplexity_mean` and `seconds`. Numbers that are not finite are written as null. A record of kind "event"
-has a `message` instead, such as how the attempt started.
+and numbers: `epoch` (fractional), `positions` (of "train": trained on so far; of "valid": the held-out ones that were
+measured), `loss` (nats per position: mean over directions), `loss_forward`, `loss_backward`, `perplexity`,
+`perplexity_forward`, `perplexity_backward` (exp of those; the backward ones are None for a forward-only model). Records
+of kind "train" also have `grad_norm`, `lr`, `positions_per_second`, `data_wait` (share of the time that was spent
+waiting for text), `memory` (bytes in use by worker 0, of its GPU if it has one), `skipped` (steps without update so
+far) and `replaced` (damaged places of the text so far); those of kind "valid" have `perplexity_mean`, `streams` (the
+number in which the text was read) and `seconds`. Numbers that are not finite are written as null. A record of kind
+"event" has a `message` instead, such as how the attempt started.
 """
 
 from __future__ import annotations
@@ -369,14 +370,15 @@ def train_record(
     }
 
 
-def valid_record(step: int, total: LossSums, seconds: float) -> dict[str, Any]:
-    """Return the record of a validation after `step` that took `seconds`."""
+def valid_record(step: int, total: LossSums, streams: int, seconds: float) -> dict[str, Any]:
+    """Return the record of a validation in so many streams after `step` that took `seconds`."""
     return {
         "kind": "valid",
         "step": step,
         "positions": total.positions,
         "loss": sum(total.mean) / len(total.mean),
         **total.perplexities(),
+        "streams": streams,
         "seconds": seconds,
     }
 

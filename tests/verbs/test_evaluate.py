@@ -53,6 +53,15 @@ def texts(tmp_path: Path) -> list[Path]:
     return paths
 
 
+@pytest.fixture()
+def long_texts(tmp_path: Path) -> list[Path]:
+    """Two shards of some 1,200 positions, enough for 5 streams of 200 positions."""
+    paths = [tmp_path / "long-0.txt", tmp_path / "long-1.txt"]
+    for number, path in enumerate(paths):
+        path.write_text("".join(line + "\n" for line in sentences(50, seed=number)), encoding="utf-8")
+    return paths
+
+
 def lines_of(path: Path) -> list[list[str]]:
     lines = path.read_text(encoding="utf-8").split("\n")
     return [line.split() for line in (lines if lines[-1] else lines[:-1])]
@@ -243,8 +252,8 @@ def test_the_command_prints_a_table_and_writes_json(
     assert main(arguments) == 0
     assert set(tmp_path.iterdir()) - before == {tmp_path / "runs", tmp_path / "result.json"}
     values = json.loads((tmp_path / "result.json").read_text())
-    compare(values, measured(MODELS["characters"], texts, 128))
-    assert values["source"] == str(checkpoint) and values["step"] == 7 and values["streams"] == 3
+    compare(values, measured(MODELS["characters"], texts, 128, streams=1))
+    assert values["source"] == str(checkpoint) and values["step"] == 7 and values["streams"] == 1
     printed = capsys.readouterr().out
     for text in (
         "text-0.txt",
@@ -260,14 +269,41 @@ def test_the_command_prints_a_table_and_writes_json(
     assert f"{values['positions']:,} positions" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("asked", "used"), [(32, 1), (1000, 1), (1, 1)])
+def test_a_short_text_is_measured_in_streams_that_give_context(
+    asked: int, used: int, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("the dog sees the old garden in the garden .\n")
+    result = run(settings_of(checkpoint, [path], 0, streams=asked))
+    assert isinstance(result, EvaluateResult)
+    assert result.values["streams"] == used and ", 1 stream;" in result.summary()
+    expected = Reckoning(random_model(MODELS["characters"], len(WORDS)), WORDS, [path], used)
+    compare(result.values, expected.measures([0]))
+
+
+@pytest.mark.parametrize(("asked", "used"), [(5, 5), (6, 5), (1000, 5), (2, 2)])
+def test_streams_follow_the_text(
+    asked: int, used: int, checkpoint: Path, long_texts: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    result = run(settings_of(checkpoint, long_texts, 0, streams=asked))
+    assert isinstance(result, EvaluateResult)
+    assert 1000 <= result.values["positions"] < 1200 and result.values["streams"] == used
+    compare(result.values, measured(MODELS["characters"], long_texts, 128, streams=used))
+    noted = [message for message in caplog.messages if f"evaluate.streams={asked} becomes {used}" in message]
+    assert len(noted) == (asked != used), "a text that is long enough has no note"
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("evaluate", [{"streams": 5}, {"reset": "sentence", "rows": 4}], ids=["streams", "sentences"])
 def test_workers_on_ray_find_the_same(
-    ray_session: None, checkpoint: Path, texts: list[Path], evaluate: dict[str, Any]
+    ray_session: None, checkpoint: Path, long_texts: list[Path], evaluate: dict[str, Any]
 ) -> None:
-    alone, together = (run(settings_of(checkpoint, texts, workers, **evaluate)) for workers in (0, 2))
+    alone, together = (run(settings_of(checkpoint, long_texts, workers, **evaluate)) for workers in (0, 2))
     assert isinstance(alone, EvaluateResult) and isinstance(together, EvaluateResult)
+    assert alone.values["streams"] == together.values["streams"] == evaluate.get("streams")
     compare(together.values, alone.values)
 
 
