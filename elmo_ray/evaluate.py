@@ -34,7 +34,7 @@ from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.streams import fewer_streams_note, held_out_streams
 from elmo_ray.elmo.evaluation import EvaluationJob, LossTotals, measure_share
 from elmo_ray.elmo.scoring import LossSums
-from elmo_ray.errors import DataError, FormatError
+from elmo_ray.errors import DataError, FormatError, short
 from elmo_ray.storage import absolute_or_none
 
 logger = logging.getLogger("elmo_ray.evaluate")  # __name__ is __main__ as a command
@@ -44,7 +44,10 @@ NOTE = (
     "the more unknown words there are, and only those of one vocabulary compare"
 )
 
-_COLUMNS = (
+MANY_UNKNOWN = 0.2
+"""Share of unknown words above which perplexity says little."""
+
+_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("forward", "perplexity_forward", ",.2f"),
     ("backward", "perplexity_backward", ",.2f"),
     ("both", "perplexity", ",.2f"),
@@ -54,6 +57,8 @@ _COLUMNS = (
     ("b/c forward", "bits_per_character_forward", ".4f"),
     ("b/c backward", "bits_per_character_backward", ".4f"),
 )
+_ONE_WAY_COLUMNS = tuple(column for column in _COLUMNS if column[0] in ("forward", "nats/word", "bits/char"))
+"""Columns of a model that has the forward direction alone: there is no mean of two."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,11 @@ class EvaluateResult:
         if len(rows) == 1:
             rows = []
         rows += [("all", values), ("without unknown", values["without_unknown"])]
-        cells = [["text", "positions", "unknown", *(head for head, _, _ in _COLUMNS)]]
+        columns = _COLUMNS if values["directions"] == 2 else _ONE_WAY_COLUMNS
+        cells = [["text", "positions", "unknown", *(head for head, _, _ in columns)]]
         for name, row in rows:
             unknown = "-" if row["oov_rate"] is None else f"{row['oov_rate']:.2%}"
-            numbers = ["-" if row[key] is None else format(row[key], form) for _, key, form in _COLUMNS]
+            numbers = ["-" if row[key] is None else format(row[key], form) for _, key, form in columns]
             cells.append([name, f"{row['positions']:,}", unknown, *numbers])
         replaced = (
             [f"replaced by U+FFFD: {values['replaced']:,} invalid UTF-8 sequences or NULs"]
@@ -84,10 +90,11 @@ class EvaluateResult:
         how = "each sentence alone" if streams is None else f"{streams:,} stream{'s' if streams > 1 else ''}"
         if values["precision"] == "bf16":
             how += ", bf16 products"
+        both = " (both: exp of the mean loss)" if values["directions"] == 2 else " of a model that reads forward alone"
         return "\n".join(
             [
                 self.title,
-                f"perplexity (both: exp of the mean loss) with the full softmax, {how}; sentence ends count as words",
+                f"perplexity{both} with the full softmax, {how}; sentence ends count as words",
                 *text_table(cells),
                 *replaced,
                 "without unknown: only sentences without an unknown word",
@@ -148,10 +155,24 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
     values = all_measures(totals, corpus)
     if values["perplexity"] is None:
         logger.warning("%s: the loss is not finite", source.path)
+    if values["oov_rate"] is not None and values["oov_rate"] > MANY_UNKNOWN:
+        logger.warning(
+            "%.0f %% of the words are unknown to the vocabulary of %s: perplexity says little here; is the text split "
+            "and spelt like the training text?",
+            100 * values["oov_rate"],
+            source.path,
+        )
+    if trained_on := _trained_on(source, corpus):
+        logger.warning(
+            "%s: the run was trained on %s of the text: this is no held-out perplexity",
+            short(", ".join(trained_on), 300),
+            "a part" if len(trained_on) < len(corpus.shards) else "all",
+        )
     about = {
         "source": str(source.path),
         "step": source.step,
         "vocabulary": source.vocabulary.size,
+        "directions": source.model.directions,
         "vocabulary_sha256": source.vocabulary.sha256,
         "text_sha256": hashlib.sha256("".join(shard.sha256 for shard in corpus.shards).encode()).hexdigest(),
         "streams": how.streams if how.reset == "never" else None,
@@ -162,6 +183,18 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
         "note": NOTE,
     }
     return EvaluateResult(source.describe(), {**values, **about})
+
+
+def _trained_on(source: Source, corpus: Corpus) -> list[str]:
+    """Return the files of the text that are training text of the SOURCE, where this is a run on this machine."""
+    index = next((f / "train.npz" for f in list(source.path.parents)[:2] if (f / "train.npz").exists()), None)
+    if index is None or source.training is None:
+        return []
+    try:
+        known = {shard.sha256 for shard in Corpus.load(index).shards}
+    except DataError:
+        return []
+    return [shard.source for shard in corpus.shards if shard.tokens and shard.sha256 in known]
 
 
 def all_measures(totals: LossTotals, corpus: Corpus) -> dict[str, Any]:

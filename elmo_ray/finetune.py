@@ -94,7 +94,7 @@ def initialize_run(config: FinetuneConfig, source: Source, plan: TrainPlan) -> N
     """Write the checkpoint at step 0: the source's model for the run's vocabulary, with init.optimizer's slots."""
     import torch
 
-    from elmo_ray.checkpoints.identity import INITIALISED_FROM, identity
+    from elmo_ray.checkpoints.identity import INITIALISED_FROM, SOURCE_WORDS, identity
     from elmo_ray.checkpoints.manifest import directory_name
     from elmo_ray.data.corpus import Corpus
     from elmo_ray.data.vocabulary import Vocabulary
@@ -121,7 +121,9 @@ def initialize_run(config: FinetuneConfig, source: Source, plan: TrainPlan) -> N
     about = identity(training, corpus.fingerprint, words.sha256)
     name = (source.uri or os.fspath(source.path)) + ("" if source.step is None else f" (step {source.step:,})")
     place = join(plan.run_dir, "checkpoints", directory_name(0, 0))
-    write_initial(place, training, words, model, slots, about, fields={INITIALISED_FROM: name})
+    differing = {"new_words": counts.new, "left_out_words": counts.left_out, "new_softmax": int(not source.has_softmax)}
+    fields = {INITIALISED_FROM: name, SOURCE_WORDS: {key: count for key, count in differing.items() if count}}
+    write_initial(place, training, words, model, slots, about, fields=fields)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

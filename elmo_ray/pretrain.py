@@ -70,13 +70,16 @@ class PretrainResult:
                 "",
             ]
         if self.evaluation is not None:
+            found = self.evaluation
+            names = {"forward": "perplexity_forward", "backward": "perplexity_backward", "together": "perplexity"}
+            if found.get("directions") == 1:
+                names = {"forward": "perplexity_forward"}
             values = [
-                f"{name} {self.evaluation[f'perplexity_{name}']:.1f}"
-                for name in ("forward", "backward")
-                if self.evaluation[f"perplexity_{name}"] is not None
+                f"{name} {found[key]:.1f}" if found[key] is not None else f"{name} not finite"
+                for name, key in names.items()
             ]
-            together = f"together {self.evaluation['perplexity']:.1f}"
-            line = f"held-out perplexity of the test text: {', '.join(values)}, {together}"
+            how = ", each sentence alone" if found.get("reset") == "sentence" else ""
+            line = f"held-out perplexity of the test text{how}: {', '.join(values)}"
             if self.unigram_perplexity is not None:
                 line += f"; add-one unigram {self.unigram_perplexity:.1f}"
             lines.append(line)
@@ -112,7 +115,16 @@ def _improvement(training: dict[str, Any]) -> str:
     before, best = initial.get("perplexity"), training["best_perplexity"]
     if not initial:
         return ""
-    return "; before the first step " + (f"{before:.2f} ({best / before:.3f} of it)" if before else "it was not finite")
+    text = "; before the first step " + (f"{before:.2f} ({best / before:.3f} of it)" if before else "it was not finite")
+    if initial.get("new_softmax"):
+        return text + "; that is of a new softmax, as the SOURCE has none, and says nothing of the SOURCE"
+    new, left_out = initial.get("new_words", 0), initial.get("left_out_words", 0)
+    if new or left_out:
+        text += (
+            f"; both with this run's vocabulary, which has {new:,} words more than the SOURCE's and {left_out:,} less: "
+            "the perplexity of the SOURCE with its own vocabulary does not compare with them"
+        )
+    return text
 
 
 def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | DryRun:

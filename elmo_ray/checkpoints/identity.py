@@ -109,6 +109,10 @@ INITIALISED_FROM = "initialised_from"
 """Key of the manifest, in the first checkpoint of a run that was initialised from another model: the model's name."""
 
 
+SOURCE_WORDS = "source_words"
+"""Key of the manifest, in the same checkpoint: in which numbers its vocabulary and softmax differ from the source's."""
+
+
 def is_initial(checkpoint: Checkpoint) -> bool:
     """Return True if nothing has been trained since the model was taken from its SOURCE."""
     return checkpoint.step == 0 and INITIALISED_FROM in checkpoint.manifest

@@ -1,10 +1,12 @@
-"""Probabilities of words in their context: the most probable words (substitutes) and how unexpected each word is.
+"""Probabilities of words in their context: the most probable words (substitutes), how unexpected each word is, and the
+probability of a sentence.
 
-The forward direction predicts a word from the words before it, the backward direction from the words after it; `both`
-multiplies the two probabilities and makes the products sum to 1. This needs the softmax, which is in a run or a
-checkpoint but not in a weights.hdf5.
+The forward direction predicts a word from the words before it, the backward direction from the words after it. `both`
+is the mean of the two directions' log probabilities, as in `evaluate`; `product`, of substitutes, multiplies the two
+probabilities and makes the products sum to 1. This needs the softmax, which is in a run or a checkpoint but not in a
+weights.hdf5.
 
-Shapes: n words of a sentence, D directions, P projection.
+Shapes: N sentences, n words of a sentence, D directions, P projection.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ _MAX_LOGITS = 1 << 24
 class Substitutes:
     """The k most probable words of the vocabulary in place of each of a sentence's n words.
 
-    `<S>`, `</S>` and `<UNK>` are left out. ids, log_probabilities: by direction (forward, backward, both; forward alone
-    for a forward-only model) [n, k] ids and their log probabilities in nats, the largest first.
+    `<S>`, `</S>` and `<UNK>` are left out. ids, log_probabilities: by direction (forward, backward, and the product of
+    the two; forward alone for a forward-only model) [n, k] ids and their log probabilities in nats, the largest first.
     """
 
     ids: dict[str, NDArray[np.int64]]
     log_probabilities: dict[str, NDArray[np.float32]]
     vocabulary: Vocabulary
 
-    def words(self, direction: str = "both") -> list[list[str]]:
+    def words(self, direction: str = "product") -> list[list[str]]:
         """Return the words for the ids of a direction; ConfigError for another one than `ids` has."""
         if direction not in self.ids:
             raise ConfigError(f"direction={direction}: must be one of {', '.join(self.ids)}")
@@ -48,14 +50,27 @@ class Substitutes:
 
 @dataclass(frozen=True)
 class Surprisal:
-    """The surprisal -log p of each of a sentence's n words.
+    """The surprisal -log p of each of a sentence's n words, and of its end.
 
-    nats: [n] by direction; `both` is the mean of the two directions. unknown: [n], True for words outside of the
-    vocabulary, which are scored as `<UNK>`.
+    nats: [n] by direction (forward, backward, and both: the mean of the two; forward alone for a forward-only model).
+    end: by direction, the surprisal of `</S>` after the last word (forward), and of `<S>` before the first (backward).
+    unknown: [n], True for words that are scored as `<UNK>`. `<UNK>` stands for all unknown words together, so its
+    surprisal is often below that of a known word, and says nothing about the spelling.
     """
 
     nats: dict[str, NDArray[np.float32]]
+    end: dict[str, float]
     unknown: NDArray[np.bool_]
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """The surprisal of the whole sentence in nats by direction: of its n words and its end.
+
+        exp(sum / (n + 1)) is the perplexity that `evaluate` gives with evaluate.reset=sentence.
+        """
+        one_way = [name for name in self.nats if name != "both"]
+        sums = {name: float(self.nats[name].sum(dtype=np.float64)) + self.end[name] for name in one_way}
+        return {**sums, "both": sum(sums.values()) / 2} if "both" in self.nats else sums
 
 
 class LanguageModel:
@@ -95,10 +110,23 @@ class LanguageModel:
             raise ConfigError(f"k={k}: must be 1 or more")
         return [self.substitutes_of(self._top(words), len(words), k) for words in checked_sentences(sentences)]
 
-    def surprisal(self, sentences: Iterable[Sequence[str]]) -> Iterator[Surprisal]:
-        """Yield for each tokenised sentence the surprisal of its words."""
-        for words in sentences:
-            yield self.surprisal_of(self._top(words), words)
+    def surprisal(self, sentences: Iterable[Sequence[str]]) -> list[Surprisal]:
+        """Return for each tokenised sentence, which may be empty, the surprisal of its words and of its end.
+
+        Raises TypeError unless a sentence is a list of strings.
+        """
+        return [self.surprisal_of(self._top(words), words) for words in checked_sentences(sentences)]
+
+    def log_probability(self, sentences: Iterable[Sequence[str]]) -> dict[str, NDArray[np.float64]]:
+        """Return [N] by direction: the natural logarithm of the probability of each tokenised sentence with its end.
+
+        `both` is the mean of forward and backward; a forward-only model has forward alone. Longer sentences have lower
+        values: to rank candidates of different lengths, divide each by its number of words plus 1. Raises TypeError unless
+        a sentence is a list of strings.
+        """
+        sums = [surprisal.sums for surprisal in self.surprisal(sentences)]
+        names = ["forward", "backward", "both"] if self.model.directions == 2 else ["forward"]
+        return {name: -np.array([each[name] for each in sums], np.float64) for name in names}
 
     def _top(self, words: Sequence[str]) -> Tensor:
         batch = encode_sentences(self.encoder, self.vocabulary, [words])
@@ -114,8 +142,9 @@ class LanguageModel:
         """
         k = min(k, self.vocabulary.size - 3)
         predicting = self._predicting(top, n)
-        ids: dict[str, list[Tensor]] = {name: [] for name in self._names()}
-        values: dict[str, list[Tensor]] = {name: [] for name in self._names()}
+        names = [*predicting, *(["product"] if len(predicting) == 2 else [])]
+        ids: dict[str, list[Tensor]] = {name: [] for name in names}
+        values: dict[str, list[Tensor]] = {name: [] for name in names}
         tile = max(1, _MAX_LOGITS // self.vocabulary.size)
         for first in range(0, max(n, 1), tile):
             log_ps = {
@@ -124,7 +153,7 @@ class LanguageModel:
             }
             if len(log_ps) == 2:
                 # the product of both probabilities, made to sum to 1
-                log_ps["both"] = torch.log_softmax(log_ps["forward"] + log_ps["backward"], dim=1)
+                log_ps["product"] = torch.log_softmax(log_ps["forward"] + log_ps["backward"], dim=1)
             for name, log_p in log_ps.items():
                 log_p[:, self._special.to(log_p.device)] = -math.inf
                 best = log_p.topk(k, dim=1)
@@ -139,18 +168,26 @@ class LanguageModel:
     @without_autocast
     @torch.no_grad()
     def surprisal_of(self, top: Tensor, words: Sequence[str]) -> Surprisal:
-        """Return the surprisal of the words of a sentence. top: its top layer, as in `substitutes_of`."""
-        targets = np.array([self.vocabulary.ids.get(word, -1) for word in words], np.int64)
-        unknown = targets < 0
-        targets[unknown] = self.vocabulary.unk
-        at = torch.from_numpy(targets).to(top.device)
-        exact = self.softmax.exact(self.model, rows=max(1, len(words)))
-        nats = {
-            name: exact.losses(x, at).float().cpu().numpy() for name, x in self._predicting(top, len(words)).items()
-        }
-        if len(nats) == 2:
+        """Return the surprisal of a sentence of n words, which may be 0. top: its top layer, as in `substitutes_of`."""
+        vocabulary, n = self.vocabulary, len(words)
+        targets = [vocabulary.ids.get(word, vocabulary.unk) for word in words]
+        unknown = np.array([target == vocabulary.unk for target in targets], np.bool_)
+        width = self.model.config.lstm.projection_dim
+        exact = self.softmax.exact(self.model, rows=n + 1)
+
+        def losses(x_NP: Tensor, wanted: list[int]) -> NDArray[np.float32]:
+            found = exact.losses(x_NP.contiguous(), torch.tensor(wanted, device=top.device))
+            return np.asarray(found.float().cpu().numpy())
+
+        # With its markers the sentence has n + 2 positions; each direction predicts from all but the one it ends on.
+        forward = losses(top[: n + 1, :width], [*targets, vocabulary.eos])
+        nats, end = {"forward": forward[:-1]}, {"forward": float(forward[-1])}
+        if self.model.directions == 2:
+            backward = losses(top[1 : n + 2, width:], [vocabulary.bos, *targets])
+            nats["backward"], end["backward"] = backward[1:], float(backward[0])
             nats["both"] = (nats["forward"] + nats["backward"]) / 2
-        return Surprisal(nats, unknown)
+            end["both"] = (end["forward"] + end["backward"]) / 2
+        return Surprisal(nats, end, unknown)
 
     def _predicting(self, top: Tensor, n: int) -> dict[str, Tensor]:
         """Return [n, P] by direction, from which each word is predicted.
@@ -162,6 +199,3 @@ class LanguageModel:
         if self.model.directions == 2:
             found["backward"] = top[2 : n + 2, width:].contiguous()
         return found
-
-    def _names(self) -> list[str]:
-        return ["forward", "backward", "both"] if self.model.directions == 2 else ["forward"]

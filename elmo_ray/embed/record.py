@@ -25,6 +25,9 @@ from elmo_ray.storage.files import file_lock
 # Readers of a folder of Parquet files leave out names with an underscore.
 RECORD, TEXT_FOLDER = "_embed.json", "_unpacked"
 
+# All shards of an output have the same columns: a job that was begun with others, by an older version, begins anew.
+_COLUMNS_VERSION = 2
+
 Output = Literal["vectors", "means", "substitutes", "surprisal"]
 
 
@@ -61,6 +64,8 @@ class EmbedJob:
         values = asdict(self)
         # Batches of another size give other last bits.
         fixed = {name: values[name] for name in (*names, "batch_positions")}
+        if self.output in ("substitutes", "surprisal"):
+            fixed["columns"] = _COLUMNS_VERSION
         return fixed | {"layers": self.layers if isinstance(self.layers, str) else list(self.layers)}
 
 

@@ -158,7 +158,11 @@ def _substitute_columns(rows: Sequence[Any]) -> dict[str, Any]:
 def _surprisal_columns(rows: Sequence[Any]) -> dict[str, Any]:
     import pyarrow as pa
 
-    columns = {name: pa.array([row.nats[name] for row in rows], pa.list_(pa.float32())) for name in rows[0].nats}
+    names = list(rows[0].nats)
+    sums = [row.sums for row in rows]
+    columns = {name: pa.array([row.nats[name] for row in rows], pa.list_(pa.float32())) for name in names}
+    columns |= {f"{name}_end": pa.array([row.end[name] for row in rows], pa.float32()) for name in names}
+    columns |= {f"{name}_sum": pa.array([each[name] for each in sums], pa.float64()) for name in names}
     return {**columns, "unknown": pa.array([row.unknown for row in rows], pa.list_(pa.bool_()))}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from elmo_ray.config import ReportConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.errors import DataError
-from elmo_ray.report.curves import RunCurve, table, terminal_curve
+from elmo_ray.report.curves import RunCurve, table, terminal_curve, unlike
 from elmo_ray.storage import absolute, join
 from elmo_ray.storage.local_copy import local_folder, push
 
@@ -21,21 +21,31 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Report of runs. page: the place of report.html. pictures: the places of the PNGs beside it, curve.png first."""
+    """Report of runs. page: the place of report.html. pictures: the places of the PNGs beside it, curve.png first.
+
+    evaluations: for each run, the reasons why the measure of its test text does not compare with that of the first run.
+    """
 
     runs: tuple[RunCurve, ...]
     page: str
     pictures: tuple[str, ...]
+    evaluations: tuple[list[str], ...] = ()
 
     def summary(self) -> str:
         return "\n".join([table(self.runs), "", terminal_curve(self.runs), f"page: {self.page}"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures and `curves` of each run, [step, perplexity] for train and valid; and the files."""
+        """Return the figures and `curves` of each run, [step, perplexity] for train and valid; and the files.
+
+        `not_comparable` has, for train, valid and evaluation, the reasons why a run does not compare with the first.
+        """
         runs = []
-        for run in self.runs:
+        reasons = {**unlike(self.runs), "evaluation": self.evaluations}
+        for number, run in enumerate(self.runs):
             curves = {kind: [list(point) for point in run.points(kind)] for kind in ("train", "valid")}
-            runs.append({**run.figures(), "curves": curves})
+            kinds = {"train": "train", "held-out": "valid", "evaluation": "evaluation"}
+            differing = {kinds[kind]: each[number] for kind, each in reasons.items() if each}
+            runs.append({**run.figures(), "curves": curves, "not_comparable": differing})
         return {"runs": runs, "page": self.page, "pictures": list(self.pictures)}
 
 
@@ -55,7 +65,9 @@ def run(config: ReportConfig, flags: Flags | None = None) -> ReportResult:
         push(folder, PAGE, "*.png")
     except OSError as error:
         raise DataError(f"{place}: cannot be written: {error.strerror}") from None
-    return ReportResult(runs, join(place, PAGE), tuple(join(place, path.name) for path in pictures.values()))
+    evaluations = tuple(report_page.evaluation_differences(details))
+    paths = tuple(join(place, path.name) for path in pictures.values())
+    return ReportResult(runs, join(place, PAGE), paths, evaluations)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

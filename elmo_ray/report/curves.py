@@ -7,11 +7,22 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from elmo_ray.config.command_line import text_table
 from elmo_ray.errors import DataError
+from elmo_ray.report.comparison import (
+    ONE_WAY_REASONS,
+    Measure,
+    held_out_measure,
+    marked,
+    notes,
+    same_measure,
+    train_measure,
+    unlike_the_first,
+)
 from elmo_ray.storage import absolute, base_name, is_uri
 from elmo_ray.storage.local_copy import local_copy_of
 from elmo_ray.training.metrics import Record, clock, read_metrics
@@ -48,14 +59,27 @@ class RunCurve:
             if record["kind"] == kind and isinstance(record.get(name), int | float) and record[name] > 0
         ]
 
+    @cached_property
+    def held_out(self) -> Measure:
+        """The measure of the held-out perplexity."""
+        return held_out_measure(self.path, self.records)
+
+    @cached_property
+    def trained(self) -> Measure:
+        """The measure of the training perplexity."""
+        return train_measure(self.path, self.records)
+
     def figures(self) -> dict[str, Any]:
         """Return the main numbers of the run; those that its records do not have are None."""
         valid = self.points("valid")
+        valids = [record for record in self.records if record["kind"] == "valid"]
+        # A resumed run may have changed how held-out text is measured: the best is one of those that compare.
+        steps = {record["step"] for record in valids if same_measure(record, valids[-1])}
         train = self.points("train")
         last_step = int(self.records[-1]["step"])
         # The training loss of one window varies much: the mean over the last sixth of the run says more than the last.
         recent = [math.log(value) for step, value in train if step > last_step * 5 / 6]
-        best = min(valid, key=lambda point: point[1], default=(None, None))
+        best = min((p for p in valid if p[0] in steps), key=lambda point: point[1], default=(None, None))
         forward, backward = self.points("valid", "perplexity_forward"), self.points("valid", "perplexity_backward")
         speeds = [value for _, value in self.points("train", "positions_per_second")]
         return {
@@ -89,7 +113,7 @@ def _local_folder(run: str | Path) -> Path:
         return Path(run).resolve()
     copy = local_copy_of(absolute(run))
     try:
-        copy.pull("metrics/*", "config.yaml", "result.json", "evaluations/*")
+        copy.pull("metrics/*", "config.yaml", "result.json", "evaluations/*", "valid.npz", "vocab.txt")
     except OSError as error:
         raise DataError(f"{run}: {error.strerror or error}") from None
     return copy.folder
@@ -97,19 +121,41 @@ def _local_folder(run: str | Path) -> Path:
 
 def table(runs: Sequence[RunCurve]) -> str:
     """Return a table for the terminal with a row for each run."""
-    return "\n".join([*text_table(table_cells(runs)), f"perplexities; {NOTE}"])
+    return "\n".join([*text_table(table_cells(runs)), f"perplexities; {NOTE}", *comparison_notes(runs)])
+
+
+def unlike(runs: Sequence[RunCurve]) -> dict[str, list[list[str]]]:
+    """Return, by the kind of perplexity and for each run, in what its measure differs from that of the first run."""
+    return {
+        "train": unlike_the_first([run.trained for run in runs]),
+        "held-out": unlike_the_first([run.held_out for run in runs]),
+    }
+
+
+def comparison_notes(runs: Sequence[RunCurve]) -> list[str]:
+    """Return the sentences that belong to the marks of `table_cells`."""
+    return notes([run.name for run in runs], unlike(runs))
 
 
 def table_cells(runs: Sequence[RunCurve]) -> list[list[str]]:
-    """Return the cells of a table: the head, and a row for each run."""
+    """Return the cells of a table: the head, and a row for each run. Numbers that do not compare have a mark."""
+    differing = unlike(runs)
     head = ["run", "step", "epoch", "train", "held-out", "forward", "backward", "best (step)", "positions/s", "time"]
     rows = []
-    for item in runs:
+    for item, train, held_out in zip(runs, differing["train"], differing["held-out"], strict=True):
         f = item.figures()
-        best = f"{_format(f['valid_perplexity_best'])} ({f['valid_step_best']})" if f["valid_step_best"] else "-"
-        names = ("train", "valid", "valid", "valid")
-        ends = ("", "", "_forward", "_backward")
-        values = [_format(f[f"{name}_perplexity{end}"]) for name, end in zip(names, ends, strict=True)]
+        best = "-"
+        if f["valid_step_best"] is not None:
+            best = f"{marked(_format(f['valid_perplexity_best']), held_out)} ({f['valid_step_best']})"
+        # A model that reads forward alone compares in this direction, where nothing else differs.
+        forward = [reason for reason in held_out if reason not in ONE_WAY_REASONS]
+        columns = (
+            ("train_perplexity", train),
+            ("valid_perplexity", held_out),
+            ("valid_perplexity_forward", forward),
+            ("valid_perplexity_backward", held_out),
+        )
+        values = [marked(_format(f[name]), reasons) for name, reasons in columns]
         speed = f"{f['positions_per_second']:,.0f}" if f["positions_per_second"] else "-"
         time = clock(f["seconds"]) if f["seconds"] is not None else "-"
         epoch = f"{f['epoch']:.2f}" if f["epoch"] is not None else "-"
@@ -157,8 +203,9 @@ def _terminal_lines(runs: Sequence[RunCurve]) -> list[tuple[str, str, Points]]:
     markers = "xo+*#@%&"
     kind = "valid" if all(run.points("valid") for run in runs) else "train"
     label = "held-out" if kind == "valid" else "train"
+    differing = unlike(runs)[label]
     return [
-        (f"{run.name} {label}", markers[i % len(markers)], run.points(kind))
+        (marked(f"{run.name} {label}", differing[i]), markers[i % len(markers)], run.points(kind))
         for i, run in enumerate(runs)
         if run.points(kind)
     ]

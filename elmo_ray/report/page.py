@@ -14,7 +14,8 @@ from typing import Any
 from elmo_ray.config.schema import flatten
 from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.errors import ConfigError, ElmoRayError
-from elmo_ray.report.curves import NOTE, RunCurve, round_ticks, table_cells
+from elmo_ray.report.comparison import evaluation_measure, marked, notes, unlike_the_first
+from elmo_ray.report.curves import NOTE, RunCurve, comparison_notes, round_ticks, table_cells
 from elmo_ray.storage import read_json
 from elmo_ray.storage.files import atomic_write, write_aside
 from elmo_ray.training.metrics import clock
@@ -177,6 +178,7 @@ def write_page(
     """Write the page as one file that needs no other. Raises DataError if it cannot be written."""
     names = [run.name for run in runs]
     body = [f"<h1>{_escape(', '.join(names))}</h1>", _table(table_cells(runs)), f'<p class="note">{_escape(NOTE)}</p>']
+    body += [f'<p class="note">{_escape(note)}</p>' for note in comparison_notes(runs)]
     for title, picture in pictures.items():
         data = base64.b64encode(picture.read_bytes()).decode()
         body.append(f'<h2>{_escape(title)}</h2><img alt="{_escape(title)}" src="data:image/png;base64,{data}">')
@@ -192,21 +194,30 @@ def write_page(
 
 def _evaluations(names: Sequence[str], details: Sequence[RunDetails]) -> list[str]:
     """Return a table of the measures of each run's test text, if there are any."""
-    rows = [["run", "forward", "backward", "both", "bits/char", "positions", "unknown", "unigram"]]
-    for name, each in zip(names, details, strict=True):
+    rows = [["run", "forward", "backward", "both", "bits/char", "positions", "read in", "unknown", "unigram"]]
+    differing = evaluation_differences(details)
+    for name, each, unlike in zip(names, details, differing, strict=True):
         values = each.result.get("evaluation")
         if isinstance(values, dict):
             numbers = [_number(values.get(f"perplexity{end}")) for end in ("_forward", "_backward", "")]
-            unknown = values.get("oov_rate")
+            numbers += [_number(values.get("bits_per_character"), ".4f")]
+            streams, unigram = values.get("streams"), _number(each.result.get("unigram_perplexity"))
             rows.append([
-                name, *numbers, _number(values.get("bits_per_character"), ".4f"),
+                name, *(marked(number, unlike) for number in numbers),
                 _number(values.get("positions"), ",d"),
-                _number(unknown, ".2%"), _number(each.result.get("unigram_perplexity")),
+                f"streams: {streams:,}" if isinstance(streams, int) else "sentences",
+                _number(values.get("oov_rate"), ".2%"), marked(unigram, unlike),
             ])  # fmt: skip
     if len(rows) == 1:
         return []
-    note = "Perplexity of the test text (data.test) with the full softmax; unigram: add-one counts."
-    return ["<h2>Evaluation</h2>", _table(rows), f'<p class="note">{note}</p>']
+    lines = ["Perplexity of the test text (data.test) with the full softmax; unigram: add-one counts."]
+    lines += notes(names, {"test": differing})
+    return ["<h2>Evaluation</h2>", _table(rows), *(f'<p class="note">{_escape(line)}</p>' for line in lines)]
+
+
+def evaluation_differences(details: Sequence[RunDetails]) -> list[list[str]]:
+    """Return for each run in what the measure of its test text differs from that of the first run that has one."""
+    return unlike_the_first([evaluation_measure(each.result.get("evaluation")) for each in details])
 
 
 def _differences(names: Sequence[str], details: Sequence[RunDetails]) -> list[str]:

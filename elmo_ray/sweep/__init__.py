@@ -84,6 +84,8 @@ class SweepResult:
             if given is not None and given["best_perplexity"] is not None:
                 ratio = best["best_perplexity"] / given["best_perplexity"]
                 line += f"; trial {given['trial']}, as given, {given['best_perplexity']:.2f} ({ratio:.3f} of it)"
+                if given["status"] != FINISHED:
+                    line += f", which {given['status']} at step {given['steps']:,}"
             lines.append(line)
         alone = sum(row["seconds"] or 0.0 for row in self.rows)
         lines.append(f"{clock(self.wall_seconds)} in all; the trials' own times, one after another: {clock(alone)}")

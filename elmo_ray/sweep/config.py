@@ -97,7 +97,7 @@ def all_combinations(space: Mapping[str, Domain]) -> list[dict[str, Any]]:
 
 _SHARED = (
     "data.train", "data.valid", "data.test", "data.vocab", "data.prepared_dir", "data.block_bytes", "data.on_error",
-    "data.holdout", "data.min_count", "data.max_vocab", "evaluate.streams", "train.validate_positions",
+    "data.holdout", "data.min_count", "data.max_vocab", "train.validate_positions",
 )  # fmt: skip
 """Keys that cannot vary: all trials share the prepared text and are compared on it."""
 
@@ -183,7 +183,11 @@ class SweepConfig(FinetuneConfig):
             section = key.split(".")[0]
             if key not in names:
                 yield f"sweep.space: {unknown_key(FinetuneConfig, key)}"
-            elif key in _SHARED or section in ("run", "cluster") or (section == "init" and key != "init.optimizer"):
+            elif (
+                key in _SHARED
+                or section in ("run", "cluster", "evaluate")
+                or (section == "init" and key != "init.optimizer")
+            ):
                 yield f"sweep.space.{key}: trials share it; it cannot be varied"
             elif section == "model" and self.init.source is not None:
                 yield f"sweep.space.{key}: the model is the source's; it cannot be varied"

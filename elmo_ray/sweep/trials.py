@@ -142,7 +142,16 @@ def table(trials: Sequence[Trial]) -> str:
         for trial in trials
         if trial.outcome is not None and trial.status == FAILED
     ]
-    return "\n".join([*text_table(rows, left=0), *reasons])
+    return "\n".join([*text_table(rows, left=0), *reasons, *_one_way_note(trials)])
+
+
+def _one_way_note(trials: Sequence[Trial]) -> list[str]:
+    """Return a line where some trials have both directions and others the forward one alone."""
+    measured = [record for trial in trials for record in trial.records if record["kind"] == "valid"]
+    one_way = {record.get("perplexity_backward") is None for record in measured if record.get("perplexity") is not None}
+    if len(one_way) < 2:
+        return []
+    return ["model.bidirectional=false is measured forward alone: its perplexity does not compare with the others'"]
 
 
 def results(trials: Sequence[Trial]) -> list[dict[str, Any]]:

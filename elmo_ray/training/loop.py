@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from elmo_ray.checkpoints.identity import conditions, identity, is_initial, start_messages
+from elmo_ray.checkpoints.identity import (
+    SOURCE_WORDS,
+    conditions,
+    identity,
+    is_initial,
+    saved_settings,
+    start_messages,
+)
 from elmo_ray.checkpoints.read import Checkpoint, open_checkpoint
 from elmo_ray.config.schema import Duration
 from elmo_ray.data.corpus import Corpus
@@ -24,7 +31,7 @@ from elmo_ray.data.streams import (
 )
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.scoring import LossSums, Validation, character_table
-from elmo_ray.errors import ElmoRayError, TrainingError
+from elmo_ray.errors import CheckpointError, ElmoRayError, TrainingError
 from elmo_ray.machine import keep_freed_memory, memory_in_use
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.storage.local_copy import local_copy_of
@@ -35,7 +42,7 @@ from elmo_ray.training.optimizer import learning_rate
 from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.ranks import Exchange, Flags, Ranks
 from elmo_ray.training.saver import Saver, claim_attempt
-from elmo_ray.training.snapshot import MOST_AMOUNT, Progress, Snapshot
+from elmo_ray.training.snapshot import MOST_AMOUNT, Progress, Snapshot, load_model
 from elmo_ray.training.step import DTYPES, TrainStep
 
 LAST_SAVE_PAUSES_S = (0.5, 5.0, 30.0)
@@ -82,6 +89,7 @@ class _Run:
         # before each checkpoint, so that the store never has a checkpoint without the metrics before it
         self.saver.writer.before = partial(self.files.push, *_PUSHED)
         self.start_checkpoint: Checkpoint | None = None  # of a model that was trained before, to be measured first
+        self.measured_otherwise: list[str] = []  # how held-out text was measured before this start, where it differs
         self._resume()
         self.started = time.monotonic()
         self.window_start, self.window_pause, self.window_waited = self.started, 0.0, 0.0
@@ -165,13 +173,41 @@ class _Run:
             error = problem
         self.ranks.agree(error)
         if path is not None and checkpoint is not None:
-            start, best_step = path, self.progress.best_step
+            self.resumed_from = start = path
+            best_step = self.progress.best_step
             self.ranks.run_on_rank_zero(lambda: self.saver.restore_best(start, best_step))
             self.start_checkpoint = self.saver.last if is_initial(checkpoint) else None
+            self.measured_otherwise = self._measure_changes(checkpoint)
         for message in start_messages(checkpoint, self.config, self.total_steps, self.ranks.world, self._conditions()):
             self._event(message)
         if self.valid_note is not None:
             self._event(self.valid_note)
+
+    def _measure(self) -> dict[str, Any] | None:
+        """Return what decides how a validation measures; perplexities of two validations compare if it is equal."""
+        if self.valid_plan is None:
+            return None
+        text, positions = self.valid_plan.corpus, self.config.train.validate_positions
+        return {
+            "text": text.fingerprint,
+            "streams": self.valid_plan.n_streams,
+            "positions": min(text.positions, positions),
+        }
+
+    def _measure_changes(self, checkpoint: Checkpoint) -> list[str]:
+        """Return in which respects validations before this checkpoint measured in another way, as text."""
+        now = self._measure()
+        before = checkpoint.manifest.get("validation")
+        if now is None or self.progress.best_perplexity is None:
+            return []
+        if not isinstance(before, dict):
+            # An older version did not write it, and took evaluate.streams for a text of any length.
+            before = {"streams": saved_settings(checkpoint).get("evaluate.streams", now["streams"])}
+        return [
+            "another text" if key == "text" else f"{key} {before[key]} -> {value}"
+            for key, value in now.items()
+            if before.get(key, value) != value
+        ]
 
     def _conditions(self) -> dict[str, Any]:
         return conditions(self.worker.device, self.config.train.precision)
@@ -189,6 +225,8 @@ class _Run:
             return self._result(stopped=False)
         if self.start_checkpoint is not None and self.validation is not None:
             self._measure_start(self.start_checkpoint)
+        if self.measured_otherwise:
+            self._measure_best_again()
         characters = character_table(self.model, self.vocabulary)
         loader = StreamLoader(
             self.streams_plan,
@@ -255,9 +293,39 @@ class _Run:
         """Validate before the first step; the initial model is the best one until another is better."""
         self._validate()
         self.save_wanted = self.best_wanted = False
-        self.progress.initial, self.progress.stale = self.progress.last_valid, 0
+        words = checkpoint.manifest.get(SOURCE_WORDS)
+        self.progress.initial = {**self.progress.last_valid, **(words if isinstance(words, dict) else {})}
+        self.progress.stale = 0
         if self.progress.best_step == 0:
             self.ranks.run_on_rank_zero(lambda: self.saver.copy_to_best(checkpoint))
+
+    def _measure_best_again(self) -> None:
+        """Validate the best checkpoint as this start does; its perplexity of another measure says nothing here."""
+        progress, before = self.progress, self.progress.best_perplexity
+        best = self.ranks.run_on_rank_zero(lambda: self.saver.best_of_step(progress.best_step))
+        found = None
+        if best is not None:
+            self._load_model(best)
+            found = self._held_out().perplexities()["perplexity"]
+            self._load_model(self.resumed_from)
+        step, progress.initial = progress.best_step, {}
+        if found is None or found >= MOST_AMOUNT:
+            progress.best_perplexity, progress.best_step = None, None
+            outcome = "the next validation is the best so far"
+        else:
+            progress.best_perplexity = found
+            outcome = f"the best checkpoint, of step {step}, has perplexity {found:.2f} in place of {before:.2f}"
+        changes = ", ".join(self.measured_otherwise)
+        self._event(f"held-out text is measured in another way than before this start ({changes}): {outcome}")
+
+    def _load_model(self, place: str) -> None:
+        """Put the parameters of a checkpoint into the model; raise the same CheckpointError on all ranks."""
+        error: CheckpointError | None = None
+        try:
+            load_model(open_checkpoint(place, verify=False), self.model.state_dict())
+        except CheckpointError as problem:
+            error = problem
+        self.ranks.agree(error)
 
     def _save_last(self) -> None:
         """Wait for the checkpoint of the last step, or write it; try again for a while if storage fails."""
@@ -350,9 +418,9 @@ class _Run:
             epoch = self.progress.positions / self.streams_plan.positions
             self.metrics.write({**record, "epoch": epoch, "total_steps": self.total_steps, "time": time.time()})
 
-    def _validate(self) -> None:
-        assert self.validation is not None and self.valid_plan is not None
-        start = time.monotonic()
+    def _held_out(self) -> LossSums:
+        """Return the sums of the held-out text over all ranks; raise the same ElmoRayError on all of them."""
+        assert self.validation is not None
         error: ElmoRayError | None = None
         losses = LossSums([0.0] * self.model.directions, 0)
         try:
@@ -361,7 +429,12 @@ class _Run:
             error = problem
         self.ranks.agree(error)
         totals = self.ranks.sum(torch.tensor([*losses.nats, losses.positions], dtype=torch.float64)).tolist()
-        total = LossSums(totals[:-1], int(totals[-1]))
+        return LossSums(totals[:-1], int(totals[-1]))
+
+    def _validate(self) -> None:
+        assert self.valid_plan is not None
+        start = time.monotonic()
+        total = self._held_out()
         pause = time.monotonic() - start
         self.window_pause += pause
         values = total.perplexities()
@@ -396,6 +469,7 @@ class _Run:
             tensors |= snapshot.model_tensors(self.step)
             texts = snapshot.texts(config, self.vocabulary)
         fields = {"streams": config.data.streams, "identity": self._identity(), **self._conditions()}
+        fields["validation"] = self._measure()
         self.saver.start(progress.step, tensors, texts, fields, self.best_wanted)
         self.save_wanted = self.best_wanted = False
 

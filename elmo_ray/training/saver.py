@@ -275,6 +275,14 @@ class Saver:
                         self.copy_to_best(found)
                     return
 
+    def best_of_step(self, step: int | None) -> str | None:
+        """Return the place of `best/` if it holds a whole checkpoint of this step, or None. For rank 0."""
+        with contextlib.suppress(CheckpointError):
+            found = open_checkpoint(self.best_folder, verify=False)
+            if found.step == step:
+                return str(self.best_folder)
+        return None
+
     def copy_to_best(self, checkpoint: Checkpoint) -> None:
         """Make `best/` a copy of this checkpoint. For rank 0.
 

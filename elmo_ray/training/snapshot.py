@@ -40,8 +40,8 @@ class Progress:
     step: number of steps done. positions: target words trained on, counted in one direction over all ranks.
     window_positions: those since the last log record. best_perplexity, best_step: of the best validation; last_valid:
     the newest validation's record. skipped: number of steps without update. seconds: time of training, summed over all
-    attempts. initial: record of the validation before the first step, where there was one. stale: number of
-    validations in a row since the best one.
+    attempts. initial: record of the validation before the first step, where there was one, and in which numbers the
+    vocabulary differs from the source's. stale: number of validations in a row since the best one.
     """
 
     step: int = 0

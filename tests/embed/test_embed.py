@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.saved_models import random_model, save_checkpoint
-from helpers.tiny_runs import sentences, tiny_config
+from helpers.tiny_runs import WORDS_UNTIED, sentences, tiny_config
 
-from elmo_ray import embed
+from elmo_ray import embed, evaluate
+from elmo_ray.config import EvaluateConfig
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.bilm import ElmoCharacterEncoder
 from elmo_ray.elmo.encoder import embed_sentences
@@ -155,7 +156,7 @@ def test_substitutes_and_surprisal_from_their_definitions(tmp_path: Path, checkp
     assert weight is not None and bias is not None
     for number, line in enumerate(lines):
         # each direction alone, from what it has seen: the word's own vector has no part in it
-        log_p: dict[str, list[np.ndarray]] = {"forward": [], "backward": [], "both": []}
+        log_p: dict[str, list[np.ndarray]] = {"forward": [], "backward": [], "product": []}
         for place in range(len(line)):
             seen = {
                 "forward": reading(model, ["<S>", *line[:place]], 0),
@@ -164,14 +165,14 @@ def test_substitutes_and_surprisal_from_their_definitions(tmp_path: Path, checkp
             for name, top in seen.items():
                 log_p[name].append(torch.log_softmax(weight @ top + bias, 0).numpy())
             product = log_p["forward"][-1] + log_p["backward"][-1]
-            log_p["both"].append(product - np.logaddexp.reduce(product))
+            log_p["product"].append(product - np.logaddexp.reduce(product))
         targets = [vocabulary.ids.get(word, vocabulary.unk) for word in line]
-        for name in ("forward", "backward", "both"):
+        for name in ("forward", "backward", "product"):
             for place, target in enumerate(targets):
                 order = [i for i in np.argsort(-log_p[name][place]) if i not in (0, 1, 2)][:4]
                 assert words[number][name][place] == [WORDS[i] for i in order]
                 np.testing.assert_allclose(words[number][f"{name}_log_p"][place], log_p[name][place][order], atol=1e-4)
-                if name != "both":
+                if name != "product":
                     assert nats[number][name][place] == pytest.approx(-log_p[name][place][target], abs=1e-4)
         assert nats[number]["both"] == pytest.approx(
             [(f + b) / 2 for f, b in zip(nats[number]["forward"], nats[number]["backward"], strict=True)], abs=1e-5
@@ -180,7 +181,73 @@ def test_substitutes_and_surprisal_from_their_definitions(tmp_path: Path, checkp
         (surprisal,) = spoken.surprisal([line])
         np.testing.assert_allclose(surprisal.nats["forward"], np.array(nats[number]["forward"], np.float32), atol=1e-5)
         (found,) = spoken.substitutes([line], k=4)
-        assert found.words("both") == words[number]["both"]
+        assert found.words("product") == found.words() == words[number]["product"]
+
+
+@pytest.mark.parametrize("name", ["characters", "forward only", "words"])
+def test_the_surprisal_of_sentences_is_what_evaluate_measures(name: str, tmp_path: Path, checkpoint: Path) -> None:
+    """A text, its sentences alone, one without words and one with unknown words: exp(sum / (n + 1)) is perplexity."""
+    changes = {"forward only": {"model__bidirectional": False}, "words": WORDS_UNTIED}.get(name, {})
+    if changes:
+        config = tiny_config(**changes)
+        checkpoint = save_checkpoint(tmp_path / "other", config, WORDS, random_model(config, len(WORDS)))
+    lines = [*(line.split() for line in sentences(12, seed=5)), [], ["zeppelin", "<UNK>", "the"]]
+    texts = {f"{number}.txt": [line] for number, line in enumerate(lines[10:])} | {"all.txt": lines}
+    spoken = LanguageModel.from_run(checkpoint)
+    for file, some in texts.items():
+        path = tmp_path / file
+        path.write_text("".join(" ".join(line) + "\n" for line in some), encoding="utf-8")
+        measured = evaluate.run(
+            EvaluateConfig.from_dict({
+                "run": {"storage_path": str(tmp_path / "runs")}, "init": {"from": str(checkpoint)},
+                "data": {"test": [str(path)]}, "cluster": {"workers": 0}, "evaluate": {"reset": "sentence"},
+            })
+        ).to_dict()  # fmt: skip
+        out = tmp_path / f"{file}-nats"
+        here(checkpoint, str(path), out, embed__output="surprisal", embed__batch_positions=30)
+        table = pq.read_table(out)
+        positions = sum(len(line) + 1 for line in some)
+        log_p = spoken.log_probability(some)
+        directions = ["forward"] if name == "forward only" else ["forward", "backward", "both"]
+        assert list(log_p) == directions and measured["positions"] == positions
+        assert table.column_names == ["sentence", "words", *(f"{d}{end}" for end in ("", "_end", "_sum")
+                                                             for d in directions), "unknown"]  # fmt: skip
+        for direction in directions:
+            expected = measured["perplexity" if direction == "both" else f"perplexity_{direction}"]
+            sums = np.array(table.column(f"{direction}_sum"))
+            assert np.exp(sums.sum() / positions) == pytest.approx(expected, rel=1e-6)
+            np.testing.assert_allclose(-log_p[direction], sums, rtol=1e-6)
+            ends, nats = table.column(f"{direction}_end").to_pylist(), table.column(direction).to_pylist()
+            np.testing.assert_allclose([sum(each) + end for each, end in zip(nats, ends, strict=True)], sums, rtol=1e-6)
+        unknown = [[word not in WORDS or word == "<UNK>" for word in line] for line in some]
+        assert table.column("unknown").to_pylist() == unknown
+        assert measured["unknown_words"] == sum(map(sum, unknown))
+    empty = spoken.log_probability([])
+    assert all(len(values) == 0 for values in empty.values())
+
+
+def test_ranking_is_by_the_probability_of_the_whole_sentence(checkpoint: Path, model: BiLM) -> None:
+    """The probabilities of all sentences of one word, with their ends, and of none sum to less than 1."""
+    spoken = LanguageModel.from_run(checkpoint)
+    words = [word for word in WORDS if word not in ("<S>", "</S>")]
+    found = spoken.log_probability([[], *([word] for word in words)])
+    for name in ("forward", "backward"):
+        assert 0 < np.exp(found[name]).sum() < 1
+    np.testing.assert_allclose(found["both"], (found["forward"] + found["backward"]) / 2, rtol=1e-14)
+
+
+def test_a_surprisal_job_of_an_older_version_begins_anew(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("the dog\n")
+    out = tmp_path / "nats"
+    here(checkpoint, str(tmp_path / "text.txt"), out, embed__output="surprisal")
+    record = json.loads((out / "_embed.json").read_text())
+    del record["settings"]["columns"]
+    (out / "_embed.json").write_text(json.dumps(record))
+    arguments = [str(checkpoint), str(tmp_path / "text.txt"), str(out), "embed.output=surprisal", "cluster.workers=0"]
+    assert embed.main([*arguments, "--resume"]) == 2
+    assert "columns was None" in capsys.readouterr().err
 
 
 def reading(model: BiLM, words: list[str], direction: int) -> torch.Tensor:

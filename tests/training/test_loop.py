@@ -164,8 +164,9 @@ def held_out_loss(checkpoint: Checkpoint, plan: TrainPlan, valid: Path) -> float
     words = Vocabulary.read(plan.vocabulary_path)
     model = BiLM(config.model, config.softmax, words.size)
     model.load_state_dict(checkpoint.tensors("model.safetensors"))
-    text = StreamPlan(Corpus.load(valid), config.evaluate.streams, shuffle=False, epochs=1)
-    n = config.evaluate.streams
+    corpus = Corpus.load(valid)
+    n = max(1, min(config.evaluate.streams, corpus.positions // 200))
+    text = StreamPlan(corpus, n, shuffle=False, epochs=1)
     source = worker_of(plan).source
     loader = StreamLoader(text, range(n), StreamCursors.start(n), source, words, 10_000, character_table(model, words))
     batch = loader.next_batch()
@@ -228,6 +229,65 @@ def test_validation_reads_no_more_than_asked(corpus: Paths, valid: Path, tmp_pat
     train(plan, worker_of(plan))
     record = [r for r in records(tmp_path / "run") if r["kind"] == "valid"][0]
     assert 100 <= record["positions"] < 100 + 3 * 6
+
+
+def test_the_streams_of_a_validation_follow_what_it_reads(corpus: Paths, valid: Path, tmp_path: Path) -> None:
+    assert 400 <= Corpus.load(valid).positions < 600
+    for asked, positions, streams in ((1, 10_000, 1), (2, 10_000, 2), (1000, 10_000, 2), (1000, 300, 1)):
+        changes = {"evaluate__streams": asked, "train__validate_positions": positions, "train__duration": "2 steps"}
+        plan = plan_of(tmp_path / f"{asked}-{positions}", tiny_config(**with_valid(**changes)), corpus, valid)
+        result = train(plan, worker_of(plan))
+        found = read_metrics(plan.run_dir)
+        assert [r["streams"] for r in found if r["kind"] == "valid"] == [streams]
+        noted = [r for r in found if f"evaluate.streams={asked} becomes {streams}" in r.get("message", "")]
+        assert len(noted) == (asked != streams)
+        if positions == 10_000:
+            expected = held_out_loss(newest(Path(plan.run_dir)), plan, valid)
+            assert math.exp(expected) == pytest.approx(result["best_perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", ["streams", "text", "an older version", "nothing"])
+def test_the_best_is_measured_again_where_a_resumed_run_measures_otherwise(
+    corpus: Paths, valid: Path, tmp_path: Path, changes: str
+) -> None:
+    settings: dict[str, Any] = {"evaluate__streams": 2, "train__dropout": 0.0}
+    plan = plan_of(tmp_path / "run", tiny_config(**with_valid(**settings, train__duration="8 steps")), corpus, valid)
+    before = train(plan, worker_of(plan))
+    whole = plan_of(
+        tmp_path / "whole", tiny_config(**with_valid(**settings, train__duration="14 steps")), corpus, valid
+    )
+    train(whole, worker_of(whole))
+    other_valid = valid
+    if changes == "streams":
+        settings["evaluate__streams"] = 1
+    if changes == "text":
+        other_valid = write_corpus(tmp_path / "other", [50], seed=5)[0]
+    if changes == "an older version":
+        checkpoint = newest(tmp_path / "run")
+        path = Path(checkpoint.at("manifest.json"))
+        manifest = json.loads(path.read_text())
+        del manifest["validation"]
+        path.write_text(json.dumps(manifest))
+    config = tiny_config(**with_valid(**settings, train__duration="14 steps", train__validate_every="100 steps"))
+    longer = plan_of(tmp_path / "run", config, corpus, other_valid)
+    best = open_checkpoint(tmp_path / "run" / "best")
+    expected = math.exp(held_out_loss(best, longer, other_valid))
+    result = train(longer, worker_of(longer))
+    events = [r["message"] for r in read_metrics(tmp_path / "run") if r["kind"] == "event"]
+    noted = [message for message in events if "measured in another way" in message]
+    if changes in ("streams", "text"):
+        assert ("streams 2 -> 1" if changes == "streams" else "another text") in noted[0]
+        assert (
+            f"of step {best.step}, has perplexity {expected:.2f} in place of {before['best_perplexity']:.2f}"
+            in noted[0]
+        )
+    else:
+        assert noted == []
+    last = [r["perplexity"] for r in records(tmp_path / "run") if r["kind"] == "valid"][-1]
+    assert result["best_perplexity"] == pytest.approx(min(last, expected), rel=1e-6)
+    # a measure in between changes nothing of the training
+    ours, theirs = everything(newest(tmp_path / "run")), everything(newest(tmp_path / "whole"))
+    assert all(torch.equal(t, theirs[k]) for k, t in ours.items() if k != "streams/window_sums")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -280,6 +281,52 @@ def test_a_short_text_is_measured_in_streams_that_give_context(
     assert result.values["streams"] == used and ", 1 stream;" in result.summary()
     expected = Reckoning(random_model(MODELS["characters"], len(WORDS)), WORDS, [path], used)
     compare(result.values, expected.measures([0]))
+
+
+def test_numbers_that_say_little_come_with_a_warning(
+    checkpoint: Path, long_texts: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The training text of a run, and a text whose words are unknown; held-out text has no warning."""
+    run_folder = tmp_path / "run"
+    (run_folder / "checkpoints").mkdir(parents=True)
+    checkpoint.rename(run_folder / "best")
+    shutil.copytree(run_folder / "best", run_folder / "checkpoints" / "step-00000007-attempt-001")
+    Corpus.from_shards([index_shard(str(long_texts[0]), 4096)]).save(run_folder / "train.npz")
+    known, other = tmp_path / "known.txt", tmp_path / "other.txt"
+    known.write_text("the old garden .\n" * 20)
+    other.write_text("THE OLD GARDEN .\n" * 20)
+    messages = {}
+    for name, texts in {
+        "known": [known],
+        "other": [other],
+        "all": long_texts[:1],
+        "part": [known, *long_texts[:1]],
+    }.items():
+        caplog.clear()
+        run(settings_of(run_folder, texts, 0, streams=1))
+        messages[name] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert messages["known"] == []
+    assert len(messages["other"]) == 1 and "75 % of the words are unknown" in messages["other"][0]
+    trained = {name: [m for m in each if "trained on" in m] for name, each in messages.items()}
+    assert "long-0.txt: the run was trained on all of the text" in trained["all"][0]
+    assert "trained on a part of the text" in trained["part"][0] and trained["other"] == []
+
+
+def test_a_forward_only_model_has_no_column_for_both(texts: list[Path], tmp_path: Path) -> None:
+    config = MODELS["forward only"]
+    checkpoint = save_checkpoint(tmp_path / "one-way", config, WORDS, random_model(config, len(WORDS)))
+    result = run(settings_of(checkpoint, texts, 0))
+    assert isinstance(result, EvaluateResult)
+    lines = result.summary().splitlines()
+    assert "both" not in lines[1] and lines[2].split() == [
+        "text",
+        "positions",
+        "unknown",
+        "forward",
+        "nats/word",
+        "bits/char",
+    ]
+    assert f"{result.values['perplexity_forward']:,.2f}" in lines[-4]
 
 
 @pytest.mark.parametrize(("asked", "used"), [(5, 5), (6, 5), (1000, 5), (2, 2)])

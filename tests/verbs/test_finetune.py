@@ -83,6 +83,7 @@ def test_from_a_run_with_its_vocabulary(domain: Domain) -> None:
     assert result["initial"]["step"] == 0
     assert result["initial"]["perplexity"] == pytest.approx(before, rel=1e-5)
     assert result["best_perplexity"] < before and f"before the first step {before:.2f}" in outcome.printed
+    assert "does not compare" not in outcome.printed
     assert perplexity(domain, domain.run()) == pytest.approx(result["best_perplexity"], rel=1e-5)
     first = next(record for record in read_metrics(domain.run()) if record["kind"] == "event")
     assert f"initialised from {newest(domain.source).path} (step " in first["message"]
@@ -104,6 +105,11 @@ def test_another_vocabulary(domain: Domain) -> None:
     filters = "char_cnn.filters.0"
     assert torch.equal(ours.model.state_dict()[filters], theirs.model.state_dict()[filters])
     assert outcome.result["best_perplexity"] < outcome.result["initial"]["perplexity"]
+    new, left_out = (len(a.ids.keys() - b.ids.keys()) for a, b in ((ours.vocabulary, theirs.vocabulary),
+                                                                   (theirs.vocabulary, ours.vocabulary)))  # fmt: skip
+    assert new and outcome.result["initial"]["new_words"] == new
+    assert f"{new} words more than the SOURCE's and {left_out} less" in outcome.printed
+    assert "with its own vocabulary does not compare" in outcome.printed
 
 
 def test_from_weights_without_a_softmax(domain: Domain) -> None:
@@ -116,6 +122,7 @@ def test_from_weights_without_a_softmax(domain: Domain) -> None:
     assert ours.has_softmax and ours.vocabulary.ids.keys() >= {"router", "packet"}
     for name, parameter in theirs.model.named_parameters():
         assert torch.equal(ours.model.state_dict()[name], parameter), "only the softmax was to be trained"
+    assert "that is of a new softmax" in outcome.printed
     assert outcome.result["best_perplexity"] < outcome.result["initial"]["perplexity"]
     assert domain.finetune(weights, "--fresh", "--dry-run").code == 0
     assert "softmax_first: 1000" in domain.finetune(weights, "--fresh", "--dry-run").printed
