@@ -117,10 +117,20 @@ class EvaluatePlan:
     def summary(self) -> str:
         files = len(self.corpus.shards)
         text = f"text: {files:,} files, {self.corpus.sentences:,} sentences, {self.corpus.positions:,} positions"
-        return "\n".join([self.config.to_yaml().rstrip(), "", self.title, text])
+        how = "each sentence alone" if self.streams is None else f"streams: {self.streams:,}"
+        return "\n".join([self.config.to_yaml().rstrip(), "", self.title, text, how])
+
+    @property
+    def streams(self) -> int | None:
+        """The number of streams in which the text is read; None where each sentence is read alone."""
+        how = self.config.evaluate
+        return held_out_streams(self.corpus.positions, how.streams) if how.reset == "never" else None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"config": self.config.to_dict(), "source": self.title, "positions": self.corpus.positions}
+        positions = self.corpus.positions
+        return {
+            "config": self.config.to_dict(), "source": self.title, "positions": positions, "streams": self.streams
+        }  # fmt: skip
 
 
 def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | EvaluatePlan:

@@ -318,7 +318,7 @@ class EvalConfig(Section):
         32,
         ge=1,
         le=1 << 20,
-        description="At most this many contiguous parts of the text: each from a zero state, 200 positions or more.",
+        description="At most so many parts of the text, each from a zero state and of 200 positions.",
     )
     reset: Literal["never", "sentence"] = Field(
         "never",

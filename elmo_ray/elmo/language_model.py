@@ -185,7 +185,7 @@ class LanguageModel:
         if self.model.directions == 2:
             backward = losses(top[1 : n + 2, width:], [vocabulary.bos, *targets])
             nats["backward"], end["backward"] = backward[1:], float(backward[0])
-            nats["both"] = (nats["forward"] + nats["backward"]) / 2
+            nats["both"] = (nats["forward"] + nats["backward"]) * np.float32(0.5)
             end["both"] = (end["forward"] + end["backward"]) / 2
         return Surprisal(nats, end, unknown)
 

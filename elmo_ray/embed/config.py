@@ -44,7 +44,7 @@ class EmbedOptions(Section):
 
     path: ClassVar[str] = "embed."
     output: Literal["vectors", "means", "substitutes", "surprisal"] = Field(
-        "vectors", description="means: one of each sentence; surprisal: nats of each word and each sentence."
+        "vectors", description="means: one of each sentence; surprisal: nats of words and ends."
     )
     layers: Layers = Field("all", description="A list has a factor for each layer of a sum, word vectors first.")
     dtype: Literal["float32", "float16"] = Field(

@@ -267,7 +267,8 @@ def test_the_command_prints_a_table_and_writes_json(
     assert f"{values['shards'][2]['bits_per_character']:.4f}" in printed
 
     assert main([*arguments[:-2], "--dry-run"]) == 0
-    assert f"{values['positions']:,} positions" in capsys.readouterr().out
+    planned = capsys.readouterr().out
+    assert f"{values['positions']:,} positions" in planned and "streams: 1" in planned
 
 
 @pytest.mark.parametrize(("asked", "used"), [(32, 1), (1000, 1), (1, 1)])
