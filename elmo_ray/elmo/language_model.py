@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,17 +176,18 @@ class LanguageModel:
         width = self.model.config.lstm.projection_dim
         exact = self.softmax.exact(self.model, rows=n + 1)
 
-        def losses(x_NP: Tensor, wanted: list[int]) -> NDArray[np.float32]:
+        def losses(x_NP: Tensor, wanted: list[int]) -> NDArray[Any]:
             found = exact.losses(x_NP.contiguous(), torch.tensor(wanted, device=top.device))
             return np.asarray(found.float().cpu().numpy())
 
         # With its markers the sentence has n + 2 positions; each direction predicts from all but the one it ends on.
         forward = losses(top[: n + 1, :width], [*targets, vocabulary.eos])
-        nats, end = {"forward": forward[:-1]}, {"forward": float(forward[-1])}
+        nats: dict[str, NDArray[Any]] = {"forward": forward[:-1]}
+        end = {"forward": float(forward[-1])}
         if self.model.directions == 2:
             backward = losses(top[1 : n + 2, width:], [vocabulary.bos, *targets])
             nats["backward"], end["backward"] = backward[1:], float(backward[0])
-            nats["both"] = (nats["forward"] + nats["backward"]) * np.float32(0.5)
+            nats["both"] = (nats["forward"] + nats["backward"]) / 2
             end["both"] = (end["forward"] + end["backward"]) / 2
         return Surprisal(nats, end, unknown)
 
