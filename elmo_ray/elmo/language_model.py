@@ -12,7 +12,7 @@ Shapes: N sentences, n words of a sentence, D directions, P projection.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -122,8 +122,9 @@ class LanguageModel:
         """Return [N] by direction: the natural logarithm of the probability of each tokenised sentence with its end.
 
         `both` is the mean of forward and backward; a forward-only model has forward alone. Longer sentences have lower
-        values: to rank candidates of different lengths, divide each by its number of words plus 1. Raises TypeError unless
-        a sentence is a list of strings.
+        values: to rank candidates of different lengths, divide each by its number of words plus 1.
+
+        Raises TypeError unless a sentence is a list of strings.
         """
         sums = [surprisal.sums for surprisal in self.surprisal(sentences)]
         names = ["forward", "backward", "both"] if self.model.directions == 2 else ["forward"]

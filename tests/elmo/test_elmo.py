@@ -437,7 +437,8 @@ def test_sentences_that_are_no_lists_of_words(name: str, tmp_path: Path) -> None
     config = PretrainConfig.from_dict({**tiny(), "softmax": {"negatives": 4}})
     spoken = LanguageModel(random_model(config, len(WORDS)), Vocabulary.from_words(WORDS))
     cached = Elmo.from_token_vectors(*FILES, *token_cache(tmp_path, WORDS))
-    for call in (batch_to_ids, Elmo(*FILES, 1).encode, cached.encode, spoken.substitutes):
+    calls = [batch_to_ids, Elmo(*FILES, 1).encode, cached.encode, spoken.substitutes]
+    for call in (*calls, spoken.surprisal, spoken.log_probability):
         with pytest.raises(TypeError, match=message):
             call(sentences)
     if isinstance(sentences, list):
@@ -458,7 +459,7 @@ def test_substitutes_are_a_list_by_direction() -> None:
         found = spoken.substitutes([["the", "words"], []], k=2)
         assert len(found) == 2 and [len(words) for words in found[0].words("forward")] == [2, 2]
         assert found[1].words("forward") == []
-        names = "forward, backward, both" if bidirectional else "forward"
+        names = "forward, backward, product" if bidirectional else "forward"
         with pytest.raises(ConfigError, match=f"direction=sideways: must be one of {names}$"):
             found[0].words("sideways")
     with pytest.raises(ConfigError, match="k=0: must be 1 or more"):
