@@ -18,7 +18,7 @@ import numpy.typing as npt
 from elmo_ray.data.characters import encode_words
 from elmo_ray.data.corpus import Block
 from elmo_ray.data.lookup import MISSING, word_bounds
-from elmo_ray.data.text import OnError, decode, has_wide_spaces, split_lines
+from elmo_ray.data.text import BYTE_ORDER_MARK, OnError, decode, has_wide_spaces, split_lines
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import DataError
 from elmo_ray.storage import is_uri, read_range
@@ -68,9 +68,12 @@ def encode_block(
 ) -> EncodedBlock:
     """Encode whole lines of UTF-8.
 
-    They stand at byte `offset` of `path`, and the DataError for invalid bytes names this place (see `decode`).
+    They stand at byte `offset` of `path`, and the DataError for invalid bytes names this place (see `decode`). A byte
+    order mark at byte 0 is no text.
     """
     text, replaced = decode(data, on_error, path, offset)
+    if offset == 0:
+        data = data.removeprefix(BYTE_ORDER_MARK)
     if not replaced and b"\r" not in data and not has_wide_spaces(data):
         return _encode_plain(data, vocabulary, max_characters)
     encoded = encode_text(text, vocabulary, max_characters)
