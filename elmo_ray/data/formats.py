@@ -45,6 +45,7 @@ _MARKUP = (b"<?xml", b"<!doctype html", b"<html")
 _JSON_NAMES = (".json", ".jsonl", ".ndjson")
 _JSON_OBJECT = re.compile(rb"\{\s*([\"'])[^\"'\n]{0,200}\1\s*:|\{\s*\}$")
 _JSON_OPEN = (b"{", b"[", b"[{")
+_SPECIAL_WORDS = {b"<S>", b"</S>", b"<UNK>"}
 _CHECKED_LINES = 50
 # Fewer lines with the same tabs may be chance.
 _LINES_OF_TWO_COLUMNS, _LINES_OF_COLUMNS = 5, 3
@@ -73,6 +74,8 @@ def check_text(head: bytes, name: str) -> None:
     if len(head) >= HEAD_BYTES - 3 and len(lines) > 1:
         lines.pop()  # It may be cut.
     full = [line for line in lines if line.strip()][:_CHECKED_LINES]
+    if {line.strip() for line in full[:3]} == _SPECIAL_WORDS:
+        raise DataError(f"{name}: is a vocabulary (it begins with <S>, </S> and <UNK>); take it out of the text")
     if _is_json([line.strip() for line in full], name):
         raise DataError(f"{name}: is JSON; {_TAKE_OUT} first")
     _check_columns([line for line in full if not line.startswith(b"#")], name)

@@ -8,8 +8,10 @@ import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from elmo_ray import storage
 from elmo_ray.data.corpus import Shard, pack_index, unpack_index
@@ -83,13 +85,16 @@ class Segment:
 
     def pack(self) -> bytes:
         """Return the segment as the bytes of an index file."""
-        blocks = {name: np.array(getattr(self, name), dtype=np.int64) for name in _BLOCK_LISTS}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            name: np.array(getattr(self, name), dtype=np.int64) for name in _BLOCK_LISTS
+        }
         fields = {name: getattr(self, name) for name in _PLAIN_FIELDS}
-        counts = self.counts.to_arrays() if self.counts is not None else {}
+        if self.counts is not None:
+            arrays.update(self.counts.to_arrays())
         if self.sentence_sample is not None:
-            blocks["sentence_hashes"] = self.sentence_sample.hashes
+            arrays["sentence_hashes"] = self.sentence_sample.hashes
             fields["sentence_limit"] = self.sentence_sample.limit
-        return pack_index({**fields, "counted": self.counts is not None}, {**blocks, **counts})
+        return pack_index({**fields, "counted": self.counts is not None}, arrays)
 
     @classmethod
     def unpack(cls, data: bytes, name: str, cap: int) -> "Segment":

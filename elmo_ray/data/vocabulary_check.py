@@ -48,7 +48,7 @@ def _check_blanks(lines: list[str], path: str) -> None:
     first = lines[bad[0]].strip(_BLANKS)
     counted = sum(_has_count(lines[number]) for number in bad)
     guess = ": are these counts? Leave" if 2 * counted > len(bad) else ", which no word has; leave"
-    have = "line has" if len(bad) == 1 else "lines have"
+    have = "lines has" if len(bad) == 1 else "lines have"
     raise DataError(
         f"{path}, line {bad[0] + 1}: {short(repr(first), 60)}: {len(bad):,} of {len(lines):,} {have} a blank{guess} "
         "one word a line"
