@@ -226,6 +226,7 @@ def _index(config: PretrainConfig, files: dict[str, list[str]], indexer: Indexer
         if not corpus.positions:
             raise DataError(f"data.{name}={','.join(getattr(data, name))}: no sentence in {len(corpus.shards)} files")
     _warn_of_markers(counter, train)
+    _warn_of_same_texts(train)
     if data.holdout:
         corpora["train"], corpora["valid"] = train.split(data.holdout, config.run.seed)
         if counter is not None:
@@ -405,6 +406,19 @@ def _refuse_second_use(
 
 def _real_path(path: str) -> str:
     return storage.absolute(path) if is_uri(path) else os.path.realpath(os.path.expanduser(path))
+
+
+def _warn_of_same_texts(train: Corpus) -> None:
+    """Warn if files have the same text, such as a file and a compressed copy of it that one glob matches."""
+    first: dict[str, str] = {}
+    for shard in train.shards:
+        if shard.tokens and first.setdefault(shard.sha256, shard.source) != shard.source:
+            logger.warning(
+                "data.train: %s has the same text as %s: it is trained on twice; leave one of them out",
+                shard.source,
+                first[shard.sha256],
+            )
+            return
 
 
 def _warn_of_markers(counter: WordCounter | None, train: Corpus) -> None:

@@ -140,7 +140,7 @@ def estimate(config: PretrainConfig, source: FromSource | None = None) -> DryRun
     if source is not None:
         config = source.fit(config, sizes.vocabulary)
     result = dry_run(config, sizes.train, sizes.positions, sizes.vocabulary)
-    check_room_for(config, sizes.vocabulary, sizes.train)
+    check_room_for(config, sizes.vocabulary, sizes.train, looks_at_gpus=True)
     return result
 
 
@@ -151,10 +151,11 @@ def check_sizes(config: PretrainConfig, prepared: prepare.PrepareResult) -> None
     """
     config.softmax.check_vocabulary(prepared.vocabulary_size)
     check_streams(config, prepared.train.positions)
-    check_room_for(config, prepared.vocabulary_size, prepared.train)
+    # Looking at a GPU takes memory of it, and a GPU may be set to serve one process, which is a worker then.
+    check_room_for(config, prepared.vocabulary_size, prepared.train, looks_at_gpus=config.cluster.workers == 0)
 
 
-def check_room_for(config: PretrainConfig, n_words: int, corpus: Corpus | None) -> None:
+def check_room_for(config: PretrainConfig, n_words: int, corpus: Corpus | None, looks_at_gpus: bool) -> None:
     """Compare the memory of the workers with that of this machine, unless other machines may do the work."""
     if in_cluster() and config.cluster.workers != 0:
         return
@@ -163,8 +164,9 @@ def check_room_for(config: PretrainConfig, n_words: int, corpus: Corpus | None) 
     if config.cluster.device != "cpu" and torch.cuda.device_count() >= workers:
         # The text stays in the memory of the machine, and the rest is on the GPU.
         gpu = {use: count for use, count in memory.uses.items() if use != "text"}
-        size = torch.cuda.get_device_properties(0).total_memory
-        check_memory(config, WorkerMemory(memory.parameters, gpu), size, "the GPU")
+        if looks_at_gpus:
+            size = torch.cuda.get_device_properties(0).total_memory
+            check_memory(config, WorkerMemory(memory.parameters, gpu), size, "the GPU")
         memory = WorkerMemory(memory.parameters, {"text": memory.uses["text"]})
     whose = "this machine" if workers == 1 else f"this machine, for each of {workers} workers,"
     check_memory(config, memory, total_memory() // workers, whose)

@@ -327,7 +327,10 @@ VOCABULARIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty line": (bytes_of(VOCABULARY + b"\ndog\n"), ", line 10: is empty, and would be a word of the vocabulary"),
     "counts": (bytes_of(VOCABULARY + b"dog\t7\na\t3\n"), ", line 10: 'dog\\t7': 2 of 11 lines have a blank: are these"),
     "uniq -c": (bytes_of(b"  12 <S>\n  12 </S>\n   1 <UNK>\n"), ", line 1: '12 <S>': 3 of 3 lines have a blank: are "),
-    "<unk> for <UNK>": (bytes_of(VOCABULARY.replace(b"<UNK>", b"<unk>")), " (it has '<unk>', a word like any other: "),
+    "<unk> for <UNK>": (
+        bytes_of(VOCABULARY.replace(b"<UNK>", b"<unk>")),
+        ": the vocabulary has no line <UNK>; add it at the top (it has '<unk>', a ",
+    ),
     "invalid UTF-8": (bytes_of(VOCABULARY + b"caf\xe9\n"), ", line 10: not UTF-8; convert the vocabulary to UTF-8"),
     "Mac line ends": (bytes_of((VOCABULARY + b"caf\xe9\n").replace(b"\n", b"\r")), ", line 10: not UTF-8; "),
     "empty": (bytes_of(b""), ": the vocabulary has no line <S> and no line </S> and no line <UNK>; add it at the top"),

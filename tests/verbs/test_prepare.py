@@ -237,8 +237,10 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.fixture
 def natural(tmp_path: Path) -> Path:
     """A folder with train, valid and test text of a small grammar."""
-    for name, (n, seed) in {"train": (600, 1), "valid": (60, 2), "test": (60, 3)}.items():
-        (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in sentences(n, seed)), "utf-8")
+    train = sentences(600, 1)
+    for name, lines in {"train": train, "valid": sentences(60, 2), "test": sentences(60, 3)}.items():
+        own = [line for line in lines if name == "train" or line not in train]
+        (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in own), "utf-8")
     return tmp_path
 
 
@@ -306,8 +308,7 @@ def test_a_file_that_serves_twice_is_refused(natural: Path, other: str) -> None:
 
 def test_sentences_in_two_texts_are_told(natural: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = (natural / "train.txt").read_text("utf-8").splitlines()
-    lines = [line for line in (natural / "test.txt").read_text("utf-8").splitlines() if line not in train]
-    (natural / "test.txt").write_text("\n".join(lines), "utf-8")
+    lines = (natural / "valid.txt").read_text("utf-8").splitlines()
     (natural / "valid.txt").write_text("\n".join([*lines, *train[:30]]), "utf-8")
     result = prepare.run(configure_natural(natural))
     (told,) = warnings_of(caplog)
@@ -331,6 +332,13 @@ def test_an_index_without_samples_of_sentences_is_read(natural: Path, monkeypatc
     assert states == {path: path.stat().st_mtime_ns for path in (natural / "runs/prepared/state").iterdir()}
     # Small texts are compared all the same.
     assert again.checks.shared["valid"].looked_up > 20
+
+
+def test_a_file_and_its_compressed_copy_are_told(natural: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (natural / "train.txt.gz").write_bytes(gzip.compress((natural / "train.txt").read_bytes()))
+    prepare.run(configure_natural(natural, data__train=str(natural / "train*")))
+    (told,) = warnings_of(caplog)
+    assert told.startswith(f"data.train: {natural}/train.txt.gz has the same text as {natural}/train.txt: ")
 
 
 def test_words_that_are_too_rare(folder: Path) -> None:
