@@ -383,21 +383,25 @@ def _check_that_files_serve_once(data: DataConfig, files: dict[str, list[str]]) 
     as data.test.
     """
     train = {_real_path(path): path for path in files["train"]}
+    problems: list[str] = []
     for name, paths in files.items():
         if name != "train":
-            _refuse_second_use(data, "train", train, name, paths)
+            problems += _second_use(data, "train", train, name, paths)
         if data.vocab is not None:
-            _refuse_second_use(data, name, {_real_path(path): path for path in paths}, "vocab", [data.vocab])
+            problems += _second_use(data, name, {_real_path(path): path for path in paths}, "vocab", [data.vocab])
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
-def _refuse_second_use(
+def _second_use(
     data: DataConfig, name: str, files: dict[str, str], other: str, other_files: Sequence[str]
-) -> None:
+) -> Iterator[str]:
+    """Yield a message if the files of data.`name`, by their real paths, have some of those of data.`other`."""
     both = [files[real] for path in other_files if (real := _real_path(path)) in files]
     if both:
         second = getattr(data, other)
         more = "" if len(both) == 1 else f" and {len(both) - 1:,} more"
-        raise ConfigError(
+        yield (
             f"data.{name}={','.join(getattr(data, name))} and "
             f"data.{other}={second if isinstance(second, str) else ','.join(second)} both name {both[0]}{more}: a file "
             f"serves once; leave it out of one of them"
