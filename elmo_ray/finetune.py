@@ -12,13 +12,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from elmo_ray.checkpoints.source import VOCABULARY, Source, open_source
 from elmo_ray.config import COUNTED, PretrainConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.config.finetune import SOFTMAX_FIRST, FinetuneConfig
 from elmo_ray.errors import ConfigError
-from elmo_ray.pretrain import NO_FLAGS, PretrainResult, estimate, train_in
+from elmo_ray.pretrain import NO_FLAGS, FromSource, PretrainResult, estimate, train_in
 from elmo_ray.storage import join
 from elmo_ray.training.dry_run import DryRun
 from elmo_ray.training.plan import TrainPlan
@@ -33,7 +34,8 @@ def run(config: FinetuneConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
     Raises an ElmoRayError for a mistake of the user, before Ray starts if the mistake can be known by then.
     """
     if flags.dry_run:
-        return estimate(training_settings(config, open_init(config)))
+        source = open_init(config)
+        return estimate(training_settings(config, source), from_source(config, source))
     folder = open_run(config, flags.resume, flags.fresh)
     if folder.newest is not None:
         return train_in(folder, resumed_settings(config, folder))
@@ -42,10 +44,11 @@ def run(config: FinetuneConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
     if inside or (source.uri or "").startswith(f"{folder.place}/"):
         raise ConfigError(f"init.from={config.init.source}: is in the folder of this run; choose another run.name")
     training = training_settings(config, source)
+    start = from_source(config, source)
     # The source leaves this process's memory once it is written: a large model need not stay while others train.
     initialize = make_initializer(config, [source])
     del source
-    return train_in(folder, training, initialize)
+    return train_in(folder, training, replace(start, initialize=initialize))
 
 
 def open_init(config: FinetuneConfig) -> Source:
@@ -67,6 +70,37 @@ def training_settings(config: FinetuneConfig, source: Source) -> PretrainConfig:
         vocab = None
     first = 0 if source.has_softmax else SOFTMAX_FIRST
     return config.training_config(source.config.to_dict(), source.softmax.to_dict(), vocab, first)
+
+
+def from_source(config: FinetuneConfig, source: Source) -> FromSource:
+    """Return what a training takes from the source, but for its weights."""
+    has_vocabulary = config.data.vocab is None and source.words is not None
+
+    def fit(training: PretrainConfig, n_words: int) -> PretrainConfig:
+        return fit_negatives(config, training, n_words)
+
+    return FromSource(fit, has_vocabulary)
+
+
+def fit_negatives(config: FinetuneConfig, training: PretrainConfig, n_words: int) -> PretrainConfig:
+    """Return the settings with the SOURCE's softmax.negatives lowered to suit a smaller vocabulary of `n_words` words.
+
+    A number that the user gave stays as it is.
+    """
+    negatives = training.softmax.negatives
+    own = "negatives" in config.softmax.model_fields_set
+    if own or training.softmax.kind != "sampled" or negatives < n_words or n_words < 4:
+        return training
+    fewer = n_words // 2
+    logger.info(
+        "softmax.negatives=%d is the source's, and the vocabulary has %s words: lowered to %d",
+        negatives,
+        f"{n_words:,}",
+        fewer,
+    )
+    values = training.to_dict()
+    values["softmax"] = {**values["softmax"], "negatives": fewer}
+    return PretrainConfig.from_dict(values)
 
 
 def resumed_settings(config: FinetuneConfig, folder: RunFolder) -> PretrainConfig:

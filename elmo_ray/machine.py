@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,30 @@ def memory_in_use(device: torch.device) -> int:
     except OSError:  # There is no /proc here.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, other systems kilobytes.
+
+
+def total_memory() -> int:
+    """Return the bytes of memory that this process may use: those of the machine, or its limit if that is lower.
+
+    The limit is that of its control group, as in a container or a Slurm job, or of its address space (`ulimit -v`).
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits()]
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return min(limits if address_space == resource.RLIM_INFINITY else [*limits, address_space])
+
+
+def _group_limits() -> Iterator[int]:
+    """Yield the limits, in bytes, of this process's control group and of those around it."""
+    paths = [Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            number, _, group = line.split(":", 2)
+            if number == "0":
+                inside = Path("/sys/fs/cgroup") / group.lstrip("/")
+                paths += [folder / "memory.max" for folder in (inside, *inside.parents)]
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            yield int(path.read_text())
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # Numbers of these parameters in malloc.h.

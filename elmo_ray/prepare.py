@@ -9,9 +9,11 @@ things are asked about it; so a run that was stopped continues where it was.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +30,10 @@ from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.encode import read_block
 from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, run_locally, run_task
 from elmo_ray.data.text import OnError, decode, file_status
-from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_WORDS, Vocabulary
-from elmo_ray.errors import DataError
+from elmo_ray.data.text_check import TextChecks, check_texts, read_sample
+from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_IN_OTHER_FORMS, SPECIAL_WORDS, UNKNOWN_WORD, Vocabulary
+from elmo_ray.data.vocabulary_check import check_vocabulary_file
+from elmo_ray.errors import ConfigError, DataError, short
 from elmo_ray.storage import is_uri, read_json
 from elmo_ray.storage.files import write_json
 from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
@@ -41,6 +45,8 @@ CORPUS_WORDS = 4_000_000
 
 # Less work than this, in bytes of text, takes less time in this process than Ray needs to start.
 SMALL_BYTES = 8 << 20
+BYTES_PER_POSITION = 5.5
+"""Bytes of English text for one position; used where the corpus has not been counted yet."""
 TEXTS = ("train", "valid", "test")
 
 
@@ -51,6 +57,7 @@ class PrepareResult:
     vocabulary_path: data.vocab (a copy of it if it is an object), or the vocab.txt counted from the training text;
         `counted` tells which of them.
     train, valid, test: None if no text is named. With data.holdout, `valid` has the blocks set aside from data.train.
+    checks: unknown words and shared sentences of the texts.
     pruned_words, pruned_tokens, max_missing: losses of counting in bounded memory, all 0 if the counts are exact (see
         `WordCounter`).
     replaced: number of invalid sequences and NULs that data.on_error=replace turns into U+FFFD.
@@ -64,6 +71,7 @@ class PrepareResult:
     train: Corpus
     valid: Corpus | None
     test: Corpus | None
+    checks: TextChecks
     pruned_words: int = 0
     pruned_tokens: int = 0
     max_missing: int = 0
@@ -119,6 +127,7 @@ class PrepareResult:
                 "max_missing": self.max_missing,
             },
             "replaced": self.replaced,
+            "checks": self.checks.to_dict(),
             **texts,
         }
 
@@ -141,54 +150,45 @@ class PreparePlan:
         return {"files": self.files, "tasks": self.tasks, "bytes_to_read": self.bytes_to_read}
 
 
-def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
+def run(
+    config: PretrainConfig, fresh: bool = False, *, replaces: bool = True, is_models_vocabulary: bool = False
+) -> PrepareResult:
     """Prepare the texts of data.train, data.valid and data.test, and the vocabulary.
 
     Writes only under data.prepared_dir: vocab.txt, {train,valid,test}.npz (read by `Corpus.load`), prepare.json, and
     the findings about each file; `fresh` forgets the findings of earlier runs. Ray tasks do the work, each for a
-    segment of a file; this process does it if cluster.workers=0 or if there is little to do. Raises ConfigError and
-    DataError.
+    segment of a file; this process does it if cluster.workers=0 or if there is little to do.
+
+    replaces: write a counted vocabulary to vocab.txt; if False, another vocabulary that is there stays, and this one is
+    named by its hash. is_models_vocabulary: data.vocab belongs to a trained model, so its lines are taken as they are.
+    Raises ConfigError and DataError.
     """
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
-    given = _read_vocabulary(data.vocab) if data.vocab is not None else None
-    counter = WordCounter(CORPUS_WORDS) if given is None else None
     indexer = Indexer(directory, data.block_bytes, data.on_error, _make_runner(config.cluster), fresh)
-    corpora: dict[str, Corpus] = {}
-    findings: list[Findings] = []
     files = _files(data, directory)
+    _check_vocabulary(data, is_models_vocabulary)
     _warn_of_missing_files(directory)
-    for name, paths in files.items():
-        corpora[name], found = indexer.index(paths, f"data.{name}", counter if name == "train" else None)
-        findings.append(found)
-    train = corpora["train"]
-    if not train.tokens:
-        raise DataError(f"data.train={','.join(data.train)}: no words in {len(train.shards)} files")
-    for name, corpus in corpora.items():
-        if not corpus.positions:
-            raise DataError(f"data.{name}={','.join(getattr(data, name))}: no sentence in {len(corpus.shards)} files")
-    if data.holdout:
-        train, corpora["valid"] = train.split(data.holdout, config.run.seed)
-        if counter is not None:
-            _subtract_words(counter, corpora["valid"], data.on_error)
-
-    if given is not None:
-        vocabulary, path = given, _given_path(given, str(data.vocab), directory)
+    found = _index(config, files, indexer)
+    vocabulary, counter = found.vocabulary, found.counter
+    if counter is None:
+        path = _given_path(vocabulary, str(data.vocab), directory)
     else:
-        vocabulary, path = _write_vocabulary(counter or WordCounter(0), data, directory)
+        path = _write_vocabulary(vocabulary, directory, replaces)
     result = PrepareResult(
         prepared_dir=directory,
         vocabulary_path=path,
         vocabulary_sha256=vocabulary.sha256,
         vocabulary_size=vocabulary.size,
-        counted=given is None,
-        train=train,
-        valid=corpora.get("valid"),
-        test=corpora.get("test"),
+        counted=counter is not None,
+        train=found.corpora["train"],
+        valid=found.corpora.get("valid"),
+        test=found.corpora.get("test"),
+        checks=_checks(found, config, directory, fresh),
         pruned_words=counter.pruned_entries if counter else 0,
         pruned_tokens=counter.pruned_tokens if counter else 0,
         max_missing=counter.max_missing if counter else 0,
-        replaced=sum(found.replaced for found in findings),
+        replaced=sum(findings.replaced for findings in found.findings.values()),
     )
     for name, corpus in result.corpora.items():
         corpus.save(directory / f"{name}.npz")
@@ -200,16 +200,131 @@ def run(config: PretrainConfig, fresh: bool = False) -> PrepareResult:
     return result
 
 
-def plan(config: PretrainConfig) -> PreparePlan:
-    """Return the work that `run` would do; compressed files not unpacked yet count with their compressed size."""
+@dataclass(frozen=True)
+class _Indexed:
+    """Texts that are indexed, by the names train, valid and test, and their vocabulary; `counter` if it is counted."""
+
+    corpora: dict[str, Corpus]
+    findings: dict[str, Findings]
+    vocabulary: Vocabulary
+    counter: WordCounter | None
+
+
+def _index(config: PretrainConfig, files: dict[str, list[str]], indexer: Indexer) -> _Indexed:
+    """Index the files of all texts, read or count the vocabulary, and set the blocks of data.holdout aside."""
+    data = config.data
+    counter = WordCounter(CORPUS_WORDS) if data.vocab is None else None
+    given = _read_vocabulary(data.vocab) if data.vocab is not None else None
+    corpora: dict[str, Corpus] = {}
+    findings: dict[str, Findings] = {}
+    for name, paths in files.items():
+        corpora[name], findings[name] = indexer.index(paths, f"data.{name}", counter if name == "train" else None)
+    train = corpora["train"]
+    if not train.tokens:
+        raise DataError(f"data.train={','.join(data.train)}: no words in {len(train.shards)} files")
+    for name, corpus in corpora.items():
+        if not corpus.positions:
+            raise DataError(f"data.{name}={','.join(getattr(data, name))}: no sentence in {len(corpus.shards)} files")
+    _warn_of_markers(counter, train)
+    _warn_of_same_texts(train)
+    if data.holdout:
+        corpora["train"], corpora["valid"] = train.split(data.holdout, config.run.seed)
+        if counter is not None:
+            _subtract_words(counter, corpora["valid"], data.on_error)
+    return _Indexed(corpora, findings, given or _count_vocabulary(counter or WordCounter(0), data), counter)
+
+
+def _checks(found: _Indexed, config: PretrainConfig, directory: Path, fresh: bool = False) -> TextChecks:
+    """Return the measures of texts and vocabulary, and log them; they are kept in the prepared folder."""
+    texts = {name: corpus.fingerprint for name, corpus in found.corpora.items()}
+    key = hashlib.sha256("\n".join([*texts, *texts.values(), found.vocabulary.sha256]).encode()).hexdigest()
+    path = directory / "checks" / f"{key[:16]}.json"
+    checks: TextChecks | None = None
+    if not fresh:
+        try:
+            checks = TextChecks.from_dict(read_json(path) or {})
+        except (KeyError, TypeError, AttributeError):
+            checks = None
+    if checks is None:
+        samples = {name: read_sample(corpus) for name, corpus in found.corpora.items()}
+        # Text that is set aside is in the same files: the index cannot tell its sentences from the others.
+        sentences = {name: found.findings[name].sentences if name in found.findings else None for name in samples}
+        checks = check_texts(samples, found.vocabulary, sentences, found.counter is not None)
+        write_json(path, checks.to_dict(), DataError)
+    logger.info("%s", checks.unknown_line())
+    vocab = "counted from data.train" if found.counter is not None else f"data.vocab={config.data.vocab}"
+    for message in checks.warnings(vocab, config.softmax.kind):
+        logger.warning("%s", message)
+    return checks
+
+
+def _check_vocabulary(data: DataConfig, is_models_vocabulary: bool) -> None:
+    if data.vocab is not None and not is_models_vocabulary:
+        check_vocabulary_file(data.vocab)
+
+
+def plan(config: PretrainConfig, is_models_vocabulary: bool = False) -> PreparePlan:
+    """Return the work that `run` would do; compressed files not unpacked yet count with their compressed size.
+
+    Raises ConfigError and DataError for what `run` would refuse and can be known without reading the text.
+    """
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
     indexer = Indexer(directory, data.block_bytes, data.on_error, run_locally)
     files = _files(data, directory)
+    _check_vocabulary(data, is_models_vocabulary)
     todo: list[Task] = []
     for name, paths in files.items():
         todo.extend(indexer.pending_tasks(paths, name == "train" and data.vocab is None))
     return PreparePlan({name: len(paths) for name, paths in files.items()}, len(todo), _bytes_of(todo))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the texts of a training: the training text, and the number of words of the vocabulary.
+
+    exact: they are counted, and not estimated from the sizes of files; if not, `train` is None.
+    """
+
+    train: Corpus | None
+    positions: int
+    vocabulary: int
+    exact: bool
+
+
+def measure(config: PretrainConfig, todo: PreparePlan) -> Sizes:
+    """Return the sizes that a training would have. Writes nothing that a training reads.
+
+    todo: from `plan`. Small texts are read as a training would read them, so that what it refuses is refused here.
+    """
+    data = config.data
+    directory = prepared_dir(config.run.storage_path, data.prepared_dir)
+    files = _files(data, directory)
+    sizes = {name: [file_status(path).st_size for path in paths] for name, paths in files.items()}
+    total = sum(map(sum, sizes.values()))
+    if total <= SMALL_BYTES:
+        with tempfile.TemporaryDirectory(prefix="elmo-ray-") as scratch:
+            folder = Path(scratch)
+            for name in ("state", "text"):
+                (folder / name).mkdir()
+            found = _index(config, files, Indexer(folder, data.block_bytes, data.on_error, run_locally))
+            _checks(found, config, folder)
+        train = found.corpora["train"]
+        return Sizes(train, train.positions, found.vocabulary.size, True)
+    for name, each in sizes.items():
+        if not sum(each):
+            raise DataError(f"data.{name}={','.join(getattr(data, name))}: no sentence in {len(each)} files")
+    vocabulary = directory / "vocab.txt" if data.vocab is None else Path(data.vocab)
+    if todo.tasks == 0 and (directory / "train.npz").exists() and (data.vocab is not None or vocabulary.exists()):
+        train = Corpus.load(directory / "train.npz")
+        if {shard.source for shard in train.shards} == set(files["train"]):
+            return Sizes(train, train.positions, Vocabulary.read(os.fspath(data.vocab or vocabulary)).size, True)
+    positions = max(1, int(sum(sizes["train"]) / BYTES_PER_POSITION))
+    if data.vocab is not None:
+        words = Vocabulary.read(data.vocab).size
+    else:
+        words = min(data.max_vocab or 100_000, positions)
+    return Sizes(None, positions, words, False)
 
 
 def index_texts(
@@ -257,7 +372,79 @@ def _files(data: DataConfig, directory: Path) -> dict[str, list[str]]:
             files[name] = list(getattr(sample.write_sample(directory / "sample"), name))
         elif patterns or name == "train":
             files[name] = expand_paths(patterns, f"data.{name}")
+    _check_that_files_serve_once(data, files)
     return files
+
+
+def _check_that_files_serve_once(data: DataConfig, files: dict[str, list[str]]) -> None:
+    """Raise ConfigError if a file of data.train is also one of data.valid or data.test, or if a text is data.vocab.
+
+    Files are compared by their real paths, so links do not hide it. The same held-out text may serve as data.valid and
+    as data.test.
+    """
+    train = {_real_path(path): path for path in files["train"]}
+    problems: list[str] = []
+    for name, paths in files.items():
+        if name != "train":
+            problems += _second_use(data, "train", train, name, paths)
+        if data.vocab is not None:
+            problems += _second_use(data, name, {_real_path(path): path for path in paths}, "vocab", [data.vocab])
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _second_use(
+    data: DataConfig, name: str, files: dict[str, str], other: str, other_files: Sequence[str]
+) -> Iterator[str]:
+    """Yield a message if the files of data.`name`, by their real paths, have some of those of data.`other`."""
+    both = [files[real] for path in other_files if (real := _real_path(path)) in files]
+    if both:
+        second = getattr(data, other)
+        more = "" if len(both) == 1 else f" and {len(both) - 1:,} more"
+        yield (
+            f"data.{name}={','.join(getattr(data, name))} and "
+            f"data.{other}={second if isinstance(second, str) else ','.join(second)} both name {both[0]}{more}: a file "
+            f"serves once; leave it out of one of them"
+        )
+
+
+def _real_path(path: str) -> str:
+    return storage.absolute(path) if is_uri(path) else os.path.realpath(os.path.expanduser(path))
+
+
+def _warn_of_same_texts(train: Corpus) -> None:
+    """Warn if files have the same text, such as a file and a compressed copy of it that one glob matches."""
+    first: dict[str, str] = {}
+    for shard in train.shards:
+        if shard.tokens and first.setdefault(shard.sha256, shard.source) != shard.source:
+            logger.warning(
+                "data.train: %s has the same text as %s: it is trained on twice; leave one of them out",
+                shard.source,
+                first[shard.sha256],
+            )
+            return
+
+
+def _warn_of_markers(counter: WordCounter | None, train: Corpus) -> None:
+    """Warn if the text spells special words, its own or those of other programs, which training adds by itself."""
+    if counter is None:
+        return
+    marker = max(("<S>", "</S>", "<s>", "</s>"), key=lambda word: counter.counts.get(word, 0))
+    if 2 * counter.counts.get(marker, 0) > train.sentences:
+        logger.warning(
+            "data.train: %s of %s sentences spell %s: training adds sentence markers itself; take them out of the text",
+            f"{counter.counts[marker]:,}",
+            f"{train.sentences:,}",
+            marker,
+        )
+    for word, special in SPECIAL_IN_OTHER_FORMS.items():
+        if special == UNKNOWN_WORD and counter.counts.get(word):
+            logger.warning(
+                "data.train: spells %s %s times, which becomes a word like any other; write %s for an unknown word",
+                word,
+                f"{counter.counts[word]:,}",
+                special,
+            )
 
 
 def _warn_of_missing_files(directory: Path) -> None:
@@ -301,8 +488,11 @@ def _subtract_words(counter: WordCounter, corpus: Corpus, on_error: OnError) -> 
         counter.subtract(text.split())
 
 
-def _write_vocabulary(counter: WordCounter, data: DataConfig, directory: Path) -> tuple[Vocabulary, Path]:
-    """Write vocab.txt: the three special words, then words by falling count, and by their order if counts are equal."""
+def _count_vocabulary(counter: WordCounter, data: DataConfig) -> Vocabulary:
+    """Return the counted vocabulary: the three special words, then words by falling count, and by order if equal.
+
+    Raises ConfigError if data.min_count leaves no word.
+    """
     for word in (*SPECIAL_WORDS, SKIPPED_WORD):
         counter.counts.pop(word, None)
     # A line of base64 is no word: such lines would make a vocabulary of megabytes.
@@ -310,6 +500,12 @@ def _write_vocabulary(counter: WordCounter, data: DataConfig, directory: Path) -
         del counter.counts[word]
     limit = data.max_vocab - len(SPECIAL_WORDS) if data.max_vocab is not None else None
     counted = counter.by_falling_count(data.min_count, limit)
+    if not counted and counter.counts:
+        word, count = counter.by_falling_count(limit=1)[0]
+        raise ConfigError(
+            f"data.min_count={data.min_count}: no word of data.train is seen so often (the most frequent one, "
+            f"{short(repr(word), 40)}, {count:,} times); lower it"
+        )
     if counter.max_missing:
         last = counted[-1][1] if limit is not None and len(counted) == limit else data.min_count
         logger.warning(
@@ -318,12 +514,21 @@ def _write_vocabulary(counter: WordCounter, data: DataConfig, directory: Path) -
             last + counter.max_missing,
             counter.max_missing,
         )
-    vocabulary = Vocabulary.from_words([*SPECIAL_WORDS, *(word for word, _ in counted)])
+    return Vocabulary.from_words([*SPECIAL_WORDS, *(word for word, _ in counted)])
+
+
+def _write_vocabulary(vocabulary: Vocabulary, directory: Path, replaces: bool) -> Path:
+    """Write a counted vocabulary to vocab.txt, or beside it if another one is there and is not to be replaced."""
     path = directory / "vocab.txt"
-    if path.exists() and _sha256_of(path) != vocabulary.sha256:
-        logger.warning("%s: replaced; it was counted from another text or with other limits", path)
+    other = _sha256_of(path) if path.exists() else None
+    if other not in (None, vocabulary.sha256):
+        if replaces:
+            logger.warning("%s: replaced; it was counted from another text or with other limits", path)
+        else:
+            path = directory / f"vocab-{vocabulary.sha256[:12]}.txt"
+            logger.info("%s: this text's vocabulary; vocab.txt is that of another text or of other limits", path)
     vocabulary.write(path)
-    return vocabulary, path
+    return path
 
 
 def _sha256_of(path: Path) -> str | None:
@@ -372,7 +577,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
 
     def verb(config: PrepareConfig, flags: Flags) -> PrepareResult | PreparePlan:
-        return plan(config) if flags.dry_run else run(config, flags.fresh)
+        if not flags.dry_run:
+            return run(config, flags.fresh)
+        todo = plan(config)
+        measure(config, todo)
+        return todo
 
     return run_verb("prepare", PrepareConfig, verb, argv)
 

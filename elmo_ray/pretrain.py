@@ -16,18 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elmo_ray import prepare
-from elmo_ray.cluster.session import Device, check_cluster
+from elmo_ray.cluster.session import Device, check_cluster, in_cluster
 from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
 from elmo_ray.config.command_line import Flags, run_verb
+from elmo_ray.data.corpus import Corpus
 from elmo_ray.errors import ConfigError, FormatError
+from elmo_ray.machine import total_memory
 from elmo_ray.storage import is_uri, join, read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
 from elmo_ray.training.console import show_metrics
-from elmo_ray.training.dry_run import DryRun, dry_run
+from elmo_ray.training.dry_run import DryRun, dry_run, largest_block
 from elmo_ray.training.plan import TrainPlan
 from elmo_ray.training.run_folder import RunFolder, open_run
+from elmo_ray.training.sizes import WorkerMemory, check_memory, check_streams, worker_memory
 
 logger = logging.getLogger("elmo_ray.pretrain")  # __name__ is __main__ as a command
 
@@ -137,20 +142,65 @@ def run(config: PretrainConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
     return train_in(open_run(config, flags.resume, flags.fresh), config)
 
 
-def estimate(config: PretrainConfig) -> DryRun:
-    """Return the estimate of a run with this configuration: its memory, time and disk; raises as `dry_run`."""
-    todo = prepare.plan(config)
-    directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
-    return dry_run(config, directory, todo.tasks, todo.bytes_to_read)
+def estimate(config: PretrainConfig, source: FromSource | None = None) -> DryRun:
+    """Return the estimate of a run with this configuration: its memory, time and disk.
+
+    Raises ConfigError and DataError where a training would refuse to start.
+    """
+    todo = prepare.plan(config, source is not None and source.has_vocabulary)
+    sizes = prepare.measure(config, todo)
+    if source is not None:
+        config = source.fit(config, sizes.vocabulary)
+    result = dry_run(config, sizes.train, sizes.positions, sizes.vocabulary)
+    check_room_for(config, sizes.vocabulary, sizes.train, looks_at_gpus=True)
+    return result
 
 
-def train_in(
-    folder: RunFolder, config: PretrainConfig, initialize: Callable[[TrainPlan], None] | None = None
-) -> PretrainResult:
+def check_sizes(config: PretrainConfig, prepared: prepare.PrepareResult) -> None:
+    """Raise ConfigError if a training is too large for its vocabulary, its text or this machine; warn if it nearly is.
+
+    The check comes before Ray starts and before a file of the run is written.
+    """
+    config.softmax.check_vocabulary(prepared.vocabulary_size)
+    check_streams(config, prepared.train.positions)
+    # Looking at a GPU takes memory of it, and a GPU may be set to serve one process, which is a worker then.
+    check_room_for(config, prepared.vocabulary_size, prepared.train, looks_at_gpus=config.cluster.workers == 0)
+
+
+def check_room_for(config: PretrainConfig, n_words: int, corpus: Corpus | None, looks_at_gpus: bool) -> None:
+    """Compare the memory of the workers with that of this machine, unless other machines may do the work."""
+    if in_cluster() and config.cluster.workers != 0:
+        return
+    memory = worker_memory(config, n_words, largest_block(corpus))
+    workers = max(1, config.cluster.fewest_workers)
+    if config.cluster.device != "cpu" and torch.cuda.device_count() >= workers:
+        # The text stays in the memory of the machine, and the rest is on the GPU.
+        gpu = {use: count for use, count in memory.uses.items() if use != "text"}
+        if looks_at_gpus:
+            size = torch.cuda.get_device_properties(0).total_memory
+            check_memory(config, WorkerMemory(memory.parameters, gpu), size, "the GPU")
+        memory = WorkerMemory(memory.parameters, {"text": memory.uses["text"]})
+    whose = "this machine" if workers == 1 else f"this machine, for each of {workers} workers,"
+    check_memory(config, memory, total_memory() // workers, whose)
+
+
+@dataclass(frozen=True)
+class FromSource:
+    """What a training takes from a trained model.
+
+    initialize: called for a new run with its plan, to write the checkpoint that it starts from. fit: returns the
+    settings for a vocabulary of so many words. has_vocabulary: the vocabulary is the model's, and is taken as it is.
+    """
+
+    fit: Callable[[PretrainConfig, int], PretrainConfig]
+    has_vocabulary: bool
+    initialize: Callable[[TrainPlan], None] | None = None
+
+
+def train_in(folder: RunFolder, config: PretrainConfig, source: FromSource | None = None) -> PretrainResult:
     """Train the run of a folder to its end, from the newest checkpoint there.
 
-    initialize: called for a new run with its plan, to write the checkpoint that it starts from; by default it starts
-    from random weights.
+    source: the trained model of which a new run starts; by default it starts from random weights.
     """
     if folder.finished and (done := _finished(folder)) is not None:
         logger.info("%s: finished at step %d; nothing to do", folder.place, done.training["steps"])
@@ -158,16 +208,19 @@ def train_in(
     with folder.locked():
         if folder.newest is not None:
             _check_same_run(config, folder.newest, None)
-        prepared = prepare.run(config)
-        config.softmax.check_vocabulary(prepared.vocabulary_size)
+        is_models = folder.newest is not None or (source is not None and source.has_vocabulary)
+        prepared = prepare.run(config, replaces=False, is_models_vocabulary=is_models)
+        if source is not None:
+            config = source.fit(config, prepared.vocabulary_size)
+        check_sizes(config, prepared)
         if folder.newest is not None:
             _check_same_run(config, folder.newest, prepared)
         device = check_cluster(config.cluster)
         # Everything that can be refused has been: from here on the run's folder is written.
         folder.make()
         plan = make_plan(config, folder.path, prepared)
-        if initialize is not None and folder.newest is None:
-            initialize(plan)
+        if source is not None and source.initialize is not None and folder.newest is None:
+            source.initialize(plan)
         training = fit_and_show(plan, device)
         if training["stopped"]:
             return PretrainResult(folder.place, training)

@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 STOP_FILE = "stop"
 
+WAIT_AFTER_STOP_S = 3.0
+"""Seconds after a stop in which text may still come for the step that is being prepared."""
+
 
 def stop_check(run_dir: str) -> Callable[[], bool]:
     """Return a function that returns True once the driver has asked to stop.
@@ -43,6 +46,20 @@ def stop_check(run_dir: str) -> Callable[[], bool]:
         return seen
 
     return stop_requested
+
+
+def for_seconds(asked: Callable[[], bool], seconds: float = WAIT_AFTER_STOP_S) -> Callable[[], bool]:
+    """Return a function that returns True once `asked` has done so for some seconds."""
+    since = math.inf
+
+    def has_been_asked() -> bool:
+        nonlocal since
+        if not asked():
+            return False
+        since = min(since, time.monotonic())
+        return time.monotonic() - since >= seconds
+
+    return has_been_asked
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch
 from elmo_ray import errors, storage
 from elmo_ray.cluster.logs import LogFollower, log_to_run
 from elmo_ray.cluster.session import TORCH_NAMES, Device, check_cluster, last_line, set_environment, shown_workers
-from elmo_ray.cluster.stopping import STOP_FILE, in_thread, make_stop_file, stop_check, stop_on_signals
+from elmo_ray.cluster.stopping import STOP_FILE, for_seconds, in_thread, make_stop_file, stop_check, stop_on_signals
 from elmo_ray.config import ClusterConfig
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.vocabulary import Vocabulary
@@ -49,10 +49,8 @@ def fit(plan: TrainPlan, function: TrainFunction = train, device: Device | None 
     stop_file = storage.join(run_dir, STOP_FILE)
     device = device or check_cluster(plan.config.cluster)  # before our own handlers: Ray sets one for SIGTERM
     if plan.config.cluster.workers == 0:
-        worker = _local_worker(plan, device)
         with stop_on_signals(stop_file) as asked:
-            worker.stop_requested = asked.is_set
-            return function(plan, worker)
+            return function(plan, _local_worker(plan, device, asked.is_set))
     logs = LogFollower(run_dir)
     with stop_on_signals(stop_file) as asked:
         made = -math.inf
@@ -67,7 +65,7 @@ def fit(plan: TrainPlan, function: TrainFunction = train, device: Device | None 
         return in_thread(lambda: _fit_on_ray(plan, run_dir, device, function), meanwhile)
 
 
-def _local_worker(plan: TrainPlan, device: Device) -> Worker:
+def _local_worker(plan: TrainPlan, device: Device, asked: Callable[[], bool]) -> Worker:
     cluster = plan.config.cluster
     if cluster.threads is not None:
         torch.set_num_threads(cluster.threads)
@@ -76,8 +74,9 @@ def _local_worker(plan: TrainPlan, device: Device) -> Worker:
         vocabulary=Vocabulary.read(plan.vocabulary_path),
         max_characters=plan.config.model.char_cnn.max_characters,
         on_error=plan.config.data.on_error,
+        interrupted=for_seconds(asked),
     )
-    return Worker(0, 1, torch.device(TORCH_NAMES[device]), source, lambda step, path, metrics: None, lambda: False)
+    return Worker(0, 1, torch.device(TORCH_NAMES[device]), source, lambda step, path, metrics: None, asked)
 
 
 def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFunction) -> dict[str, Any]:
@@ -188,6 +187,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     leave_background()
     # Ray allows one OpenMP thread for each process whatever the machine has.
     torch.set_num_threads(cluster.threads or max(1, available_cores() // context.get_local_world_size()))
+    asked = stop_check(plan.run_dir)
     source = functools.partial(
         ray_source,
         vocabulary_path=plan.vocabulary_path,
@@ -195,6 +195,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         max_characters=plan.config.model.char_cnn.max_characters,
         data_cpus=0.0 if cluster.elastic else cluster.data_cpus,
         on_error=plan.config.data.on_error,
+        interrupted=for_seconds(asked),
     )
 
     def register(step: int, path: str, metrics: dict[str, Any]) -> None:
@@ -203,7 +204,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         ray.train.report({**metrics, "checkpoint_path": path})
 
     device = ray.train.torch.get_device()
-    worker = Worker(rank, context.get_world_size(), device, source, register, stop_check(plan.run_dir))
+    worker = Worker(rank, context.get_world_size(), device, source, register, asked)
     try:
         return {"result": settings["function"](plan, worker)}
     except ElmoRayError as error:

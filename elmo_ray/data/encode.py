@@ -9,8 +9,9 @@ import itertools
 import queue
 import threading
 import zlib
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,16 @@ import numpy.typing as npt
 from elmo_ray.data.characters import encode_words
 from elmo_ray.data.corpus import Block
 from elmo_ray.data.lookup import MISSING, word_bounds
-from elmo_ray.data.text import OnError, decode, has_wide_spaces, split_lines
+from elmo_ray.data.text import BYTE_ORDER_MARK, OnError, decode, has_wide_spaces, split_lines
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import DataError
 from elmo_ray.storage import is_uri, read_range
+
+T = TypeVar("T")
+
+# Longest wait for a thread that is told to stop, and time between two looks for a stop while text is waited for.
+CLOSE_S = 10.0
+_LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +75,12 @@ def encode_block(
 ) -> EncodedBlock:
     """Encode whole lines of UTF-8.
 
-    They stand at byte `offset` of `path`, and the DataError for invalid bytes names this place (see `decode`).
+    They stand at byte `offset` of `path`, and the DataError for invalid bytes names this place (see `decode`). A byte
+    order mark at byte 0 is no text.
     """
     text, replaced = decode(data, on_error, path, offset)
+    if offset == 0:
+        data = data.removeprefix(BYTE_ORDER_MARK)
     if not replaced and b"\r" not in data and not has_wide_spaces(data):
         return _encode_plain(data, vocabulary, max_characters)
     encoded = encode_text(text, vocabulary, max_characters)
@@ -98,6 +108,19 @@ def _encode_plain(data: bytes, vocabulary: Vocabulary, max_characters: int) -> E
         found.append(known if known is not None else -1 - unknown.setdefault(word, len(unknown)))
     ids[missing] = np.asarray(found, dtype=np.int32)
     return EncodedBlock(ids, lengths, encode_words(list(unknown), max_characters))
+
+
+class WaitInterrupted(Exception):
+    """A stop was requested while text was waited for."""
+
+
+def get_unless(interrupted: Callable[[], bool], items: queue.Queue[T]) -> T:
+    """Return the next item of a queue, however long that takes. Raises WaitInterrupted when `interrupted` says so."""
+    while True:
+        if interrupted():
+            raise WaitInterrupted
+        with contextlib.suppress(queue.Empty):
+            return items.get(timeout=_LOOK_EVERY_S)
 
 
 def read_block(block: Block) -> bytes:
@@ -145,11 +168,12 @@ def thread_source(
     max_characters: int = 50,
     look_ahead: int = 8,
     on_error: OnError = "fail",
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Generator[EncodedBlock, None, None]:
     """Yield encoded `blocks` in order, from a background thread that is `look_ahead` blocks ahead of the consumer.
 
     `blocks` may be endless. An error of the thread is raised by the consumer's `next` in place of its block. Closing or
-    dropping the generator stops the thread and waits for it.
+    dropping the generator stops the thread and waits for it. Raises WaitInterrupted when `interrupted` returns True.
     """
     done: queue.Queue[EncodedBlock | BaseException | None] = queue.Queue(maxsize=max(1, look_ahead))
     stop = threading.Event()
@@ -174,10 +198,11 @@ def thread_source(
     thread = threading.Thread(target=work, name="encode", daemon=True)
     thread.start()
     try:
-        while (item := done.get()) is not None:
+        while (item := get_unless(interrupted, done)) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
         stop.set()
-        thread.join()
+        # A storage that does not answer may hold the thread for ever.
+        thread.join(timeout=CLOSE_S)

@@ -31,8 +31,9 @@ from elmo_ray.data.scan import (
     scan_segment,
     segment_count,
 )
+from elmo_ray.data.sentence_sample import SentenceSample
 from elmo_ray.data.text import OnError, file_status
-from elmo_ray.data.unpack import check_space, compression, is_unpacked, unpack, unpacked_path
+from elmo_ray.data.unpack import check_format, check_space, compression, is_unpacked, unpack, unpacked_path
 from elmo_ray.errors import DataError
 from elmo_ray.storage.files import write_aside
 from elmo_ray.storage.local_copy import uri_of
@@ -104,6 +105,7 @@ class Findings:
     long_lines, longest_words, longest_place: lines of too many words, and the longest: its words, its file and line.
     long_words, long_word_place: words of too many characters, and the file and line of the first.
     marked_files, empty_files: files with a byte order mark, and files without words.
+    sentences: the samples of all segments, or None where a state of an earlier version has none.
     """
 
     replaced: int = 0
@@ -116,6 +118,7 @@ class Findings:
     long_word_place: str = ""
     marked_files: list[str] = field(default_factory=list)
     empty_files: list[str] = field(default_factory=list)
+    sentences: list[SentenceSample] | None = field(default_factory=list)
 
     def add(self, segment: Segment, source: str, first_line: int) -> None:
         """Add the findings of a segment of `source`, whose first line has the number `first_line` (from 1)."""
@@ -131,6 +134,10 @@ class Findings:
         self.long_words += segment.long_words
         if segment.byte_order_mark:
             self.marked_files.append(source)
+        if segment.sentence_sample is None:
+            self.sentences = None
+        elif self.sentences is not None:
+            self.sentences.append(segment.sentence_sample)
 
     def warn(self, key: str) -> None:
         """Log one warning for each kind of trouble; `key` is the setting that named the files."""
@@ -162,8 +169,8 @@ class Findings:
         if self.replaced:
             logger.warning("%s: %d invalid UTF-8 sequences or NULs become U+FFFD", key, self.replaced)
         if self.marked_files:
-            logger.warning(
-                "%s: %d files begin with a byte order mark, which sticks to their first word (%s)",
+            logger.info(
+                "%s: %d files begin with a byte order mark, which is taken off (%s)",
                 key,
                 len(self.marked_files),
                 self.marked_files[0],
@@ -209,6 +216,7 @@ class Indexer:
         for source in sources:
             text = self._text_path(source)
             if text != source and (self.fresh or not is_unpacked(source, text)):
+                check_format(source)
                 todo.append(unpack_task(source, text))
         if todo:
             check_space([task["source"] for task in todo], self.directory)
@@ -225,7 +233,10 @@ class Indexer:
             ]
             if segments > 1:
                 wanted.append(hash_task(path))
-            todo.extend(task for task in wanted if self.fresh or not self._is_current(task))
+            missing = [task for task in wanted if self.fresh or not self._is_current(task)]
+            if missing and path == source:
+                check_format(source)
+            todo.extend(missing)
         return todo
 
     def _text_path(self, source: str) -> str:
@@ -264,7 +275,8 @@ class Indexer:
         if task["kind"] == "hash":
             return True
         return (
-            fields.get("version") == scan.FORMAT_VERSION
+            fields.get("version") in scan.READ_VERSIONS
+            and (fields["version"] == scan.FORMAT_VERSION or not fields.get("byte_order_mark"))
             and fields.get("block_bytes") == self.block_bytes
             and fields.get("segment_bytes") == scan.SEGMENT_BYTES
             and (fields.get("counted", False) or task["cap"] is None)

@@ -16,17 +16,18 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+import ray.exceptions
 
 from elmo_ray import storage
 from elmo_ray.data.corpus import Block
-from elmo_ray.data.encode import EncodedBlock, load_block
+from elmo_ray.data.encode import CLOSE_S, EncodedBlock, WaitInterrupted, get_unless, load_block
 from elmo_ray.data.text import OnError
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import DataError
@@ -52,7 +53,7 @@ class RaySource(Iterator[EncodedBlock]):
 
     `ray.init` must have been called; `blocks` may be endless. Data processes read the vocabulary from its path
     themselves and compare it with its hash. An error in a block is raised as DataError in place of that block. `close`,
-    or dropping the source, stops the thread and its tasks.
+    or dropping the source, stops the thread and its tasks. Raises WaitInterrupted when `interrupted` returns True.
 
     At most two segments (in bytes of text) are requested from `blocks` ahead of the consumer, and one is encoded. It is
     encoded as a whole and waits in the object store; the next one begins when half of it is consumed. For a slow
@@ -62,9 +63,16 @@ class RaySource(Iterator[EncodedBlock]):
     """
 
     def __init__(
-        self, blocks: Iterable[Block], task: EncodeTask, data_cpus: float, segment_bytes: int, group_bytes: int
+        self,
+        blocks: Iterable[Block],
+        task: EncodeTask,
+        data_cpus: float,
+        segment_bytes: int,
+        group_bytes: int,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._max_characters = task.max_characters
+        self._interrupted = interrupted
         self._tables: queue.Queue[ray.ObjectRef | BaseException | None] = queue.Queue()
         self._stop = threading.Event()
         self._rows: Iterator[EncodedBlock] = iter(())
@@ -79,23 +87,31 @@ class RaySource(Iterator[EncodedBlock]):
             while not self._stop.is_set():
                 for block in self._rows:
                     return block
-                item = self._tables.get()
+                item = get_unless(self._interrupted, self._tables)
                 if isinstance(item, BaseException):
                     raise item
                 if item is None:
                     break
-                self._rows = _decode_table(ray.get(item), self._max_characters)
+                self._rows = _decode_table(self._get(item), self._max_characters)
         except BaseException:
             self._stop.set()
             raise
         self._stop.set()
         raise StopIteration
 
+    def _get(self, reference: ray.ObjectRef) -> pa.Table:
+        """Return the table of a reference. Raises WaitInterrupted when a stop is requested before it has come."""
+        while True:
+            if self._interrupted():
+                raise WaitInterrupted
+            with contextlib.suppress(ray.exceptions.GetTimeoutError):
+                return ray.get(reference, timeout=1.0)
+
     def close(self) -> None:
         """Stop the thread and wait for it; the iterator is then at its end."""
         self._stop.set()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=30)
+            self._thread.join(timeout=CLOSE_S)
 
     def __del__(self) -> None:
         self._stop.set()
@@ -110,6 +126,7 @@ def ray_source(
     on_error: OnError = "fail",
     segment_bytes: int = 64 << 20,
     group_bytes: int = 1 << 20,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> RaySource:
     """Return a source that encodes `blocks` in Ray Data tasks of `data_cpus` logical CPUs, one task at a time.
 
@@ -117,7 +134,7 @@ def ray_source(
     `RaySource`.
     """
     task = EncodeTask(storage.absolute(vocabulary_path), vocabulary_sha256, max_characters, on_error)
-    return RaySource(blocks, task, data_cpus, segment_bytes, group_bytes)
+    return RaySource(blocks, task, data_cpus, segment_bytes, group_bytes, interrupted)
 
 
 def _run_segments(

@@ -8,13 +8,26 @@ import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from elmo_ray import storage
 from elmo_ray.data.corpus import Shard, pack_index, unpack_index
 from elmo_ray.data.counts import WordCounter
-from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_status, line_start, split_lines
+from elmo_ray.data.sentence_sample import EVERYTHING, SentenceSample, SentenceSampler
+from elmo_ray.data.text import (
+    BYTE_ORDER_MARK,
+    OnError,
+    count_lines,
+    cut_blocks,
+    decode,
+    file_status,
+    line_number,
+    line_start,
+    split_lines,
+)
 from elmo_ray.errors import DataError
 
 # Size of a segment, about. The places where blocks are cut depend on it.
@@ -22,7 +35,11 @@ SEGMENT_BYTES = 64 << 20
 LONG_LINE_WORDS = 250
 # No model reads more characters of a word (the limit of model.char_cnn.max_characters), so a longer one is data.
 LONG_WORD_CHARACTERS = 1000
-FORMAT_VERSION = 2
+# So much text without a blank is no sentence of words: base64, or a book whose words are not divided.
+MAX_WORD_CHARACTERS = 100_000
+FORMAT_VERSION = 3
+# Version 2 is read, too: it has no sentence samples, and it counts a byte order mark as part of the first word.
+READ_VERSIONS = (FORMAT_VERSION, 2)
 _HASH_BYTES = 4 << 20
 
 
@@ -37,6 +54,7 @@ class Segment:
     checked, joined: words of a sample, and those of them with punctuation at their end.
     long_lines: lines of more than LONG_LINE_WORDS words; the longest is line `longest_line`, of `longest_words` words.
     long_words: words of more than LONG_WORD_CHARACTERS; the first is in line `long_word_line`.
+    sentence_sample: None in a state of version 2.
     counts: None where words were not counted.
     """
 
@@ -62,14 +80,21 @@ class Segment:
     longest_line: int = 0
     long_words: int = 0
     long_word_line: int = 0
+    sentence_sample: SentenceSample | None = None
     counts: WordCounter | None = None
 
     def pack(self) -> bytes:
         """Return the segment as the bytes of an index file."""
-        blocks = {name: np.array(getattr(self, name), dtype=np.int64) for name in _BLOCK_LISTS}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            name: np.array(getattr(self, name), dtype=np.int64) for name in _BLOCK_LISTS
+        }
         fields = {name: getattr(self, name) for name in _PLAIN_FIELDS}
-        counts = self.counts.to_arrays() if self.counts is not None else {}
-        return pack_index({**fields, "counted": self.counts is not None}, {**blocks, **counts})
+        if self.counts is not None:
+            arrays.update(self.counts.to_arrays())
+        if self.sentence_sample is not None:
+            arrays["sentence_hashes"] = self.sentence_sample.hashes
+            fields["sentence_limit"] = self.sentence_sample.limit
+        return pack_index({**fields, "counted": self.counts is not None}, arrays)
 
     @classmethod
     def unpack(cls, data: bytes, name: str, cap: int) -> "Segment":
@@ -77,7 +102,10 @@ class Segment:
         fields, arrays = unpack_index(data, name)
         try:
             counts = WordCounter.from_arrays(arrays, cap) if fields.pop("counted") else None
-            return cls(**fields, **{key: arrays[key].tolist() for key in _BLOCK_LISTS}, counts=counts)
+            limit = fields.pop("sentence_limit", EVERYTHING)
+            sample = SentenceSample(arrays["sentence_hashes"], limit) if "sentence_hashes" in arrays else None
+            lists = {key: arrays[key].tolist() for key in _BLOCK_LISTS}
+            return cls(**fields, **lists, sentence_sample=sample, counts=counts)
         except (KeyError, TypeError, ValueError):
             raise DataError(f"{name}: no index of a segment; delete it and run prepare again") from None
 
@@ -89,7 +117,7 @@ class Segment:
 
 _BLOCK_LISTS = ("block_ends", "block_positions", "block_tokens", "block_characters", "block_crc32")
 _PLAIN_FIELDS = tuple(
-    item.name for item in dataclasses.fields(Segment) if item.name not in _BLOCK_LISTS and item.name != "counts"
+    item.name for item in dataclasses.fields(Segment) if item.name not in (*_BLOCK_LISTS, "sentence_sample", "counts")
 )
 
 
@@ -122,10 +150,12 @@ def scan_segment(
             segment.counts = WordCounter(cap) if cap is not None else None
             start = line_start(file, number * SEGMENT_BYTES, status.st_size)
             end = line_start(file, (number + 1) * SEGMENT_BYTES, status.st_size)
-            digest = hashlib.sha256()
+            digest, sampler = hashlib.sha256(), SentenceSampler()
             for offset, data in cut_blocks(file, start, end, block_bytes):
                 digest.update(data)
                 _scan_block(segment, offset, data, on_error)
+                sampler.add(data.removeprefix(BYTE_ORDER_MARK))
+            segment.sentence_sample = sampler.sample()
             if segment_count(status.st_size) == 1:
                 segment.sha256 = digest.hexdigest()
             now = storage.opened_status(file)
@@ -186,11 +216,12 @@ def _scan_block(segment: Segment, offset: int, data: bytes, on_error: OnError) -
     if not segment.block_ends:
         segment.checked = len(words)
         segment.joined = sum(map(_is_joined, words))
-        segment.byte_order_mark = offset == 0 and text.startswith("\ufeff")
-    _find_long_lines(segment, text)
+        segment.byte_order_mark = offset == 0 and data.startswith(BYTE_ORDER_MARK)
+    _find_long_lines(segment, text, offset)
     segment.replaced += replaced
     segment.block_ends.append(offset + len(data))
-    segment.block_positions.append(len(words) + count_lines(data))
+    lines = count_lines(data.removeprefix(BYTE_ORDER_MARK) if offset == 0 else data)
+    segment.block_positions.append(len(words) + lines)
     segment.block_tokens.append(len(words))
     segment.block_characters.append(len("".join(words)))
     segment.block_crc32.append(zlib.crc32(data))
@@ -201,8 +232,11 @@ def _is_joined(word: str) -> bool:
     return word[-1] in ",.;:!?" and word[-2:-1].isalpha()
 
 
-def _find_long_lines(segment: Segment, text: str) -> None:
-    """Add the long lines and long words of the text after the segment's last block."""
+def _find_long_lines(segment: Segment, text: str, offset: int) -> None:
+    """Add the long lines and long words of the text after the segment's last block, which begins at byte `offset`.
+
+    Raises DataError for a word over MAX_WORD_CHARACTERS.
+    """
     lines = split_lines(text)
     # n words need at least 2 n - 1 characters, and a long word has even more: most lines are settled by their length.
     if max(map(len, lines), default=0) <= 2 * LONG_LINE_WORDS:
@@ -216,6 +250,12 @@ def _find_long_lines(segment: Segment, text: str) -> None:
             segment.long_lines += 1
             if len(words) > segment.longest_words:
                 segment.longest_words, segment.longest_line = len(words), before + number
+        longest = max(map(len, words), default=0)
+        if longest > MAX_WORD_CHARACTERS:
+            raise DataError(
+                f"{segment.path}, line {line_number(segment.path, offset) + number}: a word of {longest:,} characters; "
+                "divide the line into words with blanks between them, or remove it"
+            )
         long_words = sum(len(word) > LONG_WORD_CHARACTERS for word in words)
         if long_words and not segment.long_words:
             segment.long_word_line = before + number

@@ -265,6 +265,8 @@ class StreamLoader:
     unroll: positions of a window (T).
     characters: the table for character input, or None for word-id input (unknown words are then `<UNK>`).
     directions: 2, or 1 for a forward-only model.
+
+    is_waiting: True while the next block has not come from the source.
     """
 
     def __init__(
@@ -281,6 +283,7 @@ class StreamLoader:
         self.plan, self.streams, self.unroll, self.directions = plan, streams, unroll, directions
         self.vocabulary, self.characters = vocabulary, characters
         self.cursors = cursors.copy()
+        self.is_waiting = False
         self._window = 0
         # Each row's pieces: the first one is the row's own until its end, those behind it wait.
         self._pieces: list[deque[_Piece]] = [deque() for _ in streams]
@@ -316,7 +319,9 @@ class StreamLoader:
         """Take every share of the current window from the source. Raises RuntimeError when it ends too early."""
         while True:
             if self._pending is None:
+                self.is_waiting = True
                 block = next(self._blocks, None)
+                self.is_waiting = False
                 if block is None:
                     # Without this check all windows from here on would be empty, without an error.
                     if self._is_missing_positions():

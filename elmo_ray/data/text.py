@@ -16,6 +16,7 @@ from elmo_ray.errors import DataError
 OnError = Literal["fail", "replace"]
 
 REPLACEMENT = "\ufffd"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # A longer line is no sentence, and it would have to be held in memory as a whole.
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
@@ -27,9 +28,12 @@ def decode(data: bytes, on_error: OnError, path: str, offset: int) -> tuple[str,
     """Decode UTF-8; return the text and the number of replacements in it.
 
     `data` stands at byte `offset` of `path` and begins at the start of a line. With "fail", the first invalid sequence
-    or NUL raises a DataError that names file and line; with "replace", each of them becomes U+FFFD.
+    or NUL raises a DataError that names file and line; with "replace", each of them becomes U+FFFD. A byte order mark
+    at byte 0 is no text and is taken off.
     """
     replaced = 0
+    if offset == 0 and data.startswith(BYTE_ORDER_MARK):
+        data, offset = data[len(BYTE_ORDER_MARK) :], len(BYTE_ORDER_MARK)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

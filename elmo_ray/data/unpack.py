@@ -15,20 +15,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from elmo_ray import storage
+from elmo_ray.data.formats import HEAD_BYTES, check_magic, check_text
 from elmo_ray.errors import DataError
 from elmo_ray.storage import Place, Status, is_uri
 
 _MAGIC = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd"}
-# Other forms of a corpus. With data.on_error=replace they would otherwise be taken as text.
-_FOREIGN = {
-    b"\xfd7zXZ\0": ("is an xz file", "unpack it"),
-    b"BZh": ("is a bzip2 file", "unpack it"),
-    b"PK\x03\x04": ("is a zip file", "unpack it"),
-    b"\xff\xfe": ("is UTF-16 or UTF-32", "convert it to UTF-8"),
-    b"\xfe\xff": ("is UTF-16 or UTF-32", "convert it to UTF-8"),
-}
-# After its header a bzip2 file goes on with the first block or the end of the stream.
-_BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")
 _READ_BYTES = 1 << 18
 # Bytes to leave free on the disk, and bytes to write before the free space is looked at again.
 _SPARE_BYTES = 64 << 20
@@ -45,7 +36,7 @@ def compression(path: str) -> str | None:
     """
     try:
         with storage.open_read(path) as file:
-            head = file.read(10)
+            head = file.read(16)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     return _compression_of(head, path)
@@ -53,7 +44,7 @@ def compression(path: str) -> str | None:
 
 def unpacked_bytes(data: bytes, path: str) -> bytes:
     """Return the text in all bytes of a small file, which is plain, gz or zst. Raises DataError as `unpack` does."""
-    kind = _compression_of(data[:10], path)
+    kind = _compression_of(data[:16], path)
     return data if kind is None else b"".join(_pieces(io.BytesIO(data), path, kind))
 
 
@@ -65,11 +56,29 @@ def _compression_of(head: bytes, path: str) -> str | None:
     if suffix in _MAGIC:
         what = f"it begins with {head[:4]!r}" if head else "it is empty"
         raise DataError(f"{path}: is no .{suffix} file ({what}); rename or replace it")
-    for magic, (what, cure) in _FOREIGN.items():
-        # A text may begin with "BZh"; a bzip2 file goes on with a digit and one of _BZIP2_BLOCKS.
-        if head.startswith(magic) and (magic != b"BZh" or head[4:10] in _BZIP2_BLOCKS):
-            raise DataError(f"{path}: {what}; {cure} first")
+    check_magic(head, path)
     return None
+
+
+def check_format(source: str) -> None:
+    """Raise DataError when the text of a shard, compressed or plain, is another format (see `formats.check_text`).
+
+    Reads the start of the file. Raises DataError also when it cannot be read or unpacked.
+    """
+    head = b""
+    try:
+        kind = compression(source)
+        if kind is None:
+            head = storage.read_range(source, 0, HEAD_BYTES)
+        else:
+            with storage.open_read(source) as packed:
+                for piece in _pieces(packed, source, kind):
+                    head += piece
+                    if len(head) >= HEAD_BYTES:
+                        break
+    except OSError as error:
+        raise DataError(f"{source}: {error.strerror or error}") from None
+    check_text(head[:HEAD_BYTES], source)
 
 
 def unpacked_path(source: str, directory: Place) -> str:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,14 @@ UNKNOWN_WORD = "<UNK>"
 SPECIAL_WORDS = (SENTENCE_BEGIN_WORD, SENTENCE_END_WORD, UNKNOWN_WORD)
 # The original skips this line and gives it no id.
 SKIPPED_WORD = "!!!MAXTERMID"
+SPECIAL_IN_OTHER_FORMS = {
+    "<s>": SENTENCE_BEGIN_WORD,
+    "</s>": SENTENCE_END_WORD,
+    "<unk>": UNKNOWN_WORD,
+    "<Unk>": UNKNOWN_WORD,
+    "[UNK]": UNKNOWN_WORD,
+}
+"""Words of other programs that are words like any other here, and the special words that may be meant."""
 
 
 class Vocabulary:
@@ -60,7 +68,10 @@ class Vocabulary:
         missing = [word for word in needed if word not in self.ids]
         if missing:
             where = self.path if self.path is not None else "vocabulary"
-            raise DataError(f"{where}: the vocabulary has no line {' and no line '.join(missing)}; add it at the top")
+            raise DataError(
+                f"{where}: the vocabulary has no line {' and no line '.join(missing)}; add it at the top"
+                + _missing_hint(self.ids, missing)
+            )
 
     @functools.cached_property
     def bos(self) -> int:
@@ -86,21 +97,7 @@ class Vocabulary:
         the line), lacks a special word in `needed`, or begins with a byte order mark before one.
         """
         name = os.fspath(path)
-        try:
-            if not is_uri(path) and Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
-                # Every process reads the vocabulary, and a pipe can be read only once.
-                raise DataError(f"{name}: is no regular file but a pipe or a device; name a file")
-            data = unpacked_bytes(storage.read_bytes(path), name)
-        except OSError as error:
-            raise DataError(f"{name}: cannot read the vocabulary ({error.strerror})") from None
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = len(split_lines(data[: error.start].decode() + "."))
-            raise DataError(f"{name}, line {line}: not UTF-8; convert the vocabulary to UTF-8") from None
-        if text.startswith(tuple(f"\ufeff{word}" for word in SPECIAL_WORDS)):
-            raise DataError(f"{name}, line 1: a byte order mark, which would be part of the first word; remove it")
-        words = (line.strip() for line in split_lines(text))
+        words = (line.strip() for line in read_lines(path))
         return cls((word for word in words if word != SKIPPED_WORD), path=storage.absolute(name), needed=needed)
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -142,3 +139,31 @@ class Vocabulary:
 
     def _content(self) -> bytes:
         return "".join(f"{word}\n" for word in self.words).encode("utf-8")
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """Return the lines of a vocabulary file. Raises DataError as `Vocabulary.read` does, but for special words."""
+    name = os.fspath(path)
+    try:
+        if not is_uri(path) and Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            # Every process reads the vocabulary, and a pipe can be read only once.
+            raise DataError(f"{name}: is no regular file but a pipe or a device; name a file")
+        data = unpacked_bytes(storage.read_bytes(path), name)
+    except OSError as error:
+        raise DataError(f"{name}: cannot read the vocabulary ({error.strerror})") from None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = len(split_lines(data[: error.start].decode() + "."))
+        raise DataError(f"{name}, line {line}: not UTF-8; convert the vocabulary to UTF-8") from None
+    if text.startswith(tuple(f"\ufeff{word}" for word in SPECIAL_WORDS)):
+        raise DataError(f"{name}, line 1: a byte order mark, which would be part of the first word; remove it")
+    return split_lines(text)
+
+
+def _missing_hint(words: Container[str], missing: Iterable[str]) -> str:
+    """Return a hint at words that stand in the place of missing special words, or an empty string."""
+    for word, special in SPECIAL_IN_OTHER_FORMS.items():
+        if special in missing and word in words:
+            return f" (it has {word!r}, a word like any other: the special words are {', '.join(SPECIAL_WORDS)})"
+    return ""

@@ -149,7 +149,11 @@ def read_json(place: Place) -> dict[str, Any] | None:
 
 
 def read_range(place: Place, start: int, end: int | None) -> bytes:
-    """Return bytes [start, end) of an object, or fewer where it is shorter; end None: all from `start` on."""
+    """Return bytes [start, end) of a file or object, or fewer where it is shorter; end None: all from `start` on."""
+    if not is_uri(place):
+        with open(place, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else max(0, end - start))
     system, path = file_system(place)
     if end is not None and end <= start:
         return b""

@@ -27,10 +27,18 @@ from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.config.finetune import FinetuneConfig, explicit
 from elmo_ray.config.schema import flatten, nest
 from elmo_ray.config.yaml_reader import dump_yaml
+from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError, ElmoRayError, FormatError, TrainingError, short
-from elmo_ray.finetune import make_initializer, open_init, resumed_settings, training_settings
+from elmo_ray.finetune import (
+    fit_negatives,
+    from_source,
+    make_initializer,
+    open_init,
+    resumed_settings,
+    training_settings,
+)
 from elmo_ray.machine import available_cores
-from elmo_ray.pretrain import NO_FLAGS, estimate, make_plan
+from elmo_ray.pretrain import NO_FLAGS, check_sizes, estimate, make_plan
 from elmo_ray.storage import absolute_or_none, is_uri, read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.sweep.config import SweepConfig
@@ -130,6 +138,8 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
         raise ConfigError("sweep.search=optuna: Optuna is not installed: pip install 'elmo-ray[optuna]'")
     source = open_init(config) if config.init.source is not None else None
     base = _trial_settings(config, {}, source)
+    plain = config.trial({})
+    start = from_source(plain, source) if isinstance(plain, FinetuneConfig) and source is not None else None
     planned = config.planned_trials()
     for number, values in enumerate(planned):
         try:
@@ -137,16 +147,16 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
         except ConfigError as error:
             raise ConfigError("\n".join(f"trial {number}: {line}" for line in str(error).split("\n"))) from None
     if flags.dry_run:
-        return SweepPlan(planned, estimate(base))
+        return SweepPlan(planned, estimate(base, start))
     folder = open_run(config, flags.resume, flags.fresh)
     with folder.locked():
         settings: dict[str, Any] = {"config": config.tree(), "sweep": config.sweep.to_dict()}
         settings["source"] = None if source is None else source.fingerprint
         if folder.aside is None:
             _check_same_sweep(folder.path / SETTINGS_FILE, settings)
+        prepared = prepare.run(base, replaces=False, is_models_vocabulary=start is not None and start.has_vocabulary)
+        _check_sizes(config, planned or [{}], source, prepared)
         del source
-        prepared = prepare.run(base)
-        base.softmax.check_vocabulary(prepared.vocabulary_size)
         device, concurrent = concurrent_trials(config)
         folder.make()
         plan = make_plan(base, folder.path, prepared)
@@ -167,6 +177,22 @@ def _trial_settings(config: SweepConfig, values: dict[str, Any], source: Source 
         return trial
     assert source is not None
     return training_settings(trial, source)
+
+
+def _check_sizes(
+    config: SweepConfig, values: Sequence[dict[str, Any]], source: Source | None, prepared: prepare.PrepareResult
+) -> None:
+    """Check the sizes of trials with these values, those of the same sizes once. Raises ConfigError."""
+    seen = set()
+    for varied in values:
+        given, settings = config.trial(varied), _trial_settings(config, varied, source)
+        if isinstance(given, FinetuneConfig):
+            settings = fit_negatives(given, settings, prepared.vocabulary_size)
+        train = settings.train
+        sizes = settings.data.streams, train.unroll, train.accumulate, str(settings.model), str(settings.softmax)
+        if sizes not in seen:
+            seen.add(sizes)
+            check_sizes(settings, prepared)
 
 
 def _check_same_sweep(path: Path, settings: dict[str, Any]) -> None:
@@ -316,7 +342,8 @@ def _trial_plan(config: SweepConfig, trial: Trial, job: dict[str, Any]) -> Train
             training = resumed_settings(given, RunFolder(trial.folder, newest, False))
         else:
             source = open_init(given)
-            training = training_settings(given, source)
+            n_words = Vocabulary.read(shared.vocabulary_path).size
+            training = fit_negatives(given, training_settings(given, source), n_words)
             initialize = make_initializer(given, [source])
     else:
         training = given

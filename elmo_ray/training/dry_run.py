@@ -13,14 +13,9 @@ import torch
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.streams import StreamPlan
-from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.machine import available_cores
-from elmo_ray.model.bilm import BiLM
-from elmo_ray.model.components import component_of
 from elmo_ray.storage import is_uri
-
-BYTES_PER_POSITION = 5.5
-"""Bytes of English text for one position; used where the corpus has not been counted yet."""
+from elmo_ray.training.sizes import check_streams, show_bytes, worker_memory
 
 
 @dataclass(frozen=True)
@@ -58,12 +53,12 @@ class DryRun:
             f"steps: {about}{self.steps_per_epoch:,} per epoch, {self.steps:,} in all "
             f"(train.duration={config.train.duration})",
             "memory of a worker: "
-            + ", ".join(f"{k} {_size(v)}" for k, v in self.memory.items())
-            + f"; in all about {_size(sum(self.memory.values()))}",
-            f"disk: {_size(self.checkpoint_bytes)} a checkpoint, {config.train.keep_last} kept, "
+            + ", ".join(f"{k} {show_bytes(v)}" for k, v in self.memory.items())
+            + f"; in all about {show_bytes(sum(self.memory.values()))}",
+            f"disk: {show_bytes(self.checkpoint_bytes)} a checkpoint, {config.train.keep_last} kept, "
             "one being written and the best: "
-            f"{_size(self.checkpoint_bytes * (config.train.keep_last + 2))}; "
-            + ("in an object store" if self.disk_free is None else f"free {_size(self.disk_free)}"),
+            f"{show_bytes(self.checkpoint_bytes * (config.train.keep_last + 2))}; "
+            + ("in an object store" if self.disk_free is None else f"free {show_bytes(self.disk_free)}"),
             f"devices seen: {', '.join(self.devices)}",
         ]
         if config.optim.name == "adamw":
@@ -75,66 +70,47 @@ class DryRun:
         return {**vars(self), "config": self.config.to_dict()}
 
 
-def dry_run(config: PretrainConfig, directory: Path, tasks: int, bytes_to_read: int) -> DryRun:
+def dry_run(config: PretrainConfig, corpus: Corpus | None, positions: int, n_words: int) -> DryRun:
     """Return the estimate of a run.
 
-    directory: the prepared folder. tasks, bytes_to_read: the work that `prepare` still has to do. Raises ConfigError or
-    DataError where a real run would refuse to start.
+    corpus: the training text, or None where it is not indexed yet. positions, n_words: of the training text and of the
+    vocabulary, or estimates where there is no corpus. Raises ConfigError where a real run would refuse to start.
     """
-    exact = tasks == 0 and (directory / "train.npz").exists() and _vocabulary_path(config, directory).exists()
-    if config.data.vocab is not None:
-        words = Vocabulary.read(config.data.vocab).size
-    elif exact:
-        words = Vocabulary.read(directory / "vocab.txt").size
-    else:
-        words = config.data.max_vocab or 100_000
-    config.softmax.check_vocabulary(words)
+    config.softmax.check_vocabulary(n_words)
+    check_streams(config, positions, exact=corpus is not None)
     unroll, streams = config.train.unroll, config.data.streams
-    if exact:
-        plan = StreamPlan(Corpus.load(directory / "train.npz"), streams)
-        positions, per_epoch = plan.positions, plan.steps(1, unroll)
+    if corpus is not None:
+        plan = StreamPlan(corpus, streams)
+        per_epoch = plan.steps(1, unroll)
         steps = plan.steps(config.train.duration.amount, unroll) if config.train.duration.unit == "epochs" else None
     else:
-        positions = int(max(bytes_to_read, 1) / BYTES_PER_POSITION)
         per_epoch, steps = -(-positions // (streams * unroll)), None
     if steps is None:
         steps = config.train.duration.steps(streams * unroll, positions)
-    with torch.device("meta"):
-        model = BiLM(config.model, config.softmax, words)
-    parameters: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        component = component_of(name)
-        parameters[component] = parameters.get(component, 0) + parameter.numel()
-    total = sum(parameters.values())
+    memory = worker_memory(config, n_words, largest_block(corpus))
+    total = sum(memory.parameters.values())
     width = 8 if config.train.precision == "fp64" else 4
     slots = 1 if config.optim.name == "adagrad" else 2
-    rows = -(-streams // max(1, config.cluster.fewest_workers))
     lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
-    window = -(-rows // config.train.accumulate) * unroll * directions
-    negatives = config.softmax.negatives if config.softmax.kind == "sampled" else words
-    # tensors kept for backward: gates, their gradients, cells and outputs; logits and their gradient
-    activations = window * lstm.n_layers * (10 * lstm.dim + 4 * lstm.projection_dim) + 3 * window * negatives
-    memory = {
-        "parameters": total * width,
-        "optimizer": total * slots * width,
-        "gradients": _dense(parameters) * width,
-        "activations": activations * width,
-        "text": words * (2 * config.model.char_cnn.max_characters + 150) + rows * 3 * config.data.block_bytes * 6,
-    }
     state = streams * directions * lstm.n_layers * (lstm.dim + lstm.projection_dim) * width
     return DryRun(
         config,
-        parameters,
-        words,
+        memory.parameters,
+        n_words,
         positions,
-        exact,
+        corpus is not None,
         per_epoch,
         steps,
-        memory,
+        memory.uses,
         total * (1 + slots) * width + state,
         _free(config.run.storage_path),
         _devices(),
     )
+
+
+def largest_block(corpus: Corpus | None) -> int | None:
+    """Return the bytes of the largest block of a corpus, or None where there is no corpus."""
+    return None if corpus is None else int((corpus.block_end - corpus.block_start).max())
 
 
 def _free(storage_path: str) -> int | None:
@@ -147,24 +123,6 @@ def _free(storage_path: str) -> int | None:
     return shutil.disk_usage(storage).free
 
 
-def _vocabulary_path(config: PretrainConfig, directory: Path) -> Path:
-    given = config.data.vocab is not None and not is_uri(config.data.vocab)
-    return Path(str(config.data.vocab)) if given else directory / "vocab.txt"
-
-
-def _dense(parameters: dict[str, int]) -> int:
-    return sum(count for component, count in parameters.items() if component not in ("softmax", "word_embedding"))
-
-
 def _devices() -> list[str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return [f"{available_cores()} CPU cores", *(gpus or ["no GPU"])]
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}"

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from elmo_ray import kernels
 from elmo_ray.config import PretrainConfig
+from elmo_ray.data.encode import WaitInterrupted
 from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader
 from elmo_ray.data.word_types import UniqueIndex
 from elmo_ray.errors import ElmoRayError
@@ -171,19 +172,25 @@ class Feeder:
         self.transfer = Transfer(device)
         self._queue: queue.Queue[ReadyBatch | BaseException | None] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
+        self._in_exchange = False
         self._thread = threading.Thread(target=self._run, name="elmo-loader", daemon=True)
 
     def _run(self) -> None:
         try:
             for step in self.steps:
+                exchange, capacity, no_ids = self.assembler.exchange, self.assembler.capacity, np.zeros(0, np.int64)
                 try:
                     batch = self.loader.next_batch()
                 except ElmoRayError as error:
                     # the other ranks are waiting in the exchange: tell them of the error before giving up
-                    exchange, capacity = self.assembler.exchange, self.assembler.capacity
-                    exchange.gather(np.zeros(0, np.int64), capacity, 0, 0, self.flags(), error, step)
+                    exchange.gather(no_ids, capacity, 0, 0, self.flags(), error, step)
                     raise
+                except WaitInterrupted:
+                    # no rank trains on this step, so that all stop after the same one
+                    exchange.gather(no_ids, capacity, 0, 0, self.flags(), None, step, interrupted=True)
+                self._in_exchange = True
                 result, flags = self.assembler(batch, step, self.flags())
+                self._in_exchange = False
                 if self.shapes is not None:
                     result = self.shapes(result)
                 result = with_micro_batches(result, self.assembler.config.train.accumulate)
@@ -191,6 +198,8 @@ class Feeder:
                 self._put(ReadyBatch(sent, batch.cursors, flags, arrived))
                 if flags.stop or self._closed.is_set():
                     break
+            self._put(None)
+        except WaitInterrupted:
             self._put(None)
         except BaseException as error:
             self._put(error)
@@ -212,10 +221,17 @@ class Feeder:
                 return self._queue.get(timeout=WARN_AFTER_S)
             except queue.Empty:
                 waited = time.perf_counter() - start
-                logger.warning(
-                    "waiting for text for %d s: are the data tasks' CPUs taken by others, or is the storage slow?",
-                    waited,
-                )
+                logger.warning("%s for %d s%s", *self._doing(waited))
+
+    def _doing(self, waited: float) -> tuple[str, float, str]:
+        """Return what the loader thread is doing, the seconds waited, and what may be the matter, for a warning."""
+        if self.loader.is_waiting:
+            cure = "are the data tasks' CPUs taken by others, or is the storage slow?"
+            return "waiting for text", waited, f": {cure}"
+        if self._in_exchange:
+            return "waiting for the text of other workers", waited, ""
+        streams = self.assembler.config.data.streams
+        return "cutting windows of text", waited, f": data.streams={streams} is much for this text; lower it"
 
     def __iter__(self) -> Iterator[ReadyBatch]:
         self._thread.start()

@@ -275,6 +275,8 @@ class _Run:
                 self._note_lost_best()
             if self.save_wanted and not self.saver.busy and not stopped:
                 self._save()
+        # The feeder may also end because a stop came while it waited for text.
+        stopped = not self._is_over()
         self._save_last()
         if self._is_over() and progress.step < self.total_steps:
             self._event(
@@ -330,6 +332,8 @@ class _Run:
     def _save_last(self) -> None:
         """Wait for the checkpoint of the last step, or write it; try again for a while if storage fails."""
         self.saver.finish()
+        if self.progress.step == 0:
+            return  # a stop came before the first step
         for pause in (0.0, *LAST_SAVE_PAUSES_S):
             if self.saver.last_step == self.progress.step:
                 return
@@ -482,7 +486,8 @@ class _Run:
     def _close(self, stopped: bool) -> None:
         self.progress.seconds += time.monotonic() - self.started
         if stopped:
-            self._event(f"stopped at step {self.progress.step} as asked; the state is saved, go on with --resume")
+            saved = "the state is saved, " if self.progress.step else "nothing is trained yet, "
+            self._event(f"stopped at step {self.progress.step} as asked; {saved}go on with --resume")
         if self.metrics is not None:
             self.metrics.close()
         self.files.close(*_PUSHED)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from elmo_ray.data.encode import WaitInterrupted
 from elmo_ray.errors import DataError, ElmoRayError, TrainingError
 
 T = TypeVar("T")
@@ -210,6 +211,10 @@ class Gathered:
     flags: Flags
 
 
+_ERROR, _INTERRUPTED = 1, 2
+"""Reasons in a rank's message why it has no text for a step."""
+
+
 class Exchange:
     """All-gather of one message for each step, over a group that only the loader thread uses."""
 
@@ -228,12 +233,14 @@ class Exchange:
         flags: Flags,
         error: ElmoRayError | None = None,
         step: int = 0,
+        interrupted: bool = False,
     ) -> Gathered:
         """Share one step's ids (at most `capacity`), positions and flags with all ranks.
 
         noise_hash: hash of the drawn noise, which must be equal on all ranks. error: this rank's error, if it has one.
-        Raises an ElmoRayError on every rank if one of them has an error, RankTimeout if one does not come in time, and
-        RuntimeError for different hashes.
+        interrupted: this rank has no text for the step, as a stop ended its wait. Raises an ElmoRayError on every rank
+        if one of them has an error, WaitInterrupted on every rank if one was interrupted, RankTimeout if one does not
+        come in time, and RuntimeError for different hashes.
         """
         self.ranks.heartbeat(step)
         if self.world == 1:
@@ -248,7 +255,7 @@ class Exchange:
             noise_hash,
             flags.stop,
             flags.rank_files[0] if flags.rank_files else 0,
-            error is not None,
+            _ERROR if error is not None else _INTERRUPTED if interrupted else 0,
             flags.committed,
             flags.cleaned,
         ]
@@ -260,8 +267,10 @@ class Exchange:
             with self.ranks.waiting("the exchange of target words", step):
                 dist.all_gather(list(received.unbind(0)), mine, group=self.group)
             everything = received.numpy()
-        if everything[:, 4].any():
+        if (everything[:, 4] == _ERROR).any():
             self._raise(error)
+        if (everything[:, 4] == _INTERRUPTED).any():
+            raise WaitInterrupted
         hashes = everything[:, 1]
         if (hashes != hashes[0]).any():
             raise RuntimeError(

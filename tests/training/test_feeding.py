@@ -14,6 +14,7 @@ import torch
 from helpers.tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config, write_corpus
 
 from elmo_ray.config import PretrainConfig
+from elmo_ray.data import encode
 from elmo_ray.data.corpus import Block, Corpus
 from elmo_ray.data.encode import EncodedBlock, thread_source
 from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan, split_evenly
@@ -21,6 +22,7 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import DataError
 from elmo_ray.model.softmax import draw_negatives, log_expected_count
+from elmo_ray.training import feeding
 from elmo_ray.training.feeding import Feeder, StepAssembler, reset_rows
 from elmo_ray.training.ranks import Exchange, Flags
 
@@ -196,6 +198,39 @@ def test_leaving_early_ends_the_threads(corpus: tuple[Corpus, Vocabulary]) -> No
     assert threads() == {"elmo-loader", "encode"}
     iterator.close()  # type: ignore[attr-defined]
     assert not threads()
+
+
+def test_a_stop_ends_a_wait_for_text(corpus: tuple[Corpus, Vocabulary], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage that no longer answers: the stop ends the wait, and the steps before it are done."""
+    monkeypatch.setattr(encode, "CLOSE_S", 0.1)
+    text, words = corpus
+    answers, stop = threading.Event(), threading.Event()
+
+    def hanging(blocks: Iterator[Block]) -> Iterator[Block]:
+        for number, block in enumerate(blocks):
+            if number == 12:
+                answers.wait(60)
+            yield block
+
+    config = tiny_config()
+    loader = StreamLoader(
+        StreamPlan(text, config.data.streams, config.run.seed),
+        range(config.data.streams),
+        StreamCursors.start(config.data.streams),
+        lambda blocks: thread_source(hanging(blocks), words, 16, look_ahead=1, interrupted=stop.is_set),
+        words,
+        config.train.unroll,
+        TypeTable(words, 16, 3),
+    )
+    assembler = StepAssembler(config, words.size, range(config.data.streams), Exchange())
+    feeder = Feeder(loader, assembler, range(1000), Flags, CPU)
+    monkeypatch.setattr(feeding, "WARN_AFTER_S", 0.05)
+    done = 0
+    threading.Timer(0.5, stop.set).start()
+    for _ in feeder:
+        done += 1
+    assert 0 < done < 1000 and loader.is_waiting and not answers.is_set()
+    answers.set()
 
 
 def test_only_a_few_steps_are_made_ahead(corpus: tuple[Corpus, Vocabulary]) -> None:

@@ -112,6 +112,28 @@ def test_another_vocabulary(domain: Domain) -> None:
     assert "with its own vocabulary does not compare" in outcome.printed
 
 
+def test_a_vocabulary_smaller_than_the_negatives_of_the_source(domain: Domain) -> None:
+    config = domain.folder / "finetune.yaml"
+    values = yaml.safe_load(config.read_text("utf-8"))
+    del values["softmax"]
+    config.write_text(yaml.safe_dump(values), "utf-8")
+    domain.prepare()
+    shared = domain.prepared / "vocab.txt"
+    before = shared.read_bytes()
+    (domain.folder / "domain.txt").write_bytes(b"the router drops the packet .\n" * 40)
+    (domain.folder / "domain-valid.txt").write_bytes(b"the packet drops the router .\n" * 4)
+    # The source has 8 negatives, and the text 5 words beside the special ones.
+    outcome = domain.finetune(domain.source, "data.vocab=counted")
+    assert outcome.code == 0, outcome.errors
+    assert open_source(domain.run()).softmax.negatives == 4
+    refused = domain.finetune(domain.source, "data.vocab=counted", "softmax.negatives=8", "run.name=own")
+    assert refused.errors == ["error: softmax.negatives=8: must be below the number of words in the vocabulary, 8"]
+    assert shared.read_bytes() == before, "another text does not replace it"
+    planned = domain.finetune(domain.source, "data.vocab=counted", "run.name=own", "--dry-run")
+    assert planned.code == 0 and "vocabulary: 8 words" in planned.printed and "negatives: 4" in planned.printed
+    assert domain.finetune(domain.source, "data.vocab=counted", "--fresh", "softmax.negatives=8", "--dry-run").code == 2
+
+
 def test_from_weights_without_a_softmax(domain: Domain) -> None:
     export.export_model(domain.source, domain.folder / "published")
     (domain.folder / "published" / "vocab.txt").unlink()

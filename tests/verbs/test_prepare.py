@@ -2,6 +2,7 @@ import collections
 import gzip
 import json
 import logging
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import zstandard
+from helpers.tiny_runs import sentences
 
 from elmo_ray import prepare
 from elmo_ray.config import PrepareConfig
@@ -67,7 +69,8 @@ def test_limits_of_the_vocabulary(folder: Path) -> None:
 
 
 def test_index_of_the_corpus(folder: Path) -> None:
-    result = prepare.run(configure(folder, data__valid=str(folder / "0.txt")))
+    (folder / "valid.text").write_bytes((folder / "0.txt").read_bytes())
+    result = prepare.run(configure(folder, data__valid=str(folder / "valid.text")))
     directory = folder / "runs" / "prepared"
     assert result.valid is not None and result.test is None
     counts = exact_counts(LINES)
@@ -220,12 +223,169 @@ def test_warnings_about_the_text(folder: Path, caplog: pytest.LogCaptureFixture)
     (folder / "1.txt").write_text("It rained, and nobody came. So what?\n" * 300 + "many words " * 200, "utf-8")
     (folder / "2.txt").write_bytes(b"\xef\xbb\xbfthe bad \xff byte\n")
     prepare.run(configure(folder, data__on_error="replace"))
-    assert [record.levelno for record in caplog.records if "data.train" in record.getMessage()] == [logging.WARNING] * 4
+    assert [record.levelno for record in caplog.records if "data.train" in record.getMessage()] == [logging.WARNING] * 3
     assert "data.train: punctuation sticks to" in caplog.text
     place = folder / "1.txt"
     assert f"data.train: 1 lines have more than 250 words ({place}, line 301 has 400)" in caplog.text
     assert "data.train: 1 invalid UTF-8 sequences or NULs become U+FFFD" in caplog.text
-    assert "byte order mark" in caplog.text
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.fixture
+def natural(tmp_path: Path) -> Path:
+    """A folder with train, valid and test text of a small grammar."""
+    train = sentences(600, 1)
+    for name, lines in {"train": train, "valid": sentences(60, 2), "test": sentences(60, 3)}.items():
+        own = [line for line in lines if name == "train" or line not in train]
+        (tmp_path / f"{name}.txt").write_text("".join(f"{line}\n" for line in own), "utf-8")
+    return tmp_path
+
+
+def configure_natural(folder: Path, **keys: Any) -> PrepareConfig:
+    texts = {f"data__{name}": str(folder / f"{name}.txt") for name in ("train", "valid", "test")}
+    return configure(folder, **{**texts, **keys})
+
+
+def test_unknown_words_are_told_and_kept(natural: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="elmo_ray")
+    result = prepare.run(configure_natural(natural))
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("unknown words: ")]
+    assert line.startswith("unknown words: train 0.00 %, valid 0.") and ", test 0." in line
+    vocabulary = Vocabulary.read(result.vocabulary_path)
+    assert result.valid is not None
+    unknown = sum(int((encode_block(read_block(b), vocabulary).ids < 0).sum()) for b in result.valid.blocks())
+    assert result.checks.unknown["valid"].share == unknown / result.valid.tokens
+    # Another start does not read the text again, and says the same.
+    (kept,) = (natural / "runs/prepared/checks").iterdir()
+    before = kept.stat().st_mtime_ns
+    caplog.clear()
+    again = prepare.run(configure_natural(natural))
+    assert again.checks == result.checks and kept.stat().st_mtime_ns == before and line in caplog.text
+
+
+def test_a_vocabulary_of_other_words_is_told(natural: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = prepare.run(configure_natural(natural)).vocabulary_path.read_text("utf-8").split()
+    caplog.clear()
+    path = natural / "given.vocab"
+    # In falling count all is well, and the alphabet is no order.
+    path.write_text("\n".join(words), "utf-8")
+    prepare.run(configure_natural(natural, data__vocab=str(path)))
+    path.write_text("\n".join([*words[:3], *sorted(words[3:])]), "utf-8")
+    assert warnings_of(caplog) == []
+    prepare.run(configure_natural(natural, data__vocab=str(path)))
+    (told,) = warnings_of(caplog)
+    assert f"data.vocab={path} is far from falling count: " in told
+    caplog.clear()
+    path.write_text("\n".join([*words[:3], "other", "words"]), "utf-8")
+    prepare.run(configure_natural(natural, data__vocab=str(path)))
+    assert [line.split(":")[0] for line in warnings_of(caplog)] == ["data.train", "data.valid", "data.test"]
+    assert "100.0 % of the words are not in the vocabulary" in caplog.text
+
+
+@pytest.mark.parametrize("other", ["valid", "test", "vocab"])
+def test_a_file_that_serves_twice_is_refused(natural: Path, other: str) -> None:
+    for name in ("valid", "test"):
+        (natural / f"{name}.txt").rename(natural / f"{name}.text")
+    words = prepare.run(configure(natural)).vocabulary_path
+    (natural / "more.txt").write_bytes(words.read_bytes() if other == "vocab" else b"the cat sees the ship .\n" * 40)
+    link = natural / "link"
+    link.symlink_to(natural / "more.txt")
+    with pytest.raises(ConfigError) as caught:
+        prepare.run(configure(natural, **{f"data__{other}": str(link)}))
+    message = str(caught.value)
+    assert message.startswith(f"data.train={natural}/*.txt and data.{other}={link} both name {natural}/more.txt: ")
+    with pytest.raises(ConfigError, match="both name"):
+        prepare.plan(configure(natural, **{f"data__{other}": str(link)}))
+    if other != "vocab":
+        return
+    # A vocabulary is no text, whether or not it is named as one.
+    with pytest.raises(DataError, match=r"more\.txt: is a vocabulary"):
+        prepare.run(configure(natural))
+
+
+def test_sentences_in_two_texts_are_told(natural: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = (natural / "train.txt").read_text("utf-8").splitlines()
+    lines = (natural / "valid.txt").read_text("utf-8").splitlines()
+    (natural / "valid.txt").write_text("\n".join([*lines, *train[:30]]), "utf-8")
+    result = prepare.run(configure_natural(natural))
+    (told,) = warnings_of(caplog)
+    assert told.startswith("data.valid: ") and "stand in data.train, too" in told
+    assert result.checks.shared["test"].found == 0 and result.checks.shared["valid"].found >= 20
+
+
+def test_an_index_without_samples_of_sentences_is_read(natural: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing(scan.Segment):
+        def pack(self) -> bytes:
+            self.sentence_sample = None
+            return super().pack()
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(scan, "FORMAT_VERSION", 2)
+        earlier.setattr(scan, "Segment", Nothing)
+        first = prepare.run(configure_natural(natural))
+    states = {path: path.stat().st_mtime_ns for path in (natural / "runs/prepared/state").iterdir()}
+    again = prepare.run(configure_natural(natural))
+    assert again.train.fingerprint == first.train.fingerprint
+    assert states == {path: path.stat().st_mtime_ns for path in (natural / "runs/prepared/state").iterdir()}
+    # Small texts are compared all the same.
+    assert again.checks.shared["valid"].looked_up > 20
+
+
+def test_a_file_and_its_compressed_copy_are_told(natural: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (natural / "train.txt.gz").write_bytes(gzip.compress((natural / "train.txt").read_bytes()))
+    prepare.run(configure_natural(natural, data__train=str(natural / "train*")))
+    (told,) = warnings_of(caplog)
+    assert told.startswith(f"data.train: {natural}/train.txt.gz has the same text as {natural}/train.txt: ")
+
+
+def test_words_that_are_too_rare(folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.min_count=100000: no word of data\.train is seen so often \(the most "
+    ):
+        prepare.run(configure(folder, data__min_count=100000))
+
+
+def test_a_training_leaves_the_shared_vocabulary(folder: Path) -> None:
+    shared = prepare.run(configure(folder)).vocabulary_path
+    before = shared.read_bytes()
+    other = prepare.run(configure(folder, data__max_vocab=6), replaces=False)
+    assert shared.read_bytes() == before and other.vocabulary_path.name.startswith("vocab-")
+    assert Vocabulary.read(other.vocabulary_path).size == 6
+    assert prepare.run(configure(folder), replaces=False).vocabulary_path == shared
+
+
+def test_sentence_markers_in_the_text_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = folder / "marked.text"
+    text.write_text("<s> the cat sees <unk> </s>\n" * 50, "utf-8")
+    prepare.run(configure(folder, data__train=str(text)))
+    markers, unknown = warnings_of(caplog)
+    assert "data.train: 50 of 50 sentences spell <s>: training adds sentence markers itself" in markers
+    assert "data.train: spells <unk> 50 times" in unknown
+
+
+@pytest.mark.parametrize(
+    ("words", "lengths"),
+    [
+        ("วันนี้ อากาศ ดี มาก เรา ไป สวน แมว เห็น หมา ใหญ่ บ้าน เก่า ริม น้ำ".split(), (4, 12)),
+        (list("今天气很好我们去公园猫看见大狗老房子在河边。"), (6, 20)),
+    ],
+)
+def test_no_warning_about_other_languages(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, words: list[str], lengths: tuple[int, int]
+) -> None:
+    draw = random.Random(4)
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    for name, n in {"train": 500, "valid": 50, "test": 50}.items():
+        lines = [" ".join(draw.choices(words, weights, k=draw.randint(*lengths))) for _ in range(n)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines), "utf-8")
+    first = prepare.run(configure_natural(tmp_path))
+    given = tmp_path / "given.vocab"
+    given.write_bytes(first.vocabulary_path.read_bytes())
+    prepare.run(configure_natural(tmp_path, data__vocab=str(given)))
+    assert warnings_of(caplog) == []
 
 
 def test_bytes_that_are_no_text(folder: Path) -> None:
@@ -247,9 +407,10 @@ def test_text_without_words(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sample_corpus(tmp_path: Path) -> None:
+def test_sample_corpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = prepare.run(configure(tmp_path, data__train="sample", data__block_bytes=131072))
     assert result.valid is not None and result.test is not None
+    assert warnings_of(caplog) == []
     assert result.train.tokens > 150_000 and len(result.train.shards) == 6
     assert all(Path(shard.path).is_relative_to(tmp_path / "runs") for shard in result.train.shards)
     vocabulary = Vocabulary.read(result.vocabulary_path)

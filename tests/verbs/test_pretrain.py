@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,40 @@ def test_dry_run_shows_what_would_be_and_writes_no_run(config: Path, capsys: pyt
     for expected in ("parameters:", "lstm.0", "positions per step: 20", "memory of a worker", "disk:", "devices seen"):
         assert expected in shown
     assert not (config.parent / "runs" / "tiny").exists()
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.streams=100000", "data.streams=100000: an epoch has 5,"),
+        ("softmax.negatives=5000", "softmax.negatives=5000: must be below the number of words"),
+        ("data.valid={folder}/train-2.txt.copy", "data.valid={folder}/train-2.txt.copy: no sentence in 1 files"),
+        ("data.valid={folder}/train-0.txt", "both name {folder}/train-0.txt"),
+        ("data.min_count=100000", "data.min_count=100000: no word of data.train is seen so often"),
+        ("train.unroll=65536 model.lstm.dim=65536", "this machine has"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses(
+    config: Path, override: str, expected: str, dry: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "train-2.txt.copy").write_bytes(b"")
+    override, expected = (text.replace("{folder}", str(config.parent)) for text in (override, expected))
+    assert main([str(config), *override.split(), *["--dry-run"] * dry]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert expected in error
+    assert not (config.parent / "runs" / "tiny").exists()
+
+
+def test_streams_that_are_short_are_told(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert main([str(config), "--dry-run", "data.streams=64"]) == 0
+    assert "data.streams" not in caplog.text
+    assert main([str(config), "--dry-run", "data.streams=2000"]) == 0
+    assert "data.streams=2000: a stream has 2 positions of an epoch" in caplog.text
+    suits = re.search(r"data\.streams=(\d+) suits this text", caplog.text)
+    caplog.clear()
+    assert suits is not None and main([str(config), "--dry-run", f"data.streams={suits[1]}"]) == 0
+    assert "suits" not in caplog.text
 
 
 @pytest.mark.ray

@@ -1,0 +1,127 @@
+"""Sizes of a training beside those of its text and of the machine: streams, and the memory of a worker."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from elmo_ray.config import PretrainConfig
+from elmo_ray.errors import ConfigError
+from elmo_ray.model.bilm import BiLM
+from elmo_ray.model.components import component_of
+
+logger = logging.getLogger(__name__)
+
+# Windows of a stream in an epoch: with fewer than the first number most of a window's context is from elsewhere.
+_FEWEST_WINDOWS, _ENOUGH_WINDOWS = 4, 10
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Estimate of the memory of a worker. parameters: numbers by component. uses: bytes by use."""
+
+    parameters: dict[str, int]
+    uses: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all uses."""
+        return sum(self.uses.values())
+
+
+def check_streams(config: PretrainConfig, positions: int, exact: bool = True) -> None:
+    """Compare data.streams with the positions of an epoch: warn where streams are short.
+
+    exact: the positions are counted, and not estimated. Raises ConfigError for more streams than positions.
+    """
+    streams, unroll = config.data.streams, config.train.unroll
+    suits = max(1, config.cluster.most_workers, positions // (_ENOUGH_WINDOWS * unroll))
+    if streams > (positions if exact else 4 * positions):
+        about = "" if exact else "about "
+        raise ConfigError(
+            f"data.streams={streams}: an epoch has {about}{positions:,} positions, fewer than streams; set "
+            f"data.streams={suits} or lower"
+        )
+    if streams > suits and positions < _FEWEST_WINDOWS * unroll * streams:
+        logger.warning(
+            "data.streams=%d: a stream has %s positions of an epoch, %.1f windows of train.unroll=%d; data.streams=%d "
+            "suits this text",
+            streams,
+            f"{positions // streams:,}",
+            positions / streams / unroll,
+            unroll,
+            suits,
+        )
+
+
+def worker_memory(config: PretrainConfig, n_words: int, block_bytes: int | None = None) -> WorkerMemory:
+    """Return an estimate of the memory of one worker.
+
+    block_bytes: size of the largest block of text; None takes data.block_bytes.
+    """
+    with torch.device("meta"):
+        model = BiLM(config.model, config.softmax, n_words)
+    parameters: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        component = component_of(name)
+        parameters[component] = parameters.get(component, 0) + parameter.numel()
+    total = sum(parameters.values())
+    dense = sum(count for component, count in parameters.items() if component not in ("softmax", "word_embedding"))
+    width = 8 if config.train.precision == "fp64" else 4
+    slots = 1 if config.optim.name == "adagrad" else 2
+    rows = -(-config.data.streams // max(1, config.cluster.fewest_workers))
+    lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
+    window = -(-rows // config.train.accumulate) * config.train.unroll * directions
+    negatives = config.softmax.negatives if config.softmax.kind == "sampled" else n_words
+    # tensors kept for backward: gates, their gradients, cells and outputs; logits and their gradient
+    activations = window * lstm.n_layers * (10 * lstm.dim + 4 * lstm.projection_dim) + 3 * window * negatives
+    block = config.data.block_bytes if block_bytes is None else block_bytes
+    uses = {
+        "parameters": total * width,
+        "optimizer": total * slots * width,
+        "gradients": dense * width,
+        "activations": activations * width,
+        "text": n_words * (2 * config.model.char_cnn.max_characters + 150) + rows * 3 * block * 6,
+    }
+    return WorkerMemory(parameters, uses)
+
+
+def check_memory(config: PretrainConfig, memory: WorkerMemory, available: int, whose: str) -> None:
+    """Compare the memory of a worker with the bytes that are there for it: warn where it needs more.
+
+    whose: words for the memory that is there. Raises ConfigError where it needs more than twice as much.
+    """
+    if memory.total <= available:
+        return
+    use = max(memory.uses, key=lambda name: memory.uses[name])
+    message = (
+        f"a worker needs about {show_bytes(memory.total)} of memory ({show_bytes(memory.uses[use])} for {use}), and "
+        f"{whose} has {show_bytes(available)}: {_cure(config, use)}"
+    )
+    if memory.total > 2 * available:
+        raise ConfigError(message)
+    logger.warning("%s", message)
+
+
+def _cure(config: PretrainConfig, use: str) -> str:
+    """Return the setting that lowers the memory of this use."""
+    if use == "text":
+        return f"lower data.streams={config.data.streams} or data.block_bytes={config.data.block_bytes}"
+    if use == "activations":
+        if config.softmax.kind != "sampled":
+            return f"set softmax.kind=sampled, or raise train.accumulate={config.train.accumulate}"
+        return f"raise train.accumulate={config.train.accumulate}, or lower data.streams={config.data.streams}"
+    words = "name a smaller data.vocab" if config.data.vocab is not None else "set data.max_vocab"
+    return f"{words}, or lower model.lstm.dim={config.model.lstm.dim}"
+
+
+def show_bytes(count: int) -> str:
+    """Return a number of bytes with three digits and a unit."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}"

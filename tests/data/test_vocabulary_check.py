@@ -1,0 +1,63 @@
+"""Lines of a vocabulary that cannot be words are refused, and odd ones are told."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from elmo_ray.data.vocabulary_check import check_vocabulary_file
+from elmo_ray.errors import DataError
+
+SPECIAL = "<S>\n</S>\n<UNK>\n"
+
+
+def check(folder: Path, text: str, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings about a vocabulary with this text."""
+    caplog.clear()
+    caplog.set_level(logging.INFO, logger="elmo_ray")
+    path = folder / "words.txt"
+    path.write_bytes(text.encode())
+    check_vocabulary_file(str(path))
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+REFUSED = {
+    "uniq -c": ("    120 the\n     11 cat\n", r"line 4: '120 the': 2 of 5 lines have a blank: are these counts\?"),
+    "word and count": ("the\t120\ncat\t1e3\n", r"line 4: 'the\\t120': 2 of 5 lines have a blank: are these counts\?"),
+    "two words": (
+        "the\nnew york\n",
+        r"line 5: 'new york': 1 of 5 lines has a blank, which no word has; leave one word",
+    ),
+    "an empty line": ("the\n\ncat\n", "line 5: is empty"),
+    "an empty last line": ("the\ncat\n\n", "line 6: is empty"),
+    "a word twice": ("the\ncat\nthe \n", "line 6: 'the' stands in line 4 already"),
+    "a byte order mark": ("\ufeffthe\n", "line 4: a byte order mark"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    lines, expected = REFUSED[name]
+    with pytest.raises(DataError, match=expected) as caught:
+        check(tmp_path, SPECIAL + lines, caplog)
+    assert str(caught.value).startswith(f"{tmp_path / 'words.txt'}, line ")
+
+
+def test_what_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (told,) = check(tmp_path, SPECIAL + "the\n<unk>\n", caplog)
+    assert "words.txt, line 5: '<unk>' is a word like any other; the special word is <UNK>, in line 3" in told
+    (told,) = check(tmp_path, SPECIAL + "caf\u00e9\ncafe\u0301\n", caplog)
+    assert "1 word stands in two Unicode forms" in told and "in line 4 and" in told and "line 5" in told
+    (told,) = check(tmp_path, SPECIAL + "10\u00a0000\n", caplog)
+    assert "1 word stands there with a blank beyond ASCII" in told
+
+
+def test_what_is_right(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert check(tmp_path, SPECIAL + "the\ncafé\ncat\n", caplog) == []
+    assert check(tmp_path, (SPECIAL + "the\n!!!MAXTERMID\ncat").replace("\n", "\r\n"), caplog) == []
+    # A few odd words among very many are those of the web.
+    many = "".join(f"word{number}\n" for number in range(20_000))
+    assert check(tmp_path, SPECIAL + many + "\u2126\n\u03a9\n", caplog) == []
+    assert "two Unicode forms" in caplog.text
