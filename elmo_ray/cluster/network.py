@@ -97,6 +97,27 @@ def take_interface(name: str) -> None:
         os.environ.setdefault(variable, f"={name}" if variable.startswith("NCCL") else name)
 
 
+def own_address(wanted: str | None = None) -> str:
+    """Return the address by which other hosts reach this one: Ray's choice, unless that is a loopback address.
+
+    wanted: as `cluster.network`. Raises ConfigError where the host has no such address.
+    """
+    found = interfaces()
+    if wanted is not None:
+        return find_interface(found, "0.0.0.0", wanted)[1]
+    import ray
+
+    # Ray takes the address of the way to the internet, and where there is none that of the host's name
+    address = str(ray.util.get_node_ip_address())
+    if not ipaddress.ip_address(address).is_loopback:
+        return address
+    for addresses in found.values():
+        for other in map(ipaddress.ip_address, addresses):
+            if not (other.is_loopback or other.is_link_local):
+                return str(other)
+    return address
+
+
 # ---------------------------------------------------------------- reaching each other
 
 _listener: socket.socket | None = None
