@@ -76,7 +76,7 @@ def test_hosts_that_do_not_reach_each_other(hosts: Hosts, config: Path, wanted: 
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("hidden", ["text", "prepared", "runs"])
+@pytest.mark.parametrize("hidden", ["text", "runs"])
 def test_a_host_that_does_not_see_the_files(hosts: Hosts, config: Path, hidden: str) -> None:
     place = config.parent / hidden
     place.mkdir(exist_ok=True)
