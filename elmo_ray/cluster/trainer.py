@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from elmo_ray import errors, storage
+from elmo_ray.cluster.hosts import RunFiles, versions
 from elmo_ray.cluster.logs import LogFollower, log_to_run
 from elmo_ray.cluster.session import TORCH_NAMES, Device, check_cluster, last_line, set_environment, shown_workers
 from elmo_ray.cluster.stopping import STOP_FILE, for_seconds, in_thread, make_stop_file, stop_check, stop_on_signals
@@ -81,8 +82,11 @@ def _local_worker(plan: TrainPlan, device: Device, asked: Callable[[], bool]) ->
 
 def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFunction) -> dict[str, Any]:
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from elmo_ray.cluster.backend import CheckedTorchConfig
+
+    files = RunFiles(run_dir, plan.corpus_path, plan.vocabulary_path)
     cluster = plan.config.cluster
     # Ray decides how many elastic workers there are and knows nothing of data tasks: the CPUs of a worker's task are
     # reserved with the worker, or workers could take them all and wait for ever.
@@ -95,7 +99,13 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
             "vocabulary_sha256": Vocabulary.read(plan.vocabulary_path).sha256,
             "function": function,
         },
-        torch_config=TorchConfig(timeout_s=math.ceil(cluster.timeout_s)),
+        torch_config=CheckedTorchConfig(
+            timeout_s=math.ceil(cluster.timeout_s),
+            network=cluster.network,
+            files=files,
+            expected=files.marks(),
+            versions=versions(),
+        ),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=device == "gpu",
@@ -132,7 +142,10 @@ def _ray_storage(run_dir: str) -> dict[str, Any]:
     return {"name": name, "storage_path": path.rpartition("/")[0], "storage_filesystem": arrow}
 
 
-def _training_error(error: Exception, cluster: ClusterConfig) -> TrainingError:
+def _training_error(error: Exception, cluster: ClusterConfig) -> ElmoRayError:
+    cause = getattr(error, "controller_failure", None)
+    if isinstance(cause, ElmoRayError):  # of the checks before the workers start
+        return cause
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     for rank, failure in failures.items():
         logger.error("worker %d: %s", rank, "".join(traceback.format_exception(failure)).rstrip())

@@ -289,6 +289,12 @@ class ClusterConfig(ComputeConfig):
         60.0, ge=1, le=86400, description="How often, in seconds, to look for room for more of [min, max] workers."
     )
 
+    network: str | None = Field(
+        None,
+        min_length=1,
+        description="Workers on several hosts use this interface (eth1), or that in this network (10.1.0.0/16).",
+    )
+
     def _unused(self) -> dict[str, str]:
         if self.elastic:
             return {}

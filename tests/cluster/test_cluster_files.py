@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helpers.tiny_runs import newest, sentences, tiny_values
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.config.command_line import load_config
@@ -138,70 +134,6 @@ def test_shell() -> None:
     files = [CLUSTER / "slurm.sbatch", CLUSTER.parent / ".ci" / "run"]
     done = subprocess.run([shellcheck, *files], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout
-
-
-# ---------------------------------------------------------------- Slurm
-
-STAND_INS = {
-    # a step of srun is a command on this machine; signals go to it, as from srun
-    "srun": 'echo "srun $*" >> "$CALLS"; while [[ "$1" == --* ]]; do shift; done; exec "$@"',
-    "ray": 'echo "ray $* auth=$RAY_AUTH_MODE token=${#RAY_AUTH_TOKEN}" >> "$CALLS"; exec sleep 600',
-    "scontrol": 'echo "scontrol $*" >> "$CALLS"',
-}
-
-
-@pytest.mark.slow
-def test_slurm(tmp_path: Path) -> None:
-    """Two allocations: the first is told that its time is nearly up, the second finishes the run."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    for name, body in STAND_INS.items():
-        (commands / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (commands / name).chmod(0o755)
-    os.symlink(sys.executable, commands / "python")
-    (tmp_path / "train.txt").write_text("".join(line + "\n" for line in sentences(300)), encoding="utf-8")
-    values = tiny_values(
-        run__name="queued", run__storage_path=str(tmp_path / "runs"), run__export=False,
-        data__train=str(tmp_path / "train.txt"), train__checkpoint_every="900000 steps", train__log_every=1,
-    )  # fmt: skip
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    calls = tmp_path / "calls.txt"
-    environment = {
-        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(calls), "ELMO_HEAD_PAUSE_S": "0",
-        "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_ON_NODE": "4", "SLURMD_NODENAME": "node1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }  # fmt: skip
-    environment.pop("ELMO_VENV", None)
-    command = ["bash", str(CLUSTER / "slurm.sbatch"), str(tmp_path / "config.yaml")]
-
-    def start(duration: str) -> subprocess.Popen[bytes]:
-        with open(tmp_path / "log.txt", "ab") as log:
-            return subprocess.Popen(
-                [*command, f"train.duration={duration}"], env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-
-    first = start("1000000 steps")
-    metrics = tmp_path / "runs" / "queued" / "metrics" / "attempt-001.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and '"train"' in metrics.read_text()):
-        assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
-        time.sleep(0.1)
-    first.send_signal(signal.SIGUSR1)
-    assert first.wait(60) == 0, (tmp_path / "log.txt").read_text()
-    made = calls.read_text().splitlines()
-    assert made[-1] == "scontrol requeue 17"
-    assert [line.split()[0] for line in made].count("srun") == 2
-    for word in ("--head", "--address"):
-        (started,) = (line for line in made if line.startswith("ray ") and word in line)
-        assert started.endswith("auth=token token=64")
-    saved = newest(tmp_path / "runs" / "queued").step
-    assert saved > 0
-
-    calls.unlink()
-    assert start(f"{saved + 5} steps").wait(60) == 0, (tmp_path / "log.txt").read_text()
-    assert newest(tmp_path / "runs" / "queued").step == saved + 5
-    assert "scontrol" not in calls.read_text(), "a finished run is not queued again"
-    assert start("nonsense").wait(60) == 2, "the exit code of the command"
 
 
 def test_a_job_takes_the_code_and_no_corpus(repository: Path, tmp_path: Path) -> None:

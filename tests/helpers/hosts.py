@@ -1,0 +1,202 @@
+"""Test hosts on one machine: network namespaces with a bridge between them, each with its own name, address and mounts.
+
+What works only because all processes are on one machine fails here as on several. Needs root and Debian's iproute2.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# a name of its own for the host, and mounts that nobody else sees
+_ENTER = 'hostname "$1"; shift; mount --make-rprivate /; mount -t sysfs sysfs /sys 2>/dev/null; exec "$@"'
+
+
+def need_hosts() -> None:
+    """Skip the test, with the reason, where there can be no hosts."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("test hosts need Linux and root")
+    for program in ("ip", "unshare", "nsenter"):
+        if shutil.which(program) is None:
+            pytest.skip(f"test hosts need the program {program} (Debian: iproute2, util-linux)")
+    done = subprocess.run(["ip", "netns", "add", "elmo-probe"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
+    subprocess.run(["ip", "netns", "del", "elmo-probe"], check=True)
+
+
+class Host:
+    """A test host. number: the last number of its address."""
+
+    def __init__(self, hosts: Hosts, name: str, number: int) -> None:
+        self.hosts, self.name, self.number = hosts, name, number
+        self.namespace, self.link = f"{hosts.prefix}-{name}", f"{hosts.prefix}{number}"
+        self.address, self.apart = f"{hosts.network}.{number}", f"10.99.0.{number}"
+        self.ray: subprocess.Popen[bytes] | None = None
+        self.log = hosts.folder / f"{name}.log"
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return the command that runs another one on this host."""
+        enter = ["unshare", "--uts", "--mount", "bash", "-c", _ENTER, "host", self.name]
+        return ["ip", "netns", "exec", self.namespace, *enter, *arguments]
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a command on this host; its output goes to `log`."""
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                self.command(*arguments), stdout=log, stderr=log, env=self.hosts.environment | environment
+            )
+
+    def run(self, *arguments: str, timeout_s: float = 240.0, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a command on this host to its end."""
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.hosts.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def start_ray(self, head: Host | None = None, cpus: int = 2) -> None:
+        """Start a node of Ray, as the head or with the head's address, and wait until it has joined."""
+        place = (
+            ["--head", "--port=6379", "--include-dashboard=false"]
+            if head is None
+            else [f"--address={head.address}:6379"]
+        )
+        options = [
+            f"--node-ip-address={self.address}",
+            f"--num-cpus={cpus}",
+            "--object-store-memory=100000000",
+            "--block",
+        ]
+        seen = self.log.stat().st_size if self.log.exists() else 0
+        self.ray = self.start(str(Path(sys.executable).parent / "ray"), "start", *place, *options)
+
+        def started() -> bool:
+            assert self.ray is not None and self.ray.poll() is None, self.log.read_text()[-2000:]
+            return "Ray runtime started" in self.log.read_bytes()[seen:].decode()
+
+        wait_for(started, f"Ray on {self.name}: {self.log}")
+
+    def processes(self) -> list[int]:
+        """Return the processes that run on this host."""
+        done = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in done.stdout.split()]
+
+    def kill(self) -> None:
+        """Take the host away: end all its processes at once."""
+        for pid in self.processes():
+            with_suppress(os.kill, pid, signal.SIGKILL)
+        wait_for(lambda: not self.processes(), f"end of the processes of {self.name}")
+        if self.ray is not None:
+            self.ray.wait()
+            self.ray = None
+
+    def cable(self, plugged: bool) -> None:
+        """Pull the host's network cable, or plug it in."""
+        _ip("link", "set", self.link, "up" if plugged else "down")
+
+    def mount(self, *arguments: str) -> None:
+        """Mount something that only the Ray of this host sees."""
+        assert self.ray is not None
+        # the processes of `start` are: ip and unshare, which become the command itself
+        subprocess.run(["nsenter", "--mount", f"--target={self.ray.pid}", "mount", *arguments], check=True)
+
+    def unmount(self, place: str | Path) -> None:
+        assert self.ray is not None
+        subprocess.run(["nsenter", "--mount", f"--target={self.ray.pid}", "umount", "--lazy", str(place)], check=True)
+
+
+class Hosts:
+    """Some hosts, from `with` on until its end.
+
+    debian: each host's own name is 127.0.1.1 to itself, as Debian and Ubuntu install it. Each host also has an
+    interface `eth1` that nothing joins to the others, with the address 10.99.0.NUMBER.
+    """
+
+    def __init__(self, folder: Path, count: int = 2, debian: bool = True, network: str = "10.83.0") -> None:
+        self.folder, self.network, self.debian = folder, network, debian
+        self.prefix = f"er{os.getpid() % 100000}"
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.all = [Host(self, f"node{'abcdef'[n]}", n + 2) for n in range(count)]
+
+    def __enter__(self) -> Hosts:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        bridge = f"{self.prefix}br"
+        _ip("link", "add", bridge, "type", "bridge")
+        _ip("addr", "add", f"{self.network}.1/24", "dev", bridge)
+        _ip("link", "set", bridge, "up")
+        for host in self.all:
+            _ip("netns", "add", host.namespace)
+            _ip("link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
+            _ip("link", "set", host.link, "master", bridge, "up")
+            inside = ("-n", host.namespace)
+            _ip(*inside, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            _ip(*inside, "link", "set", "eth0", "up")
+            _ip(*inside, "link", "set", "lo", "up")
+            _ip(*inside, "link", "add", "eth1", "type", "veth", "peer", "name", "eth1-end")
+            _ip(*inside, "addr", "add", f"{host.apart}/24", "dev", "eth1")
+            _ip(*inside, "link", "set", "eth1", "up")
+            _ip(*inside, "link", "set", "eth1-end", "up")
+            _ip(*inside, "route", "add", "default", "via", f"{self.network}.1")
+            names = [f"{o.address} {o.name}" for o in self.all if o is not host or not self.debian]
+            own = [f"127.0.1.1 {host.name}"] if self.debian else []
+            folder = Path("/etc/netns") / host.namespace  # which `ip netns exec` lays over /etc
+            folder.mkdir(parents=True)
+            (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *own, *names]) + "\n")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for host in self.all:
+            host.kill()
+            subprocess.run(["ip", "netns", "del", host.namespace], check=False)
+            shutil.rmtree(Path("/etc/netns") / host.namespace, ignore_errors=True)
+        subprocess.run(["ip", "link", "del", f"{self.prefix}br"], check=False)
+
+
+def wait_for(done: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
+    """Wait until `done` returns True."""
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, f"not seen in {timeout_s:.0f} s: {what}"
+        time.sleep(0.05)
+
+
+def with_suppress(function: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        function(*arguments)
+    except ProcessLookupError:
+        pass
+
+
+def _ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+
+
+def lines_of(output: str) -> Sequence[str]:
+    """Return the lines of a command's output that are not empty."""
+    return [line for line in output.splitlines() if line.strip()]

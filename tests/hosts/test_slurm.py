@@ -1,0 +1,92 @@
+"""`cluster/slurm.sbatch` under a real Slurm of two nodes, whose own names are 127.0.1.1 as on Debian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.hosts import REPOSITORY, Hosts, need_hosts, wait_for
+from helpers.slurm import Slurm, need_slurm, stop_munge
+from helpers.tiny_runs import newest, sentences, tiny_values
+
+pytestmark = [pytest.mark.slow, pytest.mark.hosts]
+SCRIPT = str(REPOSITORY / "cluster" / "slurm.sbatch")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    need_hosts()
+    need_slurm()
+    folder = tmp_path_factory.mktemp("slurm")
+    with Hosts(folder, network="10.84.0") as hosts:
+        slurm = Slurm(hosts)
+        yield slurm
+        stop_munge(slurm)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "train.txt").write_text("".join(f"{line}\n" for line in sentences(400)))
+    values = tiny_values(
+        run__storage_path=str(tmp_path / "runs"),
+        run__name="queued",
+        run__export=False,
+        data__train=str(tmp_path / "train.txt"),
+        data__prepared_dir=str(tmp_path / "prepared"),
+        train__log_every=1,
+        cluster={"workers": 2, "cpus_per_worker": 1.5},
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def submit(slurm: Slurm, config: Path, *arguments: str, options: tuple[str, ...] = ()) -> int:
+    common = ["--nodes=2", "--gpus-per-node=0", "--export=ALL", *options]
+    return slurm.submit(*common, SCRIPT, str(config), *arguments, folder=config.parent)
+
+
+def log(config: Path) -> str:
+    path = config.parent / "job.log"
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def wait_for_training(config: Path, attempt: int) -> None:
+    metrics = config.parent / "runs" / "queued" / "metrics" / f"attempt-{attempt:03d}.jsonl"
+
+    def trains() -> bool:
+        return metrics.exists() and '"train"' in metrics.read_text()
+
+    wait_for(trains, f"training: {log(config)[-3000:]}", 240)
+
+
+def test_a_run_on_two_nodes(slurm: Slurm, config: Path) -> None:
+    number = submit(slurm, config)
+    job = slurm.wait(number, "COMPLETED", "FAILED")
+    assert job["JobState"] == "COMPLETED" and job["ExitCode"] == "0:0", log(config)
+    assert "2 workers" in log(config) and "step 24/24" in log(config)
+
+
+def test_a_wrong_argument_ends_the_job_with_its_exit_code(slurm: Slurm, config: Path) -> None:
+    job = slurm.wait(submit(slurm, config, "train.duration=nonsense"), "COMPLETED", "FAILED")
+    assert job["JobState"] == "FAILED" and job["ExitCode"] == "2:0"
+    assert "train.duration" in log(config)
+
+
+def test_near_its_end_a_job_saves_and_is_queued_again(slurm: Slurm, config: Path) -> None:
+    never = ("train.duration=1000000 steps", "train.checkpoint_every=900000 steps")
+    number = submit(slurm, config, *never)
+    wait_for_training(config, 1)
+    # what Slurm sends before the end of the time, by --signal=B:USR1@600
+    slurm.command("scancel", "--batch", "--signal=USR1", str(number))
+    wait_for(lambda: slurm.job(number).get("Restarts") == "1", f"queued again: {log(config)[-3000:]}", 120)
+    saved = newest(config.parent / "runs" / "queued").step
+    assert saved > 0
+    # Slurm waits two minutes before it starts a job again
+    slurm.command("scontrol", "update", f"jobid={number}", "starttime=now")
+    wait_for_training(config, 2)
+    assert f"resume from step {saved} of" in log(config)
+    slurm.command("scancel", str(number))
+    assert slurm.wait(number, "CANCELLED", "COMPLETED", "FAILED")["JobState"] == "CANCELLED"

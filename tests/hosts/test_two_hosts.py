@@ -1,0 +1,104 @@
+"""Training on two hosts in the form of Debian, and what is said where hosts differ or do not reach each other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.hosts import REPOSITORY, Host, Hosts, lines_of, need_hosts
+from helpers.tiny_runs import sentences, tiny_values
+
+from elmo_ray.training.metrics import read_metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.hosts]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    need_hosts()
+    with Hosts(tmp_path_factory.mktemp("hosts")) as both:
+        head, other = both.all
+        head.start_ray()
+        other.start_ray(head)
+        yield both
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "train.txt").write_text("".join(f"{line}\n" for line in sentences(400)))
+    values = tiny_values(
+        run__storage_path=str(tmp_path / "runs"),
+        run__name="two",
+        data__train=str(tmp_path / "text" / "train.txt"),
+        data__prepared_dir=str(tmp_path / "prepared"),
+        cluster={"workers": 2, "cpus_per_worker": 1.5},
+    )
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def pretrain(host: Host, config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "elmo_ray.pretrain", str(config), *arguments]
+    return host.run(*command, RAY_ADDRESS=f"{host.hosts.all[0].address}:6379")
+
+
+def test_workers_of_two_hosts_train(hosts: Hosts, config: Path) -> None:
+    done = pretrain(hosts.all[0], config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 workers" in done.stderr and "step 24/24" in done.stderr
+    assert "failure" not in done.stderr
+    steps = [record["step"] for record in read_metrics(config.parent / "runs" / "two") if record["kind"] == "train"]
+    assert steps[-1] == 24
+
+
+def test_the_network_is_chosen_by_its_address(hosts: Hosts, config: Path) -> None:
+    done = pretrain(hosts.all[0], config, "cluster.network=10.83.0.0/16")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("eth1", "host nodea (10.99.0.2, interface eth1) cannot reach host nodeb (10.99.0.3, interface eth1)"),
+        ("10.200.0.0/16", "cluster.network=10.200.0.0/16: host nodea has no such interface; it has"),
+    ],
+)
+def test_hosts_that_do_not_reach_each_other(hosts: Hosts, config: Path, wanted: str, expected: str) -> None:
+    done = pretrain(hosts.all[0], config, f"cluster.network={wanted}")
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert expected in lines_of(done.stderr)[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("hidden", ["text", "runs"])
+def test_a_host_that_does_not_see_the_files(hosts: Hosts, config: Path, hidden: str) -> None:
+    place = config.parent / hidden
+    place.mkdir(exist_ok=True)
+    hosts.all[1].mount("-t", "tmpfs", "tmpfs", str(place))
+    try:
+        done = pretrain(hosts.all[0], config)
+    finally:
+        hosts.all[1].unmount(place)
+    assert done.returncode == 2, done.stderr[-3000:]
+    last = lines_of(done.stderr)[-1]
+    assert "host nodeb (10.83.0.3) does not see what the driver sees" in last and str(place) in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_host_with_another_version(hosts: Hosts, config: Path) -> None:
+    package = REPOSITORY / "elmo_ray" / "__init__.py"
+    other = config.parent / "other.py"
+    other.write_text(package.read_text().replace("__version__ = ", '__version__ = "0.0.1" or '))
+    hosts.all[1].mount("--bind", str(other), str(package))
+    try:
+        done = pretrain(hosts.all[0], config)
+    finally:
+        hosts.all[1].unmount(package)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "host nodeb (10.83.0.3) has elmo_ray 0.0.1" in lines_of(done.stderr)[-1]
