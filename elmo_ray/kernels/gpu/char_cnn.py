@@ -30,10 +30,9 @@ _LARGEST_EMBEDDING = 128
 
 
 def serves(embedding_VE: Tensor, filters: Sequence[Tensor]) -> bool:
-    """Return True if `largest_windows` computes such filters: on a GPU, in float32, of windows that fit into tiles."""
+    """Return True if `largest_windows` computes such filters: those whose windows fit into tiles."""
     size = embedding_VE.shape[1]
-    is_small = size <= _LARGEST_EMBEDDING and size * max(w.shape[2] for w in filters) <= _LARGEST_WINDOW
-    return embedding_VE.is_cuda and embedding_VE.dtype == torch.float32 and is_small
+    return size <= _LARGEST_EMBEDDING and size * max(w.shape[2] for w in filters) <= _LARGEST_WINDOW
 
 
 def count_windows(types_UC: Tensor, padding: int) -> Tensor:
