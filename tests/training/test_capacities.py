@@ -20,6 +20,7 @@ from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.scoring import character_table
 from elmo_ray.model.bilm import TABLES, BiLM
+from elmo_ray.model.softmax import draw_negatives
 from elmo_ray.training.capacities import Capacities, sorted_positions
 from elmo_ray.training.feeding import StepAssembler
 from elmo_ray.training.ranks import Exchange, Flags
@@ -175,9 +176,28 @@ def test_sorted_positions() -> None:
     assert order.dtype == starts.dtype == torch.int32
 
 
-def test_a_usual_batch_fits(text: tuple[Corpus, Vocabulary]) -> None:
-    """English words come by about the law that capacities are made of: no more than a third is padding."""
-    config = tiny_config(data__streams=16, train__unroll=20, softmax__negatives=30)
-    for plain, padded in inputs(config, text):
-        assert plain.rows is not None and padded.rows is not None
-        assert len(plain.rows) <= len(padded.rows) <= 1.34 * len(plain.rows)
+def test_a_usual_batch_fits() -> None:
+    """Words by the law that capacities are made of fit, and little is padding."""
+    n_words, config = 20_000, tiny_config(data__streams=64, train__unroll=20, softmax__negatives=1000)
+    pad = Capacities.of(config, n_words, None, 32)
+    random = np.random.default_rng(1)
+    for step in range(5):
+        ids = np.expm1(random.random(64 * 20) * np.log1p(n_words)).astype(np.int64)  # of two workers
+        negatives = [draw_negatives(1, step, d, n_words, 1000).ids for d in range(2)]
+        words, rows = np.unique(ids[: 32 * 20]), np.unique(np.concatenate([ids, *negatives]))
+        nothing, places = torch.zeros(0), torch.zeros(1, 1, 1, dtype=torch.int64)
+        batch = StepInput(
+            0,
+            torch.from_numpy(words),
+            ((len(words), 1),),
+            places,
+            places,
+            nothing,
+            nothing,
+            1,
+            rows=torch.from_numpy(rows),
+        )
+        padded = pad(batch)
+        assert padded.rows is not None
+        assert len(words) <= len(padded.types) <= 1.25 * len(words)
+        assert len(rows) <= len(padded.rows) <= 1.15 * len(rows)
