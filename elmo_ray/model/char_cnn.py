@@ -152,9 +152,10 @@ class CharCnn(nn.Module):
         """
         if classes is None:
             classes = ((types_UC.shape[0], types_UC.shape[1]),)
-        filters, bias = tuple(self.filters), torch.cat(list(self.filter_biases))
+        filters, biases = tuple(self.filters), list(self.filter_biases)
         if at_once := kernels.word_features(self.embedding, filters):
             counts, capacity = windows or (None, self._most_windows(types_UC.shape[1], classes))
+            bias = torch.cat(biases)
             x = at_once(types_UC, self.embedding, filters, bias, self.config.activation, dtype, counts, capacity)
         else:
             words = types_UC.split([count for count, _ in classes])
@@ -162,7 +163,7 @@ class CharCnn(nn.Module):
             run = kernels.largest_windows(self.embedding) or largest_windows
             x = run(groups, self.embedding, filters, self.config.max_characters, dtype)
             # bias and activation are monotone, so they may come after the maximum, on far fewer numbers
-            x = x + bias
+            x = x + torch.cat(biases)
             x = torch.relu(x) if self.config.activation == "relu" else torch.tanh(x)
         for layer in self.highways:
             x = layer(x, dtype)

@@ -47,7 +47,7 @@ ROOT = HERE.parents[1]
 LIMITS = {"env": 40, "tests": 110, "capture": 60, "parts": 60, "step": 150, "train": 75, "ray": 150}
 """Seconds that a command of a section may take."""
 
-GPU_TESTS = ("tests/kernels", "tests/training/test_gpu_captured_step.py")
+GPU_TESTS = ("tests/kernels", "tests/training/test_gpu_captured_step.py", "tests/training/test_transfer.py")
 
 UNROLL = 20
 
@@ -278,7 +278,7 @@ class Sections:
         if self.device == "cuda":
             return self.command("tests", LIMITS["tests"], *options, "-m", "gpu", *GPU_TESTS)
         # without a GPU a few that run anywhere
-        chosen = ["-k", "one_block or not_captured", "tests/training/test_captured_step.py"]
+        chosen = ["-k", "not_captured or outlive", "tests/training/test_captured_step.py"]
         return self.command("tests", LIMITS["tests"], *options, *chosen)
 
     def step(self) -> dict[str, Any]:

@@ -112,24 +112,6 @@ def test_whoever_keeps_what_was_made_of_a_weight_sees_that_it_changed(text: Text
     assert all(value._version > before[name] for name, value in step.optimizer.values.items())
 
 
-def test_an_input_travels_as_one_block(text: Text) -> None:
-    config = tiny_config(train__accumulate=2)
-    for _, padded in inputs(config, text):
-        sent = padded.to(torch.device("cpu"))
-        blocks = set()
-        for ours, theirs in (
-            (sent, padded),
-            *((a, b) for (_, a), (_, b) in zip(sent.micro_batches, padded.micro_batches, strict=True)),
-        ):
-            assert ours.block is not None and sorted(ours.tensors()) == sorted(theirs.tensors())
-            for name, tensor in theirs.tensors().items():
-                mine = ours.tensors()[name]
-                assert torch.equal(mine, tensor) and mine.dtype == tensor.dtype
-                assert mine.data_ptr() % 64 == 0 or not mine.numel()
-                blocks.add(mine.untyped_storage().data_ptr())
-        assert len(blocks) == 1
-
-
 NOT_CAPTURED: dict[str, tuple[dict[str, Any], str]] = {
     "fp64": (EXACT, "train.precision=fp64 has no kernels"),
     "adaptive": (
