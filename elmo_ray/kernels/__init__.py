@@ -3,7 +3,8 @@
 Nobody else asks for a device or a compiler. A function that is returned here takes the arguments of its plain
 counterpart in `elmo_ray.model` and is compared with it in the tests. This package imports nothing of the rest.
 
-`train.kernels=off` and the environment variable ELMO_RAY_KERNELS=off leave the plain model alone.
+`train.kernels=off` and the environment variable ELMO_RAY_KERNELS=off leave the plain model alone. ELMO_RAY_KERNELS=gpu
+is for tests: it gives the GPU's kernels to tensors of a CPU, for Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +22,24 @@ from torch import Tensor
 Setting = Literal["auto", "off"]
 Function = Callable[..., Any]
 
-_setting: Setting = "off" if os.environ.get("ELMO_RAY_KERNELS") == "off" else "auto"
+_environment = os.environ.get("ELMO_RAY_KERNELS")
+_setting: Setting = "off" if _environment == "off" else "auto"
+
+
+class SortedPositions(NamedTuple):
+    """Places of ids by row: those of row r are order[starts[r] : starts[r + 1]], in rising order.
+
+    order: [N] int32 places in the flat tensor of ids; starts: [R + 1] int32.
+    """
+
+    order: Tensor
+    starts: Tensor
 
 
 def use(setting: Setting) -> None:
     """Turn fast paths on or off for this process; the environment variable keeps them off."""
     global _setting
-    _setting = "off" if os.environ.get("ELMO_RAY_KERNELS") == "off" else setting
+    _setting = "off" if _environment == "off" else setting
 
 
 @contextlib.contextmanager
@@ -63,6 +76,25 @@ def largest_windows(embedding: Tensor) -> Function | None:
     return None
 
 
+def word_features(embedding: Tensor, filters: Sequence[Tensor]) -> Function | None:
+    """Largest windows with bias and activation, for all words at once; the counterpart is what `model.char_cnn.CharCnn`
+    does up to its highways."""
+    if _on_gpu(embedding):
+        from elmo_ray.kernels.gpu import char_cnn
+
+        return char_cnn.largest_windows if char_cnn.serves(embedding, filters) else None
+    return None
+
+
+def gather_rows(table: Tensor) -> Function | None:
+    """Counterpart of `torch.nn.functional.embedding(ids, table)`, as (table, ids, sorted positions or None)."""
+    if _on_gpu(table):
+        from elmo_ray.kernels.gpu.rows import gather_rows as on_gpu
+
+        return on_gpu
+    return None
+
+
 def highway(x: Tensor) -> Function | None:
     """Counterpart of `model.char_cnn.highway`."""
     if _on_cpu(x):
@@ -85,8 +117,17 @@ def dropout(x: Tensor) -> Function | None:
     return None
 
 
-def sampled_losses(x: Tensor, negatives: Tensor) -> Function | None:
-    """Counterpart of the plain form of `model.softmax.sampled_losses`."""
+def keyed_dropout(x: Tensor) -> Function | None:
+    """Dropout whose mask is a function of a number on the device, as (x, key, use, keep); it has no plain form."""
+    if _on_gpu(x):
+        from elmo_ray.kernels.gpu.dropout import dropout as on_gpu
+
+        return on_gpu
+    return None
+
+
+def sampled_losses(x: Tensor, negatives: Tensor, positions: SortedPositions | None = None) -> Function | None:
+    """Counterpart of the plain form of `model.softmax.sampled_losses`. positions: of the targets, if they are known."""
     if _on_cpu(x):
         from elmo_ray.kernels.cpu.softmax import sampled_losses
 
@@ -94,7 +135,7 @@ def sampled_losses(x: Tensor, negatives: Tensor) -> Function | None:
     if _on_gpu(x):
         from elmo_ray.kernels.gpu import softmax
 
-        return softmax.sampled_losses if softmax.serves(x, negatives) else None
+        return partial(softmax.sampled_losses, positions=positions) if softmax.serves(negatives) else None
     return None
 
 
@@ -147,6 +188,20 @@ def adagrad(value: Tensor) -> Function | None:
     return None
 
 
+def dense_adagrad(value: Tensor) -> Function | None:
+    """Class of the update of many whole tensors at once; the counterpart is `training.optimizer.adagrad` of each."""
+    if _on_gpu(value):
+        from elmo_ray.kernels.gpu.dense_adagrad import DenseAdagrad
+
+        return DenseAdagrad
+    return None
+
+
+def has_gpu_kernels(x: Tensor) -> bool:
+    """Return whether operations on tensors like this one are a GPU's kernels, as far as they serve."""
+    return _on_gpu(x)
+
+
 def next_window() -> Function | None:
     """Counterpart of what `data.streams.StreamLoader._next_window` does without it."""
     return _of_feed("next_window")
@@ -182,6 +237,11 @@ def touched_rows() -> Function | None:
     return _of_feed("touched_rows")
 
 
+def sort_positions() -> Function | None:
+    """Counterpart of `training.capacities.sorted_positions`, for flat ids."""
+    return _of_feed("sort_positions")
+
+
 def _of_feed(name: str) -> Function | None:
     """Return a compiled loop over integers in host memory, whatever device trains."""
     if _setting == "off":
@@ -193,7 +253,7 @@ def _of_feed(name: str) -> Function | None:
 
 
 def _on_cpu(x: Tensor) -> bool:
-    if _setting == "off" or x.device.type != "cpu" or x.dtype != torch.float32:
+    if _setting == "off" or _environment == "gpu" or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     from elmo_ray.kernels.cpu.loops import has_compiler
 
@@ -203,7 +263,7 @@ def _on_cpu(x: Tensor) -> bool:
 def _on_gpu(x: Tensor) -> bool:
     return (
         _setting == "auto"
-        and x.device.type == "cuda"
+        and (x.device.type == "cuda" or _environment == "gpu")
         and x.dtype == torch.float32
         and importlib.util.find_spec("triton") is not None
     )

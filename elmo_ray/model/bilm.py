@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elmo_ray import kernels
 from elmo_ray.config import SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
-from elmo_ray.model.char_cnn import CharCnn
+from elmo_ray.kernels import SortedPositions
+from elmo_ray.model.char_cnn import CharCnn, WindowCounts
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import BiLstm, LstmState
 from elmo_ray.model.softmax import KINDS
@@ -94,17 +96,18 @@ class BiLM(nn.Module):
         classes: tuple[tuple[int, int], ...] | None = None,
         rows_RP: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        windows: WindowCounts | None = None,
     ) -> Tensor:
         """Return [U, P] vectors of distinct words.
 
-        types: [U, C] character ids, or [U] ids into the word embedding (or into `rows_RP`).
+        types: [U, C] character ids, or [U] ids into the word embedding (or into `rows_RP`). windows: as in `CharCnn`.
         """
         if self.char_cnn is not None:
-            return self.char_cnn(types, classes, dtype)
+            return self.char_cnn(types, classes, dtype, windows)
         table = self.word_embedding if rows_RP is None else rows_RP
         if table is None:
             raise ValueError("a model with word input needs its embedding")
-        return F.embedding(types, table)
+        return _rows_of(table, types, None)
 
     def forward(
         self,
@@ -116,13 +119,24 @@ class BiLM(nn.Module):
         dropout: Dropout | None = None,
         dtype: torch.dtype | None = None,
         rows_RP: Tensor | None = None,
+        windows: WindowCounts | None = None,
+        positions: SortedPositions | None = None,
     ) -> tuple[Tensor, LstmState]:
         """Return the top output [D, B, T, P], after dropout where that is given, and the new state.
 
-        Arguments as in `streams.Batch`; rows_RP as in `encode_types`.
+        Arguments as in `streams.Batch`; rows_RP and windows as in `encode_types`; positions: of the inputs in the order
+        [D, T, B], for kernels that would have to sort them.
         """
-        types_UP = self.encode_types(types, classes, rows_RP, dtype)
-        x_DTBP = F.embedding(inputs_DBT.transpose(1, 2), types_UP)
+        types_UP = self.encode_types(types, classes, rows_RP, dtype, windows)
+        x_DTBP = _rows_of(types_UP, inputs_DBT.transpose(1, 2), positions)
         outputs, state = self.lstm(x_DTBP, state, lengths_B, dropout, dtype)
         top = outputs[-1] if dropout is None else dropout(outputs[-1])
         return top.transpose(1, 2), state
+
+
+def _rows_of(table: Tensor, ids: Tensor, positions: SortedPositions | None) -> Tensor:
+    """Return the rows of a table that the ids name, [*ids, P]."""
+    if run := kernels.gather_rows(table):
+        rows: Tensor = run(table, ids, positions)
+        return rows
+    return F.embedding(ids, table)

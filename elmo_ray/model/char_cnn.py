@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,17 @@ from elmo_ray.data.characters import N_CHARACTERS
 from elmo_ray.model.product import affine, product
 
 CARRY_BIAS = -2.0
+
+
+class WindowCounts(NamedTuple):
+    """Number of windows of each word, [U] int32, and a fixed number that is not less than their sum.
+
+    Kernels look at a window for each character of a word and at one of padding; a word with 0 windows fills up a fixed
+    shape and has no meaning.
+    """
+
+    counts_U: Tensor
+    capacity: int
 
 
 def highway(
@@ -126,25 +138,40 @@ class CharCnn(nn.Module):
                 self.projection_bias.zero_()
 
     def forward(
-        self, types_UC: Tensor, classes: tuple[tuple[int, int], ...] | None = None, dtype: torch.dtype | None = None
+        self,
+        types_UC: Tensor,
+        classes: tuple[tuple[int, int], ...] | None = None,
+        dtype: torch.dtype | None = None,
+        windows: WindowCounts | None = None,
     ) -> Tensor:
         """Return [U, P] vectors of words.
 
         types_UC: character ids. classes: (words, columns) of consecutive groups whose words fit into fewer columns, see
         `word_types.TypeTable`; None takes all columns for all words. dtype: of the products; results are in the
-        weights'.
+        weights'. windows: for kernels that would have to count them.
         """
         if classes is None:
             classes = ((types_UC.shape[0], types_UC.shape[1]),)
-        words = types_UC.split([count for count, _ in classes])
-        groups = [some[:, :columns] for some, (_, columns) in zip(words, classes, strict=True)]
-        run = kernels.largest_windows(self.embedding) or largest_windows
-        x = run(groups, self.embedding, tuple(self.filters), self.config.max_characters, dtype)
-        # bias and activation are monotone, so they may come after the maximum, on far fewer numbers
-        x = x + torch.cat(list(self.filter_biases))
-        x = torch.relu(x) if self.config.activation == "relu" else torch.tanh(x)
+        filters, biases = tuple(self.filters), list(self.filter_biases)
+        if at_once := kernels.word_features(self.embedding, filters):
+            counts, capacity = windows or (None, self._most_windows(types_UC.shape[1], classes))
+            bias = torch.cat(biases)
+            x = at_once(types_UC, self.embedding, filters, bias, self.config.activation, dtype, counts, capacity)
+        else:
+            words = types_UC.split([count for count, _ in classes])
+            groups = [some[:, :columns] for some, (_, columns) in zip(words, classes, strict=True)]
+            run = kernels.largest_windows(self.embedding) or largest_windows
+            x = run(groups, self.embedding, filters, self.config.max_characters, dtype)
+            # bias and activation are monotone, so they may come after the maximum, on far fewer numbers
+            x = x + torch.cat(biases)
+            x = torch.relu(x) if self.config.activation == "relu" else torch.tanh(x)
         for layer in self.highways:
             x = layer(x, dtype)
         if self.projection_weight is None or self.projection_bias is None:
             return x
         return affine(x, self.projection_weight, self.projection_bias, dtype)
+
+    def _most_windows(self, characters: int, classes: tuple[tuple[int, int], ...]) -> int:
+        """Return how many windows the words of these classes have at most, for a GPU that nobody should wait for."""
+        # a class of fewer columns than all has room for the widest filter behind its longest word
+        return sum(n * (columns if columns >= characters else columns - self.widest + 1) for n, columns in classes)

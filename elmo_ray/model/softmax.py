@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from elmo_ray import kernels
+from elmo_ray.kernels import SortedPositions
 from elmo_ray.model.product import product
 
 
@@ -79,14 +80,16 @@ def sampled_losses(
     negative_log_count_DK: Tensor,
     dtype: torch.dtype | None = None,
     mask_hits: bool = True,
+    positions: SortedPositions | None = None,
 ) -> Tensor:
     """Return [D, N] losses in nats of each position against its target and the negatives of its direction.
 
     rows_RP, bias_R: the touched rows of the table; the two `_rows_` arguments index them, and a direction's negatives
     are distinct. A negative that is a position's target is masked (bilm-tf always does), and the log expected count is
-    subtracted from every logit. dtype: of the products.
+    subtracted from every logit. dtype: of the products. positions: of the target rows, for kernels that would have to
+    sort them.
     """
-    if run := kernels.sampled_losses(x_DNP, negative_rows_DK):
+    if run := kernels.sampled_losses(x_DNP, negative_rows_DK, positions):
         return run(
             x_DNP,
             rows_RP,
@@ -124,7 +127,7 @@ class ExactLosses:
 
 
 class Drawn(NamedTuple):
-    """What is drawn for a step of the sampled softmax: the arguments of `sampled_losses`, positions [D, N]."""
+    """What is drawn for a step of the sampled softmax: the arguments of `sampled_losses`."""
 
     rows_RP: Tensor
     bias_R: Tensor
@@ -132,6 +135,7 @@ class Drawn(NamedTuple):
     target_log_count_DN: Tensor
     negative_rows_DK: Tensor
     negative_log_count_DK: Tensor
+    positions: SortedPositions | None = None
 
 
 class FullSoftmax:
@@ -180,7 +184,8 @@ class SampledSoftmax(FullSoftmax):
         self, model: Any, x_DNP: Tensor, targets_DN: Tensor, drawn: Drawn | None, dtype: torch.dtype | None
     ) -> Tensor:
         assert drawn is not None
-        return torch.where(targets_DN >= 0, sampled_losses(x_DNP, *drawn, dtype), 0.0)
+        losses_DN = sampled_losses(x_DNP, *drawn[:6], dtype, positions=drawn.positions)
+        return torch.where(targets_DN >= 0, losses_DN, 0.0)
 
 
 class AdaptiveSoftmax(FullSoftmax):

@@ -27,7 +27,7 @@ from elmo_ray.data.encode import WaitInterrupted
 from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader
 from elmo_ray.data.word_types import UniqueIndex
 from elmo_ray.errors import ElmoRayError
-from elmo_ray.training.graphs import FixedShapes
+from elmo_ray.training.capacities import Capacities
 from elmo_ray.training.noise import Noise, NoiseSampler, RowFinder
 from elmo_ray.training.ranks import Exchange, Flags, Gathered
 from elmo_ray.training.step_input import StepInput, Transfer, wait_for_arrival, with_micro_batches
@@ -154,8 +154,8 @@ class StepAssembler:
 class Feeder:
     """Iterator over `ReadyBatch`es, made by loader and assembler in a thread, `ahead` steps before the training thread.
 
-    flags: called in the thread for this rank's flags. shapes: pads the inputs of steps. The iterator raises an error of
-    any rank on every rank.
+    flags: called in the thread for this rank's flags. capacities: pad the inputs of captured steps. The iterator raises
+    an error of any rank on every rank.
     """
 
     def __init__(
@@ -166,9 +166,10 @@ class Feeder:
         flags: Callable[[], Flags],
         device: torch.device,
         ahead: int = 2,
-        shapes: FixedShapes | None = None,
+        capacities: Capacities | None = None,
     ):
-        self.loader, self.assembler, self.steps, self.flags, self.shapes = loader, assembler, steps, flags, shapes
+        self.loader, self.assembler, self.steps, self.flags = loader, assembler, steps, flags
+        self.capacities = capacities
         self.transfer = Transfer(device)
         self._queue: queue.Queue[ReadyBatch | BaseException | None] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
@@ -191,9 +192,9 @@ class Feeder:
                 self._in_exchange = True
                 result, flags = self.assembler(batch, step, self.flags())
                 self._in_exchange = False
-                if self.shapes is not None:
-                    result = self.shapes(result)
                 result = with_micro_batches(result, self.assembler.config.train.accumulate)
+                if self.capacities is not None:
+                    result = self.capacities(result)
                 sent, arrived = self.transfer(result)
                 self._put(ReadyBatch(sent, batch.cursors, flags, arrived))
                 if flags.stop or self._closed.is_set():

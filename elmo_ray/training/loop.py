@@ -35,8 +35,9 @@ from elmo_ray.errors import CheckpointError, ElmoRayError, TrainingError
 from elmo_ray.machine import keep_freed_memory, memory_in_use
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.storage.local_copy import local_copy_of
+from elmo_ray.training.capacities import Capacities
+from elmo_ray.training.captured_step import record_for
 from elmo_ray.training.feeding import Feeder, ReadyBatch, StepAssembler
-from elmo_ray.training.graphs import FixedShapes, graphs_for
 from elmo_ray.training.metrics import MetricsWriter, not_finite, train_record, valid_record
 from elmo_ray.training.optimizer import learning_rate
 from elmo_ray.training.plan import TrainPlan, Worker
@@ -130,8 +131,8 @@ class _Run:
         model = BiLM(config.model, config.softmax, self.vocabulary.size).to(DTYPES[config.train.precision])
         model.reset_parameters(config.run.seed)
         self.model = model.to(worker.device)
-        step = TrainStep(config, self.model, len(self.streams), worker.rank, worker.world, self.total_steps)
-        step.graphs = graphs_for(step)
+        record = worker.record or record_for(config, self.model)
+        step = TrainStep(config, self.model, len(self.streams), worker.rank, worker.world, self.total_steps, record)
         self.validation: Validation | None = None
         if self.valid_plan is not None:
             # read in this process and not by Ray tasks, whose CPUs the paused training pipeline holds
@@ -240,20 +241,16 @@ class _Run:
         )
         assembler = StepAssembler(config, self.vocabulary.size, self.streams, Exchange(self.ranks))
         steps, n_words = range(progress.step, self.total_steps), self.vocabulary.size
-        shapes = FixedShapes.of(config, n_words, characters, len(self.streams)) if self.step.graphs else None
-        feeder = Feeder(loader, assembler, steps, self._flags, self.worker.device, shapes=shapes)
+        capacities = Capacities.of(config, n_words, characters, len(self.streams)) if self.step.captured else None
+        feeder = Feeder(loader, assembler, steps, self._flags, self.worker.device, capacities=capacities)
         validate_every = self._steps(config.train.validate_every) if config.train.validate_every else 0
         checkpoint_every = self._steps(config.train.checkpoint_every)
         stopped, first = False, True
         for ready in feeder:
             if self._is_over():
                 continue  # the feeder is some steps ahead on all ranks, and ends by the flag that stops it
-            other = self.step.begin(progress.step)
-            if first or other:
-                if self.ranks.world > 1:
-                    # DDP rearranges its buckets after its first backward, which would change the order of sums later;
-                    # this pass changes nothing else
-                    self.step.gradients(ready.batch)
+            if self.step.begin(progress.step) or first:
+                self.step.settle(ready.batch)
             if first:
                 first = False
                 self.started = self.window_start = time.monotonic()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -71,12 +71,15 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     return torch.stack([*norms[0], *norms[1]]).square_().sum().sqrt_()
 
 
-def adagrad(value: Tensor, slot: Tensor, gradient: Tensor, rows: Tensor | None, divisor: Tensor, rate: float) -> None:
+def adagrad(
+    value: Tensor, slot: Tensor, gradient: Tensor, rows: Tensor | None, divisor: Tensor, rate: float | Tensor
+) -> None:
     """Update in place: slot += (gradient / divisor)^2; value -= rate * gradient / divisor / sqrt(slot).
 
     rows: [R] the rows of `value` and `slot` to which the rows of `gradient` belong, each at most once; None: all rows.
-    divisor: 0-d; 0 changes nothing, whatever the gradient is.
+    divisor: 0-d; 0 changes nothing, whatever the gradient is. rate: a number, or 0-d.
     """
+    rate = float(rate)
     gradient = torch.where(divisor > 0, gradient / divisor, 0.0)
     if rows is None:
         slot.addcmul_(gradient, gradient)
@@ -107,6 +110,7 @@ class Optimizer:
         self.accumulators = {
             name: torch.full_like(self.values[name], config.initial_accumulator) for name in with_adagrad
         }
+        self._many: tuple[tuple[str, ...], Callable[..., None]] | None = None
         self.adamw: torch.optim.AdamW | None = None
         if config.name == "adamw":
             groups: dict[float, list[nn.Parameter]] = {}
@@ -122,23 +126,32 @@ class Optimizer:
         row_gradients: Mapping[str, Tensor],
         step: int,
         total_steps: int,
+        rates: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Clip by the global norm and update the parameters that have a gradient.
 
         rows: [R] touched rows by table; a table that is not in it has its whole gradient in row_gradients. step:
-        0-based. Returns the 0-d norm before clipping and a 0-d bool, True if it is finite; if not, nothing is updated.
+        0-based. rates: those that Adagrad reads from the device's memory, 0-d by parameter; None: those of the step.
+        Returns the 0-d norm before clipping and a 0-d bool, True if it is finite; if not, nothing is updated.
         """
         gradients = {**row_gradients, **dense_gradients}
         norm = global_norm(list(gradients.values()))
         finite = torch.isfinite(norm)
         divisor = torch.where(finite, norm.clamp_min(self.config.clip_norm) / self.config.clip_norm, 0.0)
 
+        def rate(name: str) -> float | Tensor:
+            return learning_rate(self.config, self.rates[name], step, total_steps) if rates is None else rates[name]
+
         def update(name: str) -> None:
-            value, rate = self.values[name], learning_rate(self.config, self.rates[name], step, total_steps)
+            value = self.values[name]
             run = kernels.adagrad(value) or adagrad
-            run(value, self.accumulators[name], gradients[name], rows.get(name), divisor, rate)
+            run(value, self.accumulators[name], gradients[name], rows.get(name), divisor, rate(name))
 
         by_adagrad = [name for name in gradients if name in self.accumulators]
+        if many := self._many_at_once(tuple(name for name in by_adagrad if name in dense_gradients)):
+            names, update_many = many
+            update_many([gradients[name] for name in names], divisor, [rate(name) for name in names])
+            by_adagrad = [name for name in by_adagrad if name not in dense_gradients]
         # largest first, so that both threads end at about the same time
         waiting = deque(partial(update, name) for name in sorted(by_adagrad, key=lambda name: -gradients[name].numel()))
         if self.adamw is not None and dense_gradients:
@@ -151,6 +164,15 @@ class Optimizer:
 
         run_parallel(take, 2, norm.device)
         return norm, finite
+
+    def _many_at_once(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], Callable[..., None]] | None:
+        """Return these names and the update of all of them in one operation; None where there is no such operation."""
+        if not names or (at_once := kernels.dense_adagrad(self.values[names[0]])) is None:
+            return None
+        if self._many is None or self._many[0] != names:
+            values, slots = [self.values[name] for name in names], [self.accumulators[name] for name in names]
+            self._many = names, at_once(values, slots)
+        return self._many
 
     def _update_by_adamw(
         self, gradients: Mapping[str, Tensor], divisor: Tensor, finite: Tensor, step: int, total_steps: int

@@ -10,6 +10,7 @@ import torch
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import BlockSource
+from elmo_ray.training.captured_step import Record
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Worker:
     """This process's rank, device and callbacks.
 
     source: encodes blocks in order. register: called on every rank with (step, path, metrics) of a committed
-    checkpoint. stop_requested: returns True once a stop was requested.
+    checkpoint. stop_requested: returns True once a stop was requested. record: captures the training steps; None: as
+    the device allows.
     """
 
     rank: int
@@ -46,3 +48,4 @@ class Worker:
     source: BlockSource
     register: Callable[[int, str, dict[str, Any]], None]
     stop_requested: Callable[[], bool]
+    record: Record | None = None

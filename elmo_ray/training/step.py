@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from elmo_ray.model.components import trained_at
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.softmax import Drawn
+from elmo_ray.training.averaging import average, send_as_bf16
+from elmo_ray.training.captured_step import CapturedStep, Record
 from elmo_ray.training.optimizer import Optimizer
 from elmo_ray.training.step_input import StepInput, micro_batches_of
 
@@ -72,23 +75,23 @@ class StepOutput:
     finite: Tensor
 
 
-class CapturedGradients(Protocol):
-    """Replacement for `TrainStep.gradients` that repeats a captured step (`graphs.StepGraphs`)."""
-
-    def gradients(self, batch: StepInput) -> StepResult: ...
-
-    def forget(self) -> None: ...
-
-
 class TrainStep:
     """A training step with its model, optimizer and carried `state` (this worker's rows).
 
     world > 1 needs torch.distributed to be initialised. Parameters stay equal on all ranks: they begin equal, and every
-    rank applies the same gradients.
+    rank applies the same gradients. record: captures the step's functions; None: the step is not captured, and several
+    workers sum gradients by DistributedDataParallel.
     """
 
     def __init__(
-        self, config: PretrainConfig, model: BiLM, rows: int, rank: int = 0, world: int = 1, total_steps: int = 1
+        self,
+        config: PretrainConfig,
+        model: BiLM,
+        rows: int,
+        rank: int = 0,
+        world: int = 1,
+        total_steps: int = 1,
+        record: Record | None = None,
     ):
         self.config, self.model, self.rank, self.world, self.total_steps = config, model, rank, world, total_steps
         self.device = next(model.parameters()).device
@@ -100,8 +103,7 @@ class TrainStep:
         self.state = model.lstm.zero_state(rows, like=next(model.parameters()).detach())
         self.forward: torch.nn.Module = model
         self.trained: frozenset[str] = frozenset()
-        self.dropout: Dropout | None = None  # set while a graph is captured
-        self.graphs: CapturedGradients | None = None
+        self.captured = None if record is None else CapturedStep(self, record)
         self.begin(0)
         if world > 1:
             # DDP would leave out the tables, and everything where nothing but them trains
@@ -111,20 +113,19 @@ class TrainStep:
     def begin(self, step: int) -> bool:
         """Prepare to train the parameters of the step with this 0-based number. Return True if the set changed.
 
-        The optimizer's slots stay as they are. After a change with several ranks, `gradients` must be called once and
-        its result dropped.
+        The optimizer's slots stay as they are. After a change, `settle` must be called.
         """
         names = trained_at(self.config, (name for name, _ in self.model.named_parameters()), step)
         if names == self.trained:
             return False
         self.trained = names
-        if self.graphs is not None:
-            self.graphs.forget()
+        if self.captured is not None:
+            self.captured.forget()
         dense = self.optimizer.dense
         for name, parameter in self.model.named_parameters():
             # with a sampled softmax the gradients of tables are taken at copies of the touched rows
             parameter.requires_grad_(name in names and (name in dense or not self.sampled))
-        if self.world > 1:
+        if self.world > 1 and self.captured is None:
             self.forward = self.model
             gc.collect()  # removes the hooks of the old wrapper
             if names & dense.keys():  # DDP refuses a model in which nothing trains
@@ -135,29 +136,28 @@ class TrainStep:
                     send_as_bf16(self.forward)
         return True
 
+    def settle(self, batch: StepInput) -> None:
+        """Make sums of gradients come in the order that they will keep; nothing else changes."""
+        if isinstance(self.forward, DistributedDataParallel):
+            self.gradients(batch)  # DDP rearranges its buckets after its first backward
+
     def gradients(self, batch: StepInput) -> StepResult:
         """Compute forward and backward, with gradients averaged over all positions of all ranks."""
         config, model = self.config, self.model
-        leaves: dict[str, Tensor] = {}
-        rows: dict[str, Tensor] = {}
-        if self.sampled:
-            for name, table in self.optimizer.tables.items():
-                index = batch.input_rows if name == "word_embedding" and not model.tied else batch.rows
-                assert index is not None
-                rows[name] = index
-                leaves[name] = table.index_select(0, index).requires_grad_(name in self.trained)
+        rows = self.touched_rows(batch)
+        leaves = self.touched_leaves(rows)
         sums: list[Tensor] = []
         states: list[LstmState] = []
         reset = self.state.zero_rows(batch.reset)
-        scale = self.scale_of(batch) if batch.scale is None else batch.scale
+        scale = self.scale_of(batch)
         micro_batches = list(micro_batches_of(batch, config.train.accumulate))
         for number, (rows_of_it, micro_batch) in enumerate(micro_batches):
             before = reset
             if len(micro_batches) > 1:
                 before = LstmState(*(x[:, :, rows_of_it.start : rows_of_it.stop] for x in reset))
             with self._sync(number == len(micro_batches) - 1):
-                noise = self.rank * config.train.accumulate + number
-                loss_sums, state = self._losses_of(micro_batch, before, leaves, noise)
+                dropout = self.dropout_of(batch.step, number)
+                loss_sums, state = self.losses_of(micro_batch, before, leaves, dropout)
                 (loss_sums.sum() * scale).backward()
             sums.append(loss_sums.detach())
             states.append(state)
@@ -172,6 +172,30 @@ class TrainStep:
         joined = LstmState(*(torch.cat(values, dim=2) for values in zip(*states, strict=True)))
         return StepResult(Gradients(dense, tables, rows), torch.stack(sums).sum(0), joined)
 
+    def touched_rows(self, batch: StepInput) -> dict[str, Tensor]:
+        """Return the [R] rows of each table that a step touches; nothing where it takes whole tables."""
+        if not self.sampled:
+            return {}
+        untied = not self.model.tied
+        found = {n: batch.input_rows if n == "word_embedding" and untied else batch.rows for n in self.optimizer.tables}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+    def touched_leaves(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies of these rows of the tables, which gradients are taken at."""
+        tables = self.optimizer.tables
+        return {n: tables[n].index_select(0, some).requires_grad_(n in self.trained) for n, some in rows.items()}
+
+    def dropout_of(self, step: int, micro_batch: int) -> Dropout | None:
+        """Return the dropout of a step's micro-batch with this number."""
+        train = self.config.train
+        if train.dropout == 0.0:
+            return None
+        return Dropout(train.dropout, self.config.run.seed, step, self.noise_of(micro_batch), self.device)
+
+    def noise_of(self, micro_batch: int) -> int:
+        """Return the number that is a micro-batch's alone among those of all ranks."""
+        return self.rank * self.config.train.accumulate + micro_batch
+
     def scale_of(self, batch: StepInput) -> float:
         """Return the factor by which the sum of this rank's losses is multiplied before backward."""
         # gradients are averaged over ranks, so each rank's losses count `world` times
@@ -183,14 +207,10 @@ class TrainStep:
             return contextlib.nullcontext()
         return self.forward.no_sync()
 
-    def _losses_of(
-        self, batch: StepInput, before: LstmState, leaves: dict[str, Tensor], noise: int
+    def losses_of(
+        self, batch: StepInput, before: LstmState, leaves: Mapping[str, Tensor], dropout: Dropout | None
     ) -> tuple[Tensor, LstmState]:
         """Return [D] sums of losses in nats, and the new state."""
-        config = self.config
-        dropout = self.dropout
-        if dropout is None and config.train.dropout > 0.0:
-            dropout = Dropout(config.train.dropout, config.run.seed, batch.step, noise, self.device)
         top_DBTP, state = self.forward(
             batch.types,
             batch.type_classes,
@@ -200,13 +220,15 @@ class TrainStep:
             dropout,
             self.dtype,
             leaves.get("word_embedding"),
+            batch.windows,
+            batch.input_positions,
         )
         x_DNP, targets_DN = top_DBTP.flatten(1, 2), batch.targets.flatten(1)
         drawn = self._drawn(batch, leaves) if self.sampled else None
         losses_DN = self.model.softmax_kind.losses(self.model, x_DNP, targets_DN, drawn, self.dtype)
         return losses_DN.sum(dim=1), state
 
-    def _drawn(self, batch: StepInput, leaves: dict[str, Tensor]) -> Drawn:
+    def _drawn(self, batch: StepInput, leaves: Mapping[str, Tensor]) -> Drawn:
         """Return the touched rows of the softmax table, and the rows that each position and direction uses."""
         assert batch.target_rows is not None and batch.target_log_count is not None
         assert batch.negative_rows is not None and batch.negative_log_count is not None
@@ -217,6 +239,7 @@ class TrainStep:
             batch.target_log_count.flatten(1),
             batch.negative_rows,
             batch.negative_log_count,
+            batch.target_positions,
         )
 
     def run(self, batch: StepInput) -> StepOutput:
@@ -227,10 +250,13 @@ class TrainStep:
             return self._run(batch)
 
     def _run(self, batch: StepInput) -> StepOutput:
-        gradients, sums, state = (self.gradients if self.graphs is None else self.graphs.gradients)(batch)
-        norm, finite = self.optimizer.apply(
-            gradients.dense, gradients.rows, gradients.tables, batch.step, self.total_steps
-        )
+        if self.captured is not None:
+            sums, state, norm, finite = self.captured.run(batch)
+        else:
+            gradients, sums, state = self.gradients(batch)
+            norm, finite = self.optimizer.apply(
+                gradients.dense, gradients.rows, gradients.tables, batch.step, self.total_steps
+            )
         self.state = LstmState(*(torch.where(finite, new, old) for new, old in zip(state, self.state, strict=True)))
         return StepOutput(sums, norm, finite)
 
@@ -242,31 +268,3 @@ def _take_gradient(parameter: Tensor) -> Tensor:
         return torch.zeros_like(parameter)
     parameter.grad = None
     return gradient
-
-
-def average(gradient: Tensor, world: int, sent_as: str) -> None:
-    """Replace a gradient by its mean over all workers, in place.
-
-    sent_as: `full`, or `bf16` for half the bytes and 8 bits of precision.
-    """
-    if sent_as == "bf16":
-        sent = (gradient / world).to(torch.bfloat16)
-        dist.all_reduce(sent)
-        gradient.copy_(sent)
-    else:
-        dist.all_reduce(gradient)
-        gradient /= world
-
-
-def send_as_bf16(model: Any) -> None:
-    """Let DistributedDataParallel send the dense gradients as bfloat16, like `average`."""
-    model.register_comm_hook(None, _as_bf16)
-
-
-# without annotations: torch checks them and does not take strings
-def _as_bf16(state, bucket):  # type: ignore[no-untyped-def]
-    """Call torch's own hook."""
-    # by another name: torch refuses that hook with gloo by its name, although gloo can add bfloat16
-    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-    return default_hooks.bf16_compress_hook(state, bucket)

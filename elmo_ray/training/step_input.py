@@ -5,7 +5,8 @@ micro-batches are added before they are sent to other workers. So `train.accumul
 step nor the bytes that it sends: W workers with A micro-batches each compute the same as W * A workers, except for the
 order of sums.
 
-`Transfer` copies inputs to a GPU through pinned memory, on a stream of its own, while the step before computes.
+`Transfer` copies an input to a GPU as one block of pinned memory, on a stream of its own, while the step before
+computes.
 
 Shapes: D directions, B rows, T window, U distinct words, C characters, K negatives, R touched rows.
 """
@@ -13,6 +14,7 @@ Shapes: D directions, B rows, T window, U distinct words, C characters, K negati
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ import torch
 from torch import Tensor
 
 from elmo_ray.data.streams import split_evenly
+from elmo_ray.kernels import SortedPositions
+from elmo_ray.model.char_cnn import WindowCounts
 
 
 @dataclass
@@ -32,8 +36,11 @@ class StepInput:
     positions: of all ranks in one direction, the divisor of the loss.
     With a sampled softmax: rows [R] of the softmax table, the same on all ranks; target_rows [D, B, T] and
     negative_rows [D, K], indices into them, and the log expected counts of both; input_rows: rows of an untied word
-    embedding. scale: the factor of the losses' sum, if it is on the device; None: computed from `positions`.
-    micro_batches: rows and inputs of the micro-batches, if they were found in advance (`with_micro_batches`).
+    embedding.
+    For the kernels of a GPU, where `Capacities` has padded the input: window_counts [U] and n_windows as in
+    `WindowCounts`; the sorted positions of the inputs (in the order [D, T, B]) and of the targets.
+    micro_batches: rows and inputs of the micro-batches, if they were found in advance (`with_micro_batches`). block:
+    the memory [bytes] that all other tensors of a packed input are views of.
     """
 
     step: int
@@ -50,12 +57,30 @@ class StepInput:
     negative_rows: Tensor | None = None
     negative_log_count: Tensor | None = None
     input_rows: Tensor | None = None
-    scale: Tensor | None = None
+    window_counts: Tensor | None = None
+    n_windows: int = 0
+    input_order: Tensor | None = None
+    input_starts: Tensor | None = None
+    target_order: Tensor | None = None
+    target_starts: Tensor | None = None
     micro_batches: tuple[tuple[range, StepInput], ...] = ()
+    block: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the fields that hold a tensor, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """Return the fields that hold a tensor, by name; not the block."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "block"}
+
+    @property
+    def windows(self) -> WindowCounts | None:
+        return None if self.window_counts is None else WindowCounts(self.window_counts, self.n_windows)
+
+    @property
+    def input_positions(self) -> SortedPositions | None:
+        return _sorted(self.input_order, self.input_starts)
+
+    @property
+    def target_positions(self) -> SortedPositions | None:
+        return _sorted(self.target_order, self.target_starts)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> StepInput:
         """Return a copy in which `function` replaces every tensor, those of the micro-batches too."""
@@ -66,12 +91,45 @@ class StepInput:
         return result
 
     def to(self, device: torch.device) -> StepInput:
-        """Return a copy on `device`; from pinned memory the copying does not block this thread."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return a packed copy on `device`, sent by one copy which does not block this thread."""
+        inputs = (self, *(micro for _, micro in self.micro_batches))
+        sizes = [_packed_size(each) for each in inputs]
+        host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for each, block in zip(inputs, host.split(sizes), strict=True):
+            packed = each.over(block)
+            for name, tensor in each.tensors().items():
+                getattr(packed, name).copy_(tensor)
+        # torch keeps pinned memory until the copies out of it are done
+        blocks = host.to(device, non_blocking=True).split(sizes)
+        sent, *micros = (each.over(block) for each, block in zip(inputs, blocks, strict=True))
+        sent.micro_batches = tuple((rows, m) for (rows, _), m in zip(self.micro_batches, micros, strict=True))
+        return sent
 
-    def pinned(self) -> StepInput:
-        """Return a copy in pinned memory."""
-        return self.each(Tensor.pin_memory)
+    def over(self, block: Tensor) -> StepInput:
+        """Return an input of the same shapes whose tensors are views of the block, in an order that all inputs have."""
+        result = copy.copy(self)
+        result.block, start = block, 0
+        for name, tensor in self.tensors().items():
+            view = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            setattr(result, name, view)
+            start += _aligned(tensor.nbytes)
+        return result
+
+
+_ALIGNMENT = 256
+"""Multiple of bytes at which tensors of a packed input begin, as those that torch allocates."""
+
+
+def _aligned(size: int) -> int:
+    return math.ceil(size / _ALIGNMENT) * _ALIGNMENT
+
+
+def _packed_size(batch: StepInput) -> int:
+    return sum(_aligned(tensor.nbytes) for tensor in batch.tensors().values())
+
+
+def _sorted(order: Tensor | None, starts: Tensor | None) -> SortedPositions | None:
+    return None if order is None or starts is None else SortedPositions(order, starts)
 
 
 _BY_ROWS = {"inputs": 1, "targets": 1, "target_rows": 1, "target_log_count": 1, "lengths": 0, "reset": 0}
@@ -137,8 +195,7 @@ class Transfer:
             if self._stream is None:
                 self._stream = torch.cuda.Stream()
             with torch.cuda.stream(self._stream):
-                # torch keeps pinned memory until the copies out of it are done
-                sent = batch.pinned().to(self.device)
+                sent = batch.to(self.device)
                 arrived = torch.cuda.Event()
             arrived.record(self._stream)
         return sent, arrived
@@ -153,7 +210,6 @@ def wait_for_arrival(batch: StepInput, arrived: torch.cuda.Event | None) -> None
         return
     stream = torch.cuda.current_stream(batch.inputs.device)
     stream.wait_event(arrived)
-    for each in (batch, *(micro for _, micro in batch.micro_batches)):
-        for tensor in each.tensors().values():
-            # its memory belongs to the stream of copies, and must not be used again before this stream is done with it
-            tensor.record_stream(stream)
+    assert batch.block is not None
+    # its memory belongs to the stream of copies, and must not be used again before this stream is done with it
+    batch.block.record_stream(stream)

@@ -47,10 +47,7 @@ ROOT = HERE.parents[1]
 LIMITS = {"env": 40, "tests": 110, "capture": 60, "parts": 60, "step": 150, "train": 75, "ray": 150}
 """Seconds that a command of a section may take."""
 
-GPU_TESTS = (
-    "tests/kernels/test_gpu_adagrad.py",
-    "tests/training/test_graphs.py",
-)
+GPU_TESTS = ("tests/kernels", "tests/training/test_gpu_captured_step.py", "tests/training/test_transfer.py")
 
 UNROLL = 20
 
@@ -132,6 +129,7 @@ def capture(device: torch.device, small: bool) -> dict[str, Any]:
     from cases import SIZES, our_config
     from gpu_step import batches, padded, step_of, wait
 
+    from elmo_ray.training.captured_step import CudaGraphs
     from elmo_ray.training.step_input import Transfer, wait_for_arrival
 
     log, logger = Messages(), logging.getLogger("elmo_ray")
@@ -142,7 +140,7 @@ def capture(device: torch.device, small: bool) -> dict[str, Any]:
     step = step_of(our_config(size, "fp32" if small else "bf16", rows), words, rows, device)
     made = batches(size, words, rows)
     if on_gpu:
-        made = padded(made, size, words, rows)
+        made = padded(made, words)
     given = [batch.to(device) for batch in made]
     seconds = []
     with mock.patch.object(torch.cuda, "graph", wraps=torch.cuda.graph) as captures:
@@ -156,7 +154,7 @@ def capture(device: torch.device, small: bool) -> dict[str, Any]:
         "seconds_of_steps": seconds,
         "loss": (done.loss_sums.sum() / rows / (2 * UNROLL)).item(),
         "captures": captures.call_count,
-        "failed": step.graphs is not None and step.graphs.failed,
+        "failed": CudaGraphs.failed,
     }
     if on_gpu:
         found["memory_GB"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
@@ -276,9 +274,12 @@ class Sections:
         return without_tail(got)
 
     def tests(self) -> dict[str, Any]:
-        chosen = "gpu" if self.device == "cuda" else "graph and not gpu"  # without a GPU a few that run anywhere
-        options = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-k", chosen]
-        return self.command("tests", LIMITS["tests"], *options, *GPU_TESTS)
+        options = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
+        if self.device == "cuda":
+            return self.command("tests", LIMITS["tests"], *options, "-m", "gpu", *GPU_TESTS)
+        # without a GPU a few that run anywhere
+        chosen = ["-k", "not_captured or outlive", "tests/training/test_captured_step.py"]
+        return self.command("tests", LIMITS["tests"], *options, *chosen)
 
     def step(self) -> dict[str, Any]:
         options = "--precision bf16 --steps 20 --rounds 3"

@@ -27,8 +27,10 @@ from torch.profiler import ProfilerActivity, profile
 from where_time_goes import flops_of, milliseconds_of_parts, peak_of
 
 from elmo_ray.config import PretrainConfig
+from elmo_ray.data.characters import PADDING
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.graphs import FixedShapes, graphs_for
+from elmo_ray.training.capacities import Capacities
+from elmo_ray.training.captured_step import CudaGraphs, record_for
 from elmo_ray.training.step import TrainStep
 from elmo_ray.training.step_input import StepInput
 
@@ -46,9 +48,8 @@ def step_of(config: PretrainConfig, words: int, rows: int, device: torch.device)
     model = BiLM(config.model, config.softmax, words)
     model.reset_parameters(1)
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
-    step = TrainStep(config, model.to(device, dtype), rows)
-    step.graphs = graphs_for(step)
-    return step
+    model.to(device, dtype)
+    return TrainStep(config, model, rows, record=record_for(config, model))
 
 
 def batches(size: dict[str, Any], words: int, rows: int) -> list[StepInput]:
@@ -56,12 +57,13 @@ def batches(size: dict[str, Any], words: int, rows: int) -> list[StepInput]:
     return [made_up_batch(n, rows, UNROLL, types, min(words, 100_000), size["negatives"]) for n in range(4)]
 
 
-def padded(given: list[StepInput], size: dict[str, Any], words: int, rows: int) -> list[StepInput]:
-    """As in training with graphs: so that few shapes occur."""
-    ((types, columns),) = given[0].type_classes
-    most = min(words, 2 * rows * UNROLL + 2 * size["negatives"])
-    shapes = FixedShapes([columns], np.array([float(types)]), np.array([1]), words, (most, most))
-    return [shapes(batch) for batch in given]
+def padded(given: list[StepInput], words: int) -> list[StepInput]:
+    """As in training with captured steps, so that few shapes occur: to what the largest of these batches needs."""
+    types = max(len(batch.types) for batch in given)
+    windows = max(int(np.count_nonzero(batch.types.numpy() != PADDING)) + len(batch.types) for batch in given)
+    touched = max(len(batch.rows) for batch in given if batch.rows is not None)
+    pad = Capacities(types, windows, touched, 0.0, words)
+    return [pad(batch) for batch in given]
 
 
 def error_to_float64(size: dict[str, Any], precision: str, device: torch.device, kernels: str) -> float:
@@ -110,8 +112,8 @@ def case(arguments: argparse.Namespace, precision: str, rows: int, kernels: str)
     step = step_of(config, words, rows, device)
     given = batches(size, words, rows)
     flops = flops_of(config, given[0])
-    if step.graphs is not None:
-        given = padded(given, size, words, rows)
+    if step.captured is not None:
+        given = padded(given, words)
     given = [batch.to(device) for batch in given]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -124,7 +126,7 @@ def case(arguments: argparse.Namespace, precision: str, rows: int, kernels: str)
         wait(device)
         return rows * UNROLL * steps / (time.perf_counter() - start)
 
-    run(16 if device.type == "cuda" else 3)  # each shape's graph is captured and compared in its first steps
+    run(16 if device.type == "cuda" else 3)  # each shape is captured in its third step
     speed = statistics.median(run(arguments.steps) for _ in range(arguments.rounds))
     milliseconds = rows * UNROLL / speed * 1e3
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -138,8 +140,7 @@ def case(arguments: argparse.Namespace, precision: str, rows: int, kernels: str)
         "batch": f"{rows} x {UNROLL}",
         "precision": precision,
         "kernels": kernels,
-        "graphs": step.graphs is not None and not step.graphs.failed,
-        "fused_adagrad": step.optimizer.fused,
+        "captured": step.captured is not None and not CudaGraphs.failed,
         "error_to_float64": error,
         "per_second": round(speed),
         "milliseconds": round(milliseconds, 2),

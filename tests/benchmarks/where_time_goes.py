@@ -54,7 +54,7 @@ def peak_of(name: str, precision: str) -> float | None:
 
 
 def milliseconds_of_parts(step: TrainStep, run: Callable[[], None], steps: int) -> dict[str, float]:
-    """Of the kernels of a step, by part; `run` does so many steps. Without graphs, whose kernels nobody asks for."""
+    """Of the kernels of a step, by part; `run` does so many steps. Without a graph, whose kernels nobody asks for."""
     on_gpu = step.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with _ranges(step), profile(activities=activities) as profiled:
@@ -82,8 +82,8 @@ def _ranges(step: TrainStep) -> Iterator[None]:
 
         return wrapped
 
-    optimizer, model, graphs = step.optimizer, step.model, step.graphs
-    step.graphs = None
+    optimizer, model, captured = step.optimizer, step.model, step.captured
+    step.captured = None
     try:
         with (
             mock.patch.object(optimizer, "apply", within("optimizer", optimizer.apply)),
@@ -91,7 +91,7 @@ def _ranges(step: TrainStep) -> Iterator[None]:
         ):
             yield
     finally:
-        step.graphs = graphs
+        step.captured = captured
 
 
 def _chain(event: Any) -> list[str]:

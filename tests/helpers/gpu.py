@@ -1,7 +1,8 @@
 """What the tests of GPU kernels share: the device that they run on, and how two functions are compared.
 
-The tests run on a GPU, or where TRITON_INTERPRET=1 is set in Triton's interpreter, which computes with NumPy what the
-kernels say; `test_gpu_interpreted.py` runs them so. Whether it is set counts when Triton is imported.
+The tests run on a GPU (`python -m pytest -m gpu`), or where TRITON_INTERPRET=1 is set in Triton's interpreter, which
+computes with NumPy what the kernels say; `test_gpu_interpreted.py` runs them so. Whether it is set counts when Triton
+is imported.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 if not HAS_TRITON:
     pytest.skip("Triton is not installed; it comes with torch's CUDA build", allow_module_level=True)
 if not INTERPRETED and not torch.cuda.is_available():
-    reason = "there is no GPU here, and TRITON_INTERPRET=1 is not set (test_gpu_interpreted.py does)"
+    reason = "there is no GPU here (or not -m gpu), and TRITON_INTERPRET=1 is not set"
     pytest.skip(reason, allow_module_level=True)
 
 PRODUCTS = {"float32": (None, 1e-5), "bfloat16": (torch.bfloat16, 0.03)}

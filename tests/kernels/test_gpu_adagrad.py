@@ -44,7 +44,7 @@ from triton.backends.compiler import GPUTarget
 from elmo_ray.kernels.gpu.adagrad import _adagrad
 for flag in (False, True):
     names = _adagrad.arg_names
-    types = dict.fromkeys(names, "*fp32") | {"rows": "*i64", "rate": "fp32", "width": "i32", "blocks": "i32"}
+    types = dict.fromkeys(names, "*fp32") | {"rows": "*i64", "width": "i32", "blocks": "i32"}
     types |= {"HAS_ROWS": "constexpr", "BLOCK": "constexpr"}
     constants = {(names.index("HAS_ROWS"),): flag, (names.index("BLOCK"),): 1024}
     source = triton.compiler.ASTSource(_adagrad, types, constants)
@@ -77,6 +77,7 @@ def test_kernel_compiles_for_a_gpu() -> None:
     run(_COMPILED, "0")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here (or not -m gpu)")
 def test_on_a_gpu() -> None:
     check(run(_COMPARED, "0", "cuda"))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from elmo_ray.kernels.gpu.dense_adagrad import DenseAdagrad
 
+pytestmark = pytest.mark.gpu
+
 SHAPES = ((3,), (50, 61), (4097,), (1,), (2, 0), (1024,))
 RATES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 
@@ -20,6 +22,10 @@ def random_tensors(seed: int) -> list[Tensor]:
 
 def scalar(number: float) -> Tensor:
     return torch.tensor(number, device=DEVICE)
+
+
+def rates_on_device() -> list[Tensor]:
+    return list(torch.tensor(RATES, device=DEVICE).unbind())
 
 
 @pytest.mark.parametrize("on_device", [True, False])
@@ -38,7 +44,7 @@ def test_updates(on_device: bool) -> None:
             g = gradient.double() / 2
             slot += g * g
             value -= rate * g / slot.sqrt()
-        update(gradients, scalar(2.0), torch.tensor(RATES, device=DEVICE) if on_device else RATES)
+        update(gradients, scalar(2.0), rates_on_device() if on_device else RATES)
         for ours, wanted in zip([*values, *slots], [*expected[0], *expected[1]], strict=True):
             assert not ours.numel() or relative_error(ours, wanted) < 1e-6
 
@@ -72,7 +78,7 @@ def test_versions_rise() -> None:
 def test_captured() -> None:
     """The second call has nothing to copy, and is replayed with other gradients and rates; the first one is refused."""
     values, slots, gradients = random_tensors(1), random_tensors(2), random_tensors(3)
-    rates, update = torch.tensor(RATES, device=DEVICE), DenseAdagrad(values, slots)
+    rates, update = rates_on_device(), DenseAdagrad(values, slots)
     update(gradients, scalar(0.0), rates)
     divisor, graph = scalar(2.0), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

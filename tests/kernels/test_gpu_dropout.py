@@ -8,6 +8,8 @@ from helpers.gpu import DEVICE, Random
 
 from elmo_ray.kernels.gpu.dropout import dropout
 
+pytestmark = pytest.mark.gpu
+
 
 def key(number: int) -> torch.Tensor:
     return torch.tensor([number], device=DEVICE)

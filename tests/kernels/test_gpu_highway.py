@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.gpu import DEVICE, Random, compare, products
+from helpers.gpu import Random, compare, products
 from torch import Tensor
 
-from elmo_ray.kernels.gpu.highway import highway, serves
+from elmo_ray.kernels.gpu.highway import highway
+
+pytestmark = pytest.mark.gpu
 
 
 def plain_highway(
@@ -38,10 +40,3 @@ def test_nan_stays() -> None:
     leaves[0][2, 3] = torch.nan
     found = highway(*leaves, None)
     assert found[2].isnan().all() and found.isnan().sum() == 5
-
-
-def test_serves() -> None:
-    x = torch.zeros(1, 1)
-    assert not serves(x)
-    if DEVICE.type == "cuda":
-        assert serves(x.to(DEVICE)) and not serves(x.to(DEVICE).double())

@@ -12,14 +12,20 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = sorted(path for path in HERE.glob("test_gpu_*.py") if "\nfrom helpers.gpu import" in path.read_text("utf-8"))
+FILES = sorted(
+    path for path in HERE.parent.glob("*/test_gpu_*.py") if "\nfrom helpers.gpu import" in path.read_text("utf-8")
+)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed; it comes with torch's CUDA build")
 
 
 def run(*arguments: str, interpret: str) -> str:
     """In a process of its own: whether Triton interprets is decided when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": interpret,
+        "ELMO_RAY_KERNELS": "gpu" if interpret == "1" else "auto",
+    }
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=600, env=environment, check=False
     )

@@ -7,7 +7,9 @@ import torch
 from helpers.gpu import DEVICE, INTERPRETED, PRODUCTS, Random, compare, products, relative_error
 from torch import Tensor
 
-from elmo_ray.kernels.gpu.lstm_window import serves, split_product, splits_for, window
+from elmo_ray.kernels.gpu.lstm_window import split_product, splits_for, window
+
+pytestmark = pytest.mark.gpu
 
 CLIPS = {"both": (0.3, 0.4), "none": (None, None), "cell": (0.3, None), "projection": (None, 0.4), "rare": (3.0, 3.0)}
 SHAPES = {
@@ -160,10 +162,3 @@ def test_nan_stays() -> None:
     outputs, memories = window(x, hidden, memory, *weights, 0.3, 0.4, None)
     assert outputs[1, 1:, 2].isnan().all() and memories[1, 1:, 2].isnan().all()
     assert outputs.isnan().sum() == 2 * outputs.shape[-1]
-
-
-def test_serves() -> None:
-    x = torch.zeros(1, 1, 1, 1)
-    assert not serves(x, None)
-    if DEVICE.type == "cuda":
-        assert serves(x.to(DEVICE), None) and not serves(x.to(DEVICE).double(), None)

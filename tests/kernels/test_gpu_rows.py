@@ -9,6 +9,8 @@ from helpers.gpu import DEVICE, Random, compare
 
 from elmo_ray.kernels.gpu.rows import gather_rows, sort_positions
 
+pytestmark = pytest.mark.gpu
+
 
 def test_positions_are_sorted_by_row() -> None:
     ids = torch.tensor([[3, 0, 3], [1, 3, 0]], device=DEVICE)

@@ -33,7 +33,7 @@ from torch._subclasses import FakeTensorMode
 torch.utils.backend_registration._setup_privateuseone_for_python_backend("gpu")
 FOLDER, CASES = Path(sys.argv[1]), json.loads(sys.argv[2])
 
-from test_fixed_shapes import inputs, make_text
+from test_capacities import inputs, make_text
 from helpers.tiny_runs import tiny_config
 from elmo_ray.model import dropout
 from elmo_ray.model.bilm import BiLM

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from elmo_ray.training.step_input import StepInput, Transfer, device_lock, wait_for_arrival
 
@@ -36,66 +31,42 @@ def test_a_copy_of_every_tensor() -> None:
     assert batch.inputs.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-class FakeCuda:
-    """Writes down what a transfer asks of a GPU, in order."""
-
-    def __init__(self) -> None:
-        self.log: list[Any] = []
-        self.inside: list[str] = []
-
-    def Stream(self) -> FakeCuda:
-        return self
-
-    def Event(self) -> FakeCuda:
-        return self
-
-    @contextlib.contextmanager
-    def device(self, device: torch.device) -> Iterator[None]:
-        self.inside.append(str(device))
-        yield
-        self.inside.pop()
-
-    @contextlib.contextmanager
-    def stream(self, stream: FakeCuda) -> Iterator[None]:
-        self.inside.append("stream")
-        yield
-        self.inside.pop()
-
-    def record(self, stream: FakeCuda) -> None:
-        self.log.append("record")
-
-    def current_stream(self, device: torch.device) -> FakeCuda:
-        return self
-
-    def wait_event(self, event: FakeCuda) -> None:
-        self.log.append("wait")
+def assert_packed(sent: StepInput, batch: StepInput) -> None:
+    """All tensors are there, in one block of memory and where kernels expect them to begin."""
+    blocks = set()
+    (_, of_sent), (_, of_batch) = sent.micro_batches[0], batch.micro_batches[0]
+    for ours, theirs in ((sent, batch), (of_sent, of_batch)):
+        assert list(ours.tensors()) == list(theirs.tensors())
+        for name, tensor in theirs.tensors().items():
+            mine = ours.tensors()[name]
+            assert mine.dtype == tensor.dtype and torch.equal(mine.cpu(), tensor)
+            assert mine.storage_offset() * mine.element_size() % 256 == 0
+            blocks.add(mine.untyped_storage().data_ptr())
+    assert len(blocks) == 1
 
 
-def test_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda()
+def test_an_input_is_one_block() -> None:
     batch = made()
-    count = 2 * len(batch.tensors())
+    assert_packed(batch.to(torch.device("cpu")), batch)
 
-    def pin(self: Tensor) -> Tensor:
-        cuda.log.append("pin")
-        return self.clone()
 
-    def to(self: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
-        assert non_blocking and cuda.inside == ["cuda:1", "stream"] and device_lock.locked()
-        cuda.log.append("copy")
-        return self
+def test_another_input_over_the_same_block() -> None:
+    """As a captured step needs it: a copy of the block is a copy of all tensors."""
+    first, second = made(), made().each(lambda tensor: tensor.flip(0))
+    here, sent = first.to(torch.device("cpu")), second.to(torch.device("cpu"))
+    assert here.block is not None and sent.block is not None
+    here.block.copy_(sent.block)
+    assert all(torch.equal(here.tensors()[name], value) for name, value in second.tensors().items())
 
-    def record_stream(self: Tensor, stream: FakeCuda) -> None:
-        cuda.log.append("used")
 
-    monkeypatch.setattr(Tensor, "pin_memory", pin)
-    monkeypatch.setattr(Tensor, "to", to)
-    monkeypatch.setattr(Tensor, "record_stream", record_stream)
-    monkeypatch.setattr(torch, "cuda", cuda)
-    sent, arrived = Transfer(torch.device("cuda:1"))(batch)
-    assert arrived is cuda and cuda.log == ["pin"] * count + ["copy"] * count + ["record"]
-    assert not cuda.inside and not device_lock.locked()
-    cuda.log.clear()
-    wait_for_arrival(sent, arrived)
-    assert cuda.log == ["wait"] + ["used"] * count
-    assert torch.equal(sent.inputs, batch.inputs)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here (or not -m gpu)")
+def test_to_a_gpu() -> None:
+    device = torch.device("cuda")
+    send = Transfer(device)
+    for _ in range(3):
+        batch = made()
+        sent, arrived = send(batch)
+        assert arrived is not None and sent.inputs.is_cuda and not device_lock.locked()
+        wait_for_arrival(sent, arrived)
+        assert_packed(sent, batch)

@@ -30,7 +30,9 @@ def _update_rows(value_VP: Any, slot_VP: Any, rows_R: Any, gradient_RP: Any, div
         _update(value_VP[rows_R[r]], slot_VP[rows_R[r]], gradient_RP[r], divisor, rate)
 
 
-def adagrad(value: Tensor, slot: Tensor, gradient: Tensor, rows: Tensor | None, divisor: Tensor, rate: float) -> None:
+def adagrad(
+    value: Tensor, slot: Tensor, gradient: Tensor, rows: Tensor | None, divisor: Tensor, rate: float | Tensor
+) -> None:
     """Do what `training.optimizer.adagrad` does, with the same arguments; value and slot are contiguous float32."""
     if not (known := float(divisor)):  # on a CPU nothing waits for it
         return

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from elmo_ray.kernels.gpu.arithmetic import block_for, product_float32, tanh
@@ -30,10 +31,9 @@ _LARGEST_EMBEDDING = 128
 
 
 def serves(embedding_VE: Tensor, filters: Sequence[Tensor]) -> bool:
-    """Return True if `largest_windows` computes such filters: on a GPU, in float32, of windows that fit into tiles."""
+    """Return True if `largest_windows` computes such filters: those whose windows fit into tiles."""
     size = embedding_VE.shape[1]
-    is_small = size <= _LARGEST_EMBEDDING and size * max(w.shape[2] for w in filters) <= _LARGEST_WINDOW
-    return embedding_VE.is_cuda and embedding_VE.dtype == torch.float32 and is_small
+    return size <= _LARGEST_EMBEDDING and size * max(w.shape[2] for w in filters) <= _LARGEST_WINDOW
 
 
 def count_windows(types_UC: Tensor, padding: int) -> Tensor:
@@ -157,6 +157,7 @@ class _LargestWindows(torch.autograd.Function):
     filters ...)."""
 
     @staticmethod
+    @custom_fwd(device_type="cuda", cast_inputs=torch.float32)  # within torch.autocast
     def forward(
         ctx: Any,
         types_UC: Tensor,
@@ -203,6 +204,7 @@ class _LargestWindows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @custom_bwd(device_type="cuda")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         types, windows, offsets, x_MK, weight_KF, largest_UF, which_UF, d_product_MF = ctx.saved_tensors
         (v, e, widest), (u, c), (k, f) = ctx.sizes, types.shape, weight_KF.shape

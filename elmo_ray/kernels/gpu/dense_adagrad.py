@@ -11,6 +11,8 @@ from torch import Tensor
 
 _BLOCK = 1024
 """Numbers of a tensor that one program updates."""
+_MOST_TABLES = 32
+"""Tables of addresses that are kept: gradients come to few places, again and again."""
 
 
 @triton.jit
@@ -47,24 +49,32 @@ class DenseAdagrad:
         self._tensor_of_block = of_block.to(self._device)
         self._first_block = (blocks.cumsum(0) - blocks).int().to(self._device)
         self._sizes = torch.tensor([v.numel() for v in values], device=self._device)
-        self._of_gradients: tuple[int, ...] = ()
-        self._addresses = self._sizes  # until there are gradients
+        self._tables: dict[tuple[int, ...], Tensor] = {}  # by the addresses of the gradients
+        self._captured: list[Tensor] = []  # tables that graphs read, and so must stay where they are
 
-    def __call__(self, gradients: Sequence[Tensor], divisor: Tensor, rates: Tensor | Sequence[float]) -> None:
+    def __call__(self, gradients: Sequence[Tensor], divisor: Tensor, rates: Sequence[float] | Sequence[Tensor]) -> None:
         """Update values and slots in place; a divisor of 0 (or NaN) changes nothing, whatever the gradients are.
 
-        gradients: one of each value, float32. divisor: 0-d float32 on the device. rates: one of each value; a float32
-        tensor on the device is read there. A captured step needs it so, and gradients at the addresses of the call
+        gradients: one of each value, float32. divisor: 0-d float32 on the device. rates: one of each value, numbers or
+        0-d float32 tensors on the device. A captured step needs the latter, and gradients at the addresses of a call
         before, because nothing can be copied to the GPU during a capture; anything else raises a RuntimeError.
         """
         gradients = [gradient.contiguous() for gradient in gradients]
         addresses = tuple(gradient.data_ptr() for gradient in gradients)
-        if addresses != self._of_gradients:
-            table = [[x.data_ptr() for x in self._values], [x.data_ptr() for x in self._slots], list(addresses)]
-            self._addresses, self._of_gradients = self._sent(torch.tensor(table)), addresses
-        on_device = rates if isinstance(rates, Tensor) else self._sent(torch.tensor(rates, dtype=torch.float32))
+        table = self._tables.get(addresses)
+        if table is None:
+            of_all = [[x.data_ptr() for x in self._values], [x.data_ptr() for x in self._slots], list(addresses)]
+            table = self._tables[addresses] = self._sent(torch.tensor(of_all))
+            if len(self._tables) > _MOST_TABLES:
+                del self._tables[next(iter(self._tables))]
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(table)
+        if all(isinstance(rate, Tensor) for rate in rates):
+            on_device = torch.stack(rates)  # type: ignore[arg-type]
+        else:
+            on_device = self._sent(torch.tensor(rates, dtype=torch.float32))
         _dense_adagrad[(len(self._tensor_of_block),)](
-            self._addresses, self._tensor_of_block, self._first_block, self._sizes, on_device, divisor, len(gradients),
+            table, self._tensor_of_block, self._first_block, self._sizes, on_device, divisor, len(gradients),
             BLOCK=_BLOCK,
         )  # fmt: skip
         for changed in (*self._values, *self._slots):

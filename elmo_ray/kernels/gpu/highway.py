@@ -17,11 +17,6 @@ from torch.autograd.function import once_differentiable
 from elmo_ray.kernels.gpu.arithmetic import block_for, product_float32
 
 
-def serves(x_UF: Tensor) -> bool:
-    """Return True if `highway` computes such a layer: on a GPU, in float32."""
-    return x_UF.is_cuda and x_UF.dtype == torch.float32
-
-
 def highway(
     x_UF: Tensor,
     carry_weight: Tensor,

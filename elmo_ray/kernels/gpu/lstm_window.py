@@ -25,11 +25,6 @@ from torch.autograd.function import once_differentiable
 from elmo_ray.kernels.gpu.arithmetic import block_for, product_float32, tanh
 
 
-def serves(x_DTBI: Tensor, projection: Tensor | None) -> bool:
-    """Return True if `window` computes such a layer: any with or without projection, on a GPU, in float32."""
-    return x_DTBI.is_cuda and x_DTBI.dtype == torch.float32
-
-
 def window(
     x_DTBI: Tensor,
     hidden_DBP: Tensor,

@@ -8,7 +8,7 @@ Shapes: N positions, R rows, P width of a row.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from elmo_ray.kernels import SortedPositions
 from elmo_ray.kernels.gpu.arithmetic import rows_at_once
-
-
-class SortedPositions(NamedTuple):
-    """Places of ids by row: those of row r are order[starts[r] : starts[r + 1]], in rising order.
-
-    order: [N] int32 places in the flat tensor of ids; starts: [R + 1] int32.
-    """
-
-    order: Tensor
-    starts: Tensor
 
 
 def sort_positions(ids: Tensor, count: int) -> SortedPositions:

@@ -18,16 +18,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from elmo_ray.kernels import SortedPositions
 from elmo_ray.kernels.gpu.arithmetic import product_float32, rows_at_once
-from elmo_ray.kernels.gpu.rows import SortedPositions, sort_positions
+from elmo_ray.kernels.gpu.rows import sort_positions
 
 _MOST_NEGATIVES = 65536
 """Logits of a position that fit into one program's registers."""
 
 
-def serves(x_DNP: Tensor, negative_rows_DK: Tensor) -> bool:
-    """Return True if `sampled_losses` computes such a softmax: on a GPU, in float32, with not too many negatives."""
-    return x_DNP.is_cuda and x_DNP.dtype == torch.float32 and negative_rows_DK.shape[1] <= _MOST_NEGATIVES
+def serves(negative_rows_DK: Tensor) -> bool:
+    """Return True if `sampled_losses` computes such a softmax: one with not too many negatives."""
+    return negative_rows_DK.shape[1] <= _MOST_NEGATIVES
 
 
 def sampled_losses(

@@ -1,4 +1,4 @@
-"""Padded step inputs: few shapes, and the same training to the last row."""
+"""Padded step inputs: one shape, and the same training to the last row."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.scoring import character_table
 from elmo_ray.model.bilm import TABLES, BiLM
+from elmo_ray.model.softmax import draw_negatives
+from elmo_ray.training.capacities import Capacities, sorted_positions
 from elmo_ray.training.feeding import StepAssembler
-from elmo_ray.training.graphs import FixedShapes
 from elmo_ray.training.ranks import Exchange, Flags
 from elmo_ray.training.step import DTYPES, TrainStep
-from elmo_ray.training.step_input import StepInput
+from elmo_ray.training.step_input import StepInput, with_micro_batches
 
 FULL: dict[str, Any] = {"softmax__kind": "full", "softmax__negatives": None}
 CASES: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def model_of(config: PretrainConfig, vocabulary: Vocabulary) -> BiLM:
 
 
 def inputs(config: PretrainConfig, text: tuple[Corpus, Vocabulary]) -> Iterator[tuple[StepInput, StepInput]]:
-    """Step inputs, plain and padded."""
+    """Step inputs with their micro-batches, plain and padded."""
     corpus, words = text
     streams = range(config.data.streams)
     model = model_of(config, words)
@@ -69,10 +70,11 @@ def inputs(config: PretrainConfig, text: tuple[Corpus, Vocabulary]) -> Iterator[
     start = StreamCursors.start(len(streams))
     loader = StreamLoader(plan, streams, start, source, words, config.train.unroll, characters, model.directions)
     assemble = StepAssembler(config, words.size, streams, Exchange())
-    shapes = FixedShapes.of(config, words.size, characters, len(streams))
+    pad = Capacities.of(config, words.size, characters, len(streams))
     for step in range(STEPS):
         plain, _ = assemble(loader.next_batch(), step, Flags())
-        yield plain, shapes(plain)
+        plain = with_micro_batches(plain, config.train.accumulate)
+        yield plain, pad(plain)
     loader.close()
 
 
@@ -83,7 +85,8 @@ def test_padding_changes_nothing(text: tuple[Corpus, Vocabulary], changes: dict[
     first = {name: p.detach().clone() for name, p in steps[0].model.named_parameters()}
     touched = {name: set[int]() for name in TABLES}
     for plain, padded in inputs(config, text):
-        assert len(padded.types) > len(plain.types)
+        some, more = (batch.micro_batches[-1][1] if batch.micro_batches else batch for batch in (plain, padded))
+        assert len(more.types) > len(some.types)
         outputs = [step.run(batch) for step, batch in zip(steps, (plain, padded), strict=True)]
         # sums over words and rows come in other groups: the zeros of padding are exact, their places are not
         assert torch.allclose(outputs[1].loss_sums, outputs[0].loss_sums, rtol=1e-6)
@@ -112,14 +115,15 @@ def test_what_is_padded(text: tuple[Corpus, Vocabulary], changes: dict[str, Any]
     config = tiny_config(**changes)
     shapes = set()
     for plain, padded in inputs(config, text):
-        shapes.add((padded.type_classes, padded.types.shape, len(padded.rows)))  # type: ignore[arg-type]
-        assert sum(count for count, _ in padded.type_classes) == len(padded.types)
+        shapes.add((padded.types.shape, padded.n_windows, len(padded.rows)))  # type: ignore[arg-type]
         assert torch.equal(padded.types[padded.inputs], plain.types[plain.inputs])
-        widths = np.repeat([w for _, w in padded.type_classes], [n for n, _ in padded.type_classes])
         if config.model.input == "characters":
-            ids = (padded.types != PADDING).sum(dim=1).numpy()
-            widest = 3
-            assert (np.minimum(ids + widest, padded.types.shape[1]) <= widths).all(), "a class has room for its words"
+            assert padded.types.shape[1] == config.model.char_cnn.max_characters
+            filled = [min(1 + int((word != PADDING).sum()), len(word)) for word in plain.types]
+            assert padded.window_counts.tolist() == filled + [0] * (len(padded.types) - len(filled))  # type: ignore
+            assert sum(filled) <= padded.n_windows
+        else:
+            assert padded.windows is None
         for name in ("rows", "input_rows"):
             rows, more = getattr(plain, name), getattr(padded, name)
             assert (rows is None) == (more is None)
@@ -128,30 +132,72 @@ def test_what_is_padded(text: tuple[Corpus, Vocabulary], changes: dict[str, Any]
                 assert len(set(more.tolist())) == len(more) and more.max() < text[1].size
         for name in ("targets", "target_rows", "negative_rows", "lengths", "reset"):
             assert getattr(padded, name) is getattr(plain, name)
+        for ids, positions, count in (
+            (padded.inputs.transpose(1, 2), padded.input_positions, len(padded.types)),
+            (padded.target_rows, padded.target_positions, len(padded.rows)),  # type: ignore[arg-type]
+        ):
+            assert positions is not None and ids is not None and len(positions.starts) == count + 1
+            for row in range(count):
+                places = positions.order[positions.starts[row] : positions.starts[row + 1]]
+                assert places.tolist() == torch.nonzero(ids.flatten() == row).flatten().tolist()
     assert len(shapes) <= 2
 
 
-@pytest.mark.parametrize("unknown", [0, 40, 400])
-def test_any_batch_fits(unknown: int) -> None:
-    """Far more words than usual, and longer ones: the next sizes are taken, and nothing is cut."""
-    shapes = FixedShapes([4, 6, 9], np.array([30.0, 10.0, 0.5]), np.array([5, 9, 3]), 100, (60, 60))
-    types = torch.arange((50 + unknown) * 9).view(-1, 9)
-    batch = StepInput(
-        0,
-        types,
-        ((48, 4), (2 + unknown, 9)),
-        torch.arange(len(types)).view(1, 1, -1),
-        torch.zeros(0),
-        torch.zeros(0),
-        torch.zeros(0),
-        1,
-        rows=torch.arange(50, 100),
-    )
-    padded = shapes(batch)
-    assert torch.equal(padded.types[padded.inputs], types[batch.inputs])
-    assert padded.rows is not None and sorted(padded.rows.tolist()) == sorted({*range(50, 100), *padded.rows.tolist()})
-    place = padded.inputs.flatten()
-    first_of_last = len(padded.types) - padded.type_classes[-1][0]
-    assert (place[48:] >= first_of_last).all(), "long words are in the widest class"
-    again = shapes(batch)
-    assert again.type_classes == padded.type_classes and torch.equal(again.types, padded.types)
+def test_a_batch_beyond_takes_the_next_size() -> None:
+    """The same one for the same batch, whatever came before, and nothing is cut."""
+    pad = Capacities(words=40.0, windows=200.0, rows=60.0, input_rows=1.0, n_words=100)
+
+    def batch(words: int, length: int, rows: int) -> StepInput:
+        types = torch.full((words, 9), PADDING, dtype=torch.int16)
+        types[:, :length] = 5
+        places = torch.arange(words).view(1, 1, -1)
+        nothing = torch.zeros(0)
+        return StepInput(0, types, ((words, 9),), places, places, nothing, nothing, 1, rows=torch.arange(rows))
+
+    def sizes(words: int, length: int = 3, rows: int = 50) -> tuple[int, int, int]:
+        padded = pad(batch(words, length, rows))
+        assert padded.rows is not None and sorted(set(padded.rows.tolist())) == sorted(padded.rows.tolist())
+        assert padded.window_counts is not None and int(padded.window_counts.sum()) <= padded.n_windows
+        return len(padded.types), padded.n_windows, len(padded.rows)
+
+    usual = sizes(10)
+    assert usual == sizes(40) == (40, 200, 64)
+    assert sizes(41) == (48, 224, 64), "windows grow with the words, for a graph has one size"
+    assert sizes(40, length=5) == (56, 248, 64), "240 windows"
+    assert sizes(10, rows=65) == (40, 200, 72)
+    assert sizes(10, rows=100) == (40, 200, 100), "all words of the vocabulary"
+    assert sizes(400)[0] >= 400
+    assert sizes(10) == usual
+
+
+def test_sorted_positions() -> None:
+    order, starts = sorted_positions(np.array([[3, 0, 3], [1, 0, 3]]), 5)
+    assert order.tolist() == [1, 4, 3, 0, 2, 5] and starts.tolist() == [0, 2, 3, 3, 6, 6]
+    assert order.dtype == starts.dtype == torch.int32
+
+
+def test_a_usual_batch_fits() -> None:
+    """Words by the law that capacities are made of fit, and little is padding."""
+    n_words, config = 20_000, tiny_config(data__streams=64, train__unroll=20, softmax__negatives=1000)
+    pad = Capacities.of(config, n_words, None, 32)
+    random = np.random.default_rng(1)
+    for step in range(5):
+        ids = np.expm1(random.random(64 * 20) * np.log1p(n_words)).astype(np.int64)  # of two workers
+        negatives = [draw_negatives(1, step, d, n_words, 1000).ids for d in range(2)]
+        words, rows = np.unique(ids[: 32 * 20]), np.unique(np.concatenate([ids, *negatives]))
+        nothing, places = torch.zeros(0), torch.zeros(1, 1, 1, dtype=torch.int64)
+        batch = StepInput(
+            0,
+            torch.from_numpy(words),
+            ((len(words), 1),),
+            places,
+            places,
+            nothing,
+            nothing,
+            1,
+            rows=torch.from_numpy(rows),
+        )
+        padded = pad(batch)
+        assert padded.rows is not None
+        assert len(words) <= len(padded.types) <= 1.25 * len(words)
+        assert len(rows) <= len(padded.rows) <= 1.15 * len(rows)
