@@ -335,7 +335,12 @@ class _Run:
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
             epoch = self.progress.positions / self.streams_plan.positions
-            self.metrics.write({**record, "epoch": epoch, "total_steps": self.total_steps, "time": time.time()})
+            more = {"epoch": epoch, "elapsed": self._elapsed(), "total_steps": self.total_steps, "time": time.time()}
+            self.metrics.write({**record, **more})
+
+    def _elapsed(self) -> float:
+        """Return the seconds of training over all starts of the run: each from its first step, with validations."""
+        return self.progress.seconds + time.monotonic() - self.started
 
     def _validate(self) -> None:
         assert self.validation is not None
@@ -375,8 +380,7 @@ class _Run:
         if self.metrics is not None:
             self.metrics.sync()  # a resumed run does not record these steps again
         progress.finished = self._is_over()
-        seconds = progress.seconds + time.monotonic() - self.started
-        snapshot = Snapshot(replace(progress, seconds=seconds), self.cursors, self.sums)
+        snapshot = Snapshot(replace(progress, seconds=self._elapsed()), self.cursors, self.sums)
         tensors = snapshot.stream_tensors(self.step.state, self.streams)
         texts: dict[str, str] = {}
         if self.ranks.rank == 0:
@@ -393,7 +397,7 @@ class _Run:
             self.saver.best_lost = False
 
     def _close(self, stopped: bool) -> None:
-        self.progress.seconds += time.monotonic() - self.started
+        self.progress.seconds = self._elapsed()
         if stopped:
             self._event(f"stopped at step {self.progress.step} as asked; the state is saved, go on with --resume")
         if self.metrics is not None:

@@ -2,7 +2,8 @@
 
 Each attempt of a run writes one JSONL file; the console, TensorBoard, the CSV file and `report` read the same records.
 A record is a flat mapping with `kind` ("train" or "valid"), `step` (optimizer steps done), `time` (seconds since 1970),
-and numbers: `epoch` (fractional), `positions` (trained on so far), `loss` (nats per position: mean over directions),
+and numbers: `epoch` (fractional), `positions` (trained on so far), `elapsed` (seconds of training so far, over all
+starts of the run, without the pauses between them), `loss` (nats per position: mean over directions),
 `loss_forward`, `loss_backward`, `perplexity`, `perplexity_forward`, `perplexity_backward` (exp of those; the backward
 ones are None for a forward-only model). Records of kind "train" also have `grad_norm`, `lr`, `positions_per_second`,
 `data_wait` (share of the time that was spent waiting for text), `memory` (bytes in use by worker 0, of its GPU if it
@@ -21,7 +22,9 @@ import logging
 import math
 import os
 import re
+import sys
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -324,6 +327,9 @@ def _read_file(path: Path) -> list[Record]:
 
 def _summary_writer(folder: Path) -> Any:
     """Return torch's writer; None where TensorBoard is not installed."""
+    # TensorBoard looks for this module before TensorFlow, whose import takes seconds and logs many lines; where it is
+    # there, TensorBoard writes files with its own code.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
