@@ -36,9 +36,6 @@ from elmo_ray.training.sizes import WorkerMemory, check_memory, check_streams, w
 
 logger = logging.getLogger("elmo_ray.pretrain")  # __name__ is __main__ as a command
 
-SHOWN_WORDS = ("the", "is", "one", "two", "string", "returns", "if", "time", "write")
-"""Words whose neighbours are shown at the end, as far as the vocabulary has them."""
-
 NO_FLAGS = Flags()
 
 _RESULT_KEYS = (
@@ -275,7 +272,7 @@ def _finish(
     from elmo_ray.checkpoints.source import open_source
     from elmo_ray.data.measures import add_one_perplexity
     from elmo_ray.data.vocabulary import Vocabulary
-    from elmo_ray.elmo.neighbours import nearest_words
+    from elmo_ray.elmo.neighbours import nearest_words, words_to_show
     from elmo_ray.report.curves import RunCurve, terminal_curve
 
     place = uri_of(run_dir)
@@ -311,7 +308,7 @@ def _finish(
             vocabulary = Vocabulary.read(prepared.vocabulary_path)
             unigram = add_one_perplexity(prepared.train, prepared.test, vocabulary, config.data.on_error)
     source = open_source(place)
-    neighbours = nearest_words(source.model, source.vocabulary, SHOWN_WORDS)
+    neighbours = nearest_words(source.model, source.vocabulary, words_to_show(source.vocabulary))
     curve = terminal_curve((RunCurve.read(place),))
     result = PretrainResult(place, training, evaluation, unigram, export_dir, neighbours, curve)
     write_json(run_dir / "result.json", result.to_dict())

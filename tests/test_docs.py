@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from elmo_ray import evaluate
 from elmo_ray.config import EvaluateConfig, ExportConfig, PrepareConfig, PretrainConfig, ReportConfig
 from elmo_ray.config.command_line import VERBS
 from elmo_ray.config.finetune import FinetuneConfig
 from elmo_ray.config.schema import Root, keys
 from elmo_ray.embed.config import EmbedConfig
+from elmo_ray.report.curves import table_cells
 from elmo_ray.sweep.config import SweepConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -102,6 +104,16 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_settings_that_are_named_exist(path: Path) -> None:
     # The one key that a README shows on purpose, for the error message that it gives.
     assert set(wrong_keys(path.read_text(encoding="utf-8"))) <= {"optim.lrr"}
+
+
+def test_tables_have_the_heads_that_are_printed() -> None:
+    text = (REPOSITORY / "configs" / "README.md").read_text(encoding="utf-8")
+    heads = ["text", "positions", "unknown", *(head for head, _, _ in evaluate._COLUMNS)]
+    assert re.search(r"^" + r"\s+".join(map(re.escape, heads)) + "$", text, re.MULTILINE)
+    described = re.search(r"\n\| column \| what it is \|\n(.*?)\n\n", text, re.DOTALL)
+    assert described is not None
+    named = re.findall(r"`([^`]+)`", " ".join(line.split("|")[1] for line in described[1].splitlines()))
+    assert named == [head for head in table_cells(())[0] if head not in ("run", "step", "epoch")]
 
 
 def test_a_wrong_key_is_found() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import math
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,8 @@ _RAY_ENVIRONMENT = {
     "RAY_DATA_LOG_LEVEL": "ERROR",
     # else print() in a worker would come twice
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # The raylet's warning of many small processes, which a sweep has on purpose, would come on stdout and in colour.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",
     # a dead worker is noticed, and a report taken, in one second instead of two
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     # limit for the report of a checkpoint, in which all workers take part
@@ -68,6 +72,7 @@ def ensure_ray() -> None:
             ray.init(logging_level="ERROR", log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster can be joined: {last_line(error)}") from None
+        _report_lost_head(ray.get_runtime_context().gcs_address)
         return
     # Ray gives its workers a niceness of 15, so that its own processes would take the cores from training at any time.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -83,6 +88,40 @@ def ensure_ray() -> None:
             logger.warning("Ray did not start (%s); trying once more", last_line(error))
             ray.shutdown()
             ray.init(**options, logging_level="ERROR", log_to_driver=False)
+    _report_lost_head(ray.get_runtime_context().gcs_address)
+
+
+_LOST_HEAD = """
+import socket, sys
+if not sys.stdin.buffer.read(1):
+    host, _, port = sys.argv[1].rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        print(sys.argv[2], file=sys.stderr)
+"""
+"""Program that waits for the end of its parent. A byte on stdin says that it ends by itself."""
+
+
+def _report_lost_head(address: str) -> None:
+    """Let a small process say what happened if the Ray head at `address` takes this process with it."""
+    # Ray ends a process that has not reached the head for a minute, within C++: no Python code can run there any more.
+    line = (
+        f"error: the Ray head at {address} is lost, and this command with it; when Ray runs again, give the same "
+        "command with --resume, if it has this flag"
+    )
+    watcher = subprocess.Popen(
+        [sys.executable, "-S", "-c", _LOST_HEAD, address, line],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for this process alone
+    )
+
+    def end() -> None:
+        with contextlib.suppress(OSError):
+            watcher.communicate(b".")
+
+    atexit.register(end)
 
 
 def in_cluster() -> bool:

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar, runtime_checkable
 
@@ -33,6 +33,7 @@ RootT = TypeVar("RootT", bound=Root)
 
 _OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_.]*)=(.*)$", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_TEXT_ENDS = (".txt", ".gz", ".zst", ".jsonl", ".parquet")
 _FLAG_HELP = {
     "dry-run": "Print all settings and what the run would need, and stop.",
     "resume": "Continue the run of this name from its newest whole checkpoint.",
@@ -67,36 +68,44 @@ class Positional:
 
 @dataclass(frozen=True)
 class Verb:
-    """Form of a verb's command line. config: CONFIG.yaml is `required`, `optional`, or not taken (`no`)."""
+    """Form of a verb's command line.
+
+    config: CONFIG.yaml is `required`, `optional`, or not taken (`no`). sections: those that --help lists; () means all.
+    text, source: keys of the text and of the model, where these are no positionals.
+    """
 
     summary: str
     config: str = "optional"
     positionals: tuple[Positional, ...] = ()
     flags: tuple[str, ...] = ()
-    sections: tuple[str, ...] = field(default=())  # the sections that --help lists; () means all
+    sections: tuple[str, ...] = ()
+    text: str | None = None
+    source: str | None = None
 
 
 _SOURCE = Positional("SOURCE", "init.from")
 VERBS: dict[str, Verb] = {
     "prepare": Verb(
         "count, index and check a corpus; build its vocabulary; or gather the sample corpus",
-        config="required", flags=("dry-run", "fresh", "json"), sections=("run", "data", "cluster"),
+        config="required", flags=("dry-run", "fresh", "json"), sections=("run", "data", "cluster"), text="data.train",
     ),
     "pretrain": Verb(
         "train a bidirectional language model from scratch, validate and export it",
-        config="required", flags=("dry-run", "resume", "fresh", "json"),
+        config="required", flags=("dry-run", "resume", "fresh", "json"), text="data.train",
     ),
     "finetune": Verb(
         "go on training a model on other text: a run, a checkpoint, or bilm-tf's files",
-        config="required", flags=("dry-run", "resume", "fresh", "json"),
+        config="required", flags=("dry-run", "resume", "fresh", "json"), text="data.train",
+        source="init.from",
     ),
     "sweep": Verb(
         "train with other settings, several trials at a time, and keep the best (Ray Tune)",
-        config="required", flags=("dry-run", "resume", "fresh", "json"),
+        config="required", flags=("dry-run", "resume", "fresh", "json"), text="data.train",
+        source="init.from",
     ),
     "evaluate": Verb(
         "perplexity of a model on held-out text: forward, backward and both",
-        positionals=(_SOURCE,), flags=("dry-run", "json"),
+        positionals=(_SOURCE,), flags=("dry-run", "json"), text="data.test",
     ),
     "export": Verb(
         "write weights.hdf5, options.json and vocab.txt for bilm-tf, AllenNLP and simple_elmo",
@@ -130,8 +139,8 @@ def run_verb(
 ) -> int:
     """Parse `argv` (default: the arguments of the process), run the verb, print its result, and return the exit code.
 
-    0: done. 2: mistakes of the user, one line each on stderr. 130: interrupted. 141: nobody reads stdout any more.
-    Other exceptions are defects and are not caught.
+    0: done. 2: mistakes of the user, one line each on stderr. 130: interrupted. 141: nobody reads stdout any more. A
+    result may have an `exit_code` of its own. Other exceptions are defects and are not caught.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
@@ -146,7 +155,7 @@ def run_verb(
             sys.stdout.reconfigure(errors="replace")  # a terminal may lack the characters of our curve
         result = run(config, flags)
         if isinstance(result, Result):
-            code = print_result(result.summary())
+            code = print_result(result.summary()) or getattr(result, "exit_code", 0)
             if flags.json is not None:
                 write_json(flags.json, result.to_dict())
     except ElmoRayError as error:
@@ -180,12 +189,15 @@ def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Fla
             places.setdefault(waiting[0].key, []).append(word)
         elif waiting:
             places[waiting.pop(0).key] = word
-        elif verb.config != "no" and file is None and (word.endswith((".yaml", ".yml")) or os.path.exists(word)):
+        elif verb.config != "no" and file is None and _is_config(word, verb):
+            file = word
+        elif file is not None and word.endswith((".yaml", ".yml")) and not file.endswith((".yaml", ".yml")):
+            problems.append(_misplaced(file, name, verb))
             file = word
         elif file is not None and word.endswith((".yaml", ".yml")):
             problems.append(f"{word}: only one configuration file is read, and {file} is given already")
         else:
-            problems.append(f"{word}: neither a file nor of the form key.path=value")
+            problems.append(_misplaced(word, name, verb))
     usage = _usage(name, verb)
     problems.extend(
         f"{place.label} is missing; usage: {usage}" for place in waiting if place.key not in {*places, *given}
@@ -199,6 +211,31 @@ def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Fla
     if empty:
         raise ConfigError("\n".join(empty))
     return config, Flags(**values)
+
+
+def _is_config(word: str, verb: Verb) -> bool:
+    """Return True for a file that is read as CONFIG.yaml; other names than *.yaml only where nothing else is a file."""
+    if word.endswith((".yaml", ".yml")):
+        return True
+    is_pipe = os.path.exists(word) and not os.path.isfile(word) and not os.path.isdir(word)
+    return is_pipe or (verb.config == "required" and os.path.isfile(word))
+
+
+def _misplaced(word: str, name: str, verb: Verb) -> str:
+    """Return the message for an argument that is neither one of the verb's places nor a file nor a setting."""
+    if "=" in word:
+        return f"{word}: not of the form key.path=value"
+    is_folder = os.path.isdir(word)
+    if is_folder and verb.source is not None:
+        return f"{word}: is a folder; the model to start from is given as {verb.source}={word}"
+    looks_like_text = os.path.isfile(word) or any(sign in word for sign in "/*?") or word.endswith(_TEXT_ENDS)
+    if verb.text is not None and looks_like_text and not is_folder:
+        return f"{word}: is no CONFIG.yaml; text is given as {verb.text}={word}"
+    places = " ".join(place.label for place in verb.positionals)
+    if not places or (verb.text is not None and not is_folder):
+        return f"{word}: neither a file nor of the form key.path=value"
+    more = "; several texts are given as one glob in quotes" if "IN" in places.split() else ""
+    return f"{word}: is one too many: {name} takes one {places.replace(' ', ', one ')}{more}"
 
 
 def load_config(
@@ -357,11 +394,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    tree = parse_yaml(text, str(path))
+    hint = "" if path.suffix in (".yaml", ".yml") else f"; is it text? text is given as data.train={path}"
+    try:
+        tree = parse_yaml(text, str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}{hint}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} line 1: must be a mapping of sections (run:, data:, ...)")
+        raise ConfigError(f"{path} line 1: must be a mapping of sections (run:, data:, ...){hint}")
     return {str(key): value for key, value in tree.items()}
 
 

@@ -194,7 +194,12 @@ REMOVED = {"cluster.shared_memory": "gradients are always summed by torch.distri
 
 
 class Root(Section):
-    """Configuration of one verb. Its constructor raises ConfigError, with one line for each mistake."""
+    """Configuration of one verb. Its constructor raises ConfigError, with one line for each mistake.
+
+    absent: keys and sections of other verbs that this one does not have, each with the reason.
+    """
+
+    absent: ClassVar[dict[str, str]] = {}
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -349,8 +354,11 @@ def set_nested(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def unknown_key(root: type[Section], name: str) -> str:
-    """Return the message for a key that does not exist, with the most similar key that does."""
+    """Return the message for a key that does not exist, with the reason or with the most similar key that does."""
     name = short(name, 100)
+    for key, why in getattr(root, "absent", {}).items():
+        if name == key or name.startswith(f"{key}."):
+            return f"{name}: {why}"
     names = [key.name for key in keys(root)]
     last = name.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)

@@ -412,6 +412,8 @@ class PrepareConfig(PretrainConfig):
 class EvaluateConfig(Root):
     """Configuration of `evaluate`."""
 
+    absent = {"run": "evaluate makes no run: of this section it has only run.storage_path; remove it"}
+
     run: StorageConfig = StorageConfig()
     data: TextConfig = TextConfig()
     evaluate: EvalConfig = EvalConfig()
@@ -438,6 +440,11 @@ class FormatConfig(Section):
 class ExportConfig(Root):
     """Configuration of `export`."""
 
+    absent = {
+        "run": "export writes to OUT and makes no run; remove it",
+        "data": "export reads a SOURCE and no text; remove it",
+    }
+
     cluster: TaskConfig = TaskConfig()
     init: InitConfig = InitConfig()
     checkpoint: str = Field(
@@ -450,12 +457,20 @@ class ExportConfig(Root):
 class ReportConfig(Root):
     """Configuration of `report`."""
 
-    runs: Globs = Field((), description="RUN: the folders of the runs.")
+    absent = {
+        "run": "report writes to `out` and makes no run; remove it",
+        "data": "report reads the records of a RUN and no text; remove it",
+        "checkpoint": "report reads the best checkpoint of a RUN; remove it",
+        "cluster": "report works in this process alone; remove it",
+    }
+
+    runs: Globs = Field((), description="RUN: the folders of runs and of sweeps; a sweep stands for its trials.")
     out: str | None = Field(
-        None, description="The folder for report.html and its PNGs; null takes the folder of the first run."
+        None,
+        description="The folder for report.html and its PNGs; null takes that of the RUN, or report-A-B for several.",
     )
     words: Globs = Field(
-        (), description="Show the nearest neighbours of these words; none: of some frequent English ones."
+        (), description="Show the nearest neighbours of these words; none: of frequent words of the first run."
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +14,36 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.encoder import check_words, without_autocast
 from elmo_ray.model.bilm import BiLM
 
+FREQUENT = 5000
+"""Number of words, the most frequent ones of a vocabulary, among which neighbours are looked for."""
+
+_SHOWN = 10
+_MATCHES = 20
 _WORDS_AT_A_TIME = 512
+
+
+def words_to_show(vocabulary: Vocabulary, asked: Iterable[str] = ()) -> list[str]:
+    """Return the words for a quick look at a model: the ones asked for or, if none is, ten of the vocabulary's own.
+
+    asked: words, and globs (`*`, `?`, `[...]`), each of which stands for its 20 most frequent matches; a glob without a
+    match is returned as it is. The vocabulary's own are the words with a letter at the ranks 1, 2, 4, 8 and so on.
+    """
+    frequent = [vocabulary.words[i] for i in _frequent_ids(vocabulary, FREQUENT)]
+    shown: list[str] = []
+    for text in asked:
+        # A word of the text may be a star itself.
+        matches = [text] if text in vocabulary.ids else fnmatch.filter(frequent, text)[:_MATCHES]
+        shown += matches or [text]
+    if not shown:
+        lettered = [word for word in frequent if any(map(str.isalpha, word))]
+        shown = [lettered[2**power - 1] for power in range(_SHOWN) if 2**power <= len(lettered)]
+    return list(dict.fromkeys(shown))
+
+
+def _frequent_ids(vocabulary: Vocabulary, count: int) -> list[int]:
+    """Return the ids of the first `count` words that are no markers: a vocabulary is in the order of falling count."""
+    special = {vocabulary.bos, vocabulary.eos, vocabulary.unk}
+    return [i for i in range(min(count + len(special), vocabulary.size)) if i not in special]
 
 
 @without_autocast
@@ -23,7 +53,7 @@ def nearest_words(
     vocabulary: Vocabulary,
     words: Sequence[str],
     count: int = 6,
-    among: int = 5000,
+    among: int = FREQUENT,
     layer: Literal["softmax", "token"] = "softmax",
 ) -> dict[str, list[str]]:
     """Return for each of `words` the `count` words of largest cosine, by word.
@@ -34,8 +64,7 @@ def nearest_words(
     the char CNN computes from a word's characters. Raises TypeError unless `words` is a list of strings.
     """
     check_words(words, "words")
-    special = {vocabulary.bos, vocabulary.eos, vocabulary.unk}
-    ids = [i for i in range(min(among + len(special), vocabulary.size)) if i not in special]
+    ids = _frequent_ids(vocabulary, among)
     has_table = model.softmax_weight is not None or (model.tied and model.has_softmax)
     rows = (
         model.output_weight.detach()[ids]
@@ -53,11 +82,11 @@ def nearest_words(
     return result
 
 
-def _token_vectors(model: BiLM, vocabulary: Vocabulary, ids: Sequence[int]) -> Tensor:
+def _token_vectors(model: BiLM, vocabulary: Vocabulary, ids: list[int]) -> Tensor:
     """Return the [n, P] input vectors of the words with these ids."""
     if model.char_cnn is None:
         return model.encode_types(torch.tensor(ids))
     characters = model.config.char_cnn.max_characters
-    types_UC = torch.from_numpy(vocabulary.characters(characters)[list(ids)])
+    types_UC = torch.from_numpy(vocabulary.characters(characters)[ids])
     pieces = types_UC.split(_WORDS_AT_A_TIME)
     return torch.cat([model.encode_types(piece, ((len(piece), characters),)) for piece in pieces])

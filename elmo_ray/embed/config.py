@@ -89,6 +89,12 @@ class EmbedOptions(Section):
 class EmbedConfig(Root):
     """Configuration of `embed`."""
 
+    absent = {
+        "run": "embed writes to OUT and makes no run; remove it",
+        "data.train": "the text of embed is IN",
+        "data.test": "the text of embed is IN",
+    }
+
     data: EmbedTextConfig = EmbedTextConfig()
     embed: EmbedOptions = EmbedOptions()
     cluster: ComputeConfig = ComputeConfig()

@@ -1,38 +1,48 @@
-"""`report`: show runs as a table and a curve in the terminal, and as one page of HTML with pictures.
+"""`report`: show runs and sweeps as tables and curves in the terminal, and as one page of HTML with pictures.
 
 python -m elmo_ray.report RUN [RUN ...] [out=FOLDER] [words=[...]] [--json FILE]
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from elmo_ray.config import ReportConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.errors import DataError
 from elmo_ray.report.curves import RunCurve, table, terminal_curve, unlike
-from elmo_ray.storage import absolute, join
+from elmo_ray.report.find import find_runs, short_names
+from elmo_ray.report.trials import is_sweep, read_trials, table_cells
+from elmo_ray.report.trials import table as trial_table
+from elmo_ray.storage import absolute, base_name, is_uri, join
 from elmo_ray.storage.local_copy import local_folder, push
 
 PAGE = "report.html"
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Report of runs. page: the place of report.html. pictures: the places of the PNGs beside it, curve.png first.
+    """Report of runs.
 
-    evaluations: for each run, the reasons why the measure of its test text does not compare with that of the first run.
+    page: the place of report.html. pictures: the places of the PNGs beside it, curve.png first. sweeps: the table of
+    each sweep. evaluations: for each run, the reasons why the measure of its test text does not compare with that of
+    the first run.
     """
 
     runs: tuple[RunCurve, ...]
     page: str
     pictures: tuple[str, ...]
+    sweeps: tuple[str, ...] = ()
     evaluations: tuple[list[str], ...] = ()
 
     def summary(self) -> str:
-        return "\n".join([table(self.runs), "", terminal_curve(self.runs), f"page: {self.page}"])
+        sweeps = [line for shown in self.sweeps for line in (shown, "")]
+        return "\n".join([*sweeps, table(self.runs), "", terminal_curve(self.runs), f"page: {self.page}"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures and `curves` of each run, [step, perplexity] for train and valid; and the files.
@@ -50,24 +60,52 @@ class ReportResult:
 
 
 def run(config: ReportConfig, flags: Flags | None = None) -> ReportResult:
-    """Read the runs; write report.html and its PNGs to `out`, by default the folder of the first run. DataError."""
+    """Read the runs, and write report.html and its PNGs.
+
+    They go to `out`: by default the folder of the one run or sweep or, for several, a folder of their own beside the
+    first. Raises DataError for a RUN that is none, and for files that cannot be written.
+    """
     from elmo_ray.report import page as report_page
 
-    runs = tuple(RunCurve.read(path) for path in config.runs)
-    if not runs:
+    named = find_runs(config.runs)
+    if not named:
         raise DataError("no run is named; usage: python -m elmo_ray.report RUN [RUN ...]")
-    place = absolute(config.out if config.out is not None else config.runs[0])
-    folder = local_folder(place)
-    details = [report_page.read_details(run, name, config.words) for run, name in zip(runs, config.runs, strict=True)]
+    sweeps = {place: read_trials(Path(place)) for place in named if not is_uri(place) and is_sweep(Path(place))}
+    places = [
+        place
+        for each in named
+        for place in ([str(t.folder) for t in sweeps[each] if t.records] if each in sweeps else [each])
+    ]
+    if not places:
+        raise DataError(f"{named[0]}: no trial of this sweep has a record yet")
+    places = list(dict.fromkeys(places))
+    runs = tuple(RunCurve.read(place, name) for place, name in zip(places, short_names(places), strict=True))
+    out = absolute(config.out) if config.out is not None else named[0] if len(named) == 1 else _own_folder(named)
+    folder = local_folder(out)
+    details: list[report_page.RunDetails] = []
+    words: Sequence[str] = config.words
+    for each in runs:
+        details.append(report_page.read_details(each, words))
+        words = words or details[-1].shown  # the runs of a comparison show the same words
     pictures = report_page.draw(runs, folder)
-    report_page.write_page(folder / PAGE, runs, details, pictures)
+    report_page.write_page(folder / PAGE, runs, details, pictures, [table_cells(trials) for trials in sweeps.values()])
     try:
         push(folder, PAGE, "*.png")
     except OSError as error:
-        raise DataError(f"{place}: cannot be written: {error.strerror}") from None
+        raise DataError(f"{out}: cannot be written: {error.strerror}") from None
+    shown = tuple(trial_table(trials) for trials in sweeps.values())
     evaluations = tuple(report_page.evaluation_differences(details))
-    paths = tuple(join(place, path.name) for path in pictures.values())
-    return ReportResult(runs, join(place, PAGE), paths, evaluations)
+    paths = tuple(join(out, path.name) for path in pictures.values())
+    return ReportResult(runs, join(out, PAGE), paths, shown, evaluations)
+
+
+def _own_folder(places: Sequence[str]) -> str:
+    """Return the place for a comparison: `report-` and the names of the runs, beside the first of them."""
+    name = "report-" + "-".join(map(base_name, places))
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{zlib.crc32(name.encode()):08x}"
+    first = places[0].rstrip("/")
+    return first[: -len(base_name(first))] + name
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,15 @@ from elmo_ray.report.comparison import (
     train_measure,
     unlike_the_first,
 )
-from elmo_ray.storage import absolute, base_name, is_uri
+from elmo_ray.report.trials import OUTCOME
+from elmo_ray.storage import absolute, base_name, is_uri, read_json
 from elmo_ray.storage.local_copy import local_copy_of
 from elmo_ray.training.metrics import Record, clock, read_metrics
 
-NOTE = "train: as trained, with dropout and, where set, sampled softmax; not comparable with held-out perplexity"
+NOTE = (
+    "train: mean over the last sixth of the steps, as trained, with dropout and, where set, sampled softmax; not "
+    "comparable with held-out perplexity. time: of training with its validations, without the pauses between starts"
+)
 """Footnote of the tables."""
 
 Points = list[tuple[int, float]]
@@ -36,20 +42,31 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class RunCurve:
-    """Records of a run, in the order of steps."""
+    """Records of a run, in the order of steps, and its result once it has one.
+
+    path: folder on this machine. place: path or URI of the run. result: as in result.json or, for a trial of a sweep,
+    in outcome.json.
+    """
 
     name: str
     path: Path
     records: tuple[Record, ...]
+    place: str = ""
+    result: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: str | Path) -> RunCurve:
+    def read(cls, path: str | Path, name: str | None = None) -> RunCurve:
         """Read the metrics of a run. Raises DataError if the folder has none."""
         full = _local_folder(path)
         records = tuple(read_metrics(full))
         if not records:
             raise DataError(f"{path}/metrics: no record yet")
-        return cls(base_name(path if is_uri(path) else full), full, records)
+        result = read_json(full / "result.json")
+        if result is None:
+            outcome = read_json(full / OUTCOME) or {}
+            result = outcome.get("training", outcome)
+        place = os.fspath(path)
+        return cls(name or base_name(place if is_uri(place) else full), full, records, place, result)
 
     def points(self, kind: str, name: str = "perplexity") -> Points:
         """Return (step, value) of each record of this kind with a positive value of this name."""
@@ -103,8 +120,16 @@ class RunCurve:
         return next((record[name] for record in train if record.get(name) is not None), None)
 
     def _seconds(self) -> float | None:
-        times = [float(record["time"]) for record in self.records if record.get("time") is not None]
-        return max(times) - min(times) if len(times) > 1 else None
+        """Return the time of training, as defined by NOTE, or None if it is not known."""
+        if self.result.get("steps") == self.records[-1]["step"] and self.result.get("seconds") is not None:
+            return float(self.result["seconds"])  # with the last checkpoint, which comes after the last record
+        elapsed = [float(record["elapsed"]) for record in self.records if record.get("elapsed") is not None]
+        if elapsed:
+            return elapsed[-1]
+        # Runs of older versions: the times between the records, but for those before a start.
+        timed = sorted((r for r in self.records if r.get("time") is not None), key=lambda r: float(r["time"]))
+        pairs = [pair for pair in itertools.pairwise(timed) if not str(pair[1].get("message")).startswith("start:")]
+        return sum(float(later["time"]) - float(earlier["time"]) for earlier, later in pairs) if pairs else None
 
 
 def _local_folder(run: str | Path) -> Path:

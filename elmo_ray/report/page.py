@@ -13,17 +13,13 @@ from typing import Any
 
 from elmo_ray.config.schema import flatten
 from elmo_ray.config.yaml_reader import parse_yaml
-from elmo_ray.errors import ConfigError, ElmoRayError
+from elmo_ray.errors import ConfigError, ElmoRayError, short
 from elmo_ray.report.comparison import evaluation_measure, marked, notes, unlike_the_first
 from elmo_ray.report.curves import NOTE, RunCurve, comparison_notes, round_ticks, table_cells
-from elmo_ray.storage import read_json
 from elmo_ray.storage.files import atomic_write, write_aside
 from elmo_ray.training.metrics import clock
 
 logger = logging.getLogger(__name__)
-
-SHOWN_WORDS = ("the", "is", "he", "one", "time", "good", "walked", "because", "London", "unhappily")
-"""Words whose neighbours are shown if the user names none, as far as the vocabulary has them."""
 
 _STYLE = (
     "body{font:15px/1.45 sans-serif;margin:2rem auto;max-width:1080px;padding:0 1rem;color:#222}"
@@ -37,15 +33,22 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class RunDetails:
-    """Details of a run besides its metrics: settings by dotted key, its result, and neighbours of words by layer."""
+    """Details of a run besides its metrics: settings by dotted key, its result, and neighbours of words by layer.
+
+    shown: the words whose neighbours were looked for.
+    """
 
     settings: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     neighbours: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    shown: tuple[str, ...] = ()
 
 
-def read_details(run: RunCurve, place: str, words: Sequence[str]) -> RunDetails:
-    """Read config.yaml, result.json and the best checkpoint of a run at `place`, as far as it has them."""
+def read_details(run: RunCurve, words: Sequence[str]) -> RunDetails:
+    """Read config.yaml and the best checkpoint of a run, as far as it has them.
+
+    words: words and globs of words whose neighbours are looked for; none: frequent ones of the run's vocabulary.
+    """
     settings: dict[str, Any] = {}
     try:
         values = parse_yaml((run.path / "config.yaml").read_text("utf-8"), "config.yaml")
@@ -53,32 +56,35 @@ def read_details(run: RunCurve, place: str, words: Sequence[str]) -> RunDetails:
             raise ConfigError("config.yaml: must be a mapping of sections")
         settings = flatten(values)
     except (OSError, ElmoRayError, ValueError):
-        logger.info("%s: has no settings that can be read", place)
-    result = read_json(run.path / "result.json")
-    if result is None:
-        logger.info("%s: has no result yet", place)
-    return RunDetails(settings, result or {}, _neighbours(place, words))
+        logger.info("%s: has no settings that can be read", run.place)
+    if not run.result:
+        logger.info("%s: has no result yet", run.place)
+    return RunDetails(settings, run.result, *_neighbours(run.place, words))
 
 
-def _neighbours(place: str, words: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+def _neighbours(place: str, words: Sequence[str]) -> tuple[dict[str, dict[str, list[str]]], tuple[str, ...]]:
+    """Return the neighbours by layer and word, and the words that were looked for."""
     from elmo_ray.checkpoints.source import open_source
-    from elmo_ray.elmo.neighbours import nearest_words
+    from elmo_ray.elmo.neighbours import FREQUENT, nearest_words, words_to_show
 
     try:
         source = open_source(place)
-        asked = words or SHOWN_WORDS
-        found = {
-            "by the token layer (the char CNN's vectors: spelling)": nearest_words(
-                source.model, source.vocabulary, asked, layer="token"
-            )
-        }
+        shown = words_to_show(source.vocabulary, words)
+        by_spelling = nearest_words(source.model, source.vocabulary, shown, layer="token")
+        found = {"by the token layer (the char CNN's vectors: spelling)": by_spelling}
         if source.has_softmax:
-            by_softmax = nearest_words(source.model, source.vocabulary, asked)
+            by_softmax = nearest_words(source.model, source.vocabulary, shown)
             found["by the softmax's rows (what may stand in a place)"] = by_softmax
-        return found
     except ElmoRayError as error:
         logger.info("%s: no nearest words: %s", place, error)
-        return {}
+        return {}, ()
+    missing = [word for word in shown if word not in by_spelling]
+    if missing:
+        logger.info(
+            "%s: no nearest words of %s: not among the %s most frequent words",
+            place, short(", ".join(missing)), f"{FREQUENT:,}",
+        )  # fmt: skip
+    return found, tuple(shown)
 
 
 # ---------------------------------------------------------------- pictures
@@ -173,11 +179,19 @@ def _draw(panel: _Panel, runs: Sequence[RunCurve], target: Path) -> Path:
 
 
 def write_page(
-    path: Path, runs: Sequence[RunCurve], details: Sequence[RunDetails], pictures: Mapping[str, Path]
+    path: Path,
+    runs: Sequence[RunCurve],
+    details: Sequence[RunDetails],
+    pictures: Mapping[str, Path],
+    sweeps: Sequence[Sequence[Sequence[str]]] = (),
 ) -> None:
-    """Write the page as one file that needs no other. Raises DataError if it cannot be written."""
+    """Write the page as one file that needs no other. Raises DataError if it cannot be written.
+
+    sweeps: the cells of a table for each sweep.
+    """
     names = [run.name for run in runs]
-    body = [f"<h1>{_escape(', '.join(names))}</h1>", _table(table_cells(runs)), f'<p class="note">{_escape(NOTE)}</p>']
+    body = [f"<h1>{_escape(', '.join(names))}</h1>", *(_table(cells, numbers=False) for cells in sweeps)]
+    body += [_table(table_cells(runs)), f'<p class="note">{_escape(NOTE)}</p>']
     body += [f'<p class="note">{_escape(note)}</p>' for note in comparison_notes(runs)]
     for title, picture in pictures.items():
         data = base64.b64encode(picture.read_bytes()).decode()
@@ -236,7 +250,7 @@ def _differences(names: Sequence[str], details: Sequence[RunDetails]) -> list[st
 
 def _history(runs: Sequence[RunCurve]) -> list[str]:
     """Return a table of the starts, stops and other events of each run, if there are any."""
-    rows = [["run", "after", "step", "what happened"]]
+    rows = [["run", "after (with pauses)", "step", "what happened"]]
     for run in runs:
         begun = min((float(r["time"]) for r in run.records if r.get("time") is not None), default=0.0)
         events = sorted((r for r in run.records if r["kind"] == "event"), key=lambda r: float(r.get("time") or 0.0))

@@ -22,6 +22,7 @@ from typing import Any
 
 from elmo_ray import prepare
 from elmo_ray.checkpoints.source import Source
+from elmo_ray.cluster.stopping import STOP_FILE
 from elmo_ray.config import PretrainConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.config.finetune import FinetuneConfig, explicit
@@ -39,21 +40,11 @@ from elmo_ray.finetune import (
 )
 from elmo_ray.machine import available_cores
 from elmo_ray.pretrain import NO_FLAGS, check_sizes, estimate, make_plan
+from elmo_ray.report.trials import FAILED, FINISHED, INTERRUPTED, Trial, read_trials, table
 from elmo_ray.storage import absolute_or_none, is_uri, read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.sweep.config import SweepConfig
-from elmo_ray.sweep.trials import (
-    FAILED,
-    FINISHED,
-    Trial,
-    add_trial,
-    best_of,
-    read_trials,
-    results,
-    table,
-    try_lost_again,
-    write_results,
-)
+from elmo_ray.sweep.trials import add_trial, best_of, end_trial, results, try_lost_again, write_results
 from elmo_ray.sweep.tuning import concurrent_trials, report_while, run_session
 from elmo_ray.training.dry_run import DryRun
 from elmo_ray.training.metrics import clock
@@ -72,7 +63,8 @@ class SweepResult:
     """Result of a sweep.
 
     rows: from `trials.results`. shown: the table of the trials. best: the number of the best trial, or None if no trial
-    was measured. has_given: True if trial 0 is the configuration as given.
+    was measured. has_given: True if trial 0 is the configuration as given. interrupted: True if the sweep was asked to
+    stop before all trials had ended; then nothing is exported.
     """
 
     sweep_dir: Path
@@ -81,13 +73,19 @@ class SweepResult:
     best: int | None
     wall_seconds: float
     has_given: bool
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return 130 if self.interrupted else 0
 
     def summary(self) -> str:
         lines = [self.shown]
         by_number = {row["trial"]: row for row in self.rows}
         if self.best is not None:
             best = by_number[self.best]
-            line = f"best: trial {self.best}, held-out perplexity {best['best_perplexity']:.2f}"
+            head = "best so far" if self.interrupted else "best"
+            line = f"{head}: trial {self.best}, held-out perplexity {best['best_perplexity']:.2f}"
             given = by_number.get(0) if self.has_given else None
             if given is not None and given["best_perplexity"] is not None:
                 ratio = best["best_perplexity"] / given["best_perplexity"]
@@ -97,13 +95,18 @@ class SweepResult:
             lines.append(line)
         alone = sum(row["seconds"] or 0.0 for row in self.rows)
         lines.append(f"{clock(self.wall_seconds)} in all; the trials' own times, one after another: {clock(alone)}")
-        lines.append(f"{self.sweep_dir}: results.csv, results.json, png, best.yaml, best/, export/")
+        if self.interrupted:
+            lines.append(f"{self.sweep_dir}: results.csv, results.json, sweep.png; nothing is exported yet")
+            lines.append("stopped; the same command with --resume goes on")
+        else:
+            lines.append(f"{self.sweep_dir}: results.csv, results.json, sweep.png, best.yaml, best/, export/")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "sweep_dir": str(self.sweep_dir),
             "best": self.best,
+            "interrupted": self.interrupted,
             "wall_seconds": self.wall_seconds,
             "trials": self.rows,
         }
@@ -111,13 +114,13 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """Work that a sweep would do: its trials by their varied values, and the estimate of one of them."""
+    """Work that a sweep would do: the varied values of its trials, and the estimate of one of them."""
 
     trials: list[dict[str, Any]]
     one: DryRun
 
     def summary(self) -> str:
-        shown = table([Trial(number, Path(), values) for number, values in enumerate(self.trials)])
+        shown = table([Trial(number, Path(), values, values) for number, values in enumerate(self.trials)])
         return f"{self.one.summary()}\n\n{len(self.trials)} trials, each as above but for:\n{shown}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,8 +149,9 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
             _trial_settings(config, values, source)
         except ConfigError as error:
             raise ConfigError("\n".join(f"trial {number}: {line}" for line in str(error).split("\n"))) from None
+    given = _given_values(config, base)
     if flags.dry_run:
-        return SweepPlan(planned, estimate(base, start))
+        return SweepPlan([{**given, **values} for values in planned], estimate(base, start))
     folder = open_run(config, flags.resume, flags.fresh)
     with folder.locked():
         settings: dict[str, Any] = {"config": config.tree(), "sweep": config.sweep.to_dict()}
@@ -165,9 +169,17 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
         existing = {trial.number for trial in read_trials(folder.path)}
         for number, values in enumerate(planned):
             if number not in existing:
-                add_trial(folder.path, number, values)
-        wall_seconds = _run_trials(config, folder.path, plan, device, concurrent)
+                add_trial(folder.path, number, values, given)
+        wall_seconds, interrupted = _run_trials(config, folder.path, plan, device, concurrent, given)
+        if interrupted:
+            return _stop(config, folder.path, wall_seconds)
         return _finish(config, folder, wall_seconds)
+
+
+def _given_values(config: SweepConfig, base: PretrainConfig) -> dict[str, Any]:
+    """Return the value of each varied key in the configuration as given, completed with the settings of the SOURCE."""
+    whole = {**flatten(config.trial({}).to_dict()), **flatten(base.to_dict())}
+    return {key: whole[key] for key in config.sweep.space if key in whole}
 
 
 def _trial_settings(config: SweepConfig, values: dict[str, Any], source: Source | None) -> PretrainConfig:
@@ -213,8 +225,10 @@ def _check_same_sweep(path: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _run_trials(config: SweepConfig, sweep_dir: Path, plan: TrainPlan, device: Any, concurrent: int) -> float:
-    """Run the trials that are left; return the seconds that all sessions of the sweep have taken."""
+def _run_trials(
+    config: SweepConfig, sweep_dir: Path, plan: TrainPlan, device: Any, concurrent: int, given: dict[str, Any]
+) -> tuple[float, bool]:
+    """Run the trials that are left; return as `run_session`."""
     threads = config.cluster.threads or max(1, available_cores() // (concurrent * config.cluster.fewest_workers))
     tree = config.tree()
     tree.setdefault("cluster", {})["threads"] = threads
@@ -226,8 +240,30 @@ def _run_trials(config: SweepConfig, sweep_dir: Path, plan: TrainPlan, device: A
         "config": {**tree, "sweep": config.sweep.to_dict()},
         "plan": plan.to_dict(),
         "device": device,
+        "given": given,
     }
     return run_session(config, sweep_dir, concurrent, partial(run_trial, job=job))
+
+
+def _stop(config: SweepConfig, path: Path, wall_seconds: float) -> SweepResult:
+    """Note the trials that were running, and write the results so far of a sweep that was asked to stop."""
+    for trial in read_trials(path):
+        if trial.outcome is None and (trial.records or trial.seconds is not None):
+            end_trial(trial, INTERRUPTED, seconds=trial.seconds)
+    trials = read_trials(path)
+    return _write_results(config, path, trials, best_of(trials), wall_seconds, interrupted=True)
+
+
+def _write_results(
+    config: SweepConfig, path: Path, trials: list[Trial], best: Trial | None, wall_seconds: float, interrupted: bool
+) -> SweepResult:
+    from elmo_ray.sweep.picture import draw
+
+    rows, number = results(trials), None if best is None else best.number
+    about = {"best": number, "interrupted": interrupted, "wall_seconds": wall_seconds, "space": config.sweep.space}
+    write_results(path, rows, about)
+    draw(path / "sweep.png", trials, best)
+    return SweepResult(path, rows, table(trials), number, wall_seconds, config.sweep.first, interrupted)
 
 
 def _finish(config: SweepConfig, folder: RunFolder, wall_seconds: float) -> SweepResult:
@@ -235,14 +271,10 @@ def _finish(config: SweepConfig, folder: RunFolder, wall_seconds: float) -> Swee
     from elmo_ray import export
     from elmo_ray.checkpoints.read import open_checkpoint
     from elmo_ray.checkpoints.write import copy_best
-    from elmo_ray.sweep.picture import draw
 
     path, trials = folder.path, read_trials(folder.path)
-    best, rows = best_of(trials), results(trials)
-    number = None if best is None else best.number
-    write_results(path, rows, {"best": number, "wall_seconds": wall_seconds, "space": config.sweep.space})
-    draw(path / "sweep.png", trials, best)
-    result = SweepResult(path, rows, table(trials), number, wall_seconds, config.sweep.first)
+    best = best_of(trials)
+    result = _write_results(config, path, trials, best, wall_seconds, interrupted=False)
     if best is None:
         raise TrainingError(f"{path}: no trial was measured; see {path}/results.csv and trials/*/outcome.json")
     write_aside(path / "best.yaml", best_yaml(config, best).encode())
@@ -281,7 +313,7 @@ def run_trial(values: dict[str, Any], job: dict[str, Any]) -> None:
     from elmo_ray.cluster.trainer import fit
 
     config = SweepConfig.from_dict(job["config"])
-    trial = _claim_trial(config, values, Path(job["sweep_dir"]))
+    trial = _claim_trial(config, values, Path(job["sweep_dir"]), job["given"])
     ended: list[dict[str, Any]] = []
     problems: list[BaseException] = []
 
@@ -292,7 +324,10 @@ def run_trial(values: dict[str, Any], job: dict[str, Any]) -> None:
         except BaseException as error:
             problems.append(error)
 
-    seconds = report_while(work, trial)
+    stop_file = Path(job["sweep_dir"]) / STOP_FILE
+    if stop_file.exists():
+        return
+    seconds = report_while(work, trial, stop_file)
     if problems:
         # When a whole sweep is killed, its workers are lost a moment before this process; this pause lets the process
         # end before it notes a failure of the trial.
@@ -303,12 +338,14 @@ def run_trial(values: dict[str, Any], job: dict[str, Any]) -> None:
         message = short(str(error), 500) or type(error).__name__
         # An error of the cluster has one of Ray's as its cause; the others are of the settings or the text.
         lost = not isinstance(error, ElmoRayError) or error.__cause__ is not None
-        trial.end(FAILED, seconds=seconds, message=message, lost=lost)
-    elif ended[0]["finished"]:
-        trial.end(FINISHED, seconds=seconds, threads=config.cluster.threads, training=ended[0])
+        end_trial(trial, FAILED, seconds=seconds, message=message, lost=lost)
+    elif ended[0]["stopped"]:
+        end_trial(trial, INTERRUPTED, seconds=seconds)
+    else:
+        end_trial(trial, FINISHED, seconds=seconds, threads=config.cluster.threads, training=ended[0])
 
 
-def _claim_trial(config: SweepConfig, values: dict[str, Any], sweep_dir: Path) -> Trial:
+def _claim_trial(config: SweepConfig, values: dict[str, Any], sweep_dir: Path, given: dict[str, Any]) -> Trial:
     """Return the trial for this process: by its number, or for Optuna by its values; new values make a new trial."""
     trials = read_trials(sweep_dir)
     if "number" in values:
@@ -324,7 +361,7 @@ def _claim_trial(config: SweepConfig, values: dict[str, Any], sweep_dir: Path) -
     number = len(trials)
     while True:
         try:
-            return add_trial(sweep_dir, number, chosen)
+            return add_trial(sweep_dir, number, chosen, given)
         except FileExistsError:
             number += 1
 

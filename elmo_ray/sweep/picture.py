@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray.config.schema import show
+from elmo_ray.report.trials import FAILED, FINISHED, STOPPED, Trial
 from elmo_ray.storage.files import atomic_write
-from elmo_ray.sweep.trials import FAILED, FINISHED, STOPPED, Trial
 
 _COLUMNS = 3
 
@@ -20,7 +20,7 @@ def draw(path: Path, trials: Sequence[Trial], best: Trial | None) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.values))
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.shown))
     rows = 1 + -(-len(keys) // _COLUMNS)
     figure = Figure(figsize=(12, 4.2 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, _COLUMNS)
@@ -45,7 +45,7 @@ def draw(path: Path, trials: Sequence[Trial], best: Trial | None) -> None:
 
 def _plot_against(axes: Any, key: str, trials: Sequence[Trial], best: Trial | None) -> None:
     """Plot the best perplexities against the values of one key: an axis of numbers, or a tick for each value."""
-    points = [(t.values[key], t.best[1], t) for t in trials if key in t.values and t.best is not None]
+    points = [(t.shown[key], t.best[1], t) for t in trials if key in t.shown and t.best is not None]
     numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value, _, _ in points)
     names = list(dict.fromkeys(show(value) for value, _, _ in points))
     for value, perplexity, trial in points:

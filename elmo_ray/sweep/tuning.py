@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray.cluster.session import Device, alive_nodes, check_cluster, describe_cpus, fits
+from elmo_ray.cluster.stopping import STOP_FILE, in_thread, make_stop_file, stop_on_signals
 from elmo_ray.errors import ConfigError
+from elmo_ray.report.trials import FAILED, FINISHED, SESSION, STOPPED, TRIALS, Trial, is_alive, read_trials, table
 from elmo_ray.storage import read_json
 from elmo_ray.storage.files import write_json
 from elmo_ray.sweep.config import SweepConfig
-from elmo_ray.sweep.trials import FAILED, STOPPED, Trial, read_trials, table
+from elmo_ray.sweep.trials import end_trial
 from elmo_ray.training.metrics import clock
 
 logger = logging.getLogger(__name__)
 
 DRIVER_CPUS = 0.05
 """CPUs that a trial's own process reserves; it only waits for its workers."""
-
-_SESSION = "session.json"
 
 
 def concurrent_trials(config: SweepConfig) -> tuple[Device, int]:
@@ -68,24 +68,29 @@ def concurrent_trials(config: SweepConfig) -> tuple[Device, int]:
 
 def run_session(
     config: SweepConfig, sweep_dir: Path, concurrent: int, run_trial: Callable[[dict[str, Any]], None]
-) -> float:
-    """Run the trials that are left with Tune; return the seconds that all sessions of the sweep have taken.
+) -> tuple[float, bool]:
+    """Run the trials that are left with Tune.
 
-    run_trial: called in a process of each trial, with the trial's number or, for Optuna, its values.
+    Returns the seconds that all sessions of the sweep have taken, and True if trials are left: the first SIGINT or
+    SIGTERM asks the running ones to stop at their next step with a checkpoint, and then no other begins. run_trial:
+    called in a process of each trial, with the trial's number or, for Optuna, its values.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables of its own at any verbosity
     from ray import tune
 
     trials = read_trials(sweep_dir)
     waiting = [trial for trial in trials if trial.outcome is None]
     left = len(waiting) + (max(0, config.sweep.trials - len(trials)) if config.sweep.search == "optuna" else 0)
-    before = (read_json(sweep_dir / _SESSION) or {}).get("seconds", 0.0)
+    before = (read_json(sweep_dir / SESSION) or {}).get("seconds", 0.0)
     if not left:
-        return float(before)
+        return float(before), False
     scheduler = _scheduler(config, trials)
     search, space = None, {"number": tune.grid_search([trial.number for trial in waiting])}
     if config.sweep.search == "optuna":
         search, space = _optuna(config, trials), {}
+    stop_file = sweep_dir / STOP_FILE
+    session = _session(sweep_dir, stop_file)
     tuner = tune.Tuner(
         tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
         param_space=space,
@@ -99,7 +104,8 @@ def run_session(
             name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(sweep_dir),
             verbose=0,
-            callbacks=[_outcomes(sweep_dir)],
+            callbacks=[session],
+            stop=session,
         ),
     )
     logger.info("%d of %d trials to run, in %s", left, max(len(trials), config.sweep.trials), sweep_dir)
@@ -110,41 +116,47 @@ def run_session(
 
     def watch() -> None:
         while not done.wait(config.sweep.show_every_s):
-            write_json(sweep_dir / _SESSION, {"seconds": seconds()})
+            write_json(sweep_dir / SESSION, {"seconds": seconds()})
             logger.info("%s so far\n%s", clock(seconds()), table(read_trials(sweep_dir)))
 
     watcher = threading.Thread(target=watch, name="table", daemon=True)
     watcher.start()
     try:
-        tuner.fit()
+        with stop_on_signals(str(stop_file)) as asked:
+            in_thread(tuner.fit, lambda: None)
     finally:
         done.set()
         watcher.join()
-    write_json(sweep_dir / _SESSION, {"seconds": seconds()})
-    return seconds()
+    write_json(sweep_dir / SESSION, {"seconds": seconds()})
+    ended = sum(trial.status in (FINISHED, STOPPED, FAILED) for trial in read_trials(sweep_dir))
+    return seconds(), asked.is_set() and ended < max(len(trials), config.sweep.trials if search is not None else 0)
 
 
-def report_while(work: Callable[[], None], trial: Trial) -> float:
+def report_while(work: Callable[[], None], trial: Trial, stop_file: Path) -> float:
     """Do the work in a thread and report each validation to Tune; return the seconds that the trial has taken.
 
-    Called in the trial's process. Tune may end this process at any report.
+    stop_file: the sweep's; once it is there, the training of this trial is asked to stop. Called in the trial's
+    process. Tune may end this process at any report.
     """
     from ray import tune
 
     start = time.monotonic()
-    before = (read_json(trial.folder / _SESSION) or {}).get("seconds", 0.0)
+    before = (read_json(trial.folder / SESSION) or {}).get("seconds", 0.0)
     thread = threading.Thread(target=work, name="trial", daemon=True)
     thread.start()
     reported, alive, seconds = 0, True, 0.0
     while alive:
         thread.join(1.0)
         alive = thread.is_alive()
+        if alive and stop_file.exists():
+            make_stop_file(str(trial.folder / STOP_FILE))  # again and again, as training removes it when it starts
         trial.read()
         seconds = float(before + time.monotonic() - start)
-        write_json(trial.folder / _SESSION, {"seconds": seconds})
+        write_json(trial.folder / SESSION, {"seconds": seconds})
         for step, perplexity in trial.validations[reported:]:
             tune.report({"step": step, "perplexity": perplexity, "number": trial.number, "seconds": seconds})
             reported += 1
+    (trial.folder / STOP_FILE).unlink(missing_ok=True)
     return seconds
 
 
@@ -218,25 +230,36 @@ def _optuna(config: SweepConfig, trials: Sequence[Trial]) -> Any:
     return search
 
 
-def _outcomes(sweep_dir: Path) -> Any:
-    """Return a callback of Tune that writes outcomes."""
-    from ray.tune import Callback
+def _session(sweep_dir: Path, stop_file: Path) -> Any:
+    """Return an object that Tune asks after each of its steps whether the sweep ends, and tells how trials end."""
+    from ray.tune import Callback, Stopper
 
-    class Outcomes(Callback):
-        """Callback that writes the outcome of a trial whose own process cannot: Tune ended it, or it died."""
+    class Session(Callback, Stopper):
+        """Session that writes the outcome of a trial whose own process cannot: Tune ended it, or it died.
+
+        Once the stop file is there, it writes none, and ends the sweep when all trials that were training have stopped.
+        """
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            folders = (sweep_dir / TRIALS).iterdir() if stop_file.exists() else ()
+            return stop_file.exists() and not any(is_alive(each) and (each / "metrics").exists() for each in folders)
 
         def _trial(self, trial: Any) -> Trial | None:
             number = (trial.last_result or {}).get("number", trial.config.get("number"))
             return next((t for t in read_trials(sweep_dir) if t.number == number), None)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            found = self._trial(trial)
-            if found is not None and found.outcome is None:
-                found.end(STOPPED, seconds=trial.last_result.get("seconds"))
+            self._end(trial, STOPPED, seconds=(trial.last_result or {}).get("seconds"))
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            found = self._trial(trial)
-            if found is not None and found.outcome is None:
-                found.end(FAILED, lost=True, message=f"its process was lost; Tune's account: {trial.error_file}")
+            self._end(trial, FAILED, lost=True, message=f"its process was lost; Tune's account: {trial.error_file}")
 
-    return Outcomes()
+        def _end(self, trial: Any, status: str, **more: Any) -> None:
+            found = self._trial(trial)
+            if found is not None and found.outcome is None and not stop_file.exists():
+                end_trial(found, status, **more)
+
+    return Session()

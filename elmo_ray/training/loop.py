@@ -417,7 +417,12 @@ class _Run:
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
             epoch = self.progress.positions / self.streams_plan.positions
-            self.metrics.write({**record, "epoch": epoch, "total_steps": self.total_steps, "time": time.time()})
+            more = {"epoch": epoch, "elapsed": self._elapsed(), "total_steps": self.total_steps, "time": time.time()}
+            self.metrics.write({**record, **more})
+
+    def _elapsed(self) -> float:
+        """Return the seconds of training over all starts of the run: each from its first step, with validations."""
+        return self.progress.seconds + time.monotonic() - self.started
 
     def _held_out(self) -> LossSums:
         """Return the sums of the held-out text over all ranks; raise the same ElmoRayError on all of them."""
@@ -462,8 +467,7 @@ class _Run:
         if self.metrics is not None:
             self.metrics.sync()  # a resumed run does not record these steps again
         progress.finished = self._is_over()
-        seconds = progress.seconds + time.monotonic() - self.started
-        snapshot = Snapshot(replace(progress, seconds=seconds), self.cursors, self.sums)
+        snapshot = Snapshot(replace(progress, seconds=self._elapsed()), self.cursors, self.sums)
         tensors = snapshot.stream_tensors(self.step.state, self.streams)
         texts: dict[str, str] = {}
         if self.ranks.rank == 0:
@@ -481,7 +485,7 @@ class _Run:
             self.saver.best_lost = False
 
     def _close(self, stopped: bool) -> None:
-        self.progress.seconds += time.monotonic() - self.started
+        self.progress.seconds = self._elapsed()
         if stopped:
             saved = "the state is saved, " if self.progress.step else "nothing is trained yet, "
             self._event(f"stopped at step {self.progress.step} as asked; {saved}go on with --resume")

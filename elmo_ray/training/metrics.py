@@ -3,13 +3,14 @@
 Each attempt of a run writes one JSONL file; the console, TensorBoard, the CSV file and `report` read the same records.
 A record is a flat mapping with `kind` ("train" or "valid"), `step` (optimizer steps done), `time` (seconds since 1970),
 and numbers: `epoch` (fractional), `positions` (of "train": trained on so far; of "valid": the held-out ones that were
-measured), `loss` (nats per position: mean over directions), `loss_forward`, `loss_backward`, `perplexity`,
-`perplexity_forward`, `perplexity_backward` (exp of those; the backward ones are None for a forward-only model). Records
-of kind "train" also have `grad_norm`, `lr`, `positions_per_second`, `data_wait` (share of the time that was spent
-waiting for text), `memory` (bytes in use by worker 0, of its GPU if it has one), `skipped` (steps without update so
-far) and `replaced` (damaged places of the text so far); those of kind "valid" have `perplexity_mean`, `streams` (the
-number in which the text was read) and `seconds`. Numbers that are not finite are written as null. A record of kind
-"event" has a `message` instead, such as how the attempt started.
+measured), `elapsed` (seconds of training so far, over all starts of the run, without the pauses between them), `loss`
+(nats per position: mean over directions), `loss_forward`, `loss_backward`, `perplexity`, `perplexity_forward`,
+`perplexity_backward` (exp of those; the backward ones are None for a forward-only model). Records of kind "train" also
+have `grad_norm`, `lr`, `positions_per_second`, `data_wait` (share of the time that was spent waiting for text),
+`memory` (bytes in use by worker 0, of its GPU if it has one), `skipped` (steps without update so far) and `replaced`
+(damaged places of the text so far); those of kind "valid" have `perplexity_mean`, `streams` (the number in which the
+text was read) and `seconds`. Numbers that are not finite are written as null. A record of kind "event" has a `message`
+instead, such as how the attempt started.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import logging
 import math
 import os
 import re
+import sys
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -325,6 +328,9 @@ def _read_file(path: Path) -> list[Record]:
 
 def _summary_writer(folder: Path) -> Any:
     """Return torch's writer; None where TensorBoard is not installed."""
+    # TensorBoard looks for this module before TensorFlow, whose import takes seconds and logs many lines; where it is
+    # there, TensorBoard writes files with its own code.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -103,10 +103,11 @@ def test_results_do_not_pile_up(tmp_path: Path) -> None:
         assert len(list(tmp_path.iterdir())) <= 2
 
 
-def test_actors_without_room_keep_nothing_waiting(tmp_path: Path) -> None:
+def test_actors_without_room_keep_nothing_waiting(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     items = [f"item-{number}" for number in range(5)]
     results = dict(run_tasks(Task(tmp_path), items, workers=3, cpus=3.0, keep=True))
     assert len({pid for _, pid, _ in results.values()}) == 1 and len(results) == 5
+    assert "core_worker.cc" not in capfd.readouterr().err  # Ray warns of actors that it would restart by itself
 
 
 def test_what_the_cluster_cannot_hold() -> None:

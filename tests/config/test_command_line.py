@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,41 @@ def test_verbs_are_listed_and_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {verb} " in listed for verb in VERBS)
     assert __main__.main(["--version"]) == 0 and capsys.readouterr().out == f"elmo_ray {__version__}\n"
     assert __main__.main(["train"]) == 2 and "unknown verb train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "line"),
+    [
+        ("evaluate", ["a", "text.txt"], "text.txt: is no CONFIG.yaml; text is given as data.test=text.txt"),
+        ("evaluate", ["a", "none*.txt"], "none[*].txt: is no CONFIG.yaml; text is given as data.test=none[*].txt"),
+        ("evaluate", ["a", "folder"], "folder: is one too many: evaluate takes one SOURCE"),
+        ("export", ["a", "b", "c"], "c: is one too many: export takes one SOURCE, one OUT"),
+        ("embed", ["a", "1.txt", "2.txt", "out"], "out: .* one SOURCE, one IN, one OUT; .* glob in quotes"),
+        ("export", ["a", "b", "run.storage_path=x"], "run.storage_path: export writes to OUT and makes no run; remove"),
+        ("embed", ["a", "i", "o", "run.storage_path=x"], "run.storage_path: embed writes to OUT and makes no run"),
+        ("embed", ["a", "i", "o", "data.test=x"], "data.test: the text of embed is IN"),
+        ("evaluate", ["a", "data.test=t", "run.name=x"], "run.name: evaluate makes no run: .* only run.storage_path"),
+        ("report", ["a", "checkpoint=last"], "checkpoint: report reads the best checkpoint of a RUN; remove it"),
+        ("pretrain", ["text.txt"], "text.txt line 1: must be a mapping .* text is given as data.train=text.txt"),
+        ("pretrain", ["text.txt", "c.yaml"], "text.txt: is no CONFIG.yaml; text is given as data.train=text.txt"),
+        ("pretrain", ["colons.txt"], "colons.txt line 1: .* text is given as data.train=colons.txt"),
+        ("pretrain", ["folder"], "folder: neither a file nor of the form key.path=value"),
+        ("finetune", ["folder", "c.yaml"], "folder: is a folder; the model to start from is given as init.from=folder"),
+    ],
+)  # fmt: skip
+def test_arguments_in_the_wrong_place(
+    verb: str, arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.txt").write_text("the cat sat\nand slept\n")
+    (tmp_path / "colons.txt").write_text("he said : this : that\n- and : so on\n")
+    (tmp_path / "c.yaml").write_text("data: {train: t.txt, valid: v.txt}\n")
+    with pytest.raises(ConfigError) as caught:
+        parse(arguments, verb, ROOTS[verb])
+    (found, *more) = str(caught.value).split("\n")
+    assert re.match(line, found), found
+    assert not [other for other in more if "missing" not in other]
 
 
 @pytest.mark.parametrize("verb", ROOTS)

@@ -16,15 +16,20 @@ from helpers.tiny_runs import sentences, tiny_values
 from elmo_ray import pretrain, report
 from elmo_ray.config import ReportConfig
 from elmo_ray.data.measures import perplexity
+from elmo_ray.errors import DataError
 from elmo_ray.report import page as report_page
 from elmo_ray.report import run
 from elmo_ray.report.curves import RunCurve, table, terminal_curve
+from elmo_ray.report.find import find_runs, short_names
 from elmo_ray.training.metrics import MetricsWriter
 
 
-def make_run(folder: Path, losses: list[float], valid: dict[int, float] | None = None, backward: bool = True) -> Path:
-    with MetricsWriter(folder, 1, sinks=False) as writer:
-        for index, loss in enumerate(losses, 1):
+def make_run(
+    folder: Path, losses: list[float], valid: dict[int, float] | None = None, backward: bool = True,
+    attempt: int = 1, first: int = 1, elapsed: float | None = None,
+) -> Path:  # fmt: skip
+    with MetricsWriter(folder, attempt, sinks=False) as writer:
+        for index, loss in enumerate(losses, first):
             for kind, value in (("train", loss), ("valid", (valid or {}).get(index * 50))):
                 if value is not None:
                     writer.write({
@@ -32,6 +37,7 @@ def make_run(folder: Path, losses: list[float], valid: dict[int, float] | None =
                         "loss": value, "perplexity": perplexity(value), "perplexity_forward": perplexity(value + 0.1),
                         "perplexity_backward": perplexity(value - 0.1) if backward else None,
                         "positions_per_second": 1800.0 + index, "time": 1e9 + index * 30,
+                        **({"elapsed": elapsed + index * 20.0} if elapsed is not None else {}),
                     })  # fmt: skip
     return folder
 
@@ -161,6 +167,76 @@ def test_odd_curves_are_drawn(tmp_path: Path, losses: list[float], backward: boo
     result = run(ReportConfig(runs=(str(folder),)))
     assert "odd" in result.summary()
     json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_the_time_is_that_of_training(tmp_path: Path) -> None:
+    """A pause between two starts does not count, whether the records have `elapsed` or are of an older version."""
+    for name, elapsed in (("new", 5.0), ("old", None)):
+        folder = make_run(tmp_path / name, [6.0, 5.5], elapsed=elapsed)
+        with MetricsWriter(folder, 2, sinks=False) as writer:
+            writer.write({"kind": "event", "step": 100, "time": 1e9 + 9000, "message": "start: resume from step 100"})
+        make_run(folder, [5.2, 5.1], attempt=2, first=301, elapsed=None if elapsed is None else -5940.0)
+    figures = [RunCurve.read(tmp_path / name).figures() for name in ("new", "old")]
+    assert [each["seconds"] for each in figures] == [100.0, 30.0 + 60.0]
+    (tmp_path / "new" / "result.json").write_text(json.dumps({"steps": 302 * 50, "seconds": 103.5}))
+    assert RunCurve.read(tmp_path / "new").figures()["seconds"] == 103.5  # what `pretrain` printed
+
+
+def test_runs_are_found_by_globs_and_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "other/a"):
+        make_run(tmp_path / name, [6.0, 5.5])
+    (tmp_path / "prepared").mkdir()
+    monkeypatch.chdir(tmp_path)
+    a, b, other = (str(tmp_path / name) for name in ("a", "b", "other/a"))
+    assert find_runs(["*"]) == [a, b] and find_runs(["b", "a/", "./a", "[ab]"]) == [b, a]
+    assert find_runs(["**/a", "a"]) == [other, a]
+    assert not caplog.messages and find_runs(["a", "prepared"]) == [a] and "prepared" in caplog.text
+    assert short_names([a, b]) == ["a", "b"] and short_names([a, other]) == [f"{tmp_path.name}/a", "other/a"]
+    for names, message in (
+        (["n*"], "n[*]: matches no run"),
+        (["prepared"], "is it a run"),
+        (["a", "none"], "none: no"),
+    ):
+        with pytest.raises(DataError, match=message):
+            find_runs(names)
+
+
+def test_a_comparison_has_a_place_of_its_own(tmp_path: Path) -> None:
+    a, b = (str(make_run(tmp_path / name, [6.0, 5.5])) for name in ("a", "b"))
+    pages = [run(ReportConfig(runs=names)).page for names in ((a,), (a, b), (b, a), (a, a), (str(tmp_path / "?"),))]
+    assert pages == [
+        str(tmp_path / name / "report.html") for name in ("a", "report-a-b", "report-b-a", "a", "report-a-b")
+    ]
+    many = tuple(str(make_run(tmp_path / f"{number:030d}", [6.0])) for number in range(12))
+    names = [Path(run(ReportConfig(runs=each)).page).parent.name for each in (many, many[:-1])]
+    assert len(set(names)) == 2 and max(map(len, names)) < 120
+
+
+def test_a_sweep_is_a_table_and_its_trials(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for number, status in enumerate(("finished", "failed", None, None)):
+        folder = tmp_path / "sw" / "trials" / f"trial-{number:03d}"
+        folder.mkdir(parents=True)
+        shown = {"optim.lr": 0.1 * (number + 1)}
+        (folder / "trial.json").write_text(json.dumps({"number": number, "values": {}, "shown": shown}))
+        if number < 3:
+            make_run(folder, [6.0, 5.5], {100: 5.5 - 0.1 * number})
+        if status is not None:
+            (folder / "outcome.json").write_text(json.dumps({"status": status, "seconds": 12.0, "message": "m"}))
+    result = run(ReportConfig(runs=(str(tmp_path / "sw"),)))
+    lines = result.summary().splitlines()
+    assert lines[0].split()[:3] == ["trial", "status", "optim.lr"]
+    assert [line.split()[:3] for line in lines[1:5]] == [
+        ["0", "finished", "0.1"], ["1", "failed", "0.2"], ["2", "interrupted", "0.3"], ["3", "waiting", "0.4"]
+    ]  # fmt: skip
+    assert [each.name for each in result.runs] == ["trial-000", "trial-001", "trial-002"]
+    assert result.page == str(tmp_path / "sw" / "report.html")
+    page = read_page(tmp_path / "sw" / "report.html")
+    assert "optim.lr" in page.texts and "waiting" in page.texts
+    without = [message.split(":")[0] for message in caplog.messages if "no result yet" in message]
+    assert without == [str(tmp_path / "sw" / "trials" / "trial-002")]
 
 
 def test_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,11 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.config.command_line import load_config
 from elmo_ray.config.finetune import FinetuneConfig
 from elmo_ray.errors import ConfigError
+from elmo_ray.report.trials import FAILED, FINISHED, INTERRUPTED, STOPPED, read_trials, table
 from elmo_ray.sweep import best_yaml
 from elmo_ray.sweep.config import SweepConfig, draw_trials, parse_domain
 from elmo_ray.sweep.picture import draw
-from elmo_ray.sweep.trials import (
-    FAILED,
-    FINISHED,
-    STOPPED,
-    add_trial,
-    best_of,
-    read_trials,
-    results,
-    table,
-    try_lost_again,
-    write_results,
-)
+from elmo_ray.sweep.trials import add_trial, best_of, end_trial, results, try_lost_again, write_results
 from elmo_ray.training.metrics import MetricsWriter
 
 SPACE = {"optim.lr": {"loguniform": [0.01, 1]}, "train.freeze": {"choice": [[], ["lstm.0"]]}}
@@ -138,18 +129,20 @@ def write_metrics(folder: Path, perplexities: list[float], total: int = 40) -> N
 
 
 def test_what_is_on_the_disk_is_the_sweep(tmp_path: Path) -> None:
+    given = {"optim.lr": 0.5, "train.freeze": []}
     curves = [[90.0, 50.0, 40.0, 35.0, 36.0], [90.0, 60.0], [90.0, 45.0, 33.0], [90.0]]
     for number, curve in enumerate(curves):
         values = {} if number == 0 else {"optim.lr": 0.1 * number, "train.freeze": ["lstm.0"]}
-        write_metrics(add_trial(tmp_path, number, values).folder, curve)
-    add_trial(tmp_path, 4, {"optim.lr": 9.0})
+        write_metrics(add_trial(tmp_path, number, values, given).folder, curve)
+    add_trial(tmp_path, 4, {"optim.lr": 9.0}, given)
     with pytest.raises(FileExistsError):
         add_trial(tmp_path, 4, {})
     trials = read_trials(tmp_path)
-    trials[0].end(FINISHED, seconds=100.0, threads=1)
-    trials[1].end(STOPPED, seconds=20.0)
-    trials[1].end(FAILED)
-    trials[3].end(FAILED, message="the loss is not finite")
+    end_trial(trials[0], FINISHED, seconds=100.0, threads=1)
+    end_trial(trials[1], STOPPED, seconds=20.0)
+    end_trial(trials[1], FAILED)
+    end_trial(trials[3], FAILED, message="the loss is not finite")
+    (trials[2].folder / "session.json").write_text('{"seconds": 7.0}')  # as its process does every second
     trials = read_trials(tmp_path)
     assert [trial.status for trial in trials] == ["finished", "stopped", "running", "failed", "waiting"]
     assert trials[0].best == (30, 35.0) and trials[2].best == (20, 33.0)
@@ -157,13 +150,17 @@ def test_what_is_on_the_disk_is_the_sweep(tmp_path: Path) -> None:
     best = best_of(trials)
     assert best is trials[0]  # the running one is ahead, but has not come to its end
     shown = table(trials)
-    assert "as given" in shown.splitlines()[1] and "trial 3 failed: the loss is not finite" in shown
+    assert (
+        shown.splitlines()[1].split()[:4] == ["0", "finished", "0.5", "[]"]
+        and "trial 3 failed: the loss is not finite" in shown
+    )
     write_results(tmp_path, results(trials), {"best": 0})
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["trials"][0]["perplexity_before"] == 90.0 and saved["trials"][0]["validations"][3] == [30, 35.0]
     with open(tmp_path / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows[2]["optim.lr"] == "0.2" and rows[2]["train.freeze"] == "[lstm.0]" and rows[0]["optim.lr"] == ""
+    assert rows[2]["optim.lr"] == "0.2" and rows[2]["train.freeze"] == "[lstm.0]" and rows[0]["optim.lr"] == "0.5"
+    assert [row["seconds"] for row in rows] == ["100.0", "20.0", "7.0", "", ""]
     assert rows[0]["best_perplexity"] == "35.0" and rows[3]["status"] == "failed"
     draw(tmp_path / "sweep.png", trials, best)
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
@@ -171,16 +168,22 @@ def test_what_is_on_the_disk_is_the_sweep(tmp_path: Path) -> None:
 
 def test_trials_that_were_lost_are_tried_again(tmp_path: Path) -> None:
     for number, lost in enumerate((True, False)):
-        add_trial(tmp_path, number, {}).end(FAILED, message="m", lost=lost)
+        end_trial(add_trial(tmp_path, number, {}), FAILED, message="m", lost=lost)
+    end_trial(add_trial(tmp_path, 2, {}), INTERRUPTED, seconds=3.0)
+    write_metrics(add_trial(tmp_path, 3, {}).folder, [90.0, 80.0])
+    session = tmp_path / "trials" / "trial-003" / "session.json"
+    session.write_text('{"seconds": 7.0}')
+    os.utime(session, (1e9, 1e9))  # of a process that was killed long ago
+    assert [trial.status for trial in read_trials(tmp_path)] == ["failed", "failed", "interrupted", "interrupted"]
     try_lost_again(read_trials(tmp_path))
-    assert [trial.status for trial in read_trials(tmp_path)] == ["waiting", "failed"]
+    assert [trial.status for trial in read_trials(tmp_path)] == ["waiting", "failed", "waiting", "interrupted"]
 
 
 def test_the_best_trials_file_is_read_by_finetune(tmp_path: Path) -> None:
     config = sweep_config()
     trial = add_trial(tmp_path, 3, config.planned_trials()[3])
     write_metrics(trial.folder, [90.0, 50.0])
-    trial.end(FINISHED, threads=1)
+    end_trial(trial, FINISHED, threads=1)
     (found,) = read_trials(tmp_path)
     path = tmp_path / "best.yaml"
     path.write_text(best_yaml(config, found))

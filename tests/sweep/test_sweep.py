@@ -22,8 +22,8 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.config.command_line import Flags, load_config
 from elmo_ray.config.finetune import FinetuneConfig
 from elmo_ray.errors import ConfigError
+from elmo_ray.report.trials import read_trials
 from elmo_ray.sweep.config import SweepConfig
-from elmo_ray.sweep.trials import read_trials
 from elmo_ray.training.metrics import read_metrics
 
 SECONDS = 240
@@ -107,6 +107,47 @@ def test_a_killed_sweep_goes_on_and_its_best_comes_again(config: Path) -> None:
     ours = open_source(folder)
     assert ours.step == best["best_step"] and ours.fingerprint == open_source(result.run_dir).fingerprint
     assert newest(Path(result.run_dir)).step == 60
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_says_so_and_goes_on(config: Path) -> None:
+    """SIGINT while trials train, twice: the second session goes on with the trials of the first."""
+    folder = config.parent / "runs" / "sweep"
+    command = [
+        sys.executable, "-m", "elmo_ray.sweep", str(config), "--resume", "train.duration=1000000 steps",
+        "sweep.concurrent=1", "train.checkpoint_every=100000 steps", "sweep.space={optim.lr: {grid: [0.05, 0.1]}}",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(sweep.__file__).parents[2])}
+    steps = 0
+    for _ in range(2):
+        with open(config.parent / "log.txt", "wb") as log:
+            driver = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True
+            )
+        deadline = time.monotonic() + SECONDS
+        while not (folder / "trials").is_dir() or read_trials(folder)[0].step <= steps:
+            assert driver.poll() is None and time.monotonic() < deadline, (config.parent / "log.txt").read_text()
+            time.sleep(0.2)
+        driver.send_signal(signal.SIGINT)
+        shown = driver.communicate(timeout=SECONDS)[0].decode()
+        said = (config.parent / "log.txt").read_text()
+        assert driver.returncode == 130, said
+        assert "stopped; the same command with --resume goes on" in shown and "best so far: trial 0" in shown
+        assert not any(sign in shown + said for sign in "╭│\033"), "tables and colours of Tune and Ray"
+        results = json.loads((folder / "results.json").read_text())
+        assert results["interrupted"] and [each["status"] for each in results["trials"]] == [
+            "interrupted",
+            "waiting",
+            "waiting",
+        ]
+        assert [each["values"] for each in results["trials"]] == [{"optim.lr": rate} for rate in (0.2, 0.05, 0.1)]
+        assert results["trials"][0]["seconds"] > 0
+        assert not any((folder / name).exists() for name in ("best", "export", "best.yaml"))
+        steps = results["trials"][0]["steps"]
+        assert newest(folder / "trials" / "trial-000").step >= steps > 0
+    messages = [r["message"] for r in read_metrics(folder / "trials" / "trial-000") if r["kind"] == "event"]
+    assert any("resume from step" in message for message in messages)
 
 
 @pytest.mark.ray

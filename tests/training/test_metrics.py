@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +106,24 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     (scalar,) = board.Scalars("train/loss")
     assert (scalar.step, scalar.value) == (50, 2.5)
     assert [json.loads(line)["step"] for line in open(tmp_path / "metrics" / "attempt-001.jsonl")] == [50]
+
+
+def test_tensorboard_does_not_import_tensorflow(tmp_path: Path, repository: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('TensorFlow was imported')\n")
+    program = (
+        "from elmo_ray.training.metrics import MetricsWriter\n"
+        f"with MetricsWriter({str(tmp_path / 'run')!r}, 1) as writer:\n"
+        "    writer.write({'kind': 'train', 'step': 50, 'loss': 2.5})\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(repository)])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def test_console_line() -> None:
