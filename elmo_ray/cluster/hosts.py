@@ -137,7 +137,7 @@ def _warnings(host: str) -> list[str]:
 
     warnings = []
     context: Any = ray.get_runtime_context()
-    mine = next((n for n in ray.nodes() if n["NodeID"] == context.get_node_id()), {"Resources": {}})
+    mine: dict[str, Any] = next((n for n in ray.nodes() if n["NodeID"] == context.get_node_id()), {"Resources": {}})
     store = mine["Resources"].get("object_store_memory", 0.0)
     if os.path.isdir(_SHARED_MEMORY) and shutil.disk_usage(_SHARED_MEMORY).total < store:
         size = shutil.disk_usage(_SHARED_MEMORY).total

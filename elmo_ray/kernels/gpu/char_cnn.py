@@ -205,7 +205,7 @@ class _LargestWindows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cuda")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         types, windows, offsets, x_MK, weight_KF, largest_UF, which_UF, d_product_MF = ctx.saved_tensors
         (v, e, widest), (u, c), (k, f) = ctx.sizes, types.shape, weight_KF.shape
         gradient_UF, block = grads[0].contiguous(), block_for(f)
