@@ -14,26 +14,18 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from elmo_ray.kernels.positions import SortedPositions
 
 Setting = Literal["auto", "off"]
 Function = Callable[..., Any]
 
 _environment = os.environ.get("ELMO_RAY_KERNELS")
 _setting: Setting = "off" if _environment == "off" else "auto"
-
-
-class SortedPositions(NamedTuple):
-    """Places of ids by row: those of row r are order[starts[r] : starts[r + 1]], in rising order.
-
-    order: [N] int32 places in the flat tensor of ids; starts: [R + 1] int32.
-    """
-
-    order: Tensor
-    starts: Tensor
 
 
 def use(setting: Setting) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from elmo_ray import kernels
-from elmo_ray.kernels import SortedPositions
+from elmo_ray.kernels.positions import SortedPositions
 from elmo_ray.model.product import product
 
 

@@ -36,7 +36,8 @@ from elmo_ray.machine import keep_freed_memory, memory_in_use
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.storage.local_copy import local_copy_of
 from elmo_ray.training.capacities import Capacities
-from elmo_ray.training.captured_step import record_for
+from elmo_ray.training.captured_step import captured_by
+from elmo_ray.training.cuda_graphs import record_for
 from elmo_ray.training.feeding import Feeder, ReadyBatch, StepAssembler
 from elmo_ray.training.metrics import MetricsWriter, not_finite, train_record, valid_record
 from elmo_ray.training.optimizer import learning_rate
@@ -131,8 +132,8 @@ class _Run:
         model = BiLM(config.model, config.softmax, self.vocabulary.size).to(DTYPES[config.train.precision])
         model.reset_parameters(config.run.seed)
         self.model = model.to(worker.device)
-        record = worker.record or record_for(config, self.model)
-        step = TrainStep(config, self.model, len(self.streams), worker.rank, worker.world, self.total_steps, record)
+        capture = captured_by(worker.record or record_for(config, self.model))
+        step = TrainStep(config, self.model, len(self.streams), worker.rank, worker.world, self.total_steps, capture)
         self.validation: Validation | None = None
         if self.valid_plan is not None:
             # read in this process and not by Ray tasks, whose CPUs the paused training pipeline holds

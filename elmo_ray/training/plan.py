@@ -10,7 +10,7 @@ import torch
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import BlockSource
-from elmo_ray.training.captured_step import Record
+from elmo_ray.training.cuda_graphs import Record
 
 
 @dataclass(frozen=True)

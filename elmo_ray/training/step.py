@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,6 @@ from elmo_ray.model.components import trained_at
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.softmax import Drawn
-from elmo_ray.training.averaging import average, send_as_bf16
-from elmo_ray.training.captured_step import CapturedStep, Record
 from elmo_ray.training.optimizer import Optimizer
 from elmo_ray.training.step_input import StepInput, micro_batches_of
 
@@ -75,12 +73,31 @@ class StepOutput:
     finite: Tensor
 
 
+class CapturedResult(NamedTuple):
+    """Result of a captured step before the state is taken over, with the fields of StepResult and StepOutput."""
+
+    loss_sums: Tensor
+    state: LstmState
+    norm: Tensor
+    finite: Tensor
+
+
+class Captured(Protocol):
+    """Form of a TrainStep that is captured (`captured_step.CapturedStep`)."""
+
+    def run(self, batch: StepInput) -> CapturedResult:
+        """Compute losses and state, and update the parameters if the gradients are finite."""
+
+    def forget(self) -> None:
+        """Drop what was captured, because other parameters are trained from here on."""
+
+
 class TrainStep:
     """A training step with its model, optimizer and carried `state` (this worker's rows).
 
     world > 1 needs torch.distributed to be initialised. Parameters stay equal on all ranks: they begin equal, and every
-    rank applies the same gradients. record: captures the step's functions; None: the step is not captured, and several
-    workers sum gradients by DistributedDataParallel.
+    rank applies the same gradients. capture: makes the captured form of the step; None: there is none, and several
+    workers average gradients by DistributedDataParallel.
     """
 
     def __init__(
@@ -91,7 +108,7 @@ class TrainStep:
         rank: int = 0,
         world: int = 1,
         total_steps: int = 1,
-        record: Record | None = None,
+        capture: Callable[[TrainStep], Captured] | None = None,
     ):
         self.config, self.model, self.rank, self.world, self.total_steps = config, model, rank, world, total_steps
         self.device = next(model.parameters()).device
@@ -103,7 +120,7 @@ class TrainStep:
         self.state = model.lstm.zero_state(rows, like=next(model.parameters()).detach())
         self.forward: torch.nn.Module = model
         self.trained: frozenset[str] = frozenset()
-        self.captured = None if record is None else CapturedStep(self, record)
+        self.captured = None if capture is None else capture(self)
         self.begin(0)
         if world > 1:
             # DDP would leave out the tables, and everything where nothing but them trains
@@ -268,3 +285,31 @@ def _take_gradient(parameter: Tensor) -> Tensor:
         return torch.zeros_like(parameter)
     parameter.grad = None
     return gradient
+
+
+def average(gradient: Tensor, world: int, sent_as: str) -> None:
+    """Replace a gradient by its mean over all workers, in place.
+
+    sent_as: `full`, or `bf16` for half the bytes and 8 bits of precision.
+    """
+    if sent_as == "bf16":
+        sent = (gradient / world).to(torch.bfloat16)
+        dist.all_reduce(sent)
+        gradient.copy_(sent)
+    else:
+        dist.all_reduce(gradient)
+        gradient /= world
+
+
+def send_as_bf16(model: Any) -> None:
+    """Let DistributedDataParallel send the dense gradients as bfloat16, like `average`."""
+    model.register_comm_hook(None, _as_bf16)
+
+
+# without annotations: torch checks them and does not take strings
+def _as_bf16(state, bucket):  # type: ignore[no-untyped-def]
+    """Call torch's own hook."""
+    # by another name: torch refuses that hook with gloo by its name, although gloo can add bfloat16
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    return default_hooks.bf16_compress_hook(state, bucket)

@@ -129,7 +129,7 @@ def capture(device: torch.device, small: bool) -> dict[str, Any]:
     from cases import SIZES, our_config
     from gpu_step import batches, padded, step_of, wait
 
-    from elmo_ray.training.captured_step import CudaGraphs
+    from elmo_ray.training.cuda_graphs import CudaGraphs
     from elmo_ray.training.step_input import Transfer, wait_for_arrival
 
     log, logger = Messages(), logging.getLogger("elmo_ray")

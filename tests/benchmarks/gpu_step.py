@@ -30,7 +30,8 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.data.characters import PADDING
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.training.capacities import Capacities
-from elmo_ray.training.captured_step import CudaGraphs, record_for
+from elmo_ray.training.captured_step import captured_by
+from elmo_ray.training.cuda_graphs import CudaGraphs, record_for
 from elmo_ray.training.step import TrainStep
 from elmo_ray.training.step_input import StepInput
 
@@ -49,7 +50,7 @@ def step_of(config: PretrainConfig, words: int, rows: int, device: torch.device)
     model.reset_parameters(1)
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     model.to(device, dtype)
-    return TrainStep(config, model, rows, record=record_for(config, model))
+    return TrainStep(config, model, rows, capture=captured_by(record_for(config, model)))
 
 
 def batches(size: dict[str, Any], words: int, rows: int) -> list[StepInput]:

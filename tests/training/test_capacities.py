@@ -71,11 +71,13 @@ def inputs(config: PretrainConfig, text: tuple[Corpus, Vocabulary]) -> Iterator[
     loader = StreamLoader(plan, streams, start, source, words, config.train.unroll, characters, model.directions)
     assemble = StepAssembler(config, words.size, streams, Exchange())
     pad = Capacities.of(config, words.size, characters, len(streams))
-    for step in range(STEPS):
-        plain, _ = assemble(loader.next_batch(), step, Flags())
-        plain = with_micro_batches(plain, config.train.accumulate)
-        yield plain, pad(plain)
-    loader.close()
+    try:
+        for step in range(STEPS):
+            plain, _ = assemble(loader.next_batch(), step, Flags())
+            plain = with_micro_batches(plain, config.train.accumulate)
+            yield plain, pad(plain)
+    finally:
+        loader.close()
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())

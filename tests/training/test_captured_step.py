@@ -14,7 +14,8 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.captured_step import play, record_for, why_not_captured
+from elmo_ray.training.captured_step import captured_by
+from elmo_ray.training.cuda_graphs import play, record_for, why_not_captured
 from elmo_ray.training.step import TrainStep
 from elmo_ray.training.step_input import StepInput
 
@@ -44,8 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def step_of(config: PretrainConfig, text: Text, captured: bool) -> TrainStep:
-    record = play if captured else None
-    return TrainStep(config, model_of(config, text[1]), config.data.streams, total_steps=STEPS, record=record)
+    capture = captured_by(play if captured else None)
+    return TrainStep(config, model_of(config, text[1]), config.data.streams, total_steps=STEPS, capture=capture)
 
 
 def outcome(step: TrainStep, batches: Iterator[StepInput]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch.multiprocessing
 from helpers.tiny_runs import Stopper, everything, newest, plan_of, records, tiny_config, worker_of, write_corpus
 from helpers.traffic import counted
 
-from elmo_ray.training.captured_step import play
+from elmo_ray.training.cuda_graphs import play
 from elmo_ray.training.loop import train
 from elmo_ray.training.plan import TrainPlan
 

@@ -20,7 +20,8 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.captured_step import CudaGraphs, Record, play, why_not_captured
+from elmo_ray.training.captured_step import captured_by
+from elmo_ray.training.cuda_graphs import CudaGraphs, Record, play, why_not_captured
 from elmo_ray.training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +51,8 @@ STEPS = 2  # the interpreter takes seconds for each
 
 
 def step_of(config: PretrainConfig, words: Vocabulary, record: Record | None) -> TrainStep:
-    return TrainStep(config, model_of(config, words).to(DEVICE), config.data.streams, total_steps=6, record=record)
+    model = model_of(config, words).to(DEVICE)
+    return TrainStep(config, model, config.data.streams, total_steps=6, capture=captured_by(record))
 
 
 def record() -> Record:

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from elmo_ray.kernels import SortedPositions
 from elmo_ray.kernels.gpu.arithmetic import rows_at_once
+from elmo_ray.kernels.positions import SortedPositions
 
 
 def sort_positions(ids: Tensor, count: int) -> SortedPositions:
