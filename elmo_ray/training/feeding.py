@@ -189,6 +189,7 @@ class Feeder:
                 except WaitInterrupted:
                     # no rank trains on this step, so that all stop after the same one
                     exchange.gather(no_ids, capacity, 0, 0, self.flags(), None, step, interrupted=True)
+                    raise
                 self._in_exchange = True
                 result, flags = self.assembler(batch, step, self.flags())
                 self._in_exchange = False

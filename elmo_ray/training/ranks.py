@@ -246,6 +246,8 @@ class Exchange:
         if self.world == 1:
             if error is not None:
                 raise error
+            if interrupted:
+                raise WaitInterrupted
             return Gathered(
                 ids[None], positions, Flags(flags.stop, flags.rank_files[:1] or [0], flags.committed, flags.cleaned)
             )
