@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from elmo_ray.elmo.scalar_mix import ScalarMix as ScalarMix
 
 __all__ = ["Elmo", "ElmoEmbedder", "ElmoTokenEmbedder", "LanguageModel", "ScalarMix", "__version__", "batch_to_ids"]
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _MODULES = {
     "Elmo": "layer",

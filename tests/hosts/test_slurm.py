@@ -11,7 +11,7 @@ from helpers.hosts import REPOSITORY, Hosts, need_hosts, wait_for
 from helpers.slurm import Slurm, need_slurm, stop_munge
 from helpers.tiny_runs import newest, sentences, tiny_values
 
-pytestmark = [pytest.mark.slow, pytest.mark.hosts]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.hosts]
 SCRIPT = str(REPOSITORY / "cluster" / "slurm.sbatch")
 
 

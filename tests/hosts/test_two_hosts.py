@@ -14,7 +14,7 @@ from helpers.tiny_runs import sentences, tiny_values
 
 from elmo_ray.training.metrics import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.hosts]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.hosts]
 
 
 @pytest.fixture(scope="module")
