@@ -283,9 +283,7 @@ def test_the_best_is_measured_again_where_a_resumed_run_measures_otherwise(
     assert result["best_perplexity"] == pytest.approx(min(last, expected), rel=1e-6)
     if changes != "streams":
         return
-    whole = plan_of(
-        tmp_path / "whole", tiny_config(**train__dropout=0.0, train__duration="14 steps"), corpus, valid
-    )
+    whole = plan_of(tmp_path / "whole", tiny_config(train__dropout=0.0, train__duration="14 steps"), corpus)
     train(whole, worker_of(whole))
     # a measure in between changes nothing of the training
     ours, theirs = everything(newest(tmp_path / "run")), everything(newest(tmp_path / "whole"))
