@@ -233,7 +233,7 @@ def test_validation_reads_no_more_than_asked(corpus: Paths, valid: Path, tmp_pat
 
 def test_the_streams_of_a_validation_follow_what_it_reads(corpus: Paths, valid: Path, tmp_path: Path) -> None:
     assert 400 <= Corpus.load(valid).positions < 600
-    for asked, positions, streams in ((1, 10_000, 1), (2, 10_000, 2), (1000, 10_000, 2), (1000, 300, 1)):
+    for asked, positions, streams in ((2, 10_000, 2), (1000, 10_000, 2), (1000, 300, 1)):
         changes = {"evaluate__streams": asked, "train__validate_positions": positions, "train__duration": "2 steps"}
         plan = plan_of(tmp_path / f"{asked}-{positions}", tiny_config(**with_valid(**changes)), corpus, valid)
         result = train(plan, worker_of(plan))
@@ -246,17 +246,13 @@ def test_the_streams_of_a_validation_follow_what_it_reads(corpus: Paths, valid: 
             assert math.exp(expected) == pytest.approx(result["best_perplexity"], rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", ["streams", "text", "an older version", "nothing"])
+@pytest.mark.parametrize("changes", ["streams", "text", "an older version"])
 def test_the_best_is_measured_again_where_a_resumed_run_measures_otherwise(
     corpus: Paths, valid: Path, tmp_path: Path, changes: str
 ) -> None:
     settings: dict[str, Any] = {"evaluate__streams": 2, "train__dropout": 0.0}
     plan = plan_of(tmp_path / "run", tiny_config(**with_valid(**settings, train__duration="8 steps")), corpus, valid)
     before = train(plan, worker_of(plan))
-    whole = plan_of(
-        tmp_path / "whole", tiny_config(**with_valid(**settings, train__duration="14 steps")), corpus, valid
-    )
-    train(whole, worker_of(whole))
     other_valid = valid
     if changes == "streams":
         settings["evaluate__streams"] = 1
@@ -285,6 +281,10 @@ def test_the_best_is_measured_again_where_a_resumed_run_measures_otherwise(
         assert noted == []
     last = [r["perplexity"] for r in records(tmp_path / "run") if r["kind"] == "valid"][-1]
     assert result["best_perplexity"] == pytest.approx(min(last, expected), rel=1e-6)
+    if changes != "streams":
+        return
+    whole = plan_of(tmp_path / "whole", tiny_config(train__dropout=0.0, train__duration="14 steps"), corpus)
+    train(whole, worker_of(whole))
     # a measure in between changes nothing of the training
     ours, theirs = everything(newest(tmp_path / "run")), everything(newest(tmp_path / "whole"))
     assert all(torch.equal(t, theirs[k]) for k, t in ours.items() if k != "streams/window_sums")
