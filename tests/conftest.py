@@ -20,16 +20,6 @@ hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let `-n 2` (pytest-xdist) keep the tests of a file in one process, and all tests on Ray in another one."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:  # before xdist looks at the groups
-            # two processes with a Ray each would wait for the same cores, and the fixtures of a file are made once
-            group = "ray" if item.get_closest_marker("ray") else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
