@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from helpers.ranks import run_ranks
 from helpers.tiny_runs import (
     WORDS_TIED,
     WORDS_UNTIED,
@@ -78,13 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _, words = write_corpus(folder / "text", [60, 40])
     known = Vocabulary.read(words).words
     Vocabulary.from_words([*known, *(f"never{n}" for n in range(20 * len(known)))]).write(folder / "text" / "wide.txt")
-    context = torch.multiprocessing.spawn(rank_main, args=(folder,), nprocs=WORLD, join=False)  # type: ignore
-    deadline = time.monotonic() + 200
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("still running")
+    run_ranks(rank_main, (folder,), WORLD)
     return folder
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from helpers.ranks import run_ranks
 from helpers.tiny_runs import Stopper, everything, newest, plan_of, records, tiny_config, worker_of, write_corpus
 from helpers.traffic import counted
 
@@ -79,13 +79,7 @@ def rank_main(rank: int, world: int, folder: Path, elastic: str) -> None:
 
 
 def spawn(folder: Path, world: int, elastic: str) -> list[dict[str, Any]]:
-    context = torch.multiprocessing.spawn(rank_main, args=(world, folder, elastic), nprocs=world, join=False)  # type: ignore
-    deadline = time.monotonic() + 200
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("still running")
+    run_ranks(rank_main, (world, folder, elastic), world)
     found = [json.loads((folder / f"results-{world}-{elastic}-{rank}.json").read_text()) for rank in range(world)]
     for results in found:
         for name, result in results.items():
