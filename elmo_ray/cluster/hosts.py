@@ -139,8 +139,7 @@ def _warnings(host: str) -> list[str]:
     context: Any = ray.get_runtime_context()
     mine: dict[str, Any] = next((n for n in ray.nodes() if n["NodeID"] == context.get_node_id()), {"Resources": {}})
     store = mine["Resources"].get("object_store_memory", 0.0)
-    if os.path.isdir(_SHARED_MEMORY) and shutil.disk_usage(_SHARED_MEMORY).total < store:
-        size = shutil.disk_usage(_SHARED_MEMORY).total
+    if os.path.isdir(_SHARED_MEMORY) and (size := shutil.disk_usage(_SHARED_MEMORY).total) < store:
         warnings.append(
             f"{_SHARED_MEMORY} of host {host} has {size / 1e6:.0f} MB, less than Ray's object store of "
             f"{store / 1e6:.0f} MB: Ray then uses the disk, which is slow; give the container more (docker run "

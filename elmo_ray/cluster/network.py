@@ -30,13 +30,12 @@ _TRY_FOR_S = 30.0
 
 class Endpoint(NamedTuple):
     """A worker's place in the network. host: name. node: address by which Ray knows it. interface: its name, or None
-    where no interface has that address. address: that of the interface. by_user: whether a variable names it."""
+    where no interface has that address. address: that of the interface."""
 
     host: str
     node: str
     interface: str | None
     address: str
-    by_user: bool
 
     def __str__(self) -> str:
         return f"{self.host} ({self.address}, interface {self.interface or 'unknown'})"
@@ -87,7 +86,7 @@ def endpoint(node: str, wanted: str | None) -> Endpoint:
     named = os.environ.get(VARIABLES[0], "").split(",")[0]
     found = interfaces()
     name, address = find_interface(found, node, named if named in found else wanted)
-    return Endpoint(socket.gethostname(), node, name, address, bool(named))
+    return Endpoint(socket.gethostname(), node, name, address)
 
 
 def take_interface(name: str) -> None:
@@ -186,7 +185,7 @@ def check_reach(
         targets = [(endpoints[number].address, ports[number]) for number in hosts]
         told, until = False, time.monotonic() + try_for_s
         while True:
-            failures = run(_try, [targets if number in hosts else [] for number in range(len(endpoints))])
+            failures = run(unreachable, [targets if number in hosts else [] for number in range(len(endpoints))])
             lost = [(n, hosts[target], error) for n, found in enumerate(failures) for target, error in found]
             if not lost:
                 return
@@ -213,10 +212,6 @@ def _listen_on(address: str) -> int | str:
             f"host {socket.gethostname()} cannot listen on {address}, its address in Ray's list of nodes: "
             f"{error.strerror}; start Ray there with --node-ip-address of an interface of that host"
         )
-
-
-def _try(targets: Sequence[tuple[str, int]]) -> list[tuple[int, str]]:
-    return unreachable(targets)
 
 
 def _stop(_: None) -> None:

@@ -87,6 +87,7 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
     from elmo_ray.cluster.backend import CheckedTorchConfig
 
     files = RunFiles(run_dir, plan.corpus_path, plan.vocabulary_path)
+    expected = files.marks()
     cluster = plan.config.cluster
     # Ray decides how many elastic workers there are and knows nothing of data tasks: the CPUs of a worker's task are
     # reserved with the worker, or workers could take them all and wait for ever.
@@ -96,14 +97,14 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
         _train_worker,
         train_loop_config={
             "plan": plan.to_dict() | {"run_dir": run_dir},
-            "vocabulary_sha256": Vocabulary.read(plan.vocabulary_path).sha256,
+            "vocabulary_sha256": expected[plan.vocabulary_path],
             "function": function,
         },
         torch_config=CheckedTorchConfig(
             timeout_s=math.ceil(cluster.timeout_s),
             network=cluster.network,
             files=files,
-            expected=files.marks(),
+            expected=expected,
             versions=versions(),
         ),
         scaling_config=ScalingConfig(
