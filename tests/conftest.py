@@ -29,6 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+# Files of minutes. They come first, so that of two processes none has one of them left at the end.
+LONG_FILES = ("test_soak_short.py", "test_slurm.py", "test_sweep.py", "test_two_hosts.py", "test_elastic.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the files that take longest to the front."""
+    place = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG_FILES)))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
