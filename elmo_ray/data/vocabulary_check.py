@@ -17,7 +17,7 @@ _FEW = 1e-4
 
 
 def check_vocabulary_file(path: str, key: str = "data.vocab") -> None:
-    """Refuse a vocabulary file whose lines are not words, and warn of lines that look wrong; warnings name `key`.
+    """Refuse a vocabulary file whose lines are not words, and warn of lines that look wrong; messages name `key`.
 
     Raises DataError, with file and line, for a line with a blank inside, an empty line, a word that stands twice, and a
     byte order mark; and as `Vocabulary.read` does.
@@ -36,7 +36,10 @@ def check_vocabulary_file(path: str, key: str = "data.vocab") -> None:
             raise DataError(f"{path}, line {number}: {word!r} stands in line {seen[word]} already; remove one of them")
         if word != SKIPPED_WORD:
             seen[word] = number
-    for message in (*_marker_hints(seen, path), *_form_hints(seen, path), *_blank_hints(seen, path)):
+    for message in _marker_hints(seen, path):
+        # No warning: the Penn Treebank and texts made from it have the word <unk>.
+        logger.info("%s=%s", key, message)
+    for message in (*_form_hints(seen, path), *_blank_hints(seen, path)):
         logger.warning("%s=%s", key, message)
 
 
