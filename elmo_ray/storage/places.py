@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from elmo_ray.errors import ConfigError, ElmoRayError
 from elmo_ray.storage.files import atomic_write, make_folder
+from elmo_ray.storage.retry_log import log_retries
 
 Place = str | os.PathLike[str]
 
@@ -287,6 +288,8 @@ def file_system(place: Place) -> tuple[Any, str]:
         raise ConfigError(f"{text}: {_line(error)}") from None
     except Exception as error:  # such as missing credentials, where they are needed at once
         raise ConfigError(f"{text}: {_line(error)}") from None
+    if "s3" in _protocols(system):
+        log_retries()
     return system, system._strip_protocol(text)
 
 

@@ -1,0 +1,134 @@
+"""Runs in an object store that is on another host and misbehaves: no checkpoint is lost, and a line says what is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.hosts import REPOSITORY, Hosts, lines_of, need_hosts, wait_for
+from helpers.tiny_runs import sentences, tiny_values
+
+pytestmark = [pytest.mark.slow, pytest.mark.hosts]
+
+KEY = {
+    "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}  # fmt: skip
+
+
+class Store:
+    """The server on a host of its own. tell: changes how it behaves, see `helpers.faulty_s3`."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self.host, self.control = hosts.all[1], hosts.folder / "s3"
+        self.held, ready = (hosts.folder / f"s3.{name}" for name in ("held", "ready"))
+        self.tell("well")
+        hosts.environment |= {**KEY, "AWS_ENDPOINT_URL": f"http://{self.host.address}:9000"}
+        hosts.environment["PYTHONPATH"] += f":{REPOSITORY / 'tests'}"
+        self.host.start(sys.executable, "-m", "helpers.faulty_s3", self.host.address, "9000", str(self.control))
+        wait_for(ready.exists, f"the server: {self.host.log}", 60)
+
+    def tell(self, word: str) -> None:
+        new = self.control.with_name("s3.new")
+        new.write_text(word)
+        new.rename(self.control)  # the server never reads half a word
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    need_hosts()
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    with Hosts(tmp_path_factory.mktemp("store"), network="10.85.0") as hosts:
+        yield Store(hosts)
+
+
+class Run:
+    """A `pretrain` command on the first host, with its run in the store."""
+
+    def __init__(self, store: Store, folder: Path, name: str) -> None:
+        self.store, self.host, self.log, self.name = store, store.host.hosts.all[0], folder / "log.txt", name
+        (folder / "train.txt").write_text("".join(f"{line}\n" for line in sentences(400)))
+        values = tiny_values(
+            run__name=name,
+            run__storage_path="s3://elmo-test/runs",
+            run__export=False,
+            data__train=str(folder / "train.txt"),
+            data__prepared_dir=str(folder / "prepared"),
+            train__duration="40 steps",
+            train__checkpoint_every="10 steps",
+        )
+        self.config = folder / "config.yaml"
+        self.config.write_text(yaml.safe_dump(values))
+
+    def start(self) -> subprocess.Popen[bytes]:
+        command = self.host.command(sys.executable, "-m", "elmo_ray.pretrain", str(self.config), "--resume")
+        with open(self.log, "wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=self.host.hosts.environment)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def ends_well(self, process: subprocess.Popen[bytes]) -> None:
+        """Check that the run has all its steps, and that its newest checkpoint is whole."""
+        assert process.wait(180) == 0, self.said()[-3000:]
+        assert "step 40/40" in self.said() and "Traceback" not in self.said()
+        check = (
+            "from elmo_ray.checkpoints.read import newest_checkpoint as n; "
+            f"c = n('s3://elmo-test/runs/{self.name}/checkpoints'); c.verify(); print(c.step)"
+        )
+        done = self.host.run(sys.executable, "-c", check, timeout_s=60)
+        assert done.stdout.strip() == "40", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "mended"),
+    [
+        ("cut", lambda s: s.host.cable(plugged=False), lambda s: (s.tell("well"), s.host.cable(plugged=True))),
+        ("hang", lambda s: s.tell("hang"), lambda s: s.tell("well")),
+    ],
+)
+def test_a_store_that_is_away_while_a_checkpoint_is_sent(
+    store: Store, tmp_path: Path, name: str, broken: Callable[[Store], None], mended: Callable[[Store], None]
+) -> None:
+    run = Run(store, tmp_path, name)
+    store.held.unlink(missing_ok=True)
+    store.tell("hold")
+    process = run.start()
+    try:
+        wait_for(store.held.exists, f"a checkpoint: {run.log}", 60)
+        broken(store)
+        began = time.monotonic()
+        wait_for(lambda: "the object store does not answer well" in run.said(), f"a line: {run.log}", 60)
+        assert time.monotonic() - began < 60
+    finally:
+        mended(store)
+    run.ends_well(process)
+    assert re.search(r"trying again in \d+\.\d s", run.said())
+
+
+def test_a_third_of_the_requests_is_refused(store: Store, tmp_path: Path) -> None:
+    run = Run(store, tmp_path, "slow")
+    store.tell("slow")
+    try:
+        run.ends_well(run.start())
+    finally:
+        store.tell("well")
+    assert re.search(r"the object store does not answer well \(.*503.*\): trying again", run.said()), run.said()
+
+
+def test_a_wrong_key_is_one_line(store: Store, tmp_path: Path) -> None:
+    run = Run(store, tmp_path, "denied")
+    store.tell("denied")
+    try:
+        assert run.start().wait(60) == 2, run.said()
+    finally:
+        store.tell("well")
+    last = lines_of(run.said())[-1]
+    assert last.startswith("error: ") and "s3://elmo-test/runs" in last and "Traceback" not in run.said()
