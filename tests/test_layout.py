@@ -14,7 +14,7 @@ from elmo_ray.config.command_line import VERBS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "elmo_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
-RAY_FILES = {"cluster/backend.py", "data/ray_source.py", "sweep/tuning.py"}
+RAY_FILES = {"cluster/backend.py", "cluster/lost_hosts.py", "data/ray_source.py", "sweep/tuning.py"}
 """Files that may import Ray at once; those of `cluster/` may within functions."""
 
 ROOMS = [

@@ -31,8 +31,14 @@ logger = logging.getLogger(__name__)
 TrainFunction = Callable[[TrainPlan, Worker], dict[str, Any]]
 T = TypeVar("T")
 
-_START_FAILURES = 3
-"""Number of failures of Ray to start the workers after which it gives up."""
+_START_TIMEOUT_S = "20"
+"""Seconds for Ray to find room for the workers, without the start of their processes; Ray's own default is 60.
+
+An attempt to use a host that has just been lost costs this much.
+"""
+
+_START_S = 180.0
+"""Seconds, at least, in which Ray tries to find room for the workers before it gives up."""
 
 
 # ---------------------------------------------------------------- running
@@ -85,6 +91,7 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
     from ray.train.torch import TorchTrainer
 
     from elmo_ray.cluster.backend import CheckedTorchConfig
+    from elmo_ray.cluster.lost_hosts import LostHosts
 
     files = RunFiles(run_dir, plan.corpus_path, plan.vocabulary_path)
     expected = files.marks()
@@ -92,6 +99,7 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
     # Ray decides how many elastic workers there are and knows nothing of data tasks: the CPUs of a worker's task are
     # reserved with the worker, or workers could take them all and wait for ever.
     cpus = cluster.cpus_per_worker + (cluster.data_cpus if cluster.elastic else 0.0)
+    start_timeout_s = float(os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_TIMEOUT_S))
     resources = {"CPU": cpus} | ({"GPU": 1.0} if device == "gpu" else {})
     trainer = TorchTrainer(
         _train_worker,
@@ -115,9 +123,15 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
         ),
         run_config=RunConfig(
             **_ray_storage(run_dir),
-            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=_START_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures,
+                controller_failure_limit=max(3, math.ceil(_START_S / start_timeout_s)),
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[_failure_log(run_dir, cluster.max_failures)],
+            callbacks=[
+                _failure_log(run_dir, cluster.max_failures),
+                LostHosts(f"cluster.workers={shown_workers(cluster)}"),
+            ],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

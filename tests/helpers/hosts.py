@@ -110,6 +110,30 @@ class Host:
         """Pull the host's network cable, or plug it in."""
         _ip("link", "set", self.link, "up" if plugged else "down")
 
+    def pause(self, stopped: bool) -> None:
+        """Let the host stand still, or go on: SIGSTOP or SIGCONT for all its processes."""
+        for pid in self.processes():
+            with_suppress(os.kill, pid, signal.SIGSTOP if stopped else signal.SIGCONT)
+
+    def lose_packets(self, share: float) -> None:
+        """Lose this share of the packets that reach the host; 0 for none."""
+        # by iptables, as netem is not in every kernel
+        base = ["iptables", "-w", "5"]
+        rule = ["INPUT", "-i", "eth0", "-m", "statistic", "--mode", "random", "--probability", str(share), "-j", "DROP"]
+        self.run(*base, "-F", "INPUT")
+        if share:
+            done = self.run(*base, "-A", *rule)
+            assert done.returncode == 0, done.stderr
+
+    def narrow(self, rate: str | None) -> None:
+        """Limit what the host sends and receives to a rate such as 1mbit; None for no limit."""
+        for inside in (["ip", "netns", "exec", self.namespace], []):
+            device = "eth0" if inside else self.link
+            subprocess.run([*inside, "tc", "qdisc", "del", "dev", device, "root"], capture_output=True, check=False)
+            if rate:
+                limit = ["tbf", "rate", rate, "burst", "32kbit", "latency", "400ms"]
+                subprocess.run([*inside, "tc", "qdisc", "add", "dev", device, "root", *limit], check=True)
+
     def mount(self, *arguments: str) -> None:
         """Mount something that only the Ray of this host sees."""
         assert self.ray is not None

@@ -1,0 +1,97 @@
+"""Lost hosts: Ray's view of the cluster is brought up to date before workers start again, and waiting is reported.
+
+Ray Train decides how many workers there can be by a list of nodes that is up to 20 s old, and Ray itself learns late
+that a host is gone. Workers that are placed on such a host would never start.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import RunningState
+
+from elmo_ray.cluster.network import unreachable
+from elmo_ray.cluster.session import alive_nodes, describe_cpus
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_S = 3.0
+_WAIT_S = 75.0
+"""Seconds to wait for Ray's notice of a lost host: with Ray's own settings this takes 65."""
+
+_MESSAGE_EVERY_S = 30.0
+
+
+class LostHosts(ControllerCallback):  # type: ignore[misc]
+    """Callback of Ray Train's controller that looks for lost hosts after each failure of workers or of their start.
+
+    request: the workers of the run, as they are shown to the user.
+    """
+
+    def __init__(self, request: str) -> None:
+        self.request = request
+        self._waiting_since: float | None = None
+        self._told = 0.0
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        try:
+            wait_for_notice()
+            _refresh_reservations()
+        except Exception as error:  # an error here would end training
+            logger.warning("the hosts of the cluster could not be looked at: %s", error)
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Log from time to time that the workers have not started yet, and what the cluster has."""
+        now = time.monotonic()
+        if isinstance(current_state, RunningState) or current_state.is_terminal():
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = self._told = now
+        elif now - self._told >= _MESSAGE_EVERY_S:
+            self._told = now
+            waited = now - self._waiting_since
+            logger.warning(
+                "%s: no room for %.0f s; the Ray cluster has %s CPUs",
+                self.request,
+                waited,
+                describe_cpus(alive_nodes()),
+            )
+
+
+def wait_for_notice(limit_s: float = _WAIT_S) -> None:
+    """Wait until every host that Ray lists as alive accepts a connection, and name those that Ray calls lost.
+
+    Returns after limit_s seconds in any case.
+    """
+    began, silent = time.monotonic(), _silent_hosts()
+    if not silent:
+        return
+    logger.warning("%s: no answer; waiting until it answers, or until Ray calls it lost", ", ".join(silent.values()))
+    while silent and time.monotonic() - began < limit_s:
+        time.sleep(0.5)
+        before, silent = silent, _silent_hosts()
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for node, host in before.items():
+            if node not in alive:
+                logger.warning("%s: lost, by Ray's notice after %.0f s", host, time.monotonic() - began)
+            elif node not in silent:
+                logger.info("%s answers again", host)
+
+
+def _silent_hosts() -> dict[str, str]:
+    """Return the id and a name of each node that Ray lists as alive and that accepts no connection."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    targets = [(node["NodeManagerAddress"], int(node["NodeManagerPort"])) for node in nodes]
+    silent = [nodes[number] for number, _ in unreachable(targets, _CONNECT_S)]
+    return {node["NodeID"]: f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in silent}
+
+
+def _refresh_reservations() -> None:
+    """Let Ray's coordinator, which counts how many elastic workers have room, read the list of nodes now."""
+    # The name and the method are Ray's own (2.60); by itself the coordinator looks every 20 s.
+    coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+    ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=10)
