@@ -6,6 +6,7 @@ that a host is gone. Workers that are placed on such a host would never start.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any
@@ -14,6 +15,7 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import RunningState
 
+from elmo_ray.cluster.logs import log_to_run
 from elmo_ray.cluster.network import unreachable
 from elmo_ray.cluster.session import alive_nodes, describe_cpus
 
@@ -29,11 +31,11 @@ _MESSAGE_EVERY_S = 30.0
 class LostHosts(ControllerCallback):  # type: ignore[misc]
     """Callback of Ray Train's controller that looks for lost hosts after each failure of workers or of their start.
 
-    request: the workers of the run, as they are shown to the user.
+    run_dir: the run's folder, for the log. request: the workers of the run, as they are shown to the user.
     """
 
-    def __init__(self, request: str) -> None:
-        self.request = request
+    def __init__(self, run_dir: str, request: str) -> None:
+        self.run_dir, self.request = run_dir, request
         self._waiting_since: float | None = None
         self._told = 0.0
 
@@ -53,6 +55,8 @@ class LostHosts(ControllerCallback):  # type: ignore[misc]
             self._waiting_since = self._told = now
         elif now - self._told >= _MESSAGE_EVERY_S:
             self._told = now
+            with contextlib.suppress(OSError):  # no worker has started yet, which would have opened the log
+                log_to_run(self.run_dir, None)
             waited = now - self._waiting_since
             logger.warning(
                 "%s: no room for %.0f s; the Ray cluster has %s CPUs",

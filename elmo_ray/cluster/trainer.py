@@ -130,7 +130,7 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             callbacks=[
                 _failure_log(run_dir, cluster.max_failures),
-                LostHosts(f"cluster.workers={shown_workers(cluster)}"),
+                LostHosts(run_dir, f"cluster.workers={shown_workers(cluster)}"),
             ],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
