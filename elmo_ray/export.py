@@ -259,8 +259,12 @@ def _write(source: Source, folder: Path) -> None:
     training = source.training
     options = to_options(source.config, source.softmax, source.vocabulary.size)
     if training is not None:
+        if isinstance(training.train.dropout, tuple):
+            del options["dropout"]  # bilm-tf has one number for all places, and no wrong one may stand here
+            logger.info("options.json has no dropout, as train.dropout=%s is by place", list(training.train.dropout))
+        else:
+            options["dropout"] = training.train.dropout
         options |= {
-            "dropout": training.train.dropout,
             "unroll_steps": training.train.unroll,
             "batch_size": training.data.streams,
             "all_clip_norm_val": training.optim.clip_norm,

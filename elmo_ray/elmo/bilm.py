@@ -118,6 +118,8 @@ class ElmoBiLm(nn.Module):
             model = read_bilm(options_file, weight_file).requires_grad_(requires_grad)
         if model.char_cnn is None and vocabulary is None:
             raise ConfigError("a model with word input needs its vocabulary")
+        if why := model.config.unequal_layers:
+            raise ConfigError(f"Elmo mixes layers of one size, but {why}; embed with embed.layers=top uses this model")
         self.bilm, self.vocabulary = model, vocabulary
         self.num_layers = model.config.lstm.n_layers + 1
         self._encoder = SentenceEncoder(model, _DTYPES[precision])

@@ -212,7 +212,7 @@ class SentenceEncoder:
         self, packed: Any, vectors_UP: Tensor, indices_BT: Tensor, lengths_B: IntArray, state: LstmState
     ) -> tuple[list[Tensor], LstmState]:
         b, t = indices_BT.shape
-        directions, width = self.model.directions, vectors_UP.shape[1]
+        directions = self.model.directions
         packing = Packing.from_lengths(lengths_B, t, directions)
         at_DN = torch.from_numpy(packing.at).to(indices_BT.device)
         order = torch.from_numpy(packing.order).to(indices_BT.device)
@@ -220,6 +220,7 @@ class SentenceEncoder:
         outputs, *after = packed.run(vectors_UP, indices_DN, packing.rows, *state.rows(order))
         layers = []
         for output_DNP in (F.embedding(indices_DN, vectors_UP), *outputs):
+            width = output_DNP.shape[2]
             flat = output_DNP.new_zeros(b * t, directions * width)
             for d in range(directions):
                 flat[:, d * width : (d + 1) * width].index_copy_(0, at_DN[d], output_DNP[d])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from elmo_ray.checkpoints.source import Source, open_source
+from elmo_ray.config.schema import show
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
 from elmo_ray.elmo.language_model import LanguageModel
@@ -92,7 +93,7 @@ def write_token_vectors(source: Source, vocab: str, out: Path, precision: str = 
     encoder = SentenceEncoder(source.model, torch.bfloat16 if precision == "bf16" else None)
     table_VC = vocabulary.characters(source.config.char_cnn.max_characters)
     with atomic_write(out, also=(RuntimeError,)) as temporary, h5py.File(temporary, "w") as file, torch.no_grad():
-        shape = (vocabulary.size, source.config.lstm.projection_dim)
+        shape = (vocabulary.size, source.config.word_dim)
         vectors = file.create_dataset("embedding", shape, dtype="float32", track_times=False)
         for first in range(0, vocabulary.size, _WORDS_AT_A_TIME):
             rows = slice(first, first + _WORDS_AT_A_TIME)
@@ -168,7 +169,7 @@ class EmbedWorker:
         """Return [L, B, T, D]: all layers, or their weighted sum as a single layer."""
         if self._weights is None:
             return torch.stack(list(layers))
-        mixed = torch.zeros_like(layers[0])
+        mixed = torch.zeros_like(layers[-1])
         for weight, layer in zip(self._weights, layers, strict=True):
             if weight:
                 mixed = mixed + weight * layer
@@ -191,8 +192,12 @@ def _layer_weights(layers: tuple[float, ...] | str, count: int) -> list[float] |
 
 
 def check_layers(job: EmbedJob, source: Source) -> None:
-    """Raise ConfigError if the number of factors is not the number of the model's layers."""
-    _layer_weights(job.layers, source.config.lstm.n_layers + 1)
+    """Raise ConfigError if the factors are not as many as the model's layers, or its layers have several sizes."""
+    weights = _layer_weights(job.layers, source.config.lstm.n_layers + 1)
+    of_text = job.output in ("vectors", "means")
+    if of_text and (weights is None or weights[0]) and (why := source.config.unequal_layers):
+        shown = show(list(job.layers) if isinstance(job.layers, tuple) else job.layers)
+        raise ConfigError(f"embed.layers={shown}: {why}; set embed.layers=top")
 
 
 def _windows(sentences: Iterator[list[str]]) -> Iterator[list[list[str]]]:

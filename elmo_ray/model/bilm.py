@@ -40,9 +40,9 @@ class BiLM(nn.Module):
         self.tied = softmax.tied
         width = model.lstm.projection_dim
         self.directions = 2 if model.bidirectional else 1
-        self.char_cnn = CharCnn(model.char_cnn, width) if model.input == "characters" else None
+        self.char_cnn = CharCnn(model.char_cnn, model.word_dim) if model.input == "characters" else None
         self.word_embedding = nn.Parameter(torch.empty(n_words, width)) if model.input == "words" else None
-        self.lstm = BiLstm(model.lstm, self.directions)
+        self.lstm = BiLstm(model.lstm, self.directions, model.word_dim)
         self.softmax_kind = KINDS[softmax.kind]
         self.softmax_weight: nn.Parameter | None = None
         self.softmax_bias: nn.Parameter | None = None
@@ -130,7 +130,7 @@ class BiLM(nn.Module):
         types_UP = self.encode_types(types, classes, rows_RP, dtype, windows)
         x_DTBP = _rows_of(types_UP, inputs_DBT.transpose(1, 2), positions)
         outputs, state = self.lstm(x_DTBP, state, lengths_B, dropout, dtype)
-        top = outputs[-1] if dropout is None else dropout(outputs[-1])
+        top = outputs[-1] if dropout is None else dropout(outputs[-1], "output")
         return top.transpose(1, 2), state
 
 
