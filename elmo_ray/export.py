@@ -97,7 +97,7 @@ def import_checkpoint(
     target = Path(os.path.abspath(os.path.expanduser(out_dir)))
     if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"out={out_dir}: exists and is no checkpoint; name a new folder")
-    opened = open_source(source, checkpoint, options, vocab)
+    opened = open_source(source, checkpoint, options, vocab).with_word_table()
     save_as_checkpoint(opened, target)
     written = open_checkpoint(target)
     sizes = {name: int(entry["size"]) for name, entry in written.manifest["files"].items()}
@@ -215,7 +215,7 @@ def export_model(
     """
     if out_dir is None:
         raise ConfigError("out is empty: name the folder to write")
-    opened = open_source(source, checkpoint, options, vocab)
+    opened = open_source(source, checkpoint, options, vocab).with_word_table()
     reasons = obstacles(opened.config)
     if all(reasons.values()):
         why = "; ".join(f"{program}: {', '.join(each)}" for program, each in reasons.items())

@@ -28,6 +28,7 @@ from elmo_ray.elmo.word_cache import WordCache
 from elmo_ray.errors import ConfigError, short
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
+from elmo_ray.model.token_embedder import BEGIN, END
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -268,7 +269,10 @@ def encode_sentences(
     """
     if any(isinstance(words, str | bytes) or not hasattr(words, "__len__") for words in batch):
         check_sentences(batch)
-    seen = {SENTENCE_BEGIN_WORD: 0, SENTENCE_END_WORD: 1}
+    model = encoder.model
+    embedder = model.token_embedder
+    markers = (SENTENCE_BEGIN_WORD, SENTENCE_END_WORD) if embedder is None else (BEGIN, END)
+    seen = {word: number for number, word in enumerate(markers)}
     lengths = np.fromiter(map(len, batch), np.int64, len(batch)) + 2
     indices = np.zeros((len(batch), int(lengths.max())), np.int64)
     for row, words in zip(indices, batch, strict=True):
@@ -276,8 +280,9 @@ def encode_sentences(
         row[len(words) + 1] = 1
     if not all(isinstance(word, str) for word in seen):
         check_sentences(batch)
-    model = encoder.model
-    if model.char_cnn is not None:
+    if embedder is not None:
+        vectors = embedder(list(seen), encoder.dtype)
+    elif model.char_cnn is not None:
         vectors = encoder.word_vectors(encode_with_markers(list(seen), model.config.char_cnn.max_characters))
     else:
         if vocabulary is None:

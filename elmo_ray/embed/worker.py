@@ -87,14 +87,19 @@ def write_token_vectors(source: Source, vocab: str, out: Path, precision: str = 
     `Elmo.from_token_vectors` and bilm-tf run from this file. Raises ConfigError for a model with word input, DataError
     if the vocabulary cannot be read or the disk is full.
     """
-    if source.model.char_cnn is None:
+    embedder = source.model.token_embedder
+    if source.model.char_cnn is None and embedder is None:
         raise ConfigError(f"{source.path}: embed.tokens is for a model with characters; this one has a table of words")
     vocabulary = Vocabulary.read(vocab, SPECIAL_WORDS[:2])  # the cache has no softmax, so it needs no <UNK>
-    encoder = SentenceEncoder(source.model, torch.bfloat16 if precision == "bf16" else None)
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    encoder = SentenceEncoder(source.model, dtype)
     table_VC = vocabulary.characters(source.config.char_cnn.max_characters)
     with atomic_write(out, also=(RuntimeError,)) as temporary, h5py.File(temporary, "w") as file, torch.no_grad():
         shape = (vocabulary.size, source.config.word_dim)
         vectors = file.create_dataset("embedding", shape, dtype="float32", track_times=False)
+        if embedder is not None:
+            vectors[:] = embedder.vectors_of(vocabulary, dtype).numpy()
+            return vocabulary.size
         for first in range(0, vocabulary.size, _WORDS_AT_A_TIME):
             rows = slice(first, first + _WORDS_AT_A_TIME)
             vectors[rows] = encoder.word_vectors(table_VC[rows]).float().cpu().numpy()
