@@ -13,6 +13,7 @@ Shapes: H memory of a cell, P its output, F filters, E character embedding, W wo
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,8 @@ from elmo_ray.errors import ConfigError, FormatError, short
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import FORGET_BIAS
 from elmo_ray.model.token_embedder import BEGIN, END, NEEDED_CHARACTERS, PADDING, UNKNOWN, TokenEmbedder
+
+logger = logging.getLogger(__name__)
 
 CONFIG, CHARACTERS, WORDS = "config.json", "char.dic", "word.dic"
 EMBEDDER, ENCODER = "token_embedder.pkl", "encoder.pkl"
@@ -313,4 +316,7 @@ def _vocabulary(words: dict[str, int], path: Path) -> Vocabulary:
     """Return the vocabulary of the dictionary's words in the order of their numbers."""
     others = {BEGIN, END, UNKNOWN, PADDING, SKIPPED_WORD, *SPECIAL_WORDS}
     in_order = [word for word in sorted(words, key=lambda word: words[word]) if word not in others]
-    return Vocabulary([*SPECIAL_WORDS, *(word for word in in_order if len(word.split()) == 1)], str(path))
+    kept = [word for word in in_order if len(word.split()) == 1]
+    if len(kept) < len(in_order):
+        logger.info("%s: %d words with a blank inside are in no vocabulary of ours", path, len(in_order) - len(kept))
+    return Vocabulary([*SPECIAL_WORDS, *kept], str(path))
