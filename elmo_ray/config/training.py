@@ -371,7 +371,7 @@ class InitConfig(Section):
     source: str | None = Field(
         None,
         alias="from",
-        description="The SOURCE: a run, a checkpoint, a folder that bilm-tf saved in, or weights.hdf5.",
+        description="The SOURCE: a run, a checkpoint, or a model of bilm-tf or ELMoForManyLangs.",
     )
     options: str | None = Field(
         None, description="The options.json of bilm-tf's files; null takes the one beside them."

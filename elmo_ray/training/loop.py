@@ -476,8 +476,9 @@ class _Run:
         progress.plateau_stale = 0
         progress.rate_factor *= schedule.factor
         self.step.optimizer.rate_factor = progress.rate_factor
+        validations = f"{schedule.patience} validation{'s' if schedule.patience > 1 else ''}"
         self._event(
-            f"held-out perplexity fell by less than {schedule.min_gain:g} in {schedule.patience} validation(s): "
+            f"held-out perplexity fell by no more than {schedule.min_gain:g} in {validations}: "
             f"the learning rates are now {progress.rate_factor:.4g} of the first ones (optim.schedule)"
         )
 

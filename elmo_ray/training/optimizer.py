@@ -111,8 +111,7 @@ def sgd(
     changes = divisor > 0
     move = torch.where(changes, gradient / divisor, 0.0)
     if velocity is not None:
-        move = velocity.mul_(torch.where(changes, momentum, 1.0)).add_(move)
-    # as numbers on the device, so that a captured step reads them anew
+        move = velocity.copy_(torch.where(changes, momentum * velocity + move, velocity))
     move = torch.where(changes, rate * move, 0.0)
     if rows is None:
         value.sub_(move)
