@@ -2,9 +2,8 @@
 
 A SOURCE is a run's folder (its best checkpoint, or the one that `checkpoint` names), a checkpoint, a folder in which
 bilm-tf has saved with TensorFlow, a published weights.hdf5, or a model folder of ELMoForManyLangs. The files of bilm-tf
-need the options.json beside them. Others
-give these files names of their own: a folder's only .hdf5 file, `elmo_weights.hdf5` beside `elmo_options.json`,
-`vocab.txt.gz`, one of the files of a TensorFlow checkpoint.
+need the options.json beside them. Others give these files names of their own: a folder's only .hdf5 file,
+`elmo_weights.hdf5` beside `elmo_options.json`, `vocab.txt.gz`, one of the files of a TensorFlow checkpoint.
 Everything is checked before it is used: hashes of a checkpoint, shapes against the model, the vocabulary against the
 softmax.
 """
