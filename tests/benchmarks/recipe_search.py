@@ -1,7 +1,7 @@
 """Is there a better recipe for the small biLM? A sweep for each optimizer, then the best recipes with several seeds.
 
     python tests/benchmarks/recipe_search.py CORPUS OUT [--trials 24] [--positions 480000] [--finalists 3]
-        [--seeds 1 2 3] [--final 1920000] [--seconds 962]
+        [--seeds 1 2 3] [--final 1920000] [--seconds 962] [--precision bf16]
 
 CORPUS is a folder with train-*.txt, valid.txt and vocab.txt. The sweeps vary optimizer, schedule, rates, places of
 dropout, streams and reset (`recipe_search.yaml`, and `SPACES` below) in short runs of `--positions`. The finalists are
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--final", type=int, default=1_920_000)
     parser.add_argument("--seconds", type=float, default=962.0)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="fp32 where bf16 is slow")
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     data = texts(arguments.corpus, arguments.out)
@@ -108,6 +109,7 @@ def search(arguments: argparse.Namespace, data: dict[str, Any], optimizer: str) 
     values["optim"] |= {"name": optimizer, **settings}
     every = f"{max(1, arguments.positions // 3)} positions"
     values["train"] |= {"duration": f"{arguments.positions} positions", "validate_every": every}
+    values["train"]["precision"] = arguments.precision
     values["train"]["checkpoint_every"] = f"{arguments.positions} positions"
     values["sweep"]["trials"] = arguments.trials
     values["sweep"]["space"] |= space
@@ -131,6 +133,7 @@ def train(
     values["data"] |= {**data, "test": str(arguments.out.absolute() / "reported.txt")}
     values["train"] |= {"duration": f"{positions} positions", "validate_every": f"{max(1, positions // 10)} positions"}
     values["train"]["checkpoint_every"] = f"{max(1, positions // 3)} positions"
+    values["train"]["precision"] = arguments.precision
     file = arguments.out / f"{name}.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
     settings = [f"{key}={json.dumps(value)}" for key, value in recipe.items() if value is not None]
