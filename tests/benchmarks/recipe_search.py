@@ -46,9 +46,9 @@ SPACES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "sgd": (
-        {"lr": 1.0},
+        {"lr": 0.5},
         {
-            "optim.lr": {"loguniform": [0.2, 5.0]},
+            "optim.lr": {"loguniform": [0.05, 2.0]},
             "optim.schedule.kind": {"choice": ["constant", "linear", "plateau"]},
             "softmax.negatives": {"choice": [4096]},
         },
