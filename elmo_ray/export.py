@@ -97,7 +97,7 @@ def import_checkpoint(
     target = Path(os.path.abspath(os.path.expanduser(out_dir)))
     if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"out={out_dir}: exists and is no checkpoint; name a new folder")
-    opened = open_source(source, checkpoint, options, vocab)
+    opened = open_source(source, checkpoint, options, vocab).with_word_table()
     save_as_checkpoint(opened, target)
     written = open_checkpoint(target)
     sizes = {name: int(entry["size"]) for name, entry in written.manifest["files"].items()}
@@ -215,7 +215,7 @@ def export_model(
     """
     if out_dir is None:
         raise ConfigError("out is empty: name the folder to write")
-    opened = open_source(source, checkpoint, options, vocab)
+    opened = open_source(source, checkpoint, options, vocab).with_word_table()
     reasons = obstacles(opened.config)
     if all(reasons.values()):
         why = "; ".join(f"{program}: {', '.join(each)}" for program, each in reasons.items())
@@ -259,8 +259,12 @@ def _write(source: Source, folder: Path) -> None:
     training = source.training
     options = to_options(source.config, source.softmax, source.vocabulary.size)
     if training is not None:
+        if isinstance(training.train.dropout, tuple):
+            del options["dropout"]  # bilm-tf has one number for all places, and no wrong one may stand here
+            logger.info("options.json has no dropout, as train.dropout=%s is by place", list(training.train.dropout))
+        else:
+            options["dropout"] = training.train.dropout
         options |= {
-            "dropout": training.train.dropout,
             "unroll_steps": training.train.unroll,
             "batch_size": training.data.streams,
             "all_clip_norm_val": training.optim.clip_norm,

@@ -54,13 +54,16 @@ def run(config: FinetuneConfig, flags: Flags = NO_FLAGS) -> PretrainResult | Dry
 def open_init(config: FinetuneConfig) -> Source:
     """Return the opened SOURCE that `init` names."""
     init = config.init
-    return open_source(init.source, config.checkpoint, init.options, init.vocab)
+    source = open_source(init.source, config.checkpoint, init.options, init.vocab)
+    # with another vocabulary the table is made when that is known
+    return source.with_word_table() if config.data.vocab is None and source.words is not None else source
 
 
 def training_settings(config: FinetuneConfig, source: Source) -> PretrainConfig:
     """Return the settings of a new run, with the source's model and, unless data.vocab names one, its vocabulary."""
     vocab = config.data.vocab
-    if source.has_softmax or source.config.input == "words" or (vocab is None and source.bad_words is not None):
+    has_table = source.config.input == "words" and source.model.token_embedder is None
+    if source.has_softmax or has_table or (vocab is None and source.bad_words is not None):
         _ = source.vocabulary  # raises an error where there is none, before the text is prepared
     if vocab is None and source.words is not None:
         vocab = source.words.path
@@ -135,7 +138,7 @@ def initialize_run(config: FinetuneConfig, source: Source, plan: TrainPlan) -> N
     from elmo_ray.training.initialize import initial_model, initial_slots, source_rows, write_initial
 
     training, words = plan.config, Vocabulary.read(plan.vocabulary_path)
-    rows = None
+    source, rows = source.with_word_table(words), None
     if source.has_softmax or source.model.word_embedding is not None:
         same = source.vocabulary.sha256 == words.sha256
         rows = torch.arange(words.size) if same else source_rows(source.vocabulary, words)

@@ -30,11 +30,21 @@ def identity(config: PretrainConfig, corpus_fingerprint: str, vocabulary_sha256:
         # another seed would order the rest of an epoch anew: some of its text would be read twice and some never
         "run.seed": config.run.seed,
         "optim.name": config.optim.name,
+        # with momentum the optimizer has a state
+        **({"optim.momentum": config.optim.momentum} if config.optim.name == "sgd" else {}),
         "softmax.tied": config.softmax.tied,
         # the kinds with a table of words have the same parameters, and may follow each other
         **({"softmax.kind": config.softmax.kind} if config.softmax.kind == "adaptive" else {}),
-        **flatten(config.model.to_dict(), "model."),
+        **_model_settings(config),
     }
+
+
+def _model_settings(config: PretrainConfig) -> dict[str, Any]:
+    found = flatten(config.model.to_dict(), "model.")
+    # checkpoints from before there was this setting do not have it, and are models with the projection
+    if found.get("model.char_cnn.projection") is True:
+        del found["model.char_cnn.projection"]
+    return found
 
 
 TEXT_KEYS = ("data.train", "data.vocab")

@@ -1,9 +1,9 @@
 """Opening of a SOURCE, the trained model from which `evaluate`, `export` and other commands start.
 
 A SOURCE is a run's folder (its best checkpoint, or the one that `checkpoint` names), a checkpoint, a folder in which
-bilm-tf has saved with TensorFlow, or a published weights.hdf5; the last two need the options.json beside them. Others
-give these files names of their own: a folder's only .hdf5 file, `elmo_weights.hdf5` beside `elmo_options.json`,
-`vocab.txt.gz`, one of the files of a TensorFlow checkpoint.
+bilm-tf has saved with TensorFlow, a published weights.hdf5, or a model folder of ELMoForManyLangs. The files of bilm-tf
+need the options.json beside them. Others give these files names of their own: a folder's only .hdf5 file,
+`elmo_weights.hdf5` beside `elmo_options.json`, `vocab.txt.gz`, one of the files of a TensorFlow checkpoint.
 Everything is checked before it is used: hashes of a checkpoint, shapes against the model, the vocabulary against the
 softmax.
 """
@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from elmo_ray.checkpoints.bilm_tf.tensorflow import (
     read_checkpoint,
 )
 from elmo_ray.checkpoints.check import check_forms
+from elmo_ray.checkpoints.elmo_many_langs import is_model_file, is_model_folder, read_model
 from elmo_ray.checkpoints.identity import saved_config
 from elmo_ray.checkpoints.manifest import MANIFEST, MODEL_FILE, OPTIMIZER_FILE
 from elmo_ray.checkpoints.read import Checkpoint, listed_checkpoints, newest_checkpoint, open_checkpoint
@@ -50,7 +51,7 @@ WEIGHTS, OPTIONS, VOCABULARY = "weights.hdf5", "options.json", "vocab.txt"
 _WEIGHTS_NAMES = ("*.hdf5", "*.h5")
 _OPTIONS_NAMES = ("*options*.json",)
 _VOCABULARY_NAMES = ("vocab*.txt", "vocab*.txt.gz")
-_KINDS = "a run, a checkpoint, a bilm-tf save folder or a weights.hdf5"
+_KINDS = "a run, a checkpoint, a bilm-tf save folder, a weights.hdf5 or a model folder of ELMoForManyLangs"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,33 @@ class Source:
             raise ConfigError(f"{self.path}: has no {VOCABULARY} beside it; name its vocabulary with init.vocab=FILE")
         return self.words
 
+    def with_word_table(self, words: Vocabulary | None = None) -> Source:
+        """Return the source with a table of its vocabulary's words in place of a token embedder; the log says so.
+
+        A source without a token embedder is returned as it is. Training and the files of bilm-tf know no such embedder,
+        and words that are not in the table are `<UNK>` to them. words: those of the table, None for the source's own.
+        Raises ConfigError where there is no vocabulary.
+        """
+        embedder = self.model.token_embedder
+        if embedder is None:
+            return self
+        if words is None:
+            # a file, as a training reads it, with the special words in it
+            path = scratch("word-table") / VOCABULARY
+            self.vocabulary.write(path)
+            words = Vocabulary.read(path)
+        logger.info(
+            "%s: the vectors of %s words are taken in place of its characters; any other word is <UNK>",
+            self.path,
+            f"{words.size:,}",
+        )
+        with torch.device("meta"):
+            model = BiLM(self.config, self.softmax, words.size)
+        model.drop_softmax()
+        lstm = {name: tensor for name, tensor in self.model.state_dict().items() if name.startswith("lstm.")}
+        model.load_state_dict({**lstm, "word_embedding": embedder.vectors_of(words)}, assign=True)
+        return replace(self, model=model.requires_grad_(False), words=words)
+
     def describe(self) -> str:
         """Return one line about the model: its place, step and sizes."""
         step = "" if self.step is None else f", step {self.step:,}"
@@ -137,6 +165,14 @@ def open_source(
             raise _no_choice(source, checkpoint)
         return _from_weights(_fetched_weights(place), options, vocab)
     path = Path(place)
+    folder = path.parent if is_model_file(path) else path
+    if is_model_folder(folder) and _only_weights(folder) is None:
+        if checkpoint != BEST:
+            raise _no_choice(source, checkpoint)
+        if options is not None:
+            raise ConfigError(f"init.options={options}: {source} has its own; leave it out")
+        model, words = read_model(folder)
+        return Source(folder, model, SoftmaxConfig(), words if vocab is None else Vocabulary.read(vocab))
     if path.is_file():
         path = _named_by_its_file(path, source)
     if path.with_name(path.name + ".index").is_file() and not path.is_dir():

@@ -72,6 +72,29 @@ LayerRates = Annotated[
 ]
 
 
+def _dropout(value: Any) -> float | tuple[float, float, float]:
+    """Return one probability for all places, or those of the three places of `model.dropout.PLACES`."""
+    if isinstance(value, list | tuple):
+        if len(value) != 3:
+            raise ValueError("not three probabilities")
+        first, between, output = map(_probability, value)
+        return first, between, output
+    return _probability(value)
+
+
+def _probability(value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
+        return float(value)
+    raise ValueError("not a probability")
+
+
+DropoutRates = Annotated[
+    float | tuple[float, float, float],
+    PlainValidator(_dropout),
+    Allowed("a number >= 0 and < 1, or [input, between, output]"),
+]
+
+
 class PartRates(Section):
     """Learning rates of components that have their own; the schedule changes all of them."""
 
@@ -120,6 +143,15 @@ class CharCnnConfig(Section):
         50, ge=3, le=1000, description="The number of character ids of a word, with the marks of its begin and end."
     )
     n_highway: Int = Field(2, ge=0, le=100, description="The number of highway layers after the convolutions.")
+    projection: bool = Field(
+        True,
+        description="Project the features to the LSTM's output size; false: the first layer reads them as they are.",
+    )
+
+    @property
+    def n_filters(self) -> int:
+        """Number of features of a word before the projection."""
+        return sum(count for _, count in self.filters)
 
     def _contradictions(self) -> Iterator[str]:
         if not self.filters:
@@ -174,19 +206,39 @@ class ModelConfig(Section):
     lstm: LstmConfig = LstmConfig()
 
     def _unused(self) -> dict[str, str]:
-        return {"char_cnn": "model.input=words has no char CNN; remove one of them"} if self.input == "words" else {}
+        if self.input == "words":
+            return {"char_cnn": "model.input=words has no char CNN; remove one of them"}
+        if self.char_cnn.n_filters == self.lstm.projection_dim:
+            why = f"{self.lstm.projection_dim} features need none for model.lstm.projection_dim; remove it"
+            return {"char_cnn.projection": why}
+        return {}
 
     def _contradictions(self) -> Iterator[str]:
         count = self.layer_parameters()
         if count > _MOST_PARAMETERS:
             yield f"model has {count} parameters in its layers: must be <= {_MOST_PARAMETERS}; lower its sizes"
 
+    @property
+    def word_dim(self) -> int:
+        """Size of a word's vector, which the first LSTM layer reads."""
+        if self.input == "characters" and not self.char_cnn.projection:
+            return self.char_cnn.n_filters
+        return self.lstm.projection_dim
+
+    @property
+    def unequal_layers(self) -> str | None:
+        """Why word vectors and LSTM layers cannot be stacked or mixed, in words; None where they can."""
+        if self.word_dim == self.lstm.projection_dim:
+            return None
+        sizes = f"word vectors of size {self.word_dim} and layers of size {self.lstm.projection_dim}"
+        return f"model.char_cnn.projection=false makes {sizes}"
+
     def parts(self) -> tuple[str, ...]:
         """Return the names of the components, which can be frozen or have their own learning rate."""
         parts = ["word_embedding"]
         if self.input == "characters":
             parts = ["char_embedding", "char_cnn"] + (["highway"] if self.char_cnn.n_highway else [])
-            if sum(count for _, count in self.char_cnn.filters) != self.lstm.projection_dim:
+            if self.char_cnn.n_filters != self.word_dim:
                 parts.append("projection")
         return (*parts, *(f"lstm.{layer}" for layer in range(self.lstm.n_layers)), "softmax")
 
@@ -198,8 +250,9 @@ class ModelConfig(Section):
         cnn, lstm = self.char_cnn, self.lstm
         cell, width, count = lstm.dim, lstm.projection_dim, 0
         if self.input == "characters":
-            n = sum(filters for _, filters in cnn.filters)
+            n = cnn.n_filters
             count += sum(filters * (kernel * cnn.embedding_dim + 1) for kernel, filters in cnn.filters)
-            count += 2 * cnn.n_highway * n * (n + 1) + ((n + 1) * width if n != width else 0)
+            count += 2 * cnn.n_highway * n * (n + 1) + ((n + 1) * width if n != self.word_dim else 0)
         layer = (2 * width + 1) * 4 * cell + (cell * width if cell != width else 0)
-        return count + (2 if self.bidirectional else 1) * lstm.n_layers * layer
+        wider = (self.word_dim - width) * 4 * cell  # of the first layer, whose input may have another size
+        return count + (2 if self.bidirectional else 1) * (lstm.n_layers * layer + wider)

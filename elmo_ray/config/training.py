@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from elmo_ray.config.model import LARGE, CharCnnConfig, LstmConfig, ModelConfig, PartRates, Reset, Workers
+from elmo_ray.config.model import LARGE, CharCnnConfig, DropoutRates, LstmConfig, ModelConfig, PartRates, Reset, Workers
 from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, Section
 from elmo_ray.errors import ConfigError
 
@@ -155,41 +155,66 @@ class ScheduleConfig(Section):
     """Section `optim.schedule`: how the learning rate changes."""
 
     path: ClassVar[str] = "optim.schedule."
-    kind: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How the learning rate changes after the warm-up."
+    kind: Literal["constant", "linear", "cosine", "plateau"] = Field(
+        "constant", description="How the learning rate changes after the warm-up; plateau: by validation."
     )
     warmup_steps: Int = Field(
         0, ge=0, le=10**12, description="In this many steps the learning rate rises linearly to lr."
     )
     final_ratio: float = Field(0.0, ge=0, le=1, description="The last learning rate, as a fraction of lr.")
+    factor: float = Field(0.5, gt=0, lt=1, description="plateau multiplies the learning rate by this factor.")
+    min_gain: float = Field(
+        1.0, ge=0, le=LARGE, description="plateau: a gain is a perplexity that is lower by more than this."
+    )
+    patience: Int = Field(
+        1, ge=1, le=10**6, description="plateau lowers the rate after this many validations in a row without a gain."
+    )
 
     def _unused(self) -> dict[str, str]:
-        return {"final_ratio": "optim.schedule.kind=constant has no decay"} if self.kind == "constant" else {}
+        if self.kind == "plateau":
+            return {"final_ratio": "optim.schedule.kind=plateau ends at no certain rate"}
+        why = f"optim.schedule.kind={self.kind} does not follow the validations; set optim.schedule.kind=plateau"
+        unused = dict.fromkeys(("factor", "min_gain", "patience"), why)
+        if self.kind == "constant":
+            unused["final_ratio"] = "optim.schedule.kind=constant has no decay"
+        return unused
 
 
 class OptimConfig(Section):
     """Section `optim`."""
 
     path: ClassVar[str] = "optim."
-    name: Literal["adagrad", "adamw"] = Field(
-        "adagrad", description="adagrad is the original's; adamw trains the dense parameters only."
+    name: Literal["adagrad", "adamw", "sgd"] = Field(
+        "adagrad",
+        description="adagrad is the original's; adamw trains the dense parameters only; sgd is plain descent.",
     )
     lr: float = Field(0.2, gt=0, le=LARGE, description="The learning rate.")
     table_lr: float | None = Field(
-        None, gt=0, le=LARGE, description="The rate of the word tables, always with Adagrad; null: lr, 0.2 with adamw."
+        None, gt=0, le=LARGE, description="The rate of the word tables, which adamw leaves to Adagrad; null: lr or 0.2."
     )
     clip_norm: float = Field(
         10.0, gt=0, le=LARGE, description="Gradients are scaled down where their global norm is above this bound."
     )
     initial_accumulator: float = Field(1.0, gt=0, le=LARGE, description="The first value of Adagrad's sums of squares.")
     weight_decay: float = Field(0.0, ge=0, le=LARGE, description="The weight decay of adamw.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="The momentum of sgd: how much of a step goes on in the next.")
     schedule: ScheduleConfig = ScheduleConfig()
     part_lr: PartRates = PartRates()
 
+    @property
+    def n_slots(self) -> int:
+        """Number of values that the optimizer keeps for each parameter, at most."""
+        return {"adagrad": 1, "adamw": 2, "sgd": 1 if self.momentum else 0}[self.name]
+
     def _unused(self) -> dict[str, str]:
-        if self.name == "adamw":
-            return {}
-        return {"weight_decay": "optim.name=adagrad does not use it; set optim.name=adamw or remove it"}
+        unused = {}
+        if self.name != "adamw":
+            unused["weight_decay"] = f"optim.name={self.name} does not use it; set optim.name=adamw or remove it"
+        if self.name != "sgd":
+            unused["momentum"] = f"optim.name={self.name} does not use it; set optim.name=sgd or remove it"
+        else:
+            unused["initial_accumulator"] = "optim.name=sgd sums no squares; remove it"
+        return unused
 
 
 class TrainConfig(Section):
@@ -200,11 +225,9 @@ class TrainConfig(Section):
         20, ge=1, le=1 << 16, description="Positions of a stream in a step: the window of backpropagation."
     )
     reset: Reset = Field(0.01, description="When a stream starts from zero again; a number: chance per step.")
-    dropout: float = Field(
+    dropout: DropoutRates = Field(
         0.1,
-        ge=0,
-        lt=1,
-        description="The share that is dropped at the input of every LSTM layer and at the last output.",
+        description="The share dropped at the LSTM layers' inputs and last output.",
     )
     precision: Literal["fp32", "bf16", "fp64"] = Field(
         "fp32", description="bf16 computes products in bfloat16; fp64 is for tests."
@@ -348,7 +371,7 @@ class InitConfig(Section):
     source: str | None = Field(
         None,
         alias="from",
-        description="The SOURCE: a run, a checkpoint, a folder that bilm-tf saved in, or weights.hdf5.",
+        description="The SOURCE: a run, a checkpoint, or a model of bilm-tf or ELMoForManyLangs.",
     )
     options: str | None = Field(
         None, description="The options.json of bilm-tf's files; null takes the one beside them."
@@ -387,6 +410,15 @@ class PretrainConfig(Root):
                 f"data.streams={self.data.streams} times train.unroll={self.train.unroll} makes steps of {positions} "
                 f"positions: must be <= {_MOST_POSITIONS}"
             )
+        if self.optim.momentum and self.softmax.kind == "sampled":
+            yield (
+                f"optim.momentum={self.optim.momentum} moves all rows of the word tables in every step, and "
+                "softmax.kind=sampled only the rows that a step touches; set softmax.kind=full or optim.momentum=0"
+            )
+        if self.optim.schedule.kind == "plateau" and self.train.validate_every is None:
+            yield "optim.schedule.kind=plateau follows the validations, but train.validate_every=null never validates"
+        elif self.optim.schedule.kind == "plateau" and not self._has_valid_text:
+            yield "optim.schedule.kind=plateau follows the validations: set data.valid or data.holdout"
         if self.softmax.tied and self.model.input != "words":
             yield "softmax.tied=true needs model.input=words: there is no word table to share"
         yield from self._part_problems()
@@ -394,9 +426,12 @@ class PretrainConfig(Root):
     def _part_problems(self) -> Iterator[str]:
         return part_problems(self)
 
+    @property
+    def _has_valid_text(self) -> bool:
+        return bool(self.data.valid) or self.data.holdout > 0 or self.data.train in ((), (SAMPLE,))
+
     def _unused(self) -> dict[str, str]:
-        text = self.data.valid or self.data.holdout > 0 or self.data.train in ((), (SAMPLE,))
-        if text or self.train.validate_every is None:
+        if self._has_valid_text or self.train.validate_every is None:
             return {}
         why = "there is no validation text; set data.valid or data.holdout, or remove it"
         return {"train.validate_every": why, "train.validate_positions": why, "train.patience": why}

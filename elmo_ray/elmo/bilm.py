@@ -24,13 +24,21 @@ from elmo_ray.checkpoints.bilm_tf.hdf5 import read_weights
 from elmo_ray.checkpoints.bilm_tf.options import from_options, read_options
 from elmo_ray.config import SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
-from elmo_ray.data.characters import N_CHARACTERS, PADDING, WORD_BEGIN, WORD_END, sentence_marker_rows
+from elmo_ray.data.characters import (
+    N_CHARACTERS,
+    PADDING,
+    SENTENCE_BEGIN,
+    WORD_BEGIN,
+    WORD_END,
+    sentence_marker_rows,
+)
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import distinct_rows, encode_with_markers
 from elmo_ray.elmo.encoder import IntArray, SentenceEncoder, check_words, outside_of_graphs, without_autocast
 from elmo_ray.errors import ConfigError, short
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
+from elmo_ray.model.token_embedder import BEGIN, END, TokenEmbedder
 from elmo_ray.storage.url_cache import local_file
 
 
@@ -116,8 +124,10 @@ class ElmoBiLm(nn.Module):
             if options_file is None or weight_file is None:
                 raise ConfigError("options_file and weight_file are needed, or a module")
             model = read_bilm(options_file, weight_file).requires_grad_(requires_grad)
-        if model.char_cnn is None and vocabulary is None:
+        if model.char_cnn is None and model.token_embedder is None and vocabulary is None:
             raise ConfigError("a model with word input needs its vocabulary")
+        if why := model.config.unequal_layers:
+            raise ConfigError(f"Elmo mixes layers of one size, but {why}; embed with embed.layers=top uses this model")
         self.bilm, self.vocabulary = model, vocabulary
         self.num_layers = model.config.lstm.n_layers + 1
         self._encoder = SentenceEncoder(model, _DTYPES[precision])
@@ -130,6 +140,9 @@ class ElmoBiLm(nn.Module):
 
     @property
     def max_characters(self) -> int:
+        """Number of ids of a word in `inputs`."""
+        if self.bilm.token_embedder is not None:
+            return self.bilm.token_embedder.most_bytes
         return self.bilm.config.char_cnn.max_characters
 
     def get_output_dim(self) -> int:
@@ -162,6 +175,8 @@ class ElmoBiLm(nn.Module):
             cached = F.embedding(words, self._word_embedding.weight)
             vectors = torch.cat([self._marker_embeddings.to(cached), cached])
             return self._run(vectors, indices + 2, lengths, 0, 1)
+        if self.bilm.token_embedder is not None:
+            return self._from_words(inputs, self.bilm.token_embedder)
         if self.bilm.word_embedding is not None:
             return self._from_word_ids(inputs)
         return self._from_characters(inputs)
@@ -175,6 +190,17 @@ class ElmoBiLm(nn.Module):
         return self._run(
             vectors, torch.from_numpy(indices[2:].reshape(b, t)), lengths, int(indices[0]), int(indices[1])
         )
+
+    def _from_words(self, inputs: Tensor, embedder: TokenEmbedder) -> dict[str, Any]:
+        """Return the result for words whose UTF-8 bytes are in `inputs`."""
+        chars_BTC, lengths = self._characters(inputs)
+        b, t, c = chars_BTC.shape
+        types, indices = distinct_rows(np.concatenate([sentence_marker_rows(c), chars_BTC.reshape(-1, c)]))
+        words = [bytes(row[row < SENTENCE_BEGIN].astype(np.uint8)).decode("utf-8", "ignore") for row in types]
+        words[indices[0]], words[indices[1]] = BEGIN, END
+        vectors = embedder(words, self._encoder.dtype)
+        places = torch.from_numpy(indices[2:].reshape(b, t))
+        return self._run(vectors, places, lengths, int(indices[0]), int(indices[1]))
 
     def _from_word_ids(self, inputs: Tensor) -> dict[str, Any]:
         if inputs.dim() != 2:
@@ -287,6 +313,8 @@ def without_softmax(model: BiLM) -> BiLM:
 
     The table is most of a checkpoint and of no use here.
     """
+    if model.token_embedder is not None:
+        return model  # it has no softmax
     return _rebuilt(model.config, model.state_dict(), 0 if model.word_embedding is None else len(model.word_embedding))
 
 

@@ -28,6 +28,7 @@ from elmo_ray.elmo.word_cache import WordCache
 from elmo_ray.errors import ConfigError, short
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
+from elmo_ray.model.token_embedder import BEGIN, END
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -212,7 +213,7 @@ class SentenceEncoder:
         self, packed: Any, vectors_UP: Tensor, indices_BT: Tensor, lengths_B: IntArray, state: LstmState
     ) -> tuple[list[Tensor], LstmState]:
         b, t = indices_BT.shape
-        directions, width = self.model.directions, vectors_UP.shape[1]
+        directions = self.model.directions
         packing = Packing.from_lengths(lengths_B, t, directions)
         at_DN = torch.from_numpy(packing.at).to(indices_BT.device)
         order = torch.from_numpy(packing.order).to(indices_BT.device)
@@ -220,6 +221,7 @@ class SentenceEncoder:
         outputs, *after = packed.run(vectors_UP, indices_DN, packing.rows, *state.rows(order))
         layers = []
         for output_DNP in (F.embedding(indices_DN, vectors_UP), *outputs):
+            width = output_DNP.shape[2]
             flat = output_DNP.new_zeros(b * t, directions * width)
             for d in range(directions):
                 flat[:, d * width : (d + 1) * width].index_copy_(0, at_DN[d], output_DNP[d])
@@ -267,7 +269,10 @@ def encode_sentences(
     """
     if any(isinstance(words, str | bytes) or not hasattr(words, "__len__") for words in batch):
         check_sentences(batch)
-    seen = {SENTENCE_BEGIN_WORD: 0, SENTENCE_END_WORD: 1}
+    model = encoder.model
+    embedder = model.token_embedder
+    markers = (SENTENCE_BEGIN_WORD, SENTENCE_END_WORD) if embedder is None else (BEGIN, END)
+    seen = {word: number for number, word in enumerate(markers)}
     lengths = np.fromiter(map(len, batch), np.int64, len(batch)) + 2
     indices = np.zeros((len(batch), int(lengths.max())), np.int64)
     for row, words in zip(indices, batch, strict=True):
@@ -275,8 +280,9 @@ def encode_sentences(
         row[len(words) + 1] = 1
     if not all(isinstance(word, str) for word in seen):
         check_sentences(batch)
-    model = encoder.model
-    if model.char_cnn is not None:
+    if embedder is not None:
+        vectors = embedder(list(seen), encoder.dtype)
+    elif model.char_cnn is not None:
         vectors = encoder.word_vectors(encode_with_markers(list(seen), model.config.char_cnn.max_characters))
     else:
         if vocabulary is None:

@@ -201,7 +201,7 @@ class Elmo(nn.Module):
         without `<UNK>`.
         """
         bilm: ElmoBiLm = self._elmo_lstm
-        if bilm.vocabulary is None or bilm.bilm.char_cnn is not None:
+        if bilm.vocabulary is None or not self._takes_words:
             return batch_to_ids(batch, bilm.max_characters)
         check_sentences(batch)
         ids, unk = bilm.vocabulary.ids, bilm.vocabulary.ids.get(UNKNOWN_WORD)
@@ -258,7 +258,9 @@ class Elmo(nn.Module):
 
     @property
     def _takes_words(self) -> bool:
-        return isinstance(self._elmo_lstm, ElmoBiLm) and self._elmo_lstm.bilm.char_cnn is None
+        if not isinstance(self._elmo_lstm, ElmoBiLm):
+            return False
+        return self._elmo_lstm.bilm.char_cnn is None and self._elmo_lstm.bilm.token_embedder is None
 
 
 def batch_to_ids(batch: Sequence[Sequence[str]], max_characters: int = 50) -> Tensor:

@@ -28,7 +28,7 @@ class WordCache:
     def __init__(self, model: BiLM, dtype: torch.dtype | None = None, max_bytes: int = _MAX_BYTES):
         self.model, self.dtype = model, dtype
         reference = next(model.parameters())
-        width = model.config.lstm.projection_dim
+        width = model.config.word_dim
         self.device = reference.device
         self._max_rows = max(1, max_bytes // (width * reference.element_size()))
         self._rows: dict[bytes, int] = {}

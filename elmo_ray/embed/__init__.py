@@ -188,7 +188,7 @@ def _make_job(config: EmbedConfig, source: Source, shard_folder: Path, is_hdf5: 
         if is_hdf5:
             raise ConfigError(f"embed.output={embed.output} is written as Parquet; name a folder as OUT")
         _ = source.vocabulary  # raises an error where there is none
-    elif source.config.input == "words" and source.words is None:
+    elif source.config.input == "words" and source.words is None and source.model.token_embedder is None:
         raise ConfigError(f"{source.path}: a model with word input needs its vocabulary: init.vocab=FILE")
     return EmbedJob(
         source=str(absolute_or_none(init.source)),
@@ -222,6 +222,8 @@ def _fingerprint(source: Source) -> str:
     for name, tensor in sorted(source.model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    if source.model.token_embedder is not None:
+        digest.update(repr(sorted(source.model.token_embedder.characters.items())).encode())
     if source.words is not None:
         digest.update(source.words.sha256.encode())
     return digest.hexdigest()

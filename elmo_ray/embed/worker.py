@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from elmo_ray.checkpoints.source import Source, open_source
+from elmo_ray.config.schema import show
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
 from elmo_ray.elmo.language_model import LanguageModel
@@ -86,14 +87,19 @@ def write_token_vectors(source: Source, vocab: str, out: Path, precision: str = 
     `Elmo.from_token_vectors` and bilm-tf run from this file. Raises ConfigError for a model with word input, DataError
     if the vocabulary cannot be read or the disk is full.
     """
-    if source.model.char_cnn is None:
+    embedder = source.model.token_embedder
+    if source.model.char_cnn is None and embedder is None:
         raise ConfigError(f"{source.path}: embed.tokens is for a model with characters; this one has a table of words")
     vocabulary = Vocabulary.read(vocab, SPECIAL_WORDS[:2])  # the cache has no softmax, so it needs no <UNK>
-    encoder = SentenceEncoder(source.model, torch.bfloat16 if precision == "bf16" else None)
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    encoder = SentenceEncoder(source.model, dtype)
     table_VC = vocabulary.characters(source.config.char_cnn.max_characters)
     with atomic_write(out, also=(RuntimeError,)) as temporary, h5py.File(temporary, "w") as file, torch.no_grad():
-        shape = (vocabulary.size, source.config.lstm.projection_dim)
+        shape = (vocabulary.size, source.config.word_dim)
         vectors = file.create_dataset("embedding", shape, dtype="float32", track_times=False)
+        if embedder is not None:
+            vectors[:] = embedder.vectors_of(vocabulary, dtype).numpy()
+            return vocabulary.size
         for first in range(0, vocabulary.size, _WORDS_AT_A_TIME):
             rows = slice(first, first + _WORDS_AT_A_TIME)
             vectors[rows] = encoder.word_vectors(table_VC[rows]).float().cpu().numpy()
@@ -168,7 +174,7 @@ class EmbedWorker:
         """Return [L, B, T, D]: all layers, or their weighted sum as a single layer."""
         if self._weights is None:
             return torch.stack(list(layers))
-        mixed = torch.zeros_like(layers[0])
+        mixed = torch.zeros_like(layers[-1])
         for weight, layer in zip(self._weights, layers, strict=True):
             if weight:
                 mixed = mixed + weight * layer
@@ -191,8 +197,12 @@ def _layer_weights(layers: tuple[float, ...] | str, count: int) -> list[float] |
 
 
 def check_layers(job: EmbedJob, source: Source) -> None:
-    """Raise ConfigError if the number of factors is not the number of the model's layers."""
-    _layer_weights(job.layers, source.config.lstm.n_layers + 1)
+    """Raise ConfigError if the factors are not as many as the model's layers, or its layers have several sizes."""
+    weights = _layer_weights(job.layers, source.config.lstm.n_layers + 1)
+    of_text = job.output in ("vectors", "means")
+    if of_text and (weights is None or weights[0]) and (why := source.config.unequal_layers):
+        shown = show(list(job.layers) if isinstance(job.layers, tuple) else job.layers)
+        raise ConfigError(f"embed.layers={shown}: {why}; set embed.layers=top")
 
 
 def _windows(sentences: Iterator[list[str]]) -> Iterator[list[list[str]]]:

@@ -20,6 +20,7 @@ from elmo_ray.model.char_cnn import CharCnn, WindowCounts
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import BiLstm, LstmState
 from elmo_ray.model.softmax import KINDS
+from elmo_ray.model.token_embedder import TokenEmbedder
 
 TABLES = ("softmax_weight", "softmax_bias", "word_embedding")
 """Parameters with a row for each vocabulary word. Training updates only the rows that a step touches."""
@@ -28,9 +29,9 @@ TABLES = ("softmax_weight", "softmax_bias", "word_embedding")
 class BiLM(nn.Module):
     """A bidirectional (or forward-only) language model as bilm-tf trains it.
 
-    Parameters: `char_cnn.*` or `word_embedding` [V, P]; `lstm.layers.*`; `softmax_weight` [V, P] (absent where it is
-    tied to the word embedding) and `softmax_bias` [V].  n_words: V, 0 for a model without a softmax (a published
-    weights file).
+    Parameters: `char_cnn.*`, `word_embedding` [V, P] or `token_embedder.*`; `lstm.layers.*`; `softmax_weight` [V, P]
+    (absent where it is tied to the word embedding) and `softmax_bias` [V].  n_words: V, 0 for a model without a softmax
+    (a published weights file).
     """
 
     def __init__(self, model: ModelConfig, softmax: SoftmaxConfig, n_words: int):
@@ -40,9 +41,10 @@ class BiLM(nn.Module):
         self.tied = softmax.tied
         width = model.lstm.projection_dim
         self.directions = 2 if model.bidirectional else 1
-        self.char_cnn = CharCnn(model.char_cnn, width) if model.input == "characters" else None
+        self.char_cnn = CharCnn(model.char_cnn, model.word_dim) if model.input == "characters" else None
         self.word_embedding = nn.Parameter(torch.empty(n_words, width)) if model.input == "words" else None
-        self.lstm = BiLstm(model.lstm, self.directions)
+        self.token_embedder: TokenEmbedder | None = None  # of a model that reads words in neither of these ways
+        self.lstm = BiLstm(model.lstm, self.directions, model.word_dim)
         self.softmax_kind = KINDS[softmax.kind]
         self.softmax_weight: nn.Parameter | None = None
         self.softmax_bias: nn.Parameter | None = None
@@ -130,7 +132,7 @@ class BiLM(nn.Module):
         types_UP = self.encode_types(types, classes, rows_RP, dtype, windows)
         x_DTBP = _rows_of(types_UP, inputs_DBT.transpose(1, 2), positions)
         outputs, state = self.lstm(x_DTBP, state, lengths_B, dropout, dtype)
-        top = outputs[-1] if dropout is None else dropout(outputs[-1])
+        top = outputs[-1] if dropout is None else dropout(outputs[-1], "output")
         return top.transpose(1, 2), state
 
 

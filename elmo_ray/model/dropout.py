@@ -9,6 +9,12 @@ from torch import Tensor
 
 from elmo_ray import kernels
 
+PLACES = ("input", "between", "output")
+"""Places of dropout: the input of the first LSTM layer, the inputs of the other layers, and the last output."""
+
+Rates = float | tuple[float, float, float]
+"""Probability that a number is dropped: one for all places, or one for each of `PLACES`."""
+
 _STEPS = 1 << 32
 """Number of values that a random number may have."""
 
@@ -27,8 +33,8 @@ class Dropout:
     step reads anew in every replay.
     """
 
-    def __init__(self, probability: float, seed: int, step: int, rank: int, device: torch.device):
-        self.probability = probability
+    def __init__(self, rates: Rates, seed: int, step: int, rank: int, device: torch.device):
+        self.rates = dict(zip(PLACES, rates if isinstance(rates, tuple) else (rates,) * len(PLACES), strict=True))
         self.generators = [torch.Generator(device) for _ in range(2)]
         self.key = torch.zeros(1, dtype=torch.int64, device=device)
         self.seed(seed, step, rank)
@@ -43,15 +49,18 @@ class Dropout:
             generator.manual_seed((base + half * 15_485_863) % (1 << 63))
         self.random = [np.random.SFC64([seed, step, rank, half]) for half in range(2)]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, place: str = "output") -> Tensor:
+        """Return x after the dropout of one of `PLACES`."""
+        keep = 1.0 - self.rates[place]
+        if keep == 1.0:
+            return x
         if keyed := kernels.keyed_dropout(x):
             self.uses += 1
-            dropped: Tensor = keyed(x, self.key, self.uses - 1, 1.0 - self.probability)
+            dropped: Tensor = keyed(x, self.key, self.uses - 1, keep)
             return dropped
         if x.device.type == "cpu":
             run = kernels.dropout(x) or drop
-            return run(x, self._drawn(x.numel()), round((1.0 - self.probability) * _STEPS))
-        keep = 1.0 - self.probability
+            return run(x, self._drawn(x.numel()), round(keep * _STEPS))
         mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for half, generator in zip(mask.view(-1).chunk(len(self.generators)), self.generators, strict=True):
             half.bernoulli_(keep, generator=generator).div_(keep)

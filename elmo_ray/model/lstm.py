@@ -136,13 +136,14 @@ class LstmLayer(nn.Module):
 class BiLstm(nn.Module):
     """The stack of layers."""
 
-    def __init__(self, config: LstmConfig, directions: int):
+    def __init__(self, config: LstmConfig, directions: int, word_dim: int | None = None):
+        """word_dim: size of the first layer's input; None: the same as that of the other layers, P."""
         super().__init__()
         self.config = config
         self.directions = directions
-        self.layers = nn.ModuleList(
-            LstmLayer(config, directions, config.projection_dim) for _ in range(config.n_layers)
-        )
+        sizes = [config.projection_dim if word_dim is None else word_dim]
+        sizes += [config.projection_dim] * (config.n_layers - 1)
+        self.layers = nn.ModuleList(LstmLayer(config, directions, size) for size in sizes)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         for layer in self.layers:
@@ -155,7 +156,7 @@ class BiLstm(nn.Module):
 
     def forward(
         self,
-        x_DTBP: Tensor,
+        x_DTBI: Tensor,
         state: LstmState,
         lengths_B: Tensor | None = None,
         dropout: Dropout | None = None,
@@ -167,9 +168,9 @@ class BiLstm(nn.Module):
         last valid one, and the given state in a row that has none. None: all are valid.
         """
         outputs, hiddens, memories = [], [], []
-        x = x_DTBP
+        x = x_DTBI
         for index, layer in enumerate(self.layers):
-            dropped = x if dropout is None else dropout(x)
+            dropped = x if dropout is None else dropout(x, "between" if index else "input")
             h, m = layer(dropped, state.hidden[index], state.cell[index], dtype)
             hiddens.append(_at_length(h.detach(), state.hidden[index], lengths_B))
             memories.append(_at_length(m.detach(), state.cell[index], lengths_B))

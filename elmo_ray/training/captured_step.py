@@ -19,7 +19,6 @@ from torch import Tensor
 
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.training.cuda_graphs import Record
-from elmo_ray.training.optimizer import learning_rate
 from elmo_ray.training.step import CapturedResult, TrainStep, average
 from elmo_ray.training.step_input import StepInput, micro_batches_of
 
@@ -144,7 +143,7 @@ class _Shape:
         if optimizer.adamw is not None:
             rows = step.touched_rows(self._input)
             return optimizer.apply(*self._by_kind(rows), number, step.total_steps)
-        self._captured.rate.fill_(learning_rate(step.config.optim, 1.0, number, step.total_steps))
+        self._captured.rate.fill_(optimizer.rate_at(1.0, number, step.total_steps))
         norm, finite = self._finish()
         for name in self._names:
             # a captured update does not tell those who keep what they made of a weight

@@ -90,7 +90,7 @@ def dry_run(config: PretrainConfig, corpus: Corpus | None, positions: int, n_wor
     memory = worker_memory(config, n_words, largest_block(corpus))
     total = sum(memory.parameters.values())
     width = 8 if config.train.precision == "fp64" else 4
-    slots = 1 if config.optim.name == "adagrad" else 2
+    slots = config.optim.n_slots
     lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
     state = streams * directions * lstm.n_layers * (lstm.dim + lstm.projection_dim) * width
     return DryRun(

@@ -106,24 +106,27 @@ def initial_slots(
     kept: the source's slots, of which the rows of new words begin anew; None: all slots begin anew. rows: as for
     `initial_model`. Raises ConfigError where `kept` comes from another optimizer.
     """
-    first = config.optim.initial_accumulator
-    parameters = dict(model.named_parameters())
-    dense_adagrad = config.optim.name == "adagrad"
+    optim, parameters = config.optim, dict(model.named_parameters())
+    dense_kinds, table_kinds, first = {
+        "adagrad": ({"accumulator"}, {"accumulator"}, optim.initial_accumulator),
+        "adamw": ({"exp_avg", "exp_avg_sq", "step"}, {"accumulator"}, optim.initial_accumulator),
+        "sgd": ({"velocity"}, {"velocity"}, 0.0) if optim.momentum else (set(), set(), 0.0),
+    }[optim.name]
     slots = {
-        f"accumulator.{name}": torch.full_like(parameter, first).detach()
+        f"{kind}.{name}": torch.full_like(parameter, first).detach()
         for name, parameter in parameters.items()
-        if dense_adagrad or name in TABLES
+        for kind in (table_kinds if name in TABLES else dense_kinds)
+        if optim.name != "adamw" or name in TABLES  # AdamW makes its slots in its first step
     }
     if kept is None:
         return slots
-    kinds = {"accumulator"} if dense_adagrad else {"exp_avg", "exp_avg_sq", "step"}
     for name, parameter in parameters.items():
         in_table = name in TABLES
-        for kind in {"accumulator"} if in_table else kinds:
+        for kind in table_kinds if in_table else dense_kinds:
             key = f"{kind}.{name}"
             slot = kept.get(key)
             if slot is None:
-                if dense_adagrad and not in_table:
+                if optim.name != "adamw" and not in_table:
                     raise ConfigError(
                         f"init.optimizer=keep: the source has no slots of optim.name={config.optim.name} for {name}; "
                         "set init.optimizer=reset"

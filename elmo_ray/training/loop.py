@@ -40,7 +40,6 @@ from elmo_ray.training.captured_step import captured_by
 from elmo_ray.training.cuda_graphs import record_for
 from elmo_ray.training.feeding import Feeder, ReadyBatch, StepAssembler
 from elmo_ray.training.metrics import MetricsWriter, not_finite, train_record, valid_record
-from elmo_ray.training.optimizer import learning_rate
 from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.ranks import Exchange, Flags, Ranks
 from elmo_ray.training.saver import Saver, claim_attempt
@@ -174,6 +173,7 @@ class _Run:
         except ElmoRayError as problem:
             error = problem
         self.ranks.agree(error)
+        self.step.optimizer.rate_factor = self.progress.rate_factor
         if path is not None and checkpoint is not None:
             self.resumed_from = start = path
             best_step = self.progress.best_step
@@ -295,7 +295,7 @@ class _Run:
         self.save_wanted = self.best_wanted = False
         words = checkpoint.manifest.get(SOURCE_WORDS)
         self.progress.initial = {**self.progress.last_valid, **(words if isinstance(words, dict) else {})}
-        self.progress.stale = 0
+        self.progress.stale = self.progress.plateau_stale = 0
         if self.progress.best_step == 0:
             self.ranks.run_on_rank_zero(lambda: self.saver.copy_to_best(checkpoint))
 
@@ -309,6 +309,7 @@ class _Run:
             found = self._held_out().perplexities()["perplexity"]
             self._load_model(self.resumed_from)
         step, progress.initial = progress.best_step, {}
+        progress.plateau_best = None  # the next validation is the first one of this measure
         if found is None or found >= MOST_AMOUNT:
             progress.best_perplexity, progress.best_step = None, None
             outcome = "the next validation is the best so far"
@@ -404,7 +405,7 @@ class _Run:
             progress,
             (totals[:-2] / totals[-2].clamp(min=1)).tolist(),
             norm=float(self.last.norm),
-            lr=learning_rate(self.config.optim, self.config.optim.lr, progress.step - 1, self.total_steps),
+            lr=self.step.optimizer.rate_at(self.config.optim.lr, progress.step - 1, self.total_steps),
             seconds=seconds,
             waited=self.window_waited,
             replaced=int(totals[-1]),
@@ -459,6 +460,27 @@ class _Run:
             progress.stale = 0
         else:
             progress.stale += 1
+        if self.config.optim.schedule.kind == "plateau":
+            self._follow_plateau(now)
+
+    def _follow_plateau(self, perplexity: float | None) -> None:
+        """Lower the learning rates if `optim.schedule.patience` validations in a row brought no gain."""
+        progress, schedule = self.progress, self.config.optim.schedule
+        best = progress.plateau_best
+        if perplexity is not None and (best is None or best - perplexity > schedule.min_gain):
+            progress.plateau_best, progress.plateau_stale = perplexity, 0
+            return
+        progress.plateau_stale += 1
+        if progress.plateau_stale < schedule.patience:
+            return
+        progress.plateau_stale = 0
+        progress.rate_factor *= schedule.factor
+        self.step.optimizer.rate_factor = progress.rate_factor
+        validations = f"{schedule.patience} validation{'s' if schedule.patience > 1 else ''}"
+        self._event(
+            f"held-out perplexity fell by no more than {schedule.min_gain:g} in {validations}: "
+            f"the learning rates are now {progress.rate_factor:.4g} of the first ones (optim.schedule)"
+        )
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -1,4 +1,4 @@
-"""Optimizers: Adagrad for all parameters, or AdamW for the dense ones and Adagrad for the rows of tables.
+"""Optimizers: Adagrad or SGD for all parameters, or AdamW for the dense ones and Adagrad for the rows of tables.
 
 Gradients are clipped by one global norm, as by bilm-tf's `clip_by_global_norm`. A step whose norm is not finite changes
 nothing; this is decided on the device, without waiting for it.
@@ -26,12 +26,16 @@ TABLE_LR = 0.2
 ADAMW_SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int) -> float:
+def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int, plateau_factor: float = 1.0) -> float:
     """Return the learning rate of the step with this 0-based number.
 
-    It rises linearly to `base`, then stays constant or decays to base * final_ratio, linearly or by a cosine.
+    It rises linearly to `base`, then stays constant or decays to base * final_ratio, linearly or by a cosine. With
+    kind=plateau it is multiplied by `plateau_factor`, to which the validations have lowered it.
     """
     schedule = config.schedule
+    if schedule.kind == "plateau":
+        warmth = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+        return base * plateau_factor * warmth
     if step < schedule.warmup_steps:
         return base * (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
@@ -42,11 +46,11 @@ def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int)
 
 
 def table_rate(config: OptimConfig) -> float:
-    """Return the base rate of the tables: `optim.table_lr`, or `optim.lr` with Adagrad, or 0.2 with AdamW."""
+    """Return the base rate of the tables: `optim.table_lr`, or `optim.lr`, or 0.2 with AdamW."""
     if config.table_lr is not None:
         return config.table_lr
     # with AdamW the tables keep Adagrad, to which the rate of AdamW does not apply
-    return config.lr if config.name == "adagrad" else TABLE_LR
+    return TABLE_LR if config.name == "adamw" else config.lr
 
 
 def component_rates(config: OptimConfig, dense: Iterable[str], tables: Iterable[str]) -> dict[str, float]:
@@ -90,6 +94,31 @@ def adagrad(
     value.index_copy_(0, rows, value.index_select(0, rows).addcdiv_(gradient, new_slot.sqrt_(), value=-rate))
 
 
+def sgd(
+    value: Tensor,
+    velocity: Tensor | None,
+    gradient: Tensor,
+    rows: Tensor | None,
+    divisor: Tensor,
+    rate: float | Tensor,
+    momentum: float,
+) -> None:
+    """Update in place: velocity = momentum * velocity + gradient / divisor; value -= rate * velocity.
+
+    velocity: None stands for no momentum, with which the velocity is the gradient. Other arguments as for `adagrad`;
+    with a velocity `rows` must be None.
+    """
+    changes = divisor > 0
+    move = torch.where(changes, gradient / divisor, 0.0)
+    if velocity is not None:
+        move = velocity.copy_(torch.where(changes, momentum * velocity + move, velocity))
+    move = torch.where(changes, rate * move, 0.0)
+    if rows is None:
+        value.sub_(move)
+    else:
+        value.index_copy_(0, rows, value.index_select(0, rows).sub_(move))
+
+
 class Optimizer:
     """Optimizer of all parameters, with its slots.
 
@@ -97,8 +126,9 @@ class Optimizer:
     get no gradient keep their value and slots.
     """
 
-    # Adagrad does not move a row whose gradient is 0, so updating the touched rows alone equals updating the table.
+    # Adagrad and SGD do not move a row whose gradient is 0, so updating the touched rows equals updating the table.
     # This is not true of AdamW: the tables keep Adagrad (with `optim.table_lr`) when AdamW trains the dense parameters.
+    # Nor is it true of momentum, which the configuration allows only where steps update whole tables.
 
     def __init__(self, config: OptimConfig, dense: Mapping[str, nn.Parameter], tables: Mapping[str, Tensor]):
         self.config = config
@@ -106,10 +136,12 @@ class Optimizer:
         self.tables = dict(tables)
         self.rates = component_rates(config, self.dense, self.tables)
         self.values = {name: parameter.detach() for name, parameter in {**self.dense, **self.tables}.items()}
-        with_adagrad = self.values if config.name == "adagrad" else self.tables
+        self.rate_factor = 1.0  # of schedule.kind=plateau; the training loop sets it
+        with_adagrad = {"adagrad": self.values, "adamw": self.tables, "sgd": {}}[config.name]
         self.accumulators = {
             name: torch.full_like(self.values[name], config.initial_accumulator) for name in with_adagrad
         }
+        self.velocities = {name: torch.zeros_like(value) for name, value in self.values.items() if config.momentum}
         self._many: tuple[tuple[str, ...], Callable[..., None]] | None = None
         self.adamw: torch.optim.AdamW | None = None
         if config.name == "adamw":
@@ -131,7 +163,7 @@ class Optimizer:
         """Clip by the global norm and update the parameters that have a gradient.
 
         rows: [R] touched rows by table; a table that is not in it has its whole gradient in row_gradients. step:
-        0-based. rates: those that Adagrad reads from the device's memory, 0-d by parameter; None: those of the step.
+        0-based. rates: those that are read from the device's memory, 0-d by parameter; None: those of the step.
         Returns the 0-d norm before clipping and a 0-d bool, True if it is finite; if not, nothing is updated.
         """
         gradients = {**row_gradients, **dense_gradients}
@@ -140,20 +172,26 @@ class Optimizer:
         divisor = torch.where(finite, norm.clamp_min(self.config.clip_norm) / self.config.clip_norm, 0.0)
 
         def rate(name: str) -> float | Tensor:
-            return learning_rate(self.config, self.rates[name], step, total_steps) if rates is None else rates[name]
+            return self.rate_at(self.rates[name], step, total_steps) if rates is None else rates[name]
 
         def update(name: str) -> None:
-            value = self.values[name]
+            value, gradient, some = self.values[name], gradients[name], rows.get(name)
+            if self.config.name == "sgd":
+                velocity = self.velocities.get(name)
+                return sgd(value, velocity, gradient, some, divisor, rate(name), self.config.momentum)
             run = kernels.adagrad(value) or adagrad
-            run(value, self.accumulators[name], gradients[name], rows.get(name), divisor, rate(name))
+            run(value, self.accumulators[name], gradient, some, divisor, rate(name))
 
-        by_adagrad = [name for name in gradients if name in self.accumulators]
-        if many := self._many_at_once(tuple(name for name in by_adagrad if name in dense_gradients)):
+        one_by_one = [name for name in gradients if name in self.accumulators]
+        if many := self._many_at_once(tuple(name for name in one_by_one if name in dense_gradients)):
             names, update_many = many
             update_many([gradients[name] for name in names], divisor, [rate(name) for name in names])
-            by_adagrad = [name for name in by_adagrad if name not in dense_gradients]
+            one_by_one = [name for name in one_by_one if name not in dense_gradients]
+        if self.config.name == "sgd":
+            one_by_one = list(gradients)
         # largest first, so that both threads end at about the same time
-        waiting = deque(partial(update, name) for name in sorted(by_adagrad, key=lambda name: -gradients[name].numel()))
+        one_by_one.sort(key=lambda name: -gradients[name].numel())
+        waiting = deque(partial(update, name) for name in one_by_one)
         if self.adamw is not None and dense_gradients:
             waiting.appendleft(partial(self._update_by_adamw, dense_gradients, divisor, finite, step, total_steps))
 
@@ -164,6 +202,10 @@ class Optimizer:
 
         run_parallel(take, 2, norm.device)
         return norm, finite
+
+    def rate_at(self, base: float, step: int, total_steps: int) -> float:
+        """Return the learning rate of the step with this 0-based number for a parameter with this base rate."""
+        return learning_rate(self.config, base, step, total_steps, self.rate_factor)
 
     def _many_at_once(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], Callable[..., None]] | None:
         """Return these names and the update of all of them in one operation; None where there is no such operation."""
@@ -183,16 +225,18 @@ class Optimizer:
         self.adamw.grad_scale = torch.where(finite, divisor, 1.0).to(torch.float32)  # type: ignore[attr-defined]
         self.adamw.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(self.config, group["base"], step, total_steps)
+            group["lr"] = self.rate_at(group["base"], step, total_steps)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the slots by `<slot>.<parameter>`.
 
-        They are `accumulator.*` for Adagrad and `exp_avg.*`, `exp_avg_sq.*` and `step.*` for AdamW.
+        They are `accumulator.*` for Adagrad, `exp_avg.*`, `exp_avg_sq.*` and `step.*` for AdamW, and `velocity.*` for
+        SGD with momentum.
         """
         state = {f"accumulator.{name}": slot for name, slot in self.accumulators.items()}
+        state |= {f"velocity.{name}": slot for name, slot in self.velocities.items()}
         if self.adamw is not None:
             for name, parameter in self.dense.items():
                 adamw_slots = self.adamw.state[parameter]
@@ -206,6 +250,8 @@ class Optimizer:
         """
         for name, slot in self.accumulators.items():
             slot.copy_(state[f"accumulator.{name}"])
+        for name, slot in self.velocities.items():
+            slot.copy_(state[f"velocity.{name}"])
         if self.adamw is None:
             return
         for name, parameter in self.dense.items():

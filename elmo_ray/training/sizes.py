@@ -70,7 +70,7 @@ def worker_memory(config: PretrainConfig, n_words: int, block_bytes: int | None 
     total = sum(parameters.values())
     dense = sum(count for component, count in parameters.items() if component not in ("softmax", "word_embedding"))
     width = 8 if config.train.precision == "fp64" else 4
-    slots = 1 if config.optim.name == "adagrad" else 2
+    slots = config.optim.n_slots
     rows = -(-config.data.streams // max(1, config.cluster.fewest_workers))
     lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
     window = -(-rows // config.train.accumulate) * config.train.unroll * directions

@@ -26,7 +26,7 @@ from elmo_ray.errors import CheckpointError
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.training.step import TrainStep
 
-_LATER: dict[str, Any] = {"initial": {}, "stale": 0}
+_LATER: dict[str, Any] = {"initial": {}, "stale": 0, "rate_factor": 1.0, "plateau_best": None, "plateau_stale": 0}
 """Values of `Progress` for keys that earlier versions did not write."""
 
 MOST_AMOUNT = 1e300
@@ -41,7 +41,9 @@ class Progress:
     window_positions: those since the last log record. best_perplexity, best_step: of the best validation; last_valid:
     the newest validation's record. skipped: number of steps without update. seconds: time of training, summed over all
     attempts. initial: record of the validation before the first step, where there was one, and in which numbers the
-    vocabulary differs from the source's. stale: number of validations in a row since the best one.
+    vocabulary differs from the source's. stale: number of validations in a row since the best one. rate_factor,
+    plateau_best, plateau_stale: of optim.schedule.kind=plateau the factor of the learning rates so far, the perplexity
+    of the last gain, and the number of validations since it or since the rates were lowered.
     """
 
     step: int = 0
@@ -55,6 +57,9 @@ class Progress:
     finished: bool = False
     initial: dict[str, Any] = field(default_factory=dict)
     stale: int = 0
+    rate_factor: float = 1.0
+    plateau_best: float | None = None
+    plateau_stale: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -205,7 +205,7 @@ class TrainStep:
     def dropout_of(self, step: int, micro_batch: int) -> Dropout | None:
         """Return the dropout of a step's micro-batch with this number."""
         train = self.config.train
-        if train.dropout == 0.0:
+        if train.dropout in (0.0, (0.0, 0.0, 0.0)):
             return None
         return Dropout(train.dropout, self.config.run.seed, step, self.noise_of(micro_batch), self.device)
 

@@ -21,7 +21,7 @@ import torch
 from helpers.saved_models import random_model, save_checkpoint
 from helpers.tiny_runs import WORDS_UNTIED, sentences, tiny_config
 
-from elmo_ray import embed, evaluate
+from elmo_ray import embed, evaluate, kernels
 from elmo_ray.config import EvaluateConfig
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.bilm import ElmoCharacterEncoder
@@ -30,6 +30,7 @@ from elmo_ray.elmo.language_model import LanguageModel
 from elmo_ray.elmo.layer import Elmo, batch_to_ids
 from elmo_ray.embed import EmbedPlan, EmbedResult, main
 from elmo_ray.embed.config import EmbedConfig
+from elmo_ray.errors import ConfigError
 from elmo_ray.model.bilm import BiLM
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -384,3 +385,25 @@ def test_two_actors_make_what_one_process_makes(tmp_path: Path, checkpoint: Path
     text.write_bytes(b"the dog .\ncaf\xe9\n")
     assert main([*arguments, str(tmp_path / "bad"), "cluster.workers=1"]) == 2
     assert main([*arguments, str(tmp_path / "many"), "cluster.workers=2", "cluster.cpus_per_worker=300"]) == 2
+
+
+def test_layers_of_unequal_sizes(tmp_path: Path) -> None:
+    cnn = {"filters": [[1, 4], [2, 9]], "embedding_dim": 4, "max_characters": 16, "projection": False}
+    config = tiny_config(model__char_cnn=cnn)
+    wide = random_model(config, len(WORDS))
+    source = save_checkpoint(tmp_path / "checkpoint", config, WORDS, wide)
+    text = tmp_path / "text.txt"
+    text.write_text("the old dog sees\n\nthe xylophone\n", encoding="utf-8")
+    for layers in ("all", "average", [0.5, 0.25, 0.25]):
+        with pytest.raises(ConfigError, match="word vectors of size 13 and layers of size 8; set embed.layers=top"):
+            here(source, str(text), tmp_path / "refused", embed__layers=layers)
+    with pytest.raises(ConfigError, match="Elmo mixes layers of one size, but"):
+        Elmo.from_run(source)
+    here(source, str(text), tmp_path / "top", embed__layers="top")
+    here(source, str(text), tmp_path / "mixed", embed__layers=[0, 0, 1])
+    (top, mixed) = (pq.read_table(tmp_path / name)["vector"].to_pylist() for name in ("top", "mixed"))
+    assert [len(rows) for rows in top] == [4, 0, 2] and len(top[0][0]) == 16
+    assert np.allclose(top[0], mixed[0], atol=1e-7)
+    with kernels.using("off"):
+        here(source, str(text), tmp_path / "plain", embed__layers="top")
+    assert np.allclose(pq.read_table(tmp_path / "plain")["vector"].to_pylist()[0], top[0], atol=1e-5)

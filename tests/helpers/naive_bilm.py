@@ -41,7 +41,7 @@ def word_vector(p: Parameters, model: ModelConfig, characters: Sequence[int]) ->
         gate = torch.sigmoid(x @ p[place + "carry_weight"] + p[place + "carry_bias"])
         transform = torch.clamp(x @ p[place + "transform_weight"] + p[place + "transform_bias"], min=0)
         x = gate * transform + (1 - gate) * x
-    if sum(count for _, count in config.filters) != model.lstm.projection_dim:
+    if config.projection and sum(count for _, count in config.filters) != model.lstm.projection_dim:
         x = x @ p["char_cnn.projection_weight"] + p["char_cnn.projection_bias"]
     return x
 

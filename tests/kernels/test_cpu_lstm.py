@@ -65,6 +65,19 @@ def plain():
     return of
 
 
+@pytest.mark.parametrize("word_dim", [3, 40])
+def test_an_input_of_another_size_than_the_output(word_dim: int, plain) -> None:
+    config = LstmConfig(dim=12, projection_dim=8, n_layers=2, cell_clip=0.4, proj_clip=0.3)
+    model, generator = BiLstm(config, 2, word_dim), torch.Generator().manual_seed(1)
+    model.reset_parameters(generator)
+    _, state = random_inputs(model, 5, 4)
+    x = torch.randn(2, 4, 5, word_dim, generator=generator)
+    found, expected = results(model, x, state), plain(model, x, state)
+    assert found["d_x"].shape == x.shape
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("clips", CLIPS)
 @pytest.mark.parametrize("size", SIZES, ids=str)

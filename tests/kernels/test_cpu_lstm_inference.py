@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,17 +19,20 @@ pytest.importorskip("numba")
 def case(
     rows: Sequence[int], directions: int, dtype: torch.dtype, **config: object
 ) -> tuple[BiLstm, torch.Tensor, LstmState]:
+    config = dict(config)
+    word_dim: Any = config.pop("word_dim", None)
     settings = LstmConfig.model_validate(
         {"dim": 12, "projection_dim": 8, "n_layers": 3, "cell_clip": 0.3, "proj_clip": 0.2, **config}
     )
     generator = torch.Generator().manual_seed(3)
-    lstm = BiLstm(settings, directions)
+    lstm = BiLstm(settings, directions, word_dim)
     lstm.reset_parameters(generator)
     with torch.no_grad():
         for parameter in lstm.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     lstm = lstm.to(dtype)
-    x = torch.randn(directions, sum(rows), settings.projection_dim, generator=generator).to(dtype)
+    size = word_dim or settings.projection_dim
+    x = torch.randn(directions, sum(rows), size, generator=generator).to(dtype)
     like = lstm.zero_state(rows[0] + 2, like=x)  # two rows that have no position
     return lstm, x, LstmState(*(0.1 * torch.randn(s.shape, generator=generator).to(dtype) for s in like))
 
@@ -68,8 +72,13 @@ def expected(
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize(
     "config",
-    [{}, {"projection_dim": 12}, {"cell_clip": None, "proj_clip": None, "use_skip_connections": False}],
-    ids=["clips", "no projection", "no clips"],
+    [
+        {},
+        {"projection_dim": 12},
+        {"cell_clip": None, "proj_clip": None, "use_skip_connections": False},
+        {"word_dim": 21},
+    ],
+    ids=["clips", "no projection", "no clips", "a wider input"],
 )
 def test_outputs_and_states(rows: list[int], directions: int, config: dict[str, object]) -> None:
     lstm, x, state = case(rows, directions, torch.float32, **config)

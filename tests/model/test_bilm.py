@@ -15,7 +15,7 @@ from elmo_ray.config.model import ModelConfig
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.model.dropout import Dropout
+from elmo_ray.model.dropout import Dropout, Rates
 from elmo_ray.model.lstm import LstmState
 
 WORDS = Vocabulary([*SPECIAL_WORDS, "a", "bee", "of", "cedilla", "ünïcödé", "overlong-beyond-any-limit", ""])
@@ -35,6 +35,12 @@ CASES: dict[str, dict[str, Any]] = {
         "lstm": {"n_layers": 1, "cell_clip": None, "proj_clip": None},
     },
     "three layers without clips": {"lstm": {"n_layers": 3, "cell_clip": None, "proj_clip": None}},
+    "features go into the LSTM": {"char_cnn": {"projection": False, "filters": [[1, 3], [3, 4]]}},
+    "features go into the LSTM, forward only, no projection": {
+        "bidirectional": False,
+        "char_cnn": {"projection": False},
+        "lstm": {"dim": 4, "cell_clip": None, "proj_clip": None, "use_skip_connections": False},
+    },
     "words": {"input": "words"},
     "words, forward only, no projection": {"input": "words", "bidirectional": False, "lstm": {"dim": 4}},
 }
@@ -93,9 +99,9 @@ def random_state(model: BiLM) -> LstmState:
     return LstmState(*(torch.empty_like(x).uniform_(-0.3, 0.3, generator=generator) for x in zero))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dropout", [0.0, 0.4, (0.0, 0.3, 0.5)])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_values_states_and_gradients(case: dict[str, Any], dropout: float) -> None:
+def test_values_states_and_gradients(case: dict[str, Any], dropout: Rates) -> None:
     config = model_config(case)
     model = random_model(config)
     types, classes, inputs, characters = batch_of(config)
@@ -104,8 +110,12 @@ def test_values_states_and_gradients(case: dict[str, Any], dropout: float) -> No
     if dropout:
         noise = Dropout(dropout, 5, 6, 7, torch.device("cpu"))
         again = Dropout(dropout, 5, 6, 7, torch.device("cpu"))
-        shape = (model.directions, WINDOW, ROWS, config.lstm.projection_dim)
-        masks = [again(torch.ones(shape, dtype=torch.float64)) for _ in range(config.lstm.n_layers + 1)]
+        sizes = [config.word_dim, *[config.lstm.projection_dim] * config.lstm.n_layers]
+        places = ["input", *["between"] * (config.lstm.n_layers - 1), "output"]
+        ones = [torch.ones(model.directions, WINDOW, ROWS, size, dtype=torch.float64) for size in sizes]
+        masks = [again(x, place) for x, place in zip(ones, places, strict=True)]
+        untouched = [place for place, mask in zip(places, masks, strict=True) if bool((mask == 1).all())]
+        assert untouched == (["input"] if isinstance(dropout, tuple) else [])
         mask = lambda layer, d, t, b: masks[layer][d, t, b]  # noqa: E731
     top, new = model(types, classes, inputs, state, torch.tensor(LENGTHS), noise)
     assert top.shape == (model.directions, ROWS, WINDOW, config.lstm.projection_dim)

@@ -23,6 +23,9 @@ __all__ = ["text"]
 
 Text = tuple[Corpus, Vocabulary]
 
+WIDE: dict[str, Any] = {
+    "filters": [[1, 4], [2, 8]], "embedding_dim": 4, "max_characters": 16, "n_highway": 1, "projection": False
+}  # fmt: skip
 FULL: dict[str, Any] = {"softmax__kind": "full", "softmax__negatives": None}
 EXACT: dict[str, Any] = {"train__precision": "fp64"}
 CASES: dict[str, dict[str, Any]] = {
@@ -41,6 +44,10 @@ CASES: dict[str, dict[str, Any]] = {
     "softmax first": {**EXACT, "train__softmax_first": 2, "train__freeze": ["highway"]},
     "clipped": {**EXACT, "optim__clip_norm": 0.1},
     "one direction": {**EXACT, "model__bidirectional": False},
+    "sgd": {**EXACT, "optim__name": "sgd", "optim__schedule": {"kind": "plateau"}, "data__valid": "unused.txt"},
+    "sgd, momentum": {**EXACT, **FULL, "optim__name": "sgd", "optim__momentum": 0.9},
+    "dropout by place": {**EXACT, "train__dropout": (0.0, 0.5, 0.3)},
+    "features go into the LSTM": {**EXACT, "model__lstm": {"dim": 8, "projection_dim": 4}, "model__char_cnn": WIDE},
 }
 
 

@@ -41,6 +41,8 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "accumulated": ({"train__accumulate": 2}, set()),
     # a small rate: it divides even the smallest gradient by its own size, and those differ by rounding
     "adamw": ({"optim__name": "adamw", "optim__lr": 0.001}, {"dense_adagrad"}),
+    "sgd": ({"optim__name": "sgd"}, {"adagrad", "dense_adagrad"}),
+    "features go into the LSTM": ({"model__char_cnn": {**TINY_CNN, "projection": False}}, set()),
     "frozen": ({"train__softmax_first": 1, "train__freeze": ["highway"]}, set()),
 }
 """Changes of the configuration, and the kernels that such a model has no use for."""

@@ -90,6 +90,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train__reset": "never",
     },
     "words, bf16": {**WORDS_UNTIED, "train__precision": "bf16", "train__dropout": 0.1},
+    "features into the LSTM, sgd, plateau, dropout by place": with_valid(
+        model__char_cnn={
+            "filters": [[1, 4], [2, 4]],
+            "embedding_dim": 4,
+            "max_characters": 16,
+            "n_highway": 1,
+            "projection": False,
+        },
+        model__lstm={"dim": 6, "projection_dim": 6},
+        softmax__kind="full",
+        softmax__negatives=None,
+        optim__name="sgd",
+        optim__momentum=0.5,
+        optim__schedule={"kind": "plateau", "factor": 0.5, "min_gain": 3.0, "patience": 2},
+        train__validate_every="2 steps",
+        train__dropout=[0.0, 0.3, 0.2],
+    ),
     "words, tied, adamw": {**WORDS_TIED, "optim__name": "adamw", "optim__lr": 0.01, "train__dropout": 0.1},
 }
 
@@ -125,6 +142,29 @@ def test_a_stopped_run_goes_on_bit_for_bit(corpus: Paths, valid: Path, tmp_path:
     plan = plan_of(tmp_path / "killed", config, corpus, use_valid)
     assert train(plan, worker_of(plan))["finished"]
     same(newest(tmp_path / "killed"), whole)
+
+
+def test_a_plateau_lowers_the_rates_by_the_validations(corpus: Paths, valid: Path, tmp_path: Path) -> None:
+    settings = {"kind": "plateau", "factor": 0.5, "min_gain": 2.0, "patience": 2, "warmup_steps": 2}
+    changes = with_valid(optim__schedule=settings, train__validate_every="2 steps", train__log_every=1)
+    changes |= {"optim__name": "sgd", "optim__lr": 0.1}
+    plan = plan_of(tmp_path / "run", tiny_config(**changes), corpus, valid)
+    train(plan, worker_of(plan))
+    found = records(tmp_path / "run")
+    factor, best, stale, lowered, step = 1.0, math.inf, 0, 0, 0
+    for record in found:
+        if record["kind"] == "train":
+            step = record["step"]
+            assert record["lr"] == pytest.approx(0.1 * factor * min(1.0, step / 2)), step
+        elif record["kind"] == "valid":
+            gained = record["perplexity"] < best - 2.0
+            best, stale = (record["perplexity"], 0) if gained else (best, stale + 1)
+            if stale == 2:
+                factor, stale, lowered = factor / 2, 0, lowered + 1
+    assert lowered >= 1 and step == 24
+    events = [r["message"] for r in read_metrics(tmp_path / "run") if r["kind"] == "event"]
+    assert sum("learning rates are now" in message for message in events) == lowered
+    assert progress_of(newest(tmp_path / "run"))["rate_factor"] == factor
 
 
 def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(corpus: Paths, tmp_path: Path) -> None:
@@ -318,6 +358,16 @@ def test_another_text_or_optimizer_does_not_resume(corpus: Paths, tmp_path: Path
     adamw = plan_of(tmp_path / "run", tiny_config(train__duration="4 steps", optim__name="adamw"), corpus)
     with pytest.raises(ConfigError, match="optim.name is adamw, but .* was made with adagrad"):
         train(adamw, worker_of(adamw))
+
+
+def test_another_momentum_does_not_resume(corpus: Paths, tmp_path: Path) -> None:
+    sgd = {"optim__name": "sgd", "softmax__kind": "full", "softmax__negatives": None}
+    plan = plan_of(tmp_path / "run", tiny_config(train__duration="2 steps", **sgd), corpus)
+    train(plan, worker_of(plan))
+    other = tiny_config(train__duration="4 steps", optim__momentum=0.5, **sgd)
+    plan = plan_of(tmp_path / "run", other, corpus)
+    with pytest.raises(ConfigError, match="optim.momentum is 0.5, but .* was made with 0.0"):
+        train(plan, worker_of(plan))
 
 
 def test_more_negatives_than_words(corpus: Paths, tmp_path: Path) -> None:

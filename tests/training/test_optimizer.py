@@ -33,8 +33,16 @@ def test_schedules() -> None:
     assert learning_rate(schedule("linear", 10), 0.4, 9, 5) == pytest.approx(0.4), "a warm-up longer than the run"
 
 
+def test_plateau_has_the_factor_of_the_validations() -> None:
+    plateau = schedule("plateau", 2, factor=0.25)
+    assert [learning_rate(plateau, 0.4, s, 10, 1.0) for s in range(3)] == pytest.approx([0.2, 0.4, 0.4])
+    assert learning_rate(plateau, 0.4, 5, 10, 0.25) == pytest.approx(0.1)
+    assert learning_rate(schedule("constant"), 0.4, 5, 10, 0.25) == 0.4, "only a plateau is lowered"
+
+
 def test_rate_of_the_tables() -> None:
     assert table_rate(OptimConfig(lr=0.3)) == 0.3
+    assert table_rate(OptimConfig(name="sgd", lr=0.3)) == 0.3
     assert table_rate(OptimConfig(name="adamw", lr=0.001)) == TABLE_LR
     assert table_rate(OptimConfig(name="adamw", lr=0.001, table_lr=0.05)) == 0.05
 
@@ -78,6 +86,9 @@ class Problem:
     def run(self, steps: range, total: int = 20) -> None:
         for step in steps:
             dense, rows, some = self.gradients(step)
+            if self.optimizer.velocities:  # whole tables
+                some = {k: torch.zeros_like(self.tables[k]).index_copy_(0, rows[k], g) for k, g in some.items()}
+                rows = {}
             self.optimizer.apply(dense, rows, some, step, total)
 
 
@@ -113,7 +124,34 @@ def test_adagrad_by_hand_with_and_without_the_clip(dtype: torch.dtype, near: flo
         assert torch.allclose(state[f"accumulator.{name}"].double(), slots[name], rtol=near, atol=near), name
 
 
-@pytest.mark.parametrize("name", ["adagrad", "adamw"])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_by_hand(momentum: float, dtype: torch.dtype, near: float) -> None:
+    config = OptimConfig(name="sgd", lr=0.5, table_lr=0.25, momentum=momentum, clip_norm=3.0)
+    problem = Problem(config, dtype)
+    values = {k: v.detach().double().clone() for k, v in {**problem.dense, **problem.tables}.items()}
+    torchs = {k: nn.Parameter(v.clone()) for k, v in values.items()}
+    groups = [{"params": [p], "lr": 0.25 if k in problem.tables else 0.5} for k, p in torchs.items()]
+    reference = torch.optim.SGD(groups, momentum=momentum)
+    for step, size in enumerate((1.0, 0.1, 5.0)):
+        dense, rows, some = problem.gradients(step, size)
+        whole = {k: torch.zeros_like(problem.tables[k]).index_copy_(0, rows[k], g) for k, g in some.items()}
+        for k, gradient in {**dense, **whole}.items():
+            torchs[k].grad = gradient.double().clone()
+        norm = float(global_norm([p.grad for p in torchs.values() if p.grad is not None]))
+        for p in torchs.values():
+            p.grad = None if p.grad is None else p.grad * min(1.0, 3.0 / norm)
+        reference.step()
+        # momentum moves rows that a step does not touch, so it is given whole tables
+        _, finite = problem.optimizer.apply(dense, {} if momentum else rows, whole if momentum else some, step, 20)
+        assert bool(finite)
+    for name, value in torchs.items():
+        found = {**problem.dense, **problem.tables}[name].detach().double()
+        assert torch.allclose(found, value.detach(), rtol=near, atol=near), name
+        assert not torch.allclose(found, values[name], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adagrad", "adamw", "sgd"])
 def test_whole_tables_and_rows_give_the_same(name: str) -> None:
     config = OptimConfig(name=name, clip_norm=2.0)  # type: ignore[arg-type]
     by_rows, whole = Problem(config), Problem(config)
@@ -157,10 +195,11 @@ def test_adamw_by_hand_on_the_dense_part_and_adagrad_on_tables() -> None:
         assert torch.equal(table, tables_only.tables[k]), "tables keep Adagrad, with their own rate"
 
 
-@pytest.mark.parametrize("name", ["adagrad", "adamw"])
+@pytest.mark.parametrize("name", ["adagrad", "adamw", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slots_travel_bit_for_bit(name: str, dtype: torch.dtype) -> None:
-    config = OptimConfig(name=name, lr=0.05, clip_norm=2.0)  # type: ignore[arg-type]
+    more: dict[str, Any] = {"momentum": 0.5} if name == "sgd" else {}
+    config = OptimConfig(name=name, lr=0.05, clip_norm=2.0, **more)  # type: ignore[arg-type]
     whole, first = Problem(config, dtype), Problem(config, dtype)
     whole.run(range(8))
     first.run(range(4))
@@ -175,7 +214,8 @@ def test_slots_travel_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     assert sorted(found) == sorted(whole.values())
     assert all(torch.equal(found[k], v) for k, v in whole.values().items())
     kinds = {k.split(".")[0] for k in saved}
-    assert kinds == ({"accumulator"} if name == "adagrad" else {"accumulator", "exp_avg", "exp_avg_sq", "step"})
+    adamw = {"accumulator", "exp_avg", "exp_avg_sq", "step"}
+    assert kinds == {"adagrad": {"accumulator"}, "adamw": adamw, "sgd": {"velocity"}}[name]
 
 
 def test_slots_of_another_optimizer_are_refused() -> None:
@@ -187,15 +227,19 @@ def test_slots_of_another_optimizer_are_refused() -> None:
             target.optimizer.load_state_tensors(source.optimizer.state_tensors())
 
 
-@pytest.mark.parametrize("name", ["adagrad", "adamw"])
+@pytest.mark.parametrize("name", ["adagrad", "adamw", "sgd"])
 @pytest.mark.parametrize("where", ["dense", "table"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_that_are_not_finite_change_nothing(name: str, where: str, dtype: torch.dtype) -> None:
-    problem = Problem(OptimConfig(name=name, lr=0.05), dtype)  # type: ignore[arg-type]
+    more: dict[str, Any] = {"momentum": 0.5} if name == "sgd" else {}
+    problem = Problem(OptimConfig(name=name, lr=0.05, **more), dtype)  # type: ignore[arg-type]
     problem.run(range(2))
     before = problem.values()
     dense, rows, some = problem.gradients(2)
     (dense["a"] if where == "dense" else some["w"])[1, 1] = torch.inf
+    if name == "sgd":  # whole tables
+        some = {k: torch.zeros_like(problem.tables[k]).index_copy_(0, rows[k], g) for k, g in some.items()}
+        rows = {}
     _, finite = problem.optimizer.apply(dense, rows, some, 2, 20)
     assert not bool(finite)
     after = problem.values()

@@ -11,6 +11,7 @@ from helpers import naive_bilm
 from helpers.naive_bilm import close, stacked
 from helpers.tiny_runs import WORDS_TIED, WORDS_UNTIED, tiny_config
 
+from elmo_ray import kernels
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.streams import Batch, StreamCursors
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
@@ -176,6 +177,44 @@ def test_steps_equal_dense_ones(case: dict[str, Any]) -> None:
         hidden, cells = stacked(reference.state)
         close(step.state.hidden, hidden)
         close(step.state.cell, cells)
+
+
+WIDE_CNN = {"filters": [[1, 2], [2, 5]], "embedding_dim": 3, "max_characters": 9, "n_highway": 1, "projection": False}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "features go into the LSTM": {"model__char_cnn": WIDE_CNN},
+    "Kim et al.": {
+        **FULL,
+        "model__char_cnn": WIDE_CNN,
+        "model__lstm": {"dim": 4, "projection_dim": 4, "cell_clip": None, "proj_clip": None},
+        "model__bidirectional": False,
+        "optim__name": "sgd",
+        "train__dropout": [0.0, 0.5, 0.3],
+    },
+    "sgd, momentum": {**FULL, "optim__name": "sgd", "optim__momentum": 0.9},
+    "sgd, words, sampled": {**WORDS_UNTIED, "optim__name": "sgd", "train__dropout": [0.2, 0.0, 0.0]},
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED.values(), ids=PUBLISHED)
+def test_kernels_compute_published_models_as_the_plain_model_does(case: dict[str, Any]) -> None:
+    found = []
+    for setting in ("off", "auto"):
+        with kernels.using("auto"):  # a step sets it for its process
+            config = config_of({**case, "train__precision": "fp32", "train__kernels": setting})
+            model = random_model(config)
+            start = {name: p.detach().clone() for name, p in model.named_parameters()}
+            step, assemble = TrainStep(config, model, ROWS), StepAssembler(config, V, range(ROWS), Exchange())
+            outputs = [step.run(assemble(batch_of(config, number)[0], number, Flags())[0]) for number in range(3)]
+            values = {name: p.detach() for name, p in model.named_parameters()}
+            assert all(not torch.equal(values[name], value) for name, value in start.items())
+            losses = {f"losses {number}": output.loss_sums for number, output in enumerate(outputs)}
+            found.append({**values, **losses, **step.optimizer.state_tensors(), **step.state._asdict()})
+    off, auto = found
+    assert off.keys() == auto.keys()
+    for name, value in off.items():
+        torch.testing.assert_close(
+            auto[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_only_touched_rows_move() -> None:

@@ -96,6 +96,22 @@ def test_what_no_program_can_load_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_lstm_that_reads_features_has_no_place_in_their_files(tmp_path: Path) -> None:
+    cnn = {"filters": [[1, 4], [2, 9]], "embedding_dim": 4, "max_characters": 16, "projection": False}
+    config = tiny_config(model__char_cnn=cnn)
+    save_checkpoint(tmp_path / "c", config, WORDS, random_model(config, len(WORDS)))
+    with pytest.raises(FormatError, match=r"reads 8 numbers, not all 13 features \(model.char_cnn.projection=false\)"):
+        export_model(tmp_path / "c", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dropout_by_place_is_not_written_as_one_number(tmp_path: Path) -> None:
+    config = tiny_config(train__dropout=[0.0, 0.2, 0.1])
+    save_checkpoint(tmp_path / "c", config, WORDS, random_model(config, len(WORDS)))
+    export_model(tmp_path / "c", tmp_path / "out")
+    assert "dropout" not in json.loads((tmp_path / "out" / "options.json").read_text())
+
+
 def wrong_weights(path: Path, model: Any) -> None:
     write_weights(path, random_model(CONFIG, len(WORDS), seed=2))
 

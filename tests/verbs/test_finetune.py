@@ -12,7 +12,7 @@ import torch
 import yaml
 from helpers.same_runs import differences
 from helpers.saved_models import random_model
-from helpers.tiny_runs import newest
+from helpers.tiny_runs import checkpoints, newest
 from helpers.verbs_at_work import Outcome, TextFolder, sentence_bytes, write_texts
 
 from elmo_ray import export, finetune, pretrain
@@ -229,3 +229,25 @@ def test_words_as_input(domain: Domain) -> None:
     for word in ("the", "cat"):
         assert torch.equal(ours.model.word_embedding[ours.vocabulary.ids[word]], model.word_embedding[words.ids[word]])
     assert torch.equal(ours.model.word_embedding[ours.vocabulary.ids["router"]], model.word_embedding[words.unk])
+
+
+def test_from_a_model_of_elmo_for_many_langs(domain: Domain) -> None:
+    source = Path(__file__).parents[1] / "golden" / "many_langs" / "words"
+    outcome = domain.finetune(
+        source, "data.vocab=counted", "train.softmax_first=4", "softmax.kind=full", "optim.lr=0.1"
+    )
+    assert outcome.code == 0, outcome.errors
+    theirs, ours = open_source(source), open_source(newest(domain.run()).path)
+    start = open_source(checkpoints(domain.run())[0])
+    embedder = theirs.model.token_embedder
+    assert embedder is not None and "router" in start.vocabulary.ids
+    vectors = embedder.vectors_of(start.vocabulary)
+    assert torch.equal(start.model.state_dict()["word_embedding"], vectors), "of all words of the new text"
+    kernel = "lstm.layers.0.input_kernel"
+    assert torch.equal(start.model.state_dict()[kernel], theirs.model.state_dict()[kernel])
+    assert not torch.equal(ours.model.state_dict()[kernel], theirs.model.state_dict()[kernel]) and ours.has_softmax
+    assert outcome.result["best_perplexity"] < outcome.result["initial"]["perplexity"]
+    # with its own words
+    outcome = domain.finetune(source, "run.name=own", "train.softmax_first=0", "softmax.negatives=4")
+    assert outcome.code == 0, outcome.errors
+    assert open_source(domain.run("own")).vocabulary.words[3:5] == ["The", "cat"]

@@ -64,7 +64,11 @@ def obstacles(model: ModelConfig) -> dict[str, list[str]]:
     if model.input == "words":
         allennlp.append("it reads characters only (model.input=words)")
     else:
-        if n_filters < lstm.projection_dim:
+        if model.word_dim != lstm.projection_dim:
+            wide = f"its LSTM reads {lstm.projection_dim} numbers, not all {n_filters} features"
+            bilm_tf.append(f"{wide} (model.char_cnn.projection=false)")
+            allennlp.append(f"{wide} (model.char_cnn.projection=false)")
+        elif n_filters < lstm.projection_dim:
             bilm_tf.append(f"its char CNN cannot grow from {n_filters} filters to projection_dim={lstm.projection_dim}")
         if n_filters == lstm.projection_dim:
             allennlp.append(f"it wants CNN_proj, and a char CNN of {n_filters} filters = projection_dim has none")

@@ -87,7 +87,7 @@ class LstmInference:
 
     @torch.no_grad()
     def run(
-        self, words_UP: Tensor, places_DN: Tensor, rows: Sequence[int], hidden_LDBP: Tensor, memory_LDBH: Tensor
+        self, words_UI: Tensor, places_DN: Tensor, rows: Sequence[int], hidden_LDBP: Tensor, memory_LDBH: Tensor
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return the outputs of every layer [D, N, P], skip connections added, and each row's state after its last
         position.
@@ -95,21 +95,21 @@ class LstmInference:
         places_DN: which of the words is at each position. rows: how many rows each time step has, never rising; N is
         their sum. The state that is given has at least `rows[0]` rows.
         """
-        outputs = [words_UP.new_empty(*places_DN.shape, words_UP.shape[1]) for _ in hidden_LDBP]
+        outputs = [words_UI.new_empty(*places_DN.shape, hidden_LDBP.shape[-1]) for _ in hidden_LDBP]
         hidden_LDBP, memory_LDBH = hidden_LDBP.clone(), memory_LDBH.clone()
 
         def run(k: int) -> None:
             for index, cell in enumerate(self._cells[k]):
                 states = hidden_LDBP[index, k], memory_LDBH[index, k]
                 if index == 0:
-                    cell.run(words_UP, as_array(places_DN[k]), rows, *states, outputs[0][k])
+                    cell.run(words_UI, as_array(places_DN[k]), rows, *states, outputs[0][k])
                     continue
                 x, output = outputs[index - 1][k], outputs[index][k]
                 cell.run(x, None, rows, *states, output)
                 if self._skips:
                     output += x
 
-        run_parallel(run, len(places_DN), words_UP.device)
+        run_parallel(run, len(places_DN), words_UI.device)
         return outputs, hidden_LDBP, memory_LDBH
 
 
