@@ -9,12 +9,12 @@ from typing import Any
 
 import h5py
 import pytest
+from helpers.tiny_runs import sentences, tiny_values
 
 from elmo_ray import api
 from elmo_ray.config import PretrainConfig
 from elmo_ray.config.command_line import CONFIGS, find_config, shipped_configs
 from elmo_ray.errors import ConfigError, DataError, ElmoRayError
-from tests.helpers.tiny_runs import sentences, tiny_values
 
 
 def write_text(path: Path, n: int, seed: int) -> Path:
