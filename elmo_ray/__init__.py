@@ -1,7 +1,7 @@
 """Trainer of ELMo bidirectional language models on Ray; `python -m elmo_ray` lists its verbs.
 
 Programs that use a trained model import `Elmo`, `ElmoEmbedder`, `ElmoTokenEmbedder`, `LanguageModel`, `ScalarMix` and
-`batch_to_ids` from here. They need no Ray.
+`batch_to_ids` from here. They need no Ray. `elmo_ray.api` has `pretrain`, `evaluate` and `embed` as functions.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python -m elmo_ray.export SOURCE OUT [key.path=value ...] [--json FILE]
 
 With export.format=checkpoint it writes an elmo_ray checkpoint instead, with weights, softmax and optimizer slots as far
-as the SOURCE has them. A Ray task does it in a Ray job, or if RAY_ADDRESS names a cluster; otherwise this process.
+as the SOURCE has them; with safetensors a folder for the Hub (`checkpoints.hub`), with a model card. A Ray task does it
+in a Ray job, or if RAY_ADDRESS names a cluster; otherwise this process.
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
+from elmo_ray import __version__
 from elmo_ray.checkpoints.bilm_tf.hdf5 import obstacles, same_weights, write_weights
 from elmo_ray.checkpoints.bilm_tf.options import to_options
+from elmo_ray.checkpoints.hub import CARD, HUB_CONFIG, HUB_WEIGHTS, MODEL_TYPE
 from elmo_ray.checkpoints.identity import identity
 from elmo_ray.checkpoints.manifest import MANIFEST
+from elmo_ray.checkpoints.model_card import model_card
 from elmo_ray.checkpoints.read import open_checkpoint
 from elmo_ray.checkpoints.source import BEST, OPTIONS, VOCABULARY, WEIGHTS, Source, open_source
 from elmo_ray.checkpoints.write import copy_best
@@ -173,7 +179,7 @@ class ExportResult:
         }
 
 
-def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult | ImportResult:
+def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult | ImportResult | HubResult:
     """Export the SOURCE to OUT. Raises an ElmoRayError if it cannot be opened, written, or loaded by any program."""
     if config.out is None:
         raise ConfigError("out is empty: name the folder to write")
@@ -183,6 +189,8 @@ def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult | Impo
     work: Any = export_model
     if config.export.format == "checkpoint":
         work = import_checkpoint
+    elif config.export.format == "safetensors":
+        work = export_hub_folder
     # Absolute, as a task has another working folder.
     places = [absolute_or_none(path) for path in (init.source, config.out, init.options, init.vocab)]
     arguments = (places[0], places[1], config.checkpoint, places[2], places[3])
@@ -190,7 +198,7 @@ def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult | Impo
         return work(*arguments)
     cluster = config.cluster
     check_room(cluster, 1)
-    results: Iterator[tuple[int, ExportResult | ImportResult]] = run_tasks(
+    results: Iterator[tuple[int, ExportResult | ImportResult | HubResult]] = run_tasks(
         lambda arguments: work(*arguments),
         [arguments],
         workers=1,
@@ -198,6 +206,90 @@ def run(config: ExportConfig, flags: Flags | None = None) -> ExportResult | Impo
         max_failures=cluster.max_failures,
     )
     return dict(results)[0]
+
+
+@dataclass(frozen=True)
+class HubResult:
+    """Folder for the Hub that was written. bytes: the size of each file. has_softmax: True if it can be evaluated."""
+
+    source: str
+    out_dir: str
+    bytes: dict[str, int]
+    has_softmax: bool
+
+    def summary(self) -> str:
+        files = ", ".join(f"{name} {size:,} bytes" for name, size in self.bytes.items())
+        upload = f"upload it with: hf upload OWNER/NAME {self.out_dir}"
+        return f"source: {self.source}\n{self.out_dir}: {files}\nread back: weights equal bit for bit\n{upload}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"source": self.source, "out": self.out_dir, "bytes": self.bytes, "softmax": self.has_softmax}
+
+
+def export_hub_folder(
+    source: str | os.PathLike[str] | None,
+    out_dir: str | os.PathLike[str] | None,
+    checkpoint: str = BEST,
+    options: str | None = None,
+    vocab: str | None = None,
+) -> HubResult:
+    """Write a folder for the Hub: model.safetensors, config.json, vocab.txt and README.md, a model card.
+
+    The arguments are those of `export_model`. The files are written aside, read back and compared before they take
+    their names. A README.md that is there is kept. Raises FormatError if the
+    comparison fails, DataError if the files cannot be written, and the errors of `open_source`.
+    """
+    if out_dir is None:
+        raise ConfigError("out is empty: name the folder to write")
+    opened = open_source(source, checkpoint, options, vocab)
+    words = opened.vocabulary
+    place = absolute(out_dir)
+    target = local_folder(place)
+    if opened.path.parent == target:
+        raise ConfigError(f"out={out_dir}: is the SOURCE itself")
+    about = {
+        "model_type": MODEL_TYPE,
+        "elmo_ray_version": __version__,
+        "model": opened.config.to_dict(),
+        "softmax": opened.softmax.to_dict(),
+        "vocabulary_size": words.size,
+        "vocabulary_sha256": words.sha256,
+        "step": opened.step,
+    }
+    names = [VOCABULARY, CARD, HUB_CONFIG, HUB_WEIGHTS]
+    if (target / CARD).exists():
+        names.remove(CARD)  # somebody may have written in it
+        logger.warning("%s: the model card that is there is kept; remove it for a new one", target / CARD)
+    with _folder_aside(target) as aside:
+        tensors = {name: tensor.contiguous().clone() for name, tensor in opened.model.state_dict().items()}
+        save_file(tensors, aside / HUB_WEIGHTS, metadata={"format": "pt"})
+        (aside / HUB_WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+        write_json(aside / HUB_CONFIG, about, DataError)
+        words.write(aside / VOCABULARY)
+        (aside / CARD).write_text(model_card(opened), encoding="utf-8")
+        back = open_source(aside)
+        saved = back.model.state_dict()
+        if saved.keys() != tensors.keys() or not all(torch.equal(saved[name], tensors[name]) for name in tensors):
+            raise FormatError(f"{aside}: read back, the weights differ from the model; not exported")
+        if back.config != opened.config or back.vocabulary.sha256 != words.sha256:
+            raise FormatError(f"{aside}: read back, it describes another model; not exported")
+        sizes = {name: (aside / name).stat().st_size for name in reversed(names)}
+        # The weights go first and come last, so that they never stand beside the settings of another model.
+        (target / HUB_WEIGHTS).unlink(missing_ok=True)
+        for name in names:
+            os.replace(aside / name, target / name)
+    try:
+        push(target)
+    except OSError as error:
+        raise DataError(f"out={place}: cannot be written ({error.strerror})") from None
+    logger.info("exported to %s, for the Hub", place)
+    return HubResult(opened.describe(), place, sizes, opened.has_softmax)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def export_model(

@@ -29,7 +29,7 @@ ROOMS = [
     {"cluster"},
     {"report"},
     {"prepare", "pretrain", "finetune", "evaluate", "export", "embed"},
-    {"sweep"},
+    {"sweep", "api"},
 ]
 """From the ground up: a file imports its own room and rooms below. Rooms of one level may not import each other, except
 for `VERBS_THAT_USE`."""

@@ -1,9 +1,10 @@
 """Opening of a SOURCE, the trained model from which `evaluate`, `export` and other commands start.
 
-A SOURCE is a run's folder (its best checkpoint, or the one that `checkpoint` names), a checkpoint, a folder in which
-bilm-tf has saved with TensorFlow, a published weights.hdf5, or a model folder of ELMoForManyLangs. The files of bilm-tf
-need the options.json beside them. Others give these files names of their own: a folder's only .hdf5 file,
-`elmo_weights.hdf5` beside `elmo_options.json`, `vocab.txt.gz`, one of the files of a TensorFlow checkpoint.
+A SOURCE is a run's folder (its best checkpoint, or the one that `checkpoint` names), a checkpoint, a folder in our form
+for the Hub, a folder in which bilm-tf has saved with TensorFlow, a published weights.hdf5, or a model folder of
+ELMoForManyLangs. The files of bilm-tf need the options.json beside them. `hf://OWNER/NAME` is a folder of the Hub with
+any of these. Others give these files names of their own: a folder's only .hdf5 file, `elmo_weights.hdf5` beside
+`elmo_options.json`, `vocab.txt.gz`, one of the files of a TensorFlow checkpoint.
 Everything is checked before it is used: hashes of a checkpoint, shapes against the model, the vocabulary against the
 softmax.
 """
@@ -11,6 +12,7 @@ softmax.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -19,6 +21,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from elmo_ray.checkpoints.bilm_tf.hdf5 import check_is_hdf5, read_weights
@@ -32,6 +36,7 @@ from elmo_ray.checkpoints.bilm_tf.tensorflow import (
 )
 from elmo_ray.checkpoints.check import check_forms
 from elmo_ray.checkpoints.elmo_many_langs import is_model_file, is_model_folder, read_model
+from elmo_ray.checkpoints.hub import HUB_CONFIG, HUB_WEIGHTS, SCHEME, fetched, is_hub_folder, read_hub_config
 from elmo_ray.checkpoints.identity import saved_config
 from elmo_ray.checkpoints.manifest import MANIFEST, MODEL_FILE, OPTIMIZER_FILE
 from elmo_ray.checkpoints.read import Checkpoint, listed_checkpoints, newest_checkpoint, open_checkpoint
@@ -39,9 +44,10 @@ from elmo_ray.checkpoints.stores import StorageError, previous_copy, store_of
 from elmo_ray.config import PretrainConfig, SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
-from elmo_ray.errors import CheckpointError, ConfigError, DataError, ElmoRayError, FormatError
+from elmo_ray.errors import CheckpointError, ConfigError, DataError, ElmoRayError, FormatError, short
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.storage import absolute, base_name, download, exists, is_uri, join, matches
+from elmo_ray.storage.files import file_hash
 from elmo_ray.storage.local_copy import scratch
 
 logger = logging.getLogger(__name__)
@@ -51,7 +57,9 @@ WEIGHTS, OPTIONS, VOCABULARY = "weights.hdf5", "options.json", "vocab.txt"
 _WEIGHTS_NAMES = ("*.hdf5", "*.h5")
 _OPTIONS_NAMES = ("*options*.json",)
 _VOCABULARY_NAMES = ("vocab*.txt", "vocab*.txt.gz")
-_KINDS = "a run, a checkpoint, a bilm-tf save folder, a weights.hdf5 or a model folder of ELMoForManyLangs"
+_KINDS = (
+    "a run, a checkpoint, hf://OWNER/NAME, a bilm-tf save folder, a weights.hdf5 or a model folder of ELMoForManyLangs"
+)
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,9 @@ def open_source(
     """
     if source is None:
         raise ConfigError(f"init.from is empty: name {_KINDS}")
+    if str(source).startswith(SCHEME):
+        folder, place = fetched(str(source))
+        return dataclasses.replace(open_source(folder, checkpoint, options, vocab, verify), uri=place)
     place = absolute(source)
     try:
         is_checkpoint, is_run = _is_checkpoint(place), _is_run(place)
@@ -184,6 +195,8 @@ def open_source(
         return _from_tensorflow(find_checkpoint(path, name), options, vocab)
     if checkpoint != BEST:
         raise _no_choice(source, checkpoint)
+    if path.is_dir() and is_hub_folder(path):
+        return _from_hub_folder(path, options, vocab)
     weights = path if path.is_file() else _only_weights(path)
     if weights is None:
         raise ConfigError(
@@ -300,20 +313,49 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
         vocabulary = Vocabulary.read(checkpoint.path / VOCABULARY, needed)
     except DataError as error:
         raise CheckpointError(str(error)) from None
-    with torch.device("meta"):
-        model = BiLM(config.model, config.softmax, vocabulary.size)
-    if not has_softmax:
-        model.drop_softmax()
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    check_forms(checkpoint.at(MODEL_FILE), tensors, shapes)
-    if len({tensor.dtype for tensor in tensors.values()}) != 1:
-        raise CheckpointError(f"{checkpoint.at(MODEL_FILE)}: has numbers of several types")
-    model.load_state_dict(tensors, assign=True)
+    model = _model(tensors, config, vocabulary.size, checkpoint.at(MODEL_FILE))
     fingerprint = str(checkpoint.manifest["files"][MODEL_FILE]["sha256"])
-    model.requires_grad_(False)
     slots = partial(checkpoint.tensors, OPTIMIZER_FILE) if OPTIMIZER_FILE in checkpoint.files else None
     uri = checkpoint.place if is_uri(checkpoint.place) else None
     return Source(checkpoint.path, model, config.softmax, vocabulary, checkpoint.step, fingerprint, config, uri, slots)
+
+
+def _model(tensors: dict[str, Tensor], config: PretrainConfig, n_words: int, place: str) -> BiLM:
+    """Return the model with these tensors of the file `place`. Raises CheckpointError where they do not fit."""
+    with torch.device("meta"):
+        model = BiLM(config.model, config.softmax, n_words)
+    if not any(name.startswith("softmax") for name in tensors):
+        model.drop_softmax()
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    check_forms(place, tensors, shapes)
+    if len({tensor.dtype for tensor in tensors.values()}) != 1:
+        raise CheckpointError(f"{place}: has numbers of several types")
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False)
+
+
+def _from_hub_folder(folder: Path, options: str | None, vocab: str | None) -> Source:
+    for key, value in (("init.options", options), ("init.vocab", vocab)):
+        if value is not None:
+            raise ConfigError(f"{key}={value}: {folder} has its own; leave it out")
+    values = read_hub_config(folder)
+    try:
+        settings = {"data": {"streams": 1}, "model": values["model"], "softmax": values["softmax"]}
+        config = PretrainConfig.from_dict(settings)
+    except ConfigError as error:
+        raise FormatError(f"{folder / HUB_CONFIG}: {short(str(error), 1000)}") from None
+    weights = folder / HUB_WEIGHTS
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{weights}: is not a readable safetensors file: {short(str(error))}") from None
+    needs_words = any(name.startswith("softmax") for name in tensors) or config.model.input == "words"
+    vocabulary = Vocabulary.read(folder / VOCABULARY, SPECIAL_WORDS if needs_words else ())
+    model = _model(tensors, config, vocabulary.size, str(weights))
+    step = values.get("step")
+    return Source(
+        weights, model, config.softmax, vocabulary, step if isinstance(step, int) else None, file_hash(weights)
+    )
 
 
 def _from_tensorflow(prefix: Path, options: str | None, vocab: str | None) -> Source:

@@ -34,6 +34,9 @@ RootT = TypeVar("RootT", bound=Root)
 _OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_.]*)=(.*)$", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _TEXT_ENDS = (".txt", ".gz", ".zst", ".jsonl", ".parquet")
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""Folder of the configurations that come with the package; in a checkout it is a link to configs/."""
+
 _FLAG_HELP = {
     "dry-run": "Print all settings and what the run would need, and stop.",
     "resume": "Continue the run of this name from its newest whole checkpoint.",
@@ -191,6 +194,8 @@ def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Fla
             places[waiting.pop(0).key] = word
         elif verb.config != "no" and file is None and _is_config(word, verb):
             file = word
+        elif verb.config == "required" and file is None and _is_name(word):
+            file = str(find_config(word))
         elif file is not None and word.endswith((".yaml", ".yml")) and not file.endswith((".yaml", ".yml")):
             problems.append(_misplaced(file, name, verb))
             file = word
@@ -203,7 +208,7 @@ def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Fla
         f"{place.label} is missing; usage: {usage}" for place in waiting if place.key not in {*places, *given}
     )
     if file is None and verb.config == "required" and not problems:
-        problems.append(f"CONFIG.yaml is missing; usage: {usage}")
+        problems.append(f"CONFIG.yaml is missing; usage: {usage}; {_known_configs()}")
     if problems:
         raise ConfigError("\n".join(problems))
     config = load_config(file, overrides, root, places)
@@ -211,6 +216,35 @@ def parse(argv: Sequence[str], name: str, root: type[RootT]) -> tuple[RootT, Fla
     if empty:
         raise ConfigError("\n".join(empty))
     return config, Flags(**values)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configurations that come with the package, by name."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the path of a configuration: a file that exists, or else one that comes with the package, by its name.
+
+    Raises ConfigError, with the names that there are, for a bare name that is neither.
+    """
+    path, shipped = Path(name), shipped_configs()
+    if path.exists() or not _is_name(str(name)):
+        return path
+    if str(name) not in shipped:
+        near = difflib.get_close_matches(str(name), shipped, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{name}: no such file; {meant}{_known_configs()}")
+    return shipped[str(name)]
+
+
+def _known_configs() -> str:
+    return f"the configurations that come with elmo_ray are {', '.join(shipped_configs())}"
+
+
+def _is_name(word: str) -> bool:
+    """Return True for a word that can name a configuration of the package: it is no path that exists, and no glob."""
+    return re.fullmatch(r"[A-Za-z0-9_-]+", word) is not None and not os.path.exists(word)
 
 
 def _is_config(word: str, verb: Verb) -> bool:
@@ -280,6 +314,9 @@ def help_text(name: str, root: type[Root]) -> str:
     flags = [*verb.flags, "help", "version"]
     texts = {**_FLAG_HELP, "help": "Print this text.", "version": "Print the version."}
     lines.extend(f"  --{flag:<10} {texts[flag]}" for flag in flags)
+    if verb.config == "required":
+        lines.extend(["", "CONFIG.yaml: a file, or the name of one that comes with elmo_ray:"])
+        lines.append(f"  {' '.join(shipped_configs())}")
     sets = {place.key: place.label for place in verb.positionals}
     lines.extend(
         ["", "keys (in CONFIG.yaml, or as key.path=value):" if verb.config != "no" else "keys (as key=value):"]
@@ -389,7 +426,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        known = path.suffix == ".yaml" and path.stem in shipped_configs()
+        cure = f"; the one that comes with elmo_ray is called by its name, {path.stem}" if known else ""
+        raise ConfigError(f"{path}: no such file{cure}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except OSError as error:

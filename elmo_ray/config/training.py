@@ -466,9 +466,10 @@ class FormatConfig(Section):
     """Section `export`."""
 
     path: ClassVar[str] = "export."
-    format: Literal["bilm", "checkpoint"] = Field(
+    format: Literal["bilm", "checkpoint", "safetensors"] = Field(
         "bilm",
-        description="bilm writes the files of bilm-tf; checkpoint keeps softmax and optimizer, for elmo_ray.",
+        description="bilm writes the files of bilm-tf; checkpoint keeps softmax and optimizer, for elmo_ray; "
+        "safetensors writes a folder for the Hugging Face Hub, with softmax and model card.",
     )
 
 

@@ -145,6 +145,14 @@ class Elmo(nn.Module):
         return cls(None, None, num_output_representations, module=model, vocabulary=opened.words, **settings)
 
     @classmethod
+    def from_pretrained(cls, source: Path, num_output_representations: int = 1, **settings: Any) -> Elmo:
+        """Return the layer of a model on the Hub, hf://OWNER/NAME or hf://OWNER/NAME@REVISION, or of any SOURCE.
+
+        It is fetched once, to the cache of `huggingface_hub`. settings: as for `from_run`.
+        """
+        return cls.from_run(source, num_output_representations, **settings)
+
+    @classmethod
     def from_model(
         cls, model: BiLM, num_output_representations: int = 1, *, vocabulary: Vocabulary | None = None, **settings: Any
     ) -> Elmo:

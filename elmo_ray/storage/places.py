@@ -34,7 +34,7 @@ _VERSIONS = (
     "ETag", "etag", "md5Hash", "content_settings", "checksum", "LastModified", "last_modified", "mtime", "updated",
     "created",
 )  # fmt: skip
-_EXTRAS = {"s3": "s3"}
+_EXTRAS = {"s3": "s3", "hf": "hub"}
 
 
 class Status(NamedTuple):
