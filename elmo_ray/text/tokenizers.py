@@ -1,8 +1,8 @@
 """Tokenizers: functions that turn documents into sentences, and sentences into words.
 
 Three kinds have a name: `none` for text that is tokenised, `spacy` for the rules of spaCy's languages, and
-`package.module:function` for a function of the user's own. spaCy is an extra (`pip install 'elmo-ray[text]'`), and it is
-imported only where it is asked for. No model is downloaded.
+`package.module:function` for a function of the user's own. spaCy is an extra (`pip install 'elmo-ray[text]'`), and it
+is imported only where it is asked for. No model is downloaded.
 """
 
 from __future__ import annotations
@@ -67,8 +67,6 @@ _BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
 _WRAPPED_LINE = 200
 # No language has such words, and the time for the rules would grow with the square of the length.
 _LONGEST_CHUNK = 500
-# Longer chunks are rare, so remembering them is of no use.
-_LONGEST_REMEMBERED = 40
 # About 60 MB. The whole memory, spaCy's included, is dropped when it is full.
 _REMEMBERED = 200_000
 # A paragraph is a text of its own for the loop below; this bounds the chunks that stand in memory at one time.
@@ -285,7 +283,6 @@ class SpacyTokenizer:
         """Make spaCy's tokenizer, and forget all chunks: spaCy keeps every string that it has seen."""
         self._rules, self._enders = _load_spacy(self._language)
         self._chunks: dict[str, tuple[list[str], str, tuple[int, ...]]] = {}
-        self._misses = 0
 
     def _sentences(self, document: str) -> list[list[str]]:
         found: list[list[str]] = []
@@ -301,9 +298,9 @@ class SpacyTokenizer:
         """Append the sentences of one paragraph, whose chunks are given, to `found`."""
         sentence: list[str] = []
         end = ""  # how the sentence may end here: "" (not at all), ".", "…" or "#" (of No.)
-        look_up = self._chunks.get
+        self._learn(chunks)
         for place, chunk in enumerate(chunks):
-            words, next_end, cuts = look_up(chunk) or self._learn(chunk)
+            words, next_end, cuts = self._chunks.get(chunk) or ([chunk], "", ())
             if end:
                 # Marks and closing quotes after a blank, as in French, still belong to the sentence.
                 if _belongs_to_end(chunk, self._enders):
@@ -328,14 +325,24 @@ class SpacyTokenizer:
         if sentence:
             found.append(sentence)
 
-    def _learn(self, chunk: str) -> tuple[list[str], str, tuple[int, ...]]:
-        """Return the words of a chunk, how a sentence may end after it, and where sentences end within it."""
-        if len(chunk) > _LONGEST_CHUNK:
-            return [chunk], "", ()
-        if self._misses >= _REMEMBERED:
+    def _learn(self, chunks: list[str]) -> None:
+        """Remember the words of all chunks that are new and not too long."""
+        if len(self._chunks) >= _REMEMBERED:
             self._load()
-        self._misses += 1
-        words = [token.text for token in self._rules(chunk)]
+        new = [chunk for chunk in set(chunks).difference(self._chunks) if len(chunk) <= _LONGEST_CHUNK]
+        words: list[str] = []
+        at = iter(new)
+        # One call for all: a call costs as much as some ten words.
+        for token in self._rules(" ".join(new)):
+            words.append(token.text)
+            if token.whitespace_:
+                self._remember(next(at), words)
+                words = []
+        if words:
+            self._remember(next(at), words)
+
+    def _remember(self, chunk: str, words: list[str]) -> None:
+        """Remember the words of a chunk, how a sentence may end after it, and where sentences end within it."""
         last = len(words)
         while last and words[last - 1] and all(character in _CLOSERS for character in words[last - 1]):
             last -= 1
@@ -349,10 +356,7 @@ class SpacyTokenizer:
             if words[place] in self._enders and words[place - 1][-1].isalpha() and words[place + 1][0].isalpha()
             if not words[place + 1][0].islower()
         )
-        learnt = words, end, cuts
-        if len(chunk) <= _LONGEST_REMEMBERED:
-            self._chunks[chunk] = learnt
-        return learnt
+        self._chunks[chunk] = words, end, cuts
 
     def _end_of(self, word: str) -> str:
         if _ELLIPSIS.fullmatch(word):
@@ -386,8 +390,8 @@ def _load_spacy(language: str) -> tuple[Any, frozenset[str]]:
         pipeline = spacy.blank(language, config=generic if language in _GENERIC_RULES else {})
     except ImportError as error:
         raise ConfigError(
-            f"data.language={short(language)}: spaCy has no rules for it or needs another library ({short(str(error))}); "
-            "use a code of https://spacy.io/usage/models#languages, or xx for rules of no language"
+            f"data.language={short(language)}: spaCy has no rules for it or lacks a library "
+            f"({short(str(error))}); use a code of https://spacy.io/usage/models#languages, or xx for rules of no language"
         ) from None
     for abbreviation in _MORE_ABBREVIATIONS.get(language, "").split():
         pipeline.tokenizer.add_special_case(abbreviation, [{"ORTH": abbreviation}])
