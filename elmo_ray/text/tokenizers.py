@@ -391,7 +391,7 @@ def _load_spacy(language: str) -> tuple[Any, frozenset[str]]:
     except ImportError as error:
         raise ConfigError(
             f"data.language={short(language)}: spaCy has no rules for it or lacks a library "
-            f"({short(str(error))}); use a code of https://spacy.io/usage/models#languages, or xx for rules of no language"
+            f"({short(str(error))}); use a code of https://spacy.io/usage/models#languages, or xx for no language"
         ) from None
     for abbreviation in _MORE_ABBREVIATIONS.get(language, "").split():
         pipeline.tokenizer.add_special_case(abbreviation, [{"ORTH": abbreviation}])
