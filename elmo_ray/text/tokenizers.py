@@ -393,14 +393,15 @@ def _load_spacy(language: str) -> tuple[Any, frozenset[str]]:
             f"data.language={short(language)}: spaCy has no rules for it or lacks a library "
             f"({short(str(error))}); use a code of https://spacy.io/usage/models#languages, or xx for no language"
         ) from None
+    rules: Any = pipeline.tokenizer
     for abbreviation in _MORE_ABBREVIATIONS.get(language, "").split():
-        pipeline.tokenizer.add_special_case(abbreviation, [{"ORTH": abbreviation}])
+        rules.add_special_case(abbreviation, [{"ORTH": abbreviation}])
     if language == "en":
         # As in the text that ELMo was trained on (One Billion Word Benchmark), "well-kept" is one word. Longer dashes
         # still separate.
-        infixes = [rule.replace("(?:-|–|", "(?:–|") for rule in pipeline.Defaults.infixes or ()]
-        pipeline.tokenizer.infix_finditer = spacy.util.compile_infix_regex(infixes).finditer
-    return pipeline.tokenizer, frozenset(Sentencizer.default_punct_chars).union(_MORE_ENDERS.get(language, ""))
+        infixes = [str(rule).replace("(?:-|–|", "(?:–|") for rule in pipeline.Defaults.infixes or ()]
+        rules.infix_finditer = spacy.util.compile_infix_regex(infixes).finditer
+    return rules, frozenset(Sentencizer.default_punct_chars).union(_MORE_ENDERS.get(language, ""))
 
 
 def _size(found: object) -> str:
