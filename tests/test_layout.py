@@ -22,6 +22,7 @@ ROOMS = [
     {"storage"},
     {"kernels"},
     {"config", "data"},
+    {"text"},
     {"model"},
     {"checkpoints"},
     {"elmo"},
