@@ -20,7 +20,7 @@ import torch
 
 from elmo_ray import prepare
 from elmo_ray.cluster.session import Device, check_cluster, in_cluster
-from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
+from elmo_ray.config import DataConfig, EvaluateConfig, PretrainConfig, ReportConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.errors import ConfigError, FormatError

@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 SAMPLE = "sample"  # data.train: the built-in corpus
-NORMALIZE_STEPS = ("nfc", "characters", "whitespace")  # of data.normalize
+NORMALIZE_STEPS = ("nfc", "control", "whitespace")  # of data.normalize
 COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and not the SOURCE's
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
@@ -84,9 +84,7 @@ class TextConfig(Section):
         description="Makes sentences of raw text: none, spacy or module:function; null: it is tokenised.",
     )
     language: str | None = Field(None, description="The language of data.tokenizer=spacy, such as en; xx: many.")
-    normalize: Names = Field(
-        (), description="Steps before the tokenizer: nfc, characters, whitespace."
-    )
+    normalize: Names = Field((), description="Steps before the tokenizer: nfc, control, whitespace.")
 
     def _unused(self) -> dict[str, str]:
         if self.tokenizer == "spacy":

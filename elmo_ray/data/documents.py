@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 from elmo_ray import storage
 from elmo_ray.data.text import OnError, decode
-from elmo_ray.data.tokenizers import describe_tokenizer, make_tokenizer
 from elmo_ray.errors import DataError, short
+from elmo_ray.text.tokenizers import NONE, describe_tokenizer, make_tokenizer
 
 _JSONL_NAMES = (".jsonl", ".ndjson")
 _PARQUET_NAMES = (".parquet", ".parq")
@@ -54,11 +54,11 @@ class TextForm:
 
     def converts(self, source: str) -> bool:
         """Return whether another text is made of the file before it is read as sentences."""
-        return self.kind(source) != "text" or self.tokenizer not in (None, "none") or bool(self.normalize)
+        return self.kind(source) != "text" or self.tokenizer not in (None, NONE) or bool(self.normalize)
 
     def key(self) -> str:
         """Return a hash of all on which the text depends, hexadecimal. Raises ConfigError as `make_tokenizer` does."""
-        described = describe_tokenizer(self.tokenizer or "none", self.language, self.normalize)
+        described = describe_tokenizer(self.tokenizer or NONE, self.language, self.normalize)
         fields = {**described, "format": self.format, "column": self.column, "on_error": self.on_error}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -93,7 +93,7 @@ def sentences_of(source: str, pieces: Iterable[bytes], form: TextForm, counts: C
         documents = _jsonl_documents(source, _lines(pieces), form, counts)
     else:
         documents = _text_documents(source, _lines(pieces), form)
-    tokenizer = make_tokenizer(form.tokenizer or "none", form.language, form.normalize)
+    tokenizer = make_tokenizer(form.tokenizer or NONE, form.language, form.normalize)
     check = _TokenisedCheck(source) if kind != "text" and form.tokenizer is None else None
     for batch in _batches(documents, counts):
         lines: list[str] = []
