@@ -1,7 +1,8 @@
 """Trainer of ELMo bidirectional language models on Ray; `python -m elmo_ray` lists its verbs.
 
-Programs that use a trained model import `Elmo`, `ElmoEmbedder`, `ElmoTokenEmbedder`, `LanguageModel`, `ScalarMix` and
-`batch_to_ids` from here. They need no Ray. `elmo_ray.api` has `pretrain`, `evaluate` and `embed` as functions.
+Programs that use a trained model import `Elmo`, `ElmoEmbedder`, `ElmoTokenEmbedder`, `LanguageModel`, `ScalarMix`,
+`batch_to_ids` and `tokenize` from here. They need no Ray. `elmo_ray.api` has `pretrain`, `evaluate` and `embed` as
+functions.
 """
 
 from __future__ import annotations
@@ -16,24 +17,35 @@ if TYPE_CHECKING:
     from elmo_ray.elmo.layer import Elmo as Elmo
     from elmo_ray.elmo.layer import batch_to_ids as batch_to_ids
     from elmo_ray.elmo.scalar_mix import ScalarMix as ScalarMix
+    from elmo_ray.text.tokenizers import tokenize as tokenize
 
-__all__ = ["Elmo", "ElmoEmbedder", "ElmoTokenEmbedder", "LanguageModel", "ScalarMix", "__version__", "batch_to_ids"]
+__all__ = [
+    "Elmo",
+    "ElmoEmbedder",
+    "ElmoTokenEmbedder",
+    "LanguageModel",
+    "ScalarMix",
+    "__version__",
+    "batch_to_ids",
+    "tokenize",
+]
 __version__ = "0.5.0"
 
 _MODULES = {
-    "Elmo": "layer",
-    "ElmoEmbedder": "embedder",
-    "ElmoTokenEmbedder": "embedder",
-    "LanguageModel": "language_model",
-    "ScalarMix": "scalar_mix",
-    "batch_to_ids": "layer",
+    "Elmo": "elmo.layer",
+    "ElmoEmbedder": "elmo.embedder",
+    "ElmoTokenEmbedder": "elmo.embedder",
+    "LanguageModel": "elmo.language_model",
+    "ScalarMix": "elmo.scalar_mix",
+    "batch_to_ids": "elmo.layer",
+    "tokenize": "text.tokenizers",
 }
 
 
 def __getattr__(name: str) -> Any:
     # These modules import torch, which takes seconds. The command line does without them.
     if name in _MODULES:
-        return getattr(importlib.import_module(f"elmo_ray.elmo.{_MODULES[name]}"), name)
+        return getattr(importlib.import_module(f"elmo_ray.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -22,11 +22,12 @@ from typing import Any
 from elmo_ray import storage
 from elmo_ray.cluster.session import free_cpus
 from elmo_ray.cluster.tasks import run_tasks
-from elmo_ray.config import SAMPLE, ClusterConfig, DataConfig, PrepareConfig, PretrainConfig
+from elmo_ray.config import SAMPLE, ClusterConfig, DataConfig, PrepareConfig, PretrainConfig, TextConfig
 from elmo_ray.config.command_line import Flags, run_verb, text_table
 from elmo_ray.data import sample, scan
 from elmo_ray.data.corpus import Corpus, expand_paths, shard_fields
 from elmo_ray.data.counts import WordCounter
+from elmo_ray.data.documents import TextForm
 from elmo_ray.data.encode import read_block
 from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, run_locally, run_task
 from elmo_ray.data.text import OnError, decode, file_status
@@ -165,7 +166,7 @@ def run(
     """
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
-    indexer = Indexer(directory, data.block_bytes, data.on_error, _make_runner(config.cluster), fresh)
+    indexer = Indexer(directory, data.block_bytes, data.on_error, _make_runner(config.cluster), fresh, text_form(data))
     files = _files(data, directory)
     _check_vocabulary(data, is_models_vocabulary)
     _warn_of_missing_files(directory)
@@ -270,7 +271,7 @@ def plan(config: PretrainConfig, is_models_vocabulary: bool = False) -> PrepareP
     """
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
-    indexer = Indexer(directory, data.block_bytes, data.on_error, run_locally)
+    indexer = Indexer(directory, data.block_bytes, data.on_error, run_locally, form=text_form(data))
     files = _files(data, directory)
     _check_vocabulary(data, is_models_vocabulary)
     todo: list[Task] = []
@@ -307,7 +308,8 @@ def measure(config: PretrainConfig, todo: PreparePlan) -> Sizes:
             folder = Path(scratch)
             for name in ("state", "text"):
                 (folder / name).mkdir()
-            found = _index(config, files, Indexer(folder, data.block_bytes, data.on_error, run_locally))
+            indexer = Indexer(folder, data.block_bytes, data.on_error, run_locally, form=text_form(data))
+            found = _index(config, files, indexer)
             _checks(found, config, folder)
         train = found.corpora["train"]
         return Sizes(train, train.positions, found.vocabulary.size, True)
@@ -327,19 +329,24 @@ def measure(config: PretrainConfig, todo: PreparePlan) -> Sizes:
     return Sizes(None, positions, words, False)
 
 
+def text_form(data: TextConfig) -> TextForm:
+    """Return how texts are made into sentences."""
+    return TextForm(data.format, data.column, data.tokenizer, data.language, data.normalize, data.on_error)
+
+
 def index_texts(
-    globs: Sequence[str], key: str, directory: Path, block_bytes: int, on_error: OnError
+    globs: Sequence[str], key: str, directory: Path, block_bytes: int, form: TextForm
 ) -> tuple[Corpus, Findings]:
     """Index texts in this process without counting their words; return the corpus and the findings.
 
     For evaluation text, which is small. globs: ("sample",) is the test text of the sample corpus. key: the setting that
-    errors name. directory: from `prepared_dir`. Raises ConfigError and DataError.
+    errors name. directory: from `prepared_dir`. form: from `text_form`. Raises ConfigError and DataError.
     """
     if tuple(globs) == (SAMPLE,):
         paths = list(sample.write_sample(directory / "sample").test)
     else:
         paths = expand_paths(globs, key)
-    return Indexer(directory, block_bytes, on_error, run_locally).index(paths, key)
+    return Indexer(directory, block_bytes, form.on_error, run_locally, form=form).index(paths, key)
 
 
 def prepared_dir(storage_path: str, configured: str | None) -> Path:

@@ -20,7 +20,7 @@ import torch
 
 from elmo_ray import prepare
 from elmo_ray.cluster.session import Device, check_cluster, in_cluster
-from elmo_ray.config import EvaluateConfig, PretrainConfig, ReportConfig
+from elmo_ray.config import DataConfig, EvaluateConfig, PretrainConfig, ReportConfig
 from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.errors import ConfigError, FormatError
@@ -264,6 +264,13 @@ def push_to_run(run_dir: Path, *patterns: str) -> None:
         raise ConfigError(f"run.storage_path: {error.filename}: cannot be written ({error.strerror})") from None
 
 
+def _text_settings(data: DataConfig) -> dict[str, Any]:
+    """Return the settings of how texts are made into sentences, without those that have no effect."""
+    names = ["format", "column", "tokenizer", "normalize", *(["language"] if data.language is not None else [])]
+    values = data.to_dict()
+    return {name: values[name] for name in names}
+
+
 def _finish(
     config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult, training: dict[str, Any]
 ) -> PretrainResult:
@@ -294,6 +301,7 @@ def _finish(
                         "prepared_dir": uri_of(prepared.prepared_dir),
                         "block_bytes": config.data.block_bytes,
                         "on_error": config.data.on_error,
+                        **_text_settings(config.data),
                     },
                     "evaluate": config.evaluate.to_dict(),
                     "cluster": {

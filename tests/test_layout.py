@@ -21,6 +21,7 @@ ROOMS = [
     {"errors", "machine"},
     {"storage"},
     {"kernels"},
+    {"text"},
     {"config", "data"},
     {"model"},
     {"checkpoints"},

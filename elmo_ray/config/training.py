@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 SAMPLE = "sample"  # data.train: the built-in corpus
+NORMALIZE_STEPS = ("nfc", "control", "whitespace")  # of data.normalize
 COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and not the SOURCE's
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
@@ -72,6 +73,28 @@ class TextConfig(Section):
     on_error: Literal["fail", "replace"] = Field(
         "fail", description="What happens at bytes that are not UTF-8 and at NULs: an error, or a replacement."
     )
+    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
+        "auto", description="Format of the texts; auto: by their names (.jsonl, .ndjson, .parquet)."
+    )
+    column: str = Field(
+        "text", min_length=1, description="The column of JSONL and Parquet files with the text; a.b is one inside a."
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Makes sentences of raw text: none, spacy or module:function; null: it is tokenised.",
+    )
+    language: str | None = Field(None, description="The language of data.tokenizer=spacy, such as en; xx: many.")
+    normalize: Names = Field((), description="Steps before the tokenizer: nfc, control, whitespace.")
+
+    def _unused(self) -> dict[str, str]:
+        if self.tokenizer == "spacy":
+            return {}
+        return {"language": f"data.tokenizer={self.tokenizer or 'null'} has no language; remove one of them"}
+
+    def _contradictions(self) -> Iterator[str]:
+        for step in self.normalize:
+            if step not in NORMALIZE_STEPS:
+                yield f"data.normalize={step}: must be among {', '.join(NORMALIZE_STEPS)}"
 
 
 class DataConfig(TextConfig):
@@ -103,9 +126,11 @@ class DataConfig(TextConfig):
 
     def _unused(self) -> dict[str, str]:
         why = f"the vocabulary is read from data.vocab={self.vocab}; remove one of them"
-        return {"min_count": why, "max_vocab": why} if self.vocab not in (None, COUNTED) else {}
+        counted = {"min_count": why, "max_vocab": why} if self.vocab not in (None, COUNTED) else {}
+        return {**super()._unused(), **counted}
 
     def _contradictions(self) -> Iterator[str]:
+        yield from super()._contradictions()
         if self.valid and self.holdout > 0:
             yield f"data.holdout={self.holdout} and data.valid both name validation text; remove one of them"
         for key in ("train", "valid", "test"):

@@ -14,6 +14,7 @@ from elmo_ray.errors import DataError
 HEAD_BYTES = 1 << 16
 
 _UNPACK, _TAKE_OUT = "unpack it", "write its sentences to a text file, one a line,"
+_PARQUET = b"PAR1\x15"
 # The first bytes of a file, what it is, and the cure.
 MAGIC = {
     b"\xfd7zXZ\0": ("is an xz file", _UNPACK),
@@ -26,7 +27,7 @@ MAGIC = {
     b"\xfe\xff": ("is UTF-16 or UTF-32", "convert it to UTF-8"),
     b"\0\0\xfe\xff": ("is UTF-32", "convert it to UTF-8"),
     # After its magic every Parquet file goes on with the first field of a Thrift structure.
-    b"PAR1\x15": ("is a Parquet file", _TAKE_OUT),
+    _PARQUET: ("is a Parquet file", _TAKE_OUT),
     b"ARROW1\0": ("is an Arrow file", _TAKE_OUT),
     b"Obj\x01": ("is an Avro file", _TAKE_OUT),
     b"\x89HDF\r\n\x1a\n": ("is an HDF5 file", _TAKE_OUT),
@@ -59,11 +60,18 @@ def check_magic(head: bytes, name: str) -> None:
             raise DataError(f"{name}: {what}; {cure} first")
 
 
+def check_parquet(head: bytes, name: str) -> None:
+    """Raise DataError, with the setting that reads it, if the first bytes of a text are those of a Parquet file."""
+    if head.startswith(_PARQUET):
+        raise DataError(f"{name}: is a Parquet file; name it .parquet or set data.format=parquet")
+
+
 def check_text(head: bytes, name: str) -> None:
     """Raise DataError if `head`, the first HEAD_BYTES of a text or all of it, is another format than sentences.
 
     name: of the file, for the error and for its ending, with or without .gz or .zst.
     """
+    check_parquet(head, name)
     check_magic(head, name)
     if head[257:262] == _TAR:
         raise DataError(f"{name}: is a tar archive; unpack it first")
@@ -77,7 +85,7 @@ def check_text(head: bytes, name: str) -> None:
     if {line.strip() for line in full[:3]} == _SPECIAL_WORDS:
         raise DataError(f"{name}: is a vocabulary (it begins with <S>, </S> and <UNK>); take it out of the text")
     if _is_json([line.strip() for line in full], name):
-        raise DataError(f"{name}: is JSON; {_TAKE_OUT} first")
+        raise DataError(f"{name}: is JSON; with an object in each line, name it .jsonl or set data.format=jsonl")
     _check_columns([line for line in full if not line.startswith(b"#")], name)
 
 

@@ -22,6 +22,7 @@ from elmo_ray import storage
 from elmo_ray.data import scan
 from elmo_ray.data.corpus import Corpus, Shard, pack_index, read_index_bytes, read_index_fields
 from elmo_ray.data.counts import WordCounter
+from elmo_ray.data.documents import Counts, TextForm, converted_path
 from elmo_ray.data.scan import (
     LONG_LINE_WORDS,
     LONG_WORD_CHARACTERS,
@@ -33,7 +34,15 @@ from elmo_ray.data.scan import (
 )
 from elmo_ray.data.sentence_sample import SentenceSample
 from elmo_ray.data.text import OnError, file_status
-from elmo_ray.data.unpack import check_format, check_space, compression, is_unpacked, unpack, unpacked_path
+from elmo_ray.data.unpack import (
+    check_format,
+    check_space,
+    compression,
+    is_unpacked,
+    read_counts,
+    unpack,
+    unpacked_path,
+)
 from elmo_ray.errors import DataError
 from elmo_ray.storage.files import write_aside
 from elmo_ray.storage.local_copy import uri_of
@@ -51,9 +60,9 @@ Runner = Callable[[Sequence[Task]], Iterable[tuple[int, bytes]]]
 """A function that runs tasks in any order and yields (index of the task, its result). Raises DataError."""
 
 
-def unpack_task(source: str, target: str) -> Task:
-    """Return the task that writes the text of a compressed shard; its result is empty."""
-    return {"kind": "unpack", "source": source, "target": target}
+def unpack_task(source: str, target: str, form: TextForm | None = None) -> Task:
+    """Return the task that writes the text of a compressed shard, or makes text of it by `form`; it has no result."""
+    return {"kind": "unpack", "source": source, "target": target, "form": None if form is None else form.to_dict()}
 
 
 def scan_task(
@@ -80,7 +89,8 @@ def run_task(task: Task) -> bytes:
     """Run a task in this process and return its result. Raises DataError as `unpack` and `scan_segment` do."""
     arguments = {name: value for name, value in task.items() if name != "kind"}
     if task["kind"] == "unpack":
-        unpack(arguments["source"], arguments["target"])
+        form = arguments["form"]
+        unpack(arguments["source"], arguments["target"], None if form is None else TextForm.from_dict(form))
         return b""
     if task["kind"] == "hash":
         path = arguments["path"]
@@ -178,10 +188,22 @@ class Findings:
 
 
 class Indexer:
-    """Indexer of files in `directory`, with its folders `state` and `text`; `fresh` ignores earlier results."""
+    """Indexer of files in `directory`, with its folders `state` and `text`; `fresh` ignores earlier results.
 
-    def __init__(self, directory: Path, block_bytes: int, on_error: OnError, runner: Runner, fresh: bool = False):
+    form: how files that are no text with a tokenised sentence in each line are made into such a text.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        block_bytes: int,
+        on_error: OnError,
+        runner: Runner,
+        fresh: bool = False,
+        form: TextForm | None = None,
+    ):
         self.directory = directory
+        self.form = form or TextForm(on_error=on_error)
         self.texts = storage.join(uri_of(directory), "text")  # Tasks on other machines write and read there.
         self.block_bytes = block_bytes
         self.on_error = on_error
@@ -194,7 +216,11 @@ class Indexer:
         With a `counter`, their words are added to it. Raises DataError.
         """
         texts = [self._text_path(source) for source in sources]
-        self._run(self._unpack_tasks(sources), f"unpacking shards of {key}", lambda task, result: None)
+        documents = any(self.form.converts(source) for source in sources)
+        title = f"making sentences of {key}" if documents else f"unpacking shards of {key}"
+        self._run(self._unpack_tasks(sources), title, lambda task, result: None)
+        if documents:
+            self._log_documents(texts, key)
         todo = self._scan_tasks(texts, sources, counter is not None)
         self._run(todo, f"indexing {key}", lambda task, result: write_aside(self._state_path(task), result))
         findings = Findings()
@@ -216,8 +242,10 @@ class Indexer:
         for source in sources:
             text = self._text_path(source)
             if text != source and (self.fresh or not is_unpacked(source, text)):
-                check_format(source)
-                todo.append(unpack_task(source, text))
+                converts = self.form.converts(source)
+                if self.form.kind(source) == "text":
+                    check_format(source)
+                todo.append(unpack_task(source, text, self.form if converts else None))
         if todo:
             check_space([task["source"] for task in todo], self.directory)
         return todo
@@ -241,8 +269,21 @@ class Indexer:
 
     def _text_path(self, source: str) -> str:
         """Return the path of the text: `source` itself, or the place for its unpacked text."""
+        if self.form.converts(source):
+            return converted_path(source, self.texts, self.form)
         packed = compression(source) is not None
         return unpacked_path(source, self.texts) if packed else source
+
+    def _log_documents(self, texts: Sequence[str], key: str) -> None:
+        """Log how many documents the texts were made of, and how many of them are empty."""
+        total = Counts()
+        for counts in map(read_counts, texts):
+            total.documents += counts.documents
+            total.empty += counts.empty
+            total.bad += counts.bad
+        logger.info("%s: %s documents, %s of them empty", key, f"{total.documents:,}", f"{total.empty:,}")
+        if total.bad:
+            logger.warning("%s: %s lines are not JSON and are left out", key, f"{total.bad:,}")
 
     def _run(self, todo: Sequence[Task], title: str, store: Callable[[Task, bytes], None]) -> None:
         """Run the tasks, store each result as it comes, and log the progress under `title`."""

@@ -1,4 +1,4 @@
-"""Unpacking of compressed shards (.gz, .zst) to seekable text in the prepared folder."""
+"""Unpacking of compressed shards (.gz, .zst), and making of text from documents, in the prepared folder."""
 
 import contextlib
 import gzip
@@ -11,11 +11,13 @@ import socket
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
 from elmo_ray import storage
-from elmo_ray.data.formats import HEAD_BYTES, check_magic, check_text
+from elmo_ray.data.documents import Counts, TextForm, read_pieces, sentences_of
+from elmo_ray.data.formats import HEAD_BYTES, check_magic, check_parquet, check_text
 from elmo_ray.errors import DataError
 from elmo_ray.storage import Place, Status, is_uri
 
@@ -39,6 +41,7 @@ def compression(path: str) -> str | None:
             head = file.read(16)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
+    check_parquet(head, path)
     return _compression_of(head, path)
 
 
@@ -97,7 +100,16 @@ def is_unpacked(source: str, target: Place) -> bool:
         status, text = storage.status(source), storage.status(target)
     except (OSError, ValueError):
         return False
-    return bool(note == _note_fields(status, text))
+    return isinstance(note, dict) and note.items() >= _note_fields(status, text).items()
+
+
+def read_counts(target: Place) -> Counts:
+    """Return how many documents a text was made of; all 0 where that is not known."""
+    try:
+        note = json.loads(storage.read_bytes(_note_path(target)))
+        return Counts(*(int(note.get(name, 0)) for name in ("documents", "empty", "bad")))
+    except (OSError, ValueError, AttributeError):
+        return Counts()
 
 
 def check_space(sources: Sequence[str], directory: Path) -> None:
@@ -111,27 +123,29 @@ def check_space(sources: Sequence[str], directory: Path) -> None:
         )
 
 
-def unpack(source: str, target: Place) -> int:
+def unpack(source: str, target: Place, form: TextForm | None = None) -> int:
     """Write the text of `source` to `target`, whole or not at all; return its size in bytes.
 
-    A `target` in an object store is unpacked to this machine's disk first. Raises DataError for a damaged or truncated
-    file and for a full disk.
+    form: settings by which it is made into sentences (`documents.sentences_of`); None: it is only unpacked. A `target`
+    in an object store is unpacked to this machine's disk first. Raises DataError for a damaged or truncated file and
+    for a full disk, and as `sentences_of` does.
     """
     if not is_uri(target):
-        return _unpack(source, Path(target))
+        return _unpack(source, Path(target), form)
     with tempfile.TemporaryDirectory(prefix="elmo-ray-unpack-") as folder:
         here = Path(folder, storage.base_name(target))
-        size = _unpack(source, here)
+        size = _unpack(source, here, form)
         try:
             storage.upload(here, target)
-            note = json.dumps(_note_fields(storage.status(source), storage.status(target)))
+            counts = asdict(read_counts(here))
+            note = json.dumps({**_note_fields(storage.status(source), storage.status(target)), **counts})
             storage.write_bytes(_note_path(target), note.encode())
         except OSError as error:
             raise DataError(f"{source}: cannot be unpacked to {target} ({error.strerror or error})") from None
     return size
 
 
-def _unpack(source: str, target: Path) -> int:
+def _unpack(source: str, target: Path, form: TextForm | None) -> int:
     prefix = f".{target.name}.{socket.gethostname()}."
     for stale in target.parent.glob(f"{prefix}*.part"):
         # A run that was killed could not remove its file, which may be large.
@@ -141,9 +155,11 @@ def _unpack(source: str, target: Path) -> int:
     try:
         status = storage.status(source)
         size = 0
+        counts = Counts()
         since_check = _CHECK_BYTES
         with storage.open_read(source) as packed, open(aside, "wb") as text:
-            for piece in _pieces(packed, source, compression(source)):
+            pieces = _content(packed, source, form)
+            for piece in pieces if form is None else sentences_of(source, pieces, form, counts):
                 if since_check >= _CHECK_BYTES:
                     since_check = 0
                     _check_free(target, source)
@@ -153,13 +169,22 @@ def _unpack(source: str, target: Path) -> int:
             text.flush()
             os.fsync(text.fileno())
         os.replace(aside, target)
-        Path(_note_path(target)).write_text(json.dumps(_note_fields(status, os.stat(target))), "utf-8")
+        note = {**_note_fields(status, os.stat(target)), **asdict(counts)}
+        Path(_note_path(target)).write_text(json.dumps(note), "utf-8")
     except OSError as error:
         raise DataError(f"{source}: cannot be unpacked to {target.parent} ({error.strerror or error})") from None
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
     return size
+
+
+def _content(file: BinaryIO, source: str, form: TextForm | None) -> Iterator[bytes]:
+    """Return the content of a file in pieces, unpacked where it is compressed; nothing of a Parquet file."""
+    if form is not None and form.kind(source) == "parquet":
+        return iter(())
+    kind = compression(source)
+    return read_pieces(file) if kind is None else _pieces(file, source, kind)
 
 
 def _pieces(packed: BinaryIO, source: str, kind: str | None) -> Iterator[bytes]:
@@ -204,8 +229,11 @@ def _estimate(source: str) -> int:
     """Return the unpacked size in bytes by the compressed file, or a guess where it is not stated or unlikely."""
     size = storage.status(source).st_size
     guess = size * _USUAL_RATIO
+    kind = _known_compression(source)
+    if kind is None:
+        return guess if TextForm().kind(source) == "parquet" else size
     with storage.open_read(source) as packed:
-        if compression(source) == "zst":
+        if kind == "zst":
             with contextlib.suppress(Exception):  # A defect of the file shows when it is unpacked.
                 import zstandard
 
@@ -216,6 +244,13 @@ def _estimate(source: str) -> int:
         # This is the length of the last member, modulo 2**32; in a truncated file it is noise.
         stated = int.from_bytes(packed.read(4), "little")
     return stated if size <= stated <= 10 * size else guess
+
+
+def _known_compression(source: str) -> str | None:
+    try:
+        return compression(source)
+    except DataError:  # A Parquet file, or one that is found to be bad when it is read.
+        return None
 
 
 def _check_free(target: Path, source: str) -> None:

@@ -70,9 +70,17 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         bytes_of(GOOD + b"x" * 10_000_000 + b"\n"),
         ", line 31: a word of 10,000,000 characters; divide the line into words with blanks between them, or remove it",
     ),
-    "Parquet": (".txt", bytes_of(b"PAR1\x15\x04" + bytes(99)), ": is a Parquet file; write its sentences to a text "),
-    "JSON lines": (".jsonl", bytes_of(b'{"text": "a cat ."}\n' * 9), ": is JSON; write its sentences to a text file"),
-    "JSON lines in gzip": (".gz", bytes_of(gzip.compress(b'{"text": "a cat ."}\n' * 9)), ": is JSON; write its "),
+    "Parquet": (
+        ".txt",
+        bytes_of(b"PAR1\x15\x04" + bytes(99)),
+        ": is a Parquet file; name it .parquet or set data.format=parquet",
+    ),
+    "JSON lines": (
+        ".txt",
+        bytes_of(b'{"text": "a cat ."}\n' * 9),
+        ": is JSON; with an object in each line, name it .jsonl or set",
+    ),
+    "JSON lines in gzip": (".gz", bytes_of(gzip.compress(b'{"text": "a cat ."}\n' * 9)), ": is JSON; with an object "),
     "CoNLL-U": (
         ".conllu",
         bytes_of(

@@ -1,0 +1,1 @@
+"""Room of raw text: how documents become sentences of words."""

@@ -1,0 +1,111 @@
+"""Quality and speed of `data.tokenizer=spacy` beside spaCy itself, on tokenised text that is written as prose again.
+
+    python tests/benchmarks/tokenizers.py FILE [LANGUAGE]
+
+FILE has one tokenised sentence a line. Its sentences are written as people write them, in documents of 100, and
+tokenised again. The table has the F1 of sentences (both ends agree) and of tokens against the original, and tokens a
+second of CPU time on one core.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+SENTENCES = 20_000
+SENTENCES_OF_A_DOCUMENT = 100
+
+_TO_THE_LEFT = re.compile(r" ([,.;:?!%)\]}]|(?<!\. )\.\.\.|n't|'(?:s|m|d|ll|re|ve|S|M|D|LL|RE|VE)|')(?= |$)")
+_TO_THE_RIGHT = re.compile(r"(?<!\S)([(\[{$#]) ")
+_MERGED = re.compile(r"\b(can|gon|wan|got) (not|na|ta)\b", re.IGNORECASE)
+
+Sentences = list[list[str]]
+
+
+def detokenize(sentences: Iterable[str]) -> str:
+    """Return tokenised sentences as one text of prose, with the blanks that people write."""
+    found, is_open = [], False
+    for sentence in sentences:
+        tokens = sentence.split()
+        words = []
+        for place, word in enumerate(tokens):
+            if word == '"':
+                # Straight quotes take turns, but one at the start of a sentence opens and one at its end closes.
+                is_open = place > 0 and (is_open or place == len(tokens) - 1)
+                word = '\0"' if is_open else '"\0'
+                is_open = not is_open
+            words.append(word)
+        text = " ".join(words).replace(" \0", "").replace("\0 ", "").replace("\0", "")
+        text = _MERGED.sub(r"\1\2", _TO_THE_RIGHT.sub(r"\1", text))
+        previous = ""
+        while previous != text:
+            previous, text = text, _TO_THE_LEFT.sub(r"\1", text)
+        # Where a sentence ends without a mark, only the end of a paragraph can have ended it.
+        found.append(text + (" " if re.search(r"[.?!]\W*$", text) else "\n\n"))
+    return "".join(found)
+
+
+def spans(sentences: Sentences) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+    """Return the places of sentences and of tokens, counted in characters that are no blanks."""
+    places: tuple[set[tuple[int, int]], set[tuple[int, int]]] = (set(), set())
+    at = 0
+    for words in sentences:
+        begin = at
+        for word in words:
+            places[1].add((at, at + len(word)))
+            at += len(word)
+        places[0].add((begin, at))
+    return places
+
+
+def f1(found: set[tuple[int, int]], right: set[tuple[int, int]]) -> float:
+    """Return the harmonic mean of precision and recall."""
+    return 2 * len(found & right) / (len(found) + len(right))
+
+
+def main(path: str, language: str = "en") -> None:
+    import spacy
+
+    from elmo_ray.text.tokenizers import make_tokenizer
+
+    lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.split()][:SENTENCES]
+    documents = [lines[at : at + SENTENCES_OF_A_DOCUMENT] for at in range(0, len(lines), SENTENCES_OF_A_DOCUMENT)]
+    texts = [detokenize(document) for document in documents]
+    right = [[line.split() for line in document] for document in documents]
+    pipeline = spacy.blank(language)
+    pipeline.add_pipe("sentencizer")
+    cold = spacy.blank(language)  # a tokenizer remembers what it has seen, so each row has one of its own
+
+    def bare(texts: list[str]) -> list[Sentences]:
+        return [
+            [[token.text for token in sentence if not token.is_space] for sentence in document.sents]
+            for document in pipeline.pipe(texts)
+        ]
+
+    def words_only(texts: list[str]) -> list[Sentences]:
+        return [[[token.text for token in document if not token.is_space]] for document in cold.tokenizer.pipe(texts)]
+
+    print(f"{'':34}  sentence F1  token F1  tokens/s")
+    tools: dict[str, Callable[[list[str]], list[Sentences]]] = {
+        "data.tokenizer=spacy": make_tokenizer("spacy", language),
+        "spaCy, with its sentencizer": bare,
+        "spaCy's tokenizer, no sentences": words_only,
+    }
+    for name, tool in tools.items():
+        begin = time.process_time()
+        found = tool(texts)
+        seconds = time.process_time() - begin
+        tokens = sum(len(words) for document in found for words in document)
+        scores = []
+        for kind in (0, 1):
+            ours = {(number, *span) for number, document in enumerate(found) for span in spans(document)[kind]}
+            theirs = {(number, *span) for number, document in enumerate(right) for span in spans(document)[kind]}
+            scores.append(f1(ours, theirs))  # type: ignore[arg-type]
+        print(f"{name:34}  {scores[0]:11.4f}  {scores[1]:8.4f}  {tokens / seconds:8,.0f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,123 @@
+"""Documents of JSONL and Parquet files, and raw text, become text with one sentence a line; bad ones are named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from elmo_ray.data.documents import TextForm
+from elmo_ray.data.indexing import Indexer, run_locally
+from elmo_ray.errors import DataError
+from elmo_ray.storage.files import make_folder
+
+DOCUMENTS = ["the cat sat .\nit slept .", "a dog ran ."]
+LINES = ["the cat sat .", "it slept .", "a dog ran ."]
+
+
+def text_of(folder: Path, sources: list[Path], **form: Any) -> list[str]:
+    """Return the lines that are trained on."""
+    for name in ("state", "text"):
+        make_folder(folder / name)
+    indexer = Indexer(folder, 4096, form.get("on_error", "fail"), run_locally, form=TextForm(**form))
+    corpus, _ = indexer.index([str(source) for source in sources], "data.train")
+    return [line for shard in corpus.shards for line in Path(shard.path).read_text().splitlines()]
+
+
+def jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_every_format_gives_the_same_text(tmp_path: Path) -> None:
+    records = [{"id": 1, "text": DOCUMENTS[0]}, {"id": 2, "text": None}, {"text": " "}, {"text": DOCUMENTS[1]}]
+    plain = jsonl(tmp_path / "d.jsonl", records)
+    packed, small = tmp_path / "d.jsonl.gz", tmp_path / "d.ndjson.zst"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    small.write_bytes(zstandard.compress(plain.read_bytes()))
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    table = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": [DOCUMENTS[0], None, "", DOCUMENTS[1]]}), table, row_group_size=1)
+    for source in (plain, packed, small, marked, table):
+        assert text_of(tmp_path / f"of-{source.name}", [source]) == LINES, source
+    # in one glob, with text between them
+    text = tmp_path / "t.txt"
+    text.write_text("plain text .\n")
+    assert text_of(tmp_path / "mixed", [plain, text, table]) == [*LINES, "plain text .", *LINES]
+
+
+def test_columns(tmp_path: Path) -> None:
+    nested = jsonl(tmp_path / "n.jsonl", [{"page": {"body": DOCUMENTS[0]}}, {"page": None}])
+    assert text_of(tmp_path / "one", [nested], column="page.body") == LINES[:2]
+    table = tmp_path / "n.parquet"
+    pq.write_table(pa.table({"page": [{"body": DOCUMENTS[0], "n": 1}, None], "n": [1, 2]}), table)
+    assert text_of(tmp_path / "two", [table], column="page.body") == LINES[:2]
+    for source, column, message in (
+        (nested, "text", r"n.jsonl, line 1: has no column text \(data.column=text\); it has page"),
+        (nested, "page.title", r"has no column page.title .*; it has body"),
+        (nested, "page", "data.column=page is .*, a dict and no text"),
+        (table, "text", r"n.parquet: has no column text \(data.column=text\); it has page, n"),
+        (table, "n", "data.column=n has values of int64"),
+    ):
+        with pytest.raises(DataError, match=message):
+            text_of(tmp_path / "three", [source], column=column)
+    assert not list((tmp_path / "three" / "text").iterdir())
+
+
+def test_bad_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"text": "the cat ."}\n{"text": \n{"text": "a \xff ."}\n')
+    with pytest.raises(DataError, match="bad.jsonl, line 2: is not JSON .*data.on_error=replace"):
+        text_of(tmp_path / "out", [bad])
+    caplog.set_level(logging.INFO, logger="elmo_ray")
+    assert text_of(tmp_path / "out", [bad], on_error="replace") == ["the cat .", "a \ufffd ."]
+    assert "data.train: 1 lines are not JSON and are left out" in caplog.text
+    whole = tmp_path / "whole.parquet"
+    pq.write_table(pa.table({"text": DOCUMENTS}), whole)
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(whole.read_bytes()[:-20])
+    with pytest.raises(DataError, match="cut.parquet: is no whole Parquet file"):
+        text_of(tmp_path / "out", [cut])
+    empty = tmp_path / "empty.parquet"
+    empty.write_bytes(b"")
+    with pytest.raises(DataError, match="empty.parquet: is no whole Parquet file"):
+        text_of(tmp_path / "out", [empty])
+    renamed = tmp_path / "renamed.txt"
+    renamed.write_bytes(whole.read_bytes())
+    with pytest.raises(DataError, match="is a Parquet file; name it .parquet or set data.format=parquet"):
+        text_of(tmp_path / "out", [renamed])
+    assert text_of(tmp_path / "out", [renamed], format="parquet") == LINES
+
+
+def test_documents_that_are_not_tokenised(tmp_path: Path) -> None:
+    raw = jsonl(tmp_path / "raw.jsonl", [{"text": "The cat sat. It slept, too."}] * 3)
+    with pytest.raises(DataError, match="its documents are not tokenised .words such as 'sat.'.*data.tokenizer=spacy"):
+        text_of(tmp_path / "out", [raw])
+    assert text_of(tmp_path / "out", [raw], tokenizer="none") == ["The cat sat. It slept, too."] * 3
+    pytest.importorskip("spacy")
+    found = text_of(tmp_path / "out", [raw], tokenizer="spacy", language="en")
+    assert found == ["The cat sat .", "It slept , too ."] * 3
+    text = tmp_path / "raw.txt"
+    text.write_text("The cat sat. It slept, too.\n")
+    assert text_of(tmp_path / "out", [text], tokenizer="spacy", language="en") == found[:2]
+    # each of the settings has its own text in the folder
+    assert len(list((tmp_path / "out" / "text").glob("raw-*.txt"))) == 3
+
+
+def test_a_text_that_is_made_is_used_again(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "d.jsonl", [{"text": text} for text in DOCUMENTS])
+    assert text_of(tmp_path / "out", [source]) == LINES
+    (made,) = (tmp_path / "out" / "text").glob("*.txt")
+    before = made.stat()
+    assert text_of(tmp_path / "out", [source]) == LINES
+    assert made.stat().st_mtime_ns == before.st_mtime_ns
+    jsonl(source, [{"text": DOCUMENTS[1]}])
+    assert text_of(tmp_path / "out", [source]) == LINES[2:]
