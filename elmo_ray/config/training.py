@@ -493,8 +493,7 @@ class FormatConfig(Section):
     path: ClassVar[str] = "export."
     format: Literal["bilm", "checkpoint", "safetensors"] = Field(
         "bilm",
-        description="bilm writes the files of bilm-tf; checkpoint keeps softmax and optimizer, for elmo_ray; "
-        "safetensors writes a folder for the Hugging Face Hub, with softmax and model card.",
+        description="bilm-tf's files; a checkpoint with the optimizer; or a folder for the Hub.",
     )
 
 

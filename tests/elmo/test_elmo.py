@@ -561,7 +561,7 @@ def test_torch_compile_leaves_the_layer_out_of_its_graphs(trained: bool) -> None
 
 
 def test_public_names() -> None:
-    names = ["Elmo", "ElmoEmbedder", "ElmoTokenEmbedder", "LanguageModel", "ScalarMix", "batch_to_ids"]
+    names = ["Elmo", "ElmoEmbedder", "ElmoTokenEmbedder", "LanguageModel", "ScalarMix", "batch_to_ids", "tokenize"]
     assert [name for name in dir(elmo_ray) if not name.startswith("_")] == names
     assert set(names) < set(elmo_ray.__all__)
     assert elmo_ray.LanguageModel is LanguageModel and elmo_ray.Elmo is Elmo
