@@ -6,6 +6,7 @@ that texts of other settings are never mixed with it. It appears whole or not at
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -56,6 +57,7 @@ class TextForm:
         """Return whether another text is made of the file before it is read as sentences."""
         return self.kind(source) != "text" or self.tokenizer not in (None, NONE) or bool(self.normalize)
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - it loads spaCy, and it is asked for every file
     def key(self) -> str:
         """Return a hash of all on which the text depends, hexadecimal. Raises ConfigError as `make_tokenizer` does."""
         described = describe_tokenizer(self.tokenizer or NONE, self.language, self.normalize)
@@ -93,7 +95,7 @@ def sentences_of(source: str, pieces: Iterable[bytes], form: TextForm, counts: C
         documents = _jsonl_documents(source, _lines(pieces), form, counts)
     else:
         documents = _text_documents(source, _lines(pieces), form)
-    tokenizer = make_tokenizer(form.tokenizer or NONE, form.language, form.normalize)
+    tokenizer = _tokenizer(form.tokenizer or NONE, form.language, form.normalize)
     check = _TokenisedCheck(source) if kind != "text" and form.tokenizer is None else None
     for batch in _batches(documents, counts):
         lines: list[str] = []
@@ -104,6 +106,10 @@ def sentences_of(source: str, pieces: Iterable[bytes], form: TextForm, counts: C
         yield "".join(lines).encode()
     if check is not None:
         check.finish()
+
+
+# A tokenizer of spaCy takes a quarter of a second to make, and there may be thousands of files.
+_tokenizer = functools.lru_cache(maxsize=8)(make_tokenizer)
 
 
 def _batches(documents: Iterable[str | None], counts: Counts) -> Iterator[list[str]]:
