@@ -32,7 +32,7 @@ class Store:
         hosts.environment |= {**KEY, "AWS_ENDPOINT_URL": f"http://{self.host.address}:9000"}
         hosts.environment["PYTHONPATH"] += f":{REPOSITORY / 'tests'}"
         self.host.start(sys.executable, "-m", "helpers.faulty_s3", self.host.address, "9000", str(self.control))
-        wait_for(ready.exists, f"the server: {self.host.log}", 60)
+        wait_for(ready.exists, f"the server: {self.host.log}", 120)
 
     def tell(self, word: str) -> None:
         new = self.control.with_name("s3.new")
@@ -102,7 +102,7 @@ def test_a_store_that_is_away_while_a_checkpoint_is_sent(
     store.tell("hold")
     process = run.start()
     try:
-        wait_for(store.held.exists, f"a checkpoint: {run.log}", 60)
+        wait_for(store.held.exists, f"a checkpoint: {run.log}", 180)
         broken(store)
         began = time.monotonic()
         wait_for(lambda: "the object store does not answer well" in run.said(), f"a line: {run.log}", 60)
@@ -127,7 +127,7 @@ def test_a_wrong_key_is_one_line(store: Store, tmp_path: Path) -> None:
     run = Run(store, tmp_path, "denied")
     store.tell("denied")
     try:
-        assert run.start().wait(60) == 2, run.said()
+        assert run.start().wait(180) == 2, run.said()
     finally:
         store.tell("well")
     last = lines_of(run.said())[-1]
