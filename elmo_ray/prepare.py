@@ -1,6 +1,6 @@
 """`prepare`: count the words of a corpus, index it and check it.
 
-    python -m elmo_ray.prepare CONFIG.yaml [key.path=value ...] [--fresh] [--dry-run] [--json FILE]
+    python -m elmo_ray.prepare CONFIG.yaml [key.path=value ...] [--fresh] [--look] [--dry-run] [--json FILE]
 
 It also unpacks .gz and .zst files, gathers the sample corpus, and writes vocab.txt unless data.vocab names one. The
 findings about each file are kept under data.prepared_dir. A file is read again only if it has changed, or if other
@@ -30,6 +30,7 @@ from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.documents import TextForm
 from elmo_ray.data.encode import read_block
 from elmo_ray.data.indexing import Findings, Indexer, Runner, Task, run_locally, run_task
+from elmo_ray.data.look import Look, look_at
 from elmo_ray.data.text import OnError, decode, file_status
 from elmo_ray.data.text_check import TextChecks, check_texts, read_sample
 from elmo_ray.data.vocabulary import SKIPPED_WORD, SPECIAL_IN_OTHER_FORMS, SPECIAL_WORDS, UNKNOWN_WORD, Vocabulary
@@ -131,6 +132,29 @@ class PrepareResult:
             "checks": self.checks.to_dict(),
             **texts,
         }
+
+
+@dataclass(frozen=True)
+class LookedAt:
+    """A prepared corpus, and how its texts look."""
+
+    result: PrepareResult
+    looks: dict[str, Look]
+
+    @classmethod
+    def of(cls, result: PrepareResult, on_error: OnError) -> LookedAt:
+        """Look at all texts of a prepared corpus. Raises DataError when a file is gone."""
+        vocabulary = Vocabulary.read(result.vocabulary_path)
+        return cls(result, {name: look_at(corpus, vocabulary, on_error) for name, corpus in result.corpora.items()})
+
+    def summary(self) -> str:
+        """Return the summary of the corpus, and the looks as text."""
+        lines = [line for name, look in self.looks.items() for line in look.lines(f"data.{name}")]
+        return "\n".join([self.result.summary(), *lines])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain values, with the looks by the names of the texts."""
+        return {**self.result.to_dict(), "look": {name: look.to_dict() for name, look in self.looks.items()}}
 
 
 @dataclass(frozen=True)
@@ -583,9 +607,10 @@ def _run_on_ray(todo: Sequence[Task], max_failures: int) -> Iterator[tuple[int, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
 
-    def verb(config: PrepareConfig, flags: Flags) -> PrepareResult | PreparePlan:
+    def verb(config: PrepareConfig, flags: Flags) -> PrepareResult | PreparePlan | LookedAt:
         if not flags.dry_run:
-            return run(config, flags.fresh)
+            result = run(config, flags.fresh)
+            return LookedAt.of(result, config.data.on_error) if flags.look else result
         todo = plan(config)
         measure(config, todo)
         return todo

@@ -41,6 +41,7 @@ _FLAG_HELP = {
     "dry-run": "Print all settings and what the run would need, and stop.",
     "resume": "Continue the run of this name from its newest whole checkpoint.",
     "fresh": "Start anew instead of continuing what exists.",
+    "look": "Show sentences as they are trained on, unknown words, lengths and odd characters.",
     "json": "FILE: also write the result to this file as JSON.",
 }
 
@@ -52,6 +53,7 @@ class Flags:
     dry_run: bool = False
     resume: bool = False
     fresh: bool = False
+    look: bool = False
     json: str | None = None
 
 
@@ -90,7 +92,8 @@ _SOURCE = Positional("SOURCE", "init.from")
 VERBS: dict[str, Verb] = {
     "prepare": Verb(
         "count, index and check a corpus; build its vocabulary; or gather the sample corpus",
-        config="required", flags=("dry-run", "fresh", "json"), sections=("run", "data", "cluster"), text="data.train",
+        config="required", flags=("dry-run", "fresh", "look", "json"), sections=("run", "data", "cluster"),
+        text="data.train",
     ),
     "pretrain": Verb(
         "train a bidirectional language model from scratch, validate and export it",

@@ -1,0 +1,109 @@
+"""A look at a text before a week of training: sentences as they are trained on, unknown words, lengths, characters."""
+
+from __future__ import annotations
+
+import collections
+import unicodedata
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from elmo_ray.data.corpus import Corpus
+from elmo_ray.data.encode import read_block
+from elmo_ray.data.text import OnError, decode, split_lines
+from elmo_ray.data.vocabulary import UNKNOWN_WORD, Vocabulary
+from elmo_ray.errors import short
+
+# Blocks that are read, evenly over the text: some 8 MB with data.block_bytes as it is by default.
+_BLOCKS = 64
+_SENTENCES = 10
+_SIZES = (1_000, 10_000, 50_000, 100_000, 500_000)
+_QUANTILES = (5, 50, 95, 99)
+_CHARACTERS = 12
+_SHOWN_CHARACTERS = 400
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a sample of a text looks like.
+
+    sentences: some, with a mark after each word. sampled: the number of sentences of the sample. unknown: lines of the
+    vocabulary, from the top, and the share of the text's words that are not among them. lengths: quantiles in percent
+    and the words of a sentence. script: that of most letters, as Unicode names it. foreign: the commonest other letters
+    and their counts. repeated: the share of sentences of the sample that stand in it more than once.
+    """
+
+    sentences: list[str]
+    sampled: int
+    unknown: list[tuple[int, float]]
+    lengths: list[tuple[int, int]]
+    script: str
+    foreign: list[tuple[str, int]]
+    repeated: float
+
+    def lines(self, name: str) -> list[str]:
+        """Return the look as text; name: of the text, such as data.train."""
+        found = ["", f"{name}, a sample of {self.sampled:,} sentences; | stands after each word:"]
+        found += [f"  {short(sentence, _SHOWN_CHARACTERS)}" for sentence in self.sentences]
+        shares = ", ".join(f"{100 * share:.2f} % with {lines:,} lines" for lines, share in self.unknown)
+        found.append(f"unknown words by size of the vocabulary: {shares}")
+        lengths = ", ".join(f"{words} ({part} %)" for part, words in self.lengths)
+        found.append(f"words of a sentence (at most so many in this part of them): {lengths}")
+        found.append(f"sentences that stand more than once: {100 * self.repeated:.1f} %")
+        foreign = ", ".join(f"{character} U+{ord(character):04X} ({count:,})" for character, count in self.foreign)
+        found.append(f"script: {self.script}; the commonest other letters: {foreign or 'none'}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the look as plain values."""
+        return asdict(self)
+
+
+def look_at(corpus: Corpus, vocabulary: Vocabulary, on_error: OnError) -> Look:
+    """Return how a text looks, by blocks evenly over it. Raises DataError when a file of the corpus is gone."""
+    chosen = np.unique(np.linspace(0, len(corpus) - 1, min(len(corpus), _BLOCKS)).astype(np.int64))
+    sentences: list[list[str]] = []
+    for number in chosen.tolist():
+        block = corpus.block(number)
+        text, _ = decode(read_block(block), on_error, block.path, block.start)
+        sentences += [words for line in split_lines(text) if (words := line.split())]
+    counts = collections.Counter(word for words in sentences for word in words)
+    total = max(1, sum(counts.values()))
+    sizes = [size for size in _SIZES if size < vocabulary.size] + [vocabulary.size]
+    ids = vocabulary.ids
+    missing = [
+        sum(count for word, count in counts.items() if ids.get(word, size) >= size or word == UNKNOWN_WORD)
+        for size in sizes
+    ]
+    lengths = np.percentile([len(words) for words in sentences], _QUANTILES, method="higher").tolist()
+    times = collections.Counter(" ".join(words) for words in sentences)
+    script, foreign = _scripts(counts)
+    places = np.unique(np.linspace(0, len(sentences) - 1, min(len(sentences), _SENTENCES)).astype(int)).tolist()
+    return Look(
+        ["".join(f"{word}|" for word in sentences[place]) for place in places],
+        len(sentences),
+        [(size, count / total) for size, count in zip(sizes, missing, strict=True)],
+        [(part, int(words)) for part, words in zip(_QUANTILES, lengths, strict=True)],
+        script,
+        foreign,
+        sum(count for count in times.values() if count > 1) / max(1, len(sentences)),
+    )
+
+
+def _scripts(counts: collections.Counter[str]) -> tuple[str, list[tuple[str, int]]]:
+    """Return the script of most letters, and the commonest letters of other scripts with their counts."""
+    letters: collections.Counter[str] = collections.Counter()
+    for word, count in counts.items():
+        for character in word:
+            letters[character] += count
+    by_script: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    for character, count in letters.most_common():
+        if character.isalpha():
+            # The first word of a character's name is its script: LATIN, CYRILLIC, CJK.
+            by_script[unicodedata.name(character, "UNNAMED").split()[0]].append((character, count))
+    if not by_script:
+        return "none", []
+    main = max(by_script, key=lambda script: sum(count for _, count in by_script[script]))
+    others = [found for script, found in by_script.items() if script != main]
+    return main.capitalize(), sorted((each for found in others for each in found), key=lambda e: -e[1])[:_CHARACTERS]

@@ -1,0 +1,40 @@
+"""What `prepare --look` shows of a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.tiny_runs import tiny_values
+
+from elmo_ray.prepare import main
+
+
+def test_what_prepare_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        "the cat sat .",
+        "the cat sat .",
+        "a \u043a\u043e\u0442 ran",
+        *(f"w{number} the end ." for number in range(2000)),
+    ]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "valid.txt").write_text("the dog sat .\n")
+    values = tiny_values(
+        run__storage_path=str(tmp_path / "runs"),
+        data={"train": str(tmp_path / "train.txt"), "valid": str(tmp_path / "valid.txt"), "vocab": None},
+    )
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    out = tmp_path / "out.json"
+    assert main([str(tmp_path / "c.yaml"), "--look", "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "data.train, a sample of 2,003 sentences; | stands after each word:\n  the|cat|sat|.|\n" in shown
+    assert "sentences that stand more than once: 0.1 %" in shown
+    letters = "\u043a U+043A (1), \u043e U+043E (1), \u0442 U+0442 (1)"
+    assert f"script: Latin; the commonest other letters: {letters}" in shown
+    look = json.loads(out.read_text())["look"]
+    assert look["valid"]["unknown"][-1] == [2011, 0.25] and look["valid"]["sentences"] == ["the|dog|sat|.|"]
+    # 997 words are in the first 1,000 lines, and each of the rarest is seen once
+    assert look["train"]["unknown"][0] == [1000, pytest.approx((2008 - 997) / (2003 * 4 - 1))]
+    assert look["train"]["lengths"] == [[5, 4], [50, 4], [95, 4], [99, 4]]
