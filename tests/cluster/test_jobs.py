@@ -67,7 +67,9 @@ class Jobs:
         self.repository = repository
 
     def submit(self, *command: str) -> str:
-        entrypoint = " ".join([Path(sys.executable).as_posix(), "-m", *(f"'{word}'" for word in command)])
+        return self.start(" ".join([Path(sys.executable).as_posix(), "-m", *(f"'{word}'" for word in command)]))
+
+    def start(self, entrypoint: str) -> str:
         runtime_env = {"working_dir": str(self.repository), "excludes": ["tests", ".git"]}
         deadline = time.monotonic() + 60
         while True:
@@ -92,6 +94,18 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
+def jobs(address: str, repository: Path) -> Jobs:
+    """The jobs of the head, with one that does nothing to the end.
+
+    Ray deletes the package of the working folder with the last job that uses it. A job that comes just then finds that
+    the package is there, does not upload it, and fails without it.
+    """
+    jobs = Jobs(address, repository)
+    jobs.start("sleep 100000")
+    return jobs
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
     for name, count in {"train-0": 600, "train-1": 300, "valid": 60, "test": 60}.items():
@@ -112,8 +126,7 @@ def text(folder: Path, name: str) -> list[str]:
     ]
 
 
-def test_the_main_job_and_what_comes_after_it(address: str, folder: Path, repository: Path) -> None:
-    jobs = Jobs(address, repository)
+def test_the_main_job_and_what_comes_after_it(jobs: Jobs, folder: Path) -> None:
     steps = ["train.duration=40 steps", "train.validate_every=20 steps", "train.checkpoint_every=20 steps"]
     status, code, log = jobs.run("elmo_ray.pretrain", *text(folder, "job"), *steps, f"data.test={folder}/test.txt")
     assert (status, code) == ("SUCCEEDED", 0), log
@@ -142,8 +155,7 @@ def test_the_main_job_and_what_comes_after_it(address: str, folder: Path, reposi
     assert "unknown key optim.lrr; did you mean optim.lr?" in log and "Traceback" not in log
 
 
-def test_a_job_that_is_stopped_has_saved_and_goes_on(address: str, folder: Path, repository: Path) -> None:
-    jobs = Jobs(address, repository)
+def test_a_job_that_is_stopped_has_saved_and_goes_on(jobs: Jobs, folder: Path) -> None:
     command = ["elmo_ray.pretrain", *text(folder, "stopped"), "run.export=false", "train.validate_every=900000 steps"]
     job = jobs.submit(*command, "train.duration=1000000 steps", "train.checkpoint_every=1000000 steps")
     metrics = folder / "runs" / "stopped" / "metrics" / "attempt-001.jsonl"
