@@ -16,6 +16,7 @@ from elmo_ray import prepare
 from elmo_ray.config import PrepareConfig
 from elmo_ray.data import indexing, scan
 from elmo_ray.data.corpus import Corpus
+from elmo_ray.data.documents import TextForm
 from elmo_ray.data.encode import encode_block, read_block
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ConfigError, DataError
@@ -418,7 +419,7 @@ def test_sample_corpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     unknown = sum(int((block.ids < 0).sum()) for block in encoded)
     assert 0 < unknown < 0.1 * result.valid.tokens
     directory = tmp_path / "runs" / "prepared"
-    test, _ = prepare.index_texts(("sample",), "data.test", directory, 131072, "fail")
+    test, _ = prepare.index_texts(("sample",), "data.test", directory, 131072, TextForm())
     assert test.fingerprint == result.test.fingerprint
 
 
