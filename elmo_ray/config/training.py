@@ -17,6 +17,7 @@ from pydantic import Field
 from elmo_ray.config.model import LARGE, CharCnnConfig, DropoutRates, LstmConfig, ModelConfig, PartRates, Reset, Workers
 from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, Section
 from elmo_ray.errors import ConfigError
+from elmo_ray.text.tokenizers import NORMALIZATIONS
 
 __all__ = [
     "SAMPLE", "CharCnnConfig", "ClusterConfig", "ComputeConfig", "DataConfig", "Duration", "EvalConfig",
@@ -26,7 +27,6 @@ __all__ = [
 ]  # fmt: skip
 
 SAMPLE = "sample"  # data.train: the built-in corpus
-NORMALIZE_STEPS = ("nfc", "control", "whitespace")  # of data.normalize
 COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and not the SOURCE's
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
@@ -93,8 +93,8 @@ class TextConfig(Section):
 
     def _contradictions(self) -> Iterator[str]:
         for step in self.normalize:
-            if step not in NORMALIZE_STEPS:
-                yield f"data.normalize={step}: must be among {', '.join(NORMALIZE_STEPS)}"
+            if step not in NORMALIZATIONS:
+                yield f"data.normalize={step}: must be among {', '.join(NORMALIZATIONS)}"
 
 
 class DataConfig(TextConfig):

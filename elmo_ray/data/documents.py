@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 from elmo_ray import storage
+from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
 from elmo_ray.data.text import OnError, decode
 from elmo_ray.errors import DataError, short
 from elmo_ray.text.tokenizers import NONE, describe_tokenizer, make_tokenizer
@@ -24,9 +25,8 @@ _PARQUET_NAMES = (".parquet", ".parq")
 _READ_BYTES = 1 << 20
 # Documents that are tokenised at a time, and the characters after which fewer are.
 _BATCH, _BATCH_CHARACTERS = 1000, 1 << 20
-# Words of the first documents that are looked at where no tokenizer is set, and the share of those with punctuation at
-# their end that tokenised text never has.
-_LOOKED_AT, _UNTOKENISED_SHARE = 2000, 0.04
+# Words of the first documents that are looked at where no tokenizer is set.
+_LOOKED_AT = 2000
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,14 @@ class _TokenisedCheck:
         for words in sentences:
             for word in words:
                 self.words += 1
-                if word[-1] in ",.;:!?" and word[-2:-1].isalpha():
+                if is_joined(word):
                     self.joined += 1
                     self.example = self.example or word
         if self.words >= _LOOKED_AT:
             self.finish()
 
     def finish(self) -> None:
-        if not self.done and self.joined > _UNTOKENISED_SHARE * self.words:
+        if not self.done and self.joined > UNTOKENISED_SHARE * self.words:
             raise DataError(
                 f"{self.source}: its documents are not tokenised (words such as {short(repr(self.example), 40)}); set "
                 "data.tokenizer=spacy and data.language=en, or data.tokenizer=none to train on it as it is"
@@ -224,6 +224,7 @@ def _value(record: Any, names: Sequence[str], place: str) -> str | None:
 
 def _parquet_documents(source: str, column: str) -> Iterator[str | None]:
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     names = column.split(".")
@@ -238,7 +239,7 @@ def _parquet_documents(source: str, column: str) -> Iterator[str | None]:
             for batch in table.iter_batches(_BATCH, columns=[column]):
                 values = batch.column(0)
                 for name in names[1:]:
-                    values = values.field(name) if values.null_count == 0 else _nested(values, name)
+                    values = pc.struct_field(values, name)
                 yield from values.to_pylist()
     except pa.ArrowException as error:
         raise DataError(
@@ -247,13 +248,6 @@ def _parquet_documents(source: str, column: str) -> Iterator[str | None]:
         ) from None
     except OSError as error:
         raise DataError(f"{source}: {error.strerror or error}") from None
-
-
-def _nested(values: Any, name: str) -> Any:
-    """Return a field of structs, null where the struct is null."""
-    import pyarrow.compute as pc
-
-    return pc.struct_field(values, name)
 
 
 def _column_type(schema: Any, names: Sequence[str], source: str) -> Any:

@@ -26,6 +26,7 @@ from elmo_ray.data.documents import Counts, TextForm, converted_path
 from elmo_ray.data.scan import (
     LONG_LINE_WORDS,
     LONG_WORD_CHARACTERS,
+    UNTOKENISED_SHARE,
     Segment,
     hash_file,
     join_segments,
@@ -51,8 +52,6 @@ logger = logging.getLogger(__name__)
 
 # Distinct words that a task holds for its segment, at most; beyond them the rarest are dropped (see WordCounter).
 SEGMENT_WORDS = 1_000_000
-# A larger share of words with punctuation at their end is a sign of text that is not tokenised.
-_UNTOKENISED_SHARE = 0.04
 _PROGRESS_SECONDS = 10.0
 
 Task = dict[str, Any]
@@ -151,7 +150,7 @@ class Findings:
 
     def warn(self, key: str) -> None:
         """Log one warning for each kind of trouble; `key` is the setting that named the files."""
-        if self.checked and self.joined > _UNTOKENISED_SHARE * self.checked:
+        if self.checked and self.joined > UNTOKENISED_SHARE * self.checked:
             logger.warning(
                 "%s: punctuation sticks to %.0f %% of the words (as in `end.`): is the text tokenised?",
                 key,

@@ -35,6 +35,8 @@ SEGMENT_BYTES = 64 << 20
 LONG_LINE_WORDS = 250
 # No model reads more characters of a word (the limit of model.char_cnn.max_characters), so a longer one is data.
 LONG_WORD_CHARACTERS = 1000
+# A larger share of words with punctuation at their end is a sign of text that is not tokenised.
+UNTOKENISED_SHARE = 0.04
 # So much text without a blank is no sentence of words: base64, or a book whose words are not divided.
 MAX_WORD_CHARACTERS = 100_000
 FORMAT_VERSION = 3
@@ -215,7 +217,7 @@ def _scan_block(segment: Segment, offset: int, data: bytes, on_error: OnError) -
     # The sample for signs of untokenised text is the first block of each segment.
     if not segment.block_ends:
         segment.checked = len(words)
-        segment.joined = sum(map(_is_joined, words))
+        segment.joined = sum(map(is_joined, words))
         segment.byte_order_mark = offset == 0 and data.startswith(BYTE_ORDER_MARK)
     _find_long_lines(segment, text, offset)
     segment.replaced += replaced
@@ -227,7 +229,7 @@ def _scan_block(segment: Segment, offset: int, data: bytes, on_error: OnError) -
     segment.block_crc32.append(zlib.crc32(data))
 
 
-def _is_joined(word: str) -> bool:
+def is_joined(word: str) -> bool:
     """Return whether punctuation sticks to the end of a word, as in "end." before tokenisation."""
     return word[-1] in ",.;:!?" and word[-2:-1].isalpha()
 
