@@ -5,6 +5,7 @@ What works only because all processes are on one machine fails here as on severa
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # a name of its own for the host, and mounts that nobody else sees
 _ENTER = 'hostname "$1"; shift; mount --make-rprivate /; mount -t sysfs sysfs /sys 2>/dev/null; exec "$@"'
+_LETTERS = itertools.cycle("abcdefghijklmnopqrstuvwxyz")
 
 
 def need_hosts() -> None:
@@ -154,7 +156,8 @@ class Hosts:
 
     def __init__(self, folder: Path, count: int = 2, debian: bool = True, network: str = "10.83.0") -> None:
         self.folder, self.network, self.debian = folder, network, debian
-        self.prefix = f"er{os.getpid() % 100000}"
+        # A letter for each set of hosts: the kernel takes the links of ended ones away some time after their end.
+        self.prefix = f"er{os.getpid() % 100000}{next(_LETTERS)}"
         self.environment = {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
