@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Small models on few cores: a second thread costs more than it gives, and two of them spin against each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray notes there the cluster that was started last, and gives jobs of another one that address: each test process has a
+# folder of its own. Its name is short, for the paths of Ray's sockets have at most 107 characters.
+RAY_FOLDER = Path(f"/tmp/ray-tests-{os.getpid()}")
+os.environ["RAY_TMPDIR"] = str(RAY_FOLDER)
 
 # An example that takes long tells of the machine's load and not of a defect.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -27,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from all tests but those of GPUs: elsewhere `device=auto` must mean a CPU on every machine."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Leave Ray's logs only where a test has failed."""
+    if exitstatus == pytest.ExitCode.OK:
+        shutil.rmtree(RAY_FOLDER, ignore_errors=True)
 
 
 # Files of minutes. They come first, so that of two processes none has one of them left at the end.

@@ -67,9 +67,7 @@ class Jobs:
         self.repository = repository
 
     def submit(self, *command: str) -> str:
-        return self.start(" ".join([Path(sys.executable).as_posix(), "-m", *(f"'{word}'" for word in command)]))
-
-    def start(self, entrypoint: str) -> str:
+        entrypoint = " ".join([Path(sys.executable).as_posix(), "-m", *(f"'{word}'" for word in command)])
         runtime_env = {"working_dir": str(self.repository), "excludes": ["tests", ".git"]}
         deadline = time.monotonic() + 60
         while True:
@@ -95,14 +93,7 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def jobs(address: str, repository: Path) -> Jobs:
-    """The jobs of the head, with one that does nothing to the end.
-
-    Ray deletes the package of the working folder with the last job that uses it. A job that comes just then finds that
-    the package is there, does not upload it, and fails without it.
-    """
-    jobs = Jobs(address, repository)
-    jobs.start("sleep 100000")
-    return jobs
+    return Jobs(address, repository)
 
 
 @pytest.fixture(scope="module")

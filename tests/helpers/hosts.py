@@ -85,14 +85,20 @@ class Host:
             "--object-store-memory=100000000",
             "--block",
         ]
-        seen = self.log.stat().st_size if self.log.exists() else 0
-        self.ray = self.start(str(Path(sys.executable).parent / "ray"), "start", *place, *options)
+        for last in (False, True):  # Ray gives itself 30 s for its start, which a loaded machine may exceed
+            seen = self.log.stat().st_size if self.log.exists() else 0
+            ray = self.ray = self.start(str(Path(sys.executable).parent / "ray"), "start", *place, *options)
 
-        def started() -> bool:
-            assert self.ray is not None and self.ray.poll() is None, self.log.read_text()[-2000:]
-            return "Ray runtime started" in self.log.read_bytes()[seen:].decode()
+            def written(seen: int = seen) -> str:
+                return self.log.read_bytes()[seen:].decode()
 
-        wait_for(started, f"Ray on {self.name}: {self.log}")
+            def ended(ray: subprocess.Popen[bytes] = ray) -> bool:
+                return "Ray runtime started" in written() or ray.poll() is not None
+
+            wait_for(ended, f"Ray on {self.name}: {self.log}")
+            if ray.poll() is None:
+                return
+            assert not last and "timed out during startup" in written(), written()[-2000:]
 
     def processes(self) -> list[int]:
         """Return the processes that run on this host."""
@@ -204,11 +210,13 @@ class Hosts:
         subprocess.run(["ip", "link", "del", f"{self.prefix}br"], check=False)
 
 
-def wait_for(done: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
-    """Wait until `done` returns True."""
+def wait_for(done: Callable[[], bool], what: str | Callable[[], str], timeout_s: float = 120.0) -> None:
+    """Wait until `done` returns True; else fail with `what`, which may be a function that is called then."""
     deadline = time.monotonic() + timeout_s
     while not done():
-        assert time.monotonic() < deadline, f"not seen in {timeout_s:.0f} s: {what}"
+        assert time.monotonic() < deadline, (
+            f"not seen in {timeout_s:.0f} s: {what if isinstance(what, str) else what()}"
+        )
         time.sleep(0.05)
 
 

@@ -108,10 +108,17 @@ JobAcctGatherType=jobacct_gather/none
         """Wait until a job is in one of the states and return its fields."""
         wait_for(
             lambda: self.job(number).get("JobState") in states,
-            f"job {number} {' or '.join(states)}: {self.hosts.folder}",
+            lambda: f"job {number} {' or '.join(states)}: {self.state(number)}",
             timeout_s,
         )
         return self.job(number)
+
+    def state(self, number: int) -> str:
+        """Return what tells why a job does not go on: the nodes, its fields, and the end of its output."""
+        job = self.job(number)
+        output = Path(job.get("StdOut", ""))
+        written = output.read_text(errors="replace")[-3000:] if output.is_file() else "no output"
+        return f"{self.command('sinfo', '-N', '-l')}\n{job}\n{written}"
 
 
 def stop_munge(slurm: Slurm) -> None:

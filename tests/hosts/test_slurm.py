@@ -59,7 +59,7 @@ def wait_for_training(config: Path, attempt: int) -> None:
     def trains() -> bool:
         return metrics.exists() and '"train"' in metrics.read_text()
 
-    wait_for(trains, f"training: {log(config)[-3000:]}", 240)
+    wait_for(trains, lambda: f"training: {log(config)[-3000:]}", 240)
 
 
 def test_a_run_on_two_nodes(slurm: Slurm, config: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_run_on_two_nodes(slurm: Slurm, config: Path) -> None:
 
 def test_a_wrong_argument_ends_the_job_with_its_exit_code(slurm: Slurm, config: Path) -> None:
     job = slurm.wait(submit(slurm, config, "train.duration=nonsense"), "COMPLETED", "FAILED")
-    assert job["JobState"] == "FAILED" and job["ExitCode"] == "2:0"
+    assert job["JobState"] == "FAILED" and job["ExitCode"] == "2:0", slurm.state(int(job["JobId"]))
     assert "train.duration" in log(config)
 
 
@@ -81,7 +81,7 @@ def test_near_its_end_a_job_saves_and_is_queued_again(slurm: Slurm, config: Path
     wait_for_training(config, 1)
     # what Slurm sends before the end of the time, by --signal=B:USR1@600
     slurm.command("scancel", "--batch", "--signal=USR1", str(number))
-    wait_for(lambda: slurm.job(number).get("Restarts") == "1", f"queued again: {log(config)[-3000:]}", 120)
+    wait_for(lambda: slurm.job(number).get("Restarts") == "1", lambda: f"queued again: {slurm.state(number)}", 120)
     saved = newest(config.parent / "runs" / "queued").step
     assert saved > 0
     # Slurm waits two minutes before it starts a job again; at once would be too early for the nodes
