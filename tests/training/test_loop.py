@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers.ranks import run_ranks
 from helpers.tiny_runs import (
     WORDS_TIED,
     WORDS_UNTIED,
@@ -328,6 +330,37 @@ def test_the_best_is_measured_again_where_a_resumed_run_measures_otherwise(
     # a measure in between changes nothing of the training
     ours, theirs = everything(newest(tmp_path / "run")), everything(newest(tmp_path / "whole"))
     assert all(torch.equal(t, theirs[k]) for k, t in ours.items() if k != "streams/window_sums")
+
+
+def train_with_other_streams(
+    rank: int, world: int, folder: Path, corpus: Paths, valid: Path, streams: tuple[int, ...] = (2, 1)
+) -> dict[str, Any]:
+    """Train and resume as one of `world` workers, the held-out text in another number of streams each time."""
+    if world > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}.store", rank=rank, world_size=world)
+    result: dict[str, Any] = {}
+    for number, count in enumerate(streams):
+        settings = {"evaluate__streams": count, "train__dropout": 0.0, "train__duration": f"{8 + 6 * number} steps"}
+        plan = plan_of(folder, tiny_config(**with_valid(**settings)), corpus, valid)
+        result = train(plan, worker_of(plan, rank, world))
+    if world > 1:
+        dist.destroy_process_group()
+    return result
+
+
+@pytest.mark.slow
+def test_two_workers_measure_the_best_again_as_one(corpus: Paths, valid: Path, tmp_path: Path) -> None:
+    train_with_other_streams(0, 1, tmp_path / "one", corpus, valid)
+    run_ranks(train_with_other_streams, (2, tmp_path / "two", corpus, valid), 2)
+    found = {}
+    for name in ("one", "two"):
+        events = [r["message"] for r in read_metrics(tmp_path / name) if r["kind"] == "event"]
+        found[name] = [message for message in events if "measured in another way" in message]
+    assert len(found["one"]) == 1 and found["two"] == found["one"]
+    assert progress_of(newest(tmp_path / "two"))["best_perplexity"] == pytest.approx(
+        progress_of(newest(tmp_path / "one"))["best_perplexity"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
