@@ -13,10 +13,11 @@ from typing import Any
 
 import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.state import RunningState
+from ray.train.v2._internal.execution.controller.state import PreemptingState, RunningState
 
 from elmo_ray.cluster.logs import log_to_run
 from elmo_ray.cluster.network import unreachable
+from elmo_ray.cluster.preemption import describe
 from elmo_ray.cluster.session import alive_nodes, describe_cpus
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class LostHosts(ControllerCallback):  # type: ignore[misc]
         self.run_dir, self.request = run_dir, request
         self._waiting_since: float | None = None
         self._told = 0.0
+        self._announced: list[str] = []
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         try:
@@ -47,16 +49,17 @@ class LostHosts(ControllerCallback):  # type: ignore[misc]
             logger.warning("the hosts of the cluster could not be looked at: %s", error)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Log from time to time that the workers have not started yet, and what the cluster has."""
+        """Log the notice of a host's end, and from time to time that the workers have not started yet."""
         now = time.monotonic()
-        if isinstance(current_state, RunningState) or current_state.is_terminal():
+        if isinstance(current_state, PreemptingState):
+            self._tell(current_state.preemption_info)
+        if isinstance(current_state, (RunningState, PreemptingState)) or current_state.is_terminal():
             self._waiting_since = None
         elif self._waiting_since is None:
             self._waiting_since = self._told = now
         elif now - self._told >= _MESSAGE_EVERY_S:
             self._told = now
-            with contextlib.suppress(OSError):  # no worker has started yet, which would have opened the log
-                log_to_run(self.run_dir, None)
+            self._open_log()
             waited = now - self._waiting_since
             logger.warning(
                 "%s: no room for %.0f s; the Ray cluster has %s CPUs",
@@ -64,6 +67,18 @@ class LostHosts(ControllerCallback):  # type: ignore[misc]
                 waited,
                 describe_cpus(alive_nodes()),
             )
+
+    def _tell(self, info: Any) -> None:
+        """Log each announcement once."""
+        if info.preempted_node_ids != self._announced:
+            self._announced = info.preempted_node_ids
+            hosts = {node["NodeID"]: _host(node) for node in ray.nodes()}
+            self._open_log()
+            logger.warning("%s", describe(info, hosts))
+
+    def _open_log(self) -> None:
+        with contextlib.suppress(OSError):  # an error here would end training
+            log_to_run(self.run_dir, None)
 
 
 def wait_for_notice(limit_s: float = _WAIT_S) -> None:
@@ -91,7 +106,11 @@ def _silent_hosts() -> dict[str, str]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     targets = [(node["NodeManagerAddress"], int(node["NodeManagerPort"])) for node in nodes]
     silent = [nodes[number] for number, _ in unreachable(targets, _CONNECT_S)]
-    return {node["NodeID"]: f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in silent}
+    return {node["NodeID"]: _host(node) for node in silent}
+
+
+def _host(node: dict[str, Any]) -> str:
+    return f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
 def _refresh_reservations() -> None:

@@ -38,6 +38,8 @@ _RAY_ENVIRONMENT = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",
     # a dead worker is noticed, and a report taken, in one second instead of two
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # the notice that a host will be taken away is seen in two seconds instead of five
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
     # limit for the report of a checkpoint, in which all workers take part
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
 }

@@ -17,6 +17,7 @@ import torch
 from elmo_ray import errors, storage
 from elmo_ray.cluster.hosts import RunFiles, versions
 from elmo_ray.cluster.logs import LogFollower, log_to_run
+from elmo_ray.cluster.preemption import SaveRequests, announced_end
 from elmo_ray.cluster.session import TORCH_NAMES, Device, check_cluster, last_line, set_environment, shown_workers
 from elmo_ray.cluster.stopping import STOP_FILE, for_seconds, in_thread, make_stop_file, stop_check, stop_on_signals
 from elmo_ray.config import ClusterConfig
@@ -185,6 +186,9 @@ def _failure_log(run_dir: str, max_failures: int) -> Any:
         count = 0
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            causes = [getattr(error, "health_check_failure", error) for error in worker_exceptions.values()]
+            if any(getattr(error, "preempted", False) for error in causes):
+                return  # Ray Train does not count it, and the announcement is in the log
             if self.count == 0:
                 with contextlib.suppress(OSError):  # an error here would end training
                     log_to_run(run_dir, None)
@@ -232,7 +236,8 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         ray.train.report({**metrics, "checkpoint_path": path})
 
     device = ray.train.torch.get_device()
-    worker = Worker(rank, context.get_world_size(), device, source, register, asked)
+    save_requested = SaveRequests(announced_end()) if rank == 0 else lambda: False
+    worker = Worker(rank, context.get_world_size(), device, source, register, asked, save_requested=save_requested)
     try:
         return {"result": settings["function"](plan, worker)}
     except ElmoRayError as error:

@@ -265,7 +265,7 @@ class _Run:
                 self._log()
             if self.validation is not None and (step % validate_every == 0 or step == self.total_steps):
                 self._validate()
-            if step % checkpoint_every == 0 or step == self.total_steps:
+            if step % checkpoint_every == 0 or step == self.total_steps or ready.flags.save:
                 self.save_wanted = True
             stopped = ready.flags.stop and not self._is_over()
             if self.best_wanted and self.saver.busy:
@@ -346,7 +346,7 @@ class _Run:
             raise TrainingError(f"step {self.progress.step}: the last checkpoint could not be written; see the log")
 
     def _flags(self) -> Flags:
-        return self.saver.flags(self.worker.stop_requested() or self._is_over())
+        return self.saver.flags(self.worker.stop_requested() or self._is_over(), self.worker.save_requested())
 
     def _train_on(self, ready: ReadyBatch) -> None:
         self.ranks.step = self.progress.step

@@ -38,8 +38,8 @@ class Worker:
     """This process's rank, device and callbacks.
 
     source: encodes blocks in order. register: called on every rank with (step, path, metrics) of a committed
-    checkpoint. stop_requested: returns True once a stop was requested. record: captures the training steps; None: as
-    the device allows.
+    checkpoint. stop_requested: returns True once a stop was requested. save_requested: returns True where rank 0 is to
+    save now, once for each request. record: captures the training steps; None: as the device allows.
     """
 
     rank: int
@@ -49,3 +49,4 @@ class Worker:
     register: Callable[[int, str, dict[str, Any]], None]
     stop_requested: Callable[[], bool]
     record: Record | None = None
+    save_requested: Callable[[], bool] = lambda: False

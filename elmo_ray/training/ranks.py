@@ -178,7 +178,7 @@ class Ranks:
 
 @dataclass
 class Flags:
-    """Flags of one rank, or of all ranks combined. stop: a stop was requested.
+    """Flags of one rank, or of all ranks combined. stop: a stop was requested. save: a checkpoint was, by rank 0.
 
     rank_files: the state of each rank's files of a checkpoint: the number of the save when they are written, minus that
     number when writing failed, 0 before. committed, cleaned: the same for the work of rank 0 when all are written,
@@ -192,6 +192,7 @@ class Flags:
     rank_files: list[int] = field(default_factory=list)
     committed: int = 0
     cleaned: int = 0
+    save: bool = False
 
     def all_ended(self, save: int) -> bool:
         """Return whether every rank has ended its writing for this save, with success or not."""
@@ -218,7 +219,7 @@ _ERROR, _INTERRUPTED = 1, 2
 class Exchange:
     """All-gather of one message for each step, over a group that only the loader thread uses."""
 
-    HEADER = 7
+    HEADER = 8
 
     def __init__(self, ranks: Ranks | None = None):
         self.ranks = ranks or Ranks()
@@ -248,9 +249,8 @@ class Exchange:
                 raise error
             if interrupted:
                 raise WaitInterrupted
-            return Gathered(
-                ids[None], positions, Flags(flags.stop, flags.rank_files[:1] or [0], flags.committed, flags.cleaned)
-            )
+            own = Flags(flags.stop, flags.rank_files[:1] or [0], flags.committed, flags.cleaned, flags.save)
+            return Gathered(ids[None], positions, own)
         message = np.full(self.HEADER + capacity, -1, np.int64)
         message[: self.HEADER] = [
             positions,
@@ -260,6 +260,7 @@ class Exchange:
             _ERROR if error is not None else _INTERRUPTED if interrupted else 0,
             flags.committed,
             flags.cleaned,
+            flags.save,
         ]
         message[self.HEADER : self.HEADER + len(ids)] = ids
         everything = message[None]
@@ -278,8 +279,8 @@ class Exchange:
             raise RuntimeError(
                 f"ranks drew different negatives (hashes {hashes.tolist()}): their seeds or versions differ"
             )
-        committed, cleaned = everything[0, 5:7].tolist()
-        combined = Flags(bool(everything[:, 2].any()), everything[:, 3].tolist(), committed, cleaned)
+        committed, cleaned, save = everything[0, 5:8].tolist()
+        combined = Flags(bool(everything[:, 2].any()), everything[:, 3].tolist(), committed, cleaned, bool(save))
         return Gathered(everything[:, self.HEADER :], int(everything[:, 0].sum()), combined)
 
     def _raise(self, error: ElmoRayError | None) -> None:

@@ -134,16 +134,17 @@ class Saver:
         """True while the save that is under way is one of a best checkpoint."""
         return self._save is not None and self._save.best
 
-    def flags(self, stop: bool) -> Flags:
-        """Return this rank's flags for the exchange; called from the loader thread."""
+    def flags(self, stop: bool, wanted: bool = False) -> Flags:
+        """Return this rank's flags for the exchange; called from the loader thread. wanted: a checkpoint is."""
         save = self._save
         if save is None:
-            return Flags(stop, [0])
+            return Flags(stop, [0], save=wanted)
         # Read the phase first. The main thread clears the committer's state before it sets the next phase, so a state
         # that is read after the phase never belongs to an earlier one.
         phase = save.phase
         written, ended = (_ended(writer, save.number) for writer in (self.writer, self.committer))
-        return Flags(stop, [written], ended if phase == "committing" else 0, ended if phase == "cleaning" else 0)
+        committed, cleaned = (ended if phase == name else 0 for name in ("committing", "cleaning"))
+        return Flags(stop, [written], committed, cleaned, wanted)
 
     def start(
         self,
