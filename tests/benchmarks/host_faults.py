@@ -36,7 +36,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers.hosts import REPOSITORY, Host, Hosts, lines_of, wait_for
+from helpers.hosts import REPOSITORY, Host, Hosts, child_of, lines_of, wait_for
 from helpers.soak_runs import Watch
 from helpers.tiny_runs import newest, sentences, tiny_values
 
@@ -101,7 +101,7 @@ def fault(kind: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
             result["seconds_until_workers_ended"] = round(time.monotonic() - began, 1)
         lost.pause(False)
         if driver.poll() is None:
-            driver.send_signal(signal.SIGTERM)
+            os.kill(child_of(driver) or driver.pid, signal.SIGTERM)
             result["code_after_sigterm"] = driver.wait(120)
         result["saved_step"] = newest(run_dir).step
     return result

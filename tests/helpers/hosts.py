@@ -1,4 +1,4 @@
-"""Test hosts on one machine: network namespaces with a bridge between them, each with its own name, address and mounts.
+"""Test hosts on one machine: namespaces with a bridge between them, each with its own name, address, mounts, processes.
 
 What works only because all processes are on one machine fails here as on several. Needs root and Debian's iproute2.
 """
@@ -21,8 +21,18 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# a name of its own for the host, and mounts that nobody else sees
-_ENTER = 'hostname "$1"; shift; mount --make-rprivate /; mount -t sysfs sysfs /sys 2>/dev/null; exec "$@"'
+# A name of its own for the host, and mounts that nobody else sees. Ray looks for the node of its host in its folder and
+# among the processes: where it sees those of the others, a driver takes another host for its own.
+_ENTER = """hostname "$1"
+mount --make-rprivate /
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys 2>/dev/null
+mount --bind "$2" "$RAY_TMPDIR"
+shift 2
+exec "$@"
+"""
+# The first process of a host; it takes the ended ones away that have no parent.
+_FIRST = "sleep infinity & wait"
 _LETTERS = itertools.cycle("abcdefghijklmnopqrstuvwxyz")
 
 
@@ -47,12 +57,18 @@ class Host:
         self.namespace, self.link = f"{hosts.prefix}-{name}", f"{hosts.prefix}{number}"
         self.address, self.apart = f"{hosts.network}.{number}", f"10.99.0.{number}"
         self.ray: subprocess.Popen[bytes] | None = None
-        self.log = hosts.folder / f"{name}.log"
+        self._first: subprocess.Popen[bytes] | None = None
+        self.log, self.ray_folder = hosts.folder / f"{name}.log", hosts.folder / f"{name}-ray"
 
     def command(self, *arguments: str) -> list[str]:
-        """Return the command that runs another one on this host."""
-        enter = ["unshare", "--uts", "--mount", "bash", "-c", _ENTER, "host", self.name]
-        return ["ip", "netns", "exec", self.namespace, *enter, *arguments]
+        """Return the command that runs another one on this host, as a child: see `child_of` for its signals."""
+        if self._first is None:
+            first = ["ip", "netns", "exec", self.namespace, "unshare", "--pid", "--fork", "bash", "-c", _FIRST]
+            self._first = subprocess.Popen(first)
+            wait_for(lambda: child_of(self._first) is not None, f"first process of {self.name}")
+        join = ["nsenter", f"--pid=/proc/{self._first.pid}/ns/pid_for_children", "ip", "netns", "exec", self.namespace]
+        enter = ["unshare", "--uts", "--mount", "bash", "-c", _ENTER, "host", self.name, str(self.ray_folder)]
+        return [*join, *enter, *arguments]
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start a command on this host; its output goes to `log`."""
@@ -110,9 +126,10 @@ class Host:
         for pid in self.processes():
             with_suppress(os.kill, pid, signal.SIGKILL)
         wait_for(lambda: not self.processes(), f"end of the processes of {self.name}")
-        if self.ray is not None:
-            self.ray.wait()
-            self.ray = None
+        for process in (self.ray, self._first):
+            if process is not None:
+                process.wait()
+        self.ray = self._first = None
 
     def cable(self, plugged: bool) -> None:
         """Pull the host's network cable, or plug it in."""
@@ -144,13 +161,11 @@ class Host:
 
     def mount(self, *arguments: str) -> None:
         """Mount something that only the Ray of this host sees."""
-        assert self.ray is not None
-        # the processes of `start` are: ip and unshare, which become the command itself
-        subprocess.run(["nsenter", "--mount", f"--target={self.ray.pid}", "mount", *arguments], check=True)
+        subprocess.run(["nsenter", "--mount", f"--target={child_of(self.ray)}", "mount", *arguments], check=True)
 
     def unmount(self, place: str | Path) -> None:
-        assert self.ray is not None
-        subprocess.run(["nsenter", "--mount", f"--target={self.ray.pid}", "umount", "--lazy", str(place)], check=True)
+        enter = ["nsenter", "--mount", f"--target={child_of(self.ray)}"]
+        subprocess.run([*enter, "umount", "--lazy", str(place)], check=True)
 
 
 class Hosts:
@@ -171,11 +186,14 @@ class Hosts:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
+            # short, for the paths of sockets have at most 107 characters
+            "RAY_TMPDIR": f"/tmp/{self.prefix}",
         }
         self.all = [Host(self, f"node{'abcdef'[n]}", n + 2) for n in range(count)]
 
     def __enter__(self) -> Hosts:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for folder in (Path(self.environment["RAY_TMPDIR"]), *(host.ray_folder for host in self.all)):
+            folder.mkdir(parents=True)
         bridge = f"{self.prefix}br"
         _ip("link", "add", bridge, "type", "bridge")
         _ip("addr", "add", f"{self.network}.1/24", "dev", bridge)
@@ -208,6 +226,7 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", host.namespace], check=False)
             shutil.rmtree(Path("/etc/netns") / host.namespace, ignore_errors=True)
         subprocess.run(["ip", "link", "del", f"{self.prefix}br"], check=False)
+        Path(self.environment["RAY_TMPDIR"]).rmdir()
 
 
 def wait_for(done: Callable[[], bool], what: str | Callable[[], str], timeout_s: float = 120.0) -> None:
@@ -218,6 +237,14 @@ def wait_for(done: Callable[[], bool], what: str | Callable[[], str], timeout_s:
             f"not seen in {timeout_s:.0f} s: {what if isinstance(what, str) else what()}"
         )
         time.sleep(0.05)
+
+
+def child_of(process: subprocess.Popen[bytes] | None) -> int | None:
+    """Return the process that runs on a host for a process of `Host.start`, which only waits for it."""
+    if process is None:
+        return None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(children[0]) if children else None
 
 
 def with_suppress(function: Callable[..., Any], *arguments: Any) -> None:

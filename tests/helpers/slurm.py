@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -119,10 +118,3 @@ JobAcctGatherType=jobacct_gather/none
         output = Path(job.get("StdOut", ""))
         written = output.read_text(errors="replace")[-3000:] if output.is_file() else "no output"
         return f"{self.command('sinfo', '-N', '-l')}\n{job}\n{written}"
-
-
-def stop_munge(slurm: Slurm) -> None:
-    """End the daemon, which has left the host's processes."""
-    pid = slurm.folder / "run" / "munged.pid"
-    if pid.exists():
-        subprocess.run(["kill", pid.read_text().strip()], check=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.hosts import REPOSITORY, Hosts, need_hosts, wait_for
-from helpers.slurm import Slurm, need_slurm, stop_munge
+from helpers.slurm import Slurm, need_slurm
 from helpers.tiny_runs import newest, sentences, tiny_values
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.hosts]
@@ -21,9 +21,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     need_slurm()
     folder = tmp_path_factory.mktemp("slurm")
     with Hosts(folder, network="10.84.0") as hosts:
-        slurm = Slurm(hosts)
-        yield slurm
-        stop_munge(slurm)
+        yield Slurm(hosts)
 
 
 @pytest.fixture
