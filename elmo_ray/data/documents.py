@@ -132,7 +132,7 @@ def tokenised_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterato
     tokenizer = _tokenizer(form.tokenizer or NONE, form.language, form.normalize)
     # The start of a file tells how it is written; so a file is judged alike, however it is cut.
     is_checked = form.kind(source) != "text" and form.tokenizer is None and piece.start == 0
-    check = _TokenisedCheck(source) if is_checked else None
+    check = TokenisedCheck(source) if is_checked else None
     for batch in _batches(read_documents(piece, form, counts), counts):
         found = tokenizer(batch)
         if check is not None:
@@ -165,7 +165,7 @@ def _batches(documents: Iterable[str | None], counts: Counts) -> Iterator[list[s
         yield batch
 
 
-class _TokenisedCheck:
+class TokenisedCheck:
     """Check that documents without a tokenizer are tokenised: text as people write it has `end.` as one word."""
 
     def __init__(self, source: str) -> None:
@@ -188,7 +188,7 @@ class _TokenisedCheck:
         if not self.done and self.joined > UNTOKENISED_SHARE * self.words:
             raise DataError(
                 f"{self.source}: its documents are not tokenised (words such as {short(repr(self.example), 40)}); set "
-                "data.tokenizer=spacy and data.language=en, or data.tokenizer=none to train on it as it is"
+                "data.tokenizer=spacy and data.language=en, or data.tokenizer=none to take it as it is"
             )
         self.done = True
 

@@ -296,7 +296,8 @@ class Indexer:
         self._run(self._making_tasks(inputs), title, lambda task, result: None)
         texts = [text for _, text in inputs]
         if units:
-            self._count_documents([text.path for text in texts if text.is_made], len(units), key, findings)
+            n_files = len({piece.source for unit in units for piece in unit.pieces})
+            self._count_documents([text.path for text in texts if text.is_made], n_files, key, findings)
         if deduplicate != "off":
             texts = self._without_repeated(texts, deduplicate, key, findings)
         todo = self._scan_tasks(texts, counter is not None)
@@ -396,7 +397,7 @@ class Indexer:
             todo.extend(missing)
         return todo
 
-    def _count_documents(self, texts: Sequence[str], units: int, key: str, findings: Findings) -> None:
+    def _count_documents(self, texts: Sequence[str], n_files: int, key: str, findings: Findings) -> None:
         """Log how many documents the texts were made of, and how many of them are empty."""
         total = Counts()
         for counts, empty_files in map(read_counts, texts):
@@ -405,11 +406,12 @@ class Indexer:
         findings.documents = total
         findings.replaced += total.replaced
         logger.info(
-            "%s: %s documents, %s of them empty, in %s texts",
+            "%s: %s documents of %s files in %s texts, %s of them empty",
             key,
             f"{total.documents:,}",
+            f"{n_files:,}",
+            f"{len(texts):,}",
             f"{total.empty:,}",
-            f"{units:,}",
         )
         if total.bad:
             logger.warning("%s: %s lines are not JSON or too long and are left out", key, f"{total.bad:,}")
