@@ -355,7 +355,7 @@ def _parquet_file(source: str) -> Iterator[Any]:
     try:
         with storage.open_read(source) as file:
             # With a buffer the pages of a column are read one after the other, and not a whole row group at once.
-            yield pq.ParquetFile(file, buffer_size=_READ_BYTES)
+            yield pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
     except pa.ArrowException as error:
         raise DataError(
             f"{source}: is no whole Parquet file ({short(str(error).splitlines()[0], 120)}); get the file again, or "

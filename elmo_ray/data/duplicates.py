@@ -27,8 +27,8 @@ Kind = Literal["documents", "sentences"]
 
 # Size of a span, about.
 SPAN_BYTES = 64 << 20
-# Hashes that are sorted at a time: some 100 MB.
-_SORTED = 1 << 21
+# Hashes that are sorted at a time: some 40 MB.
+_SORTED = 1 << 19
 # Hashes are kept in order in so many ranges of equal width, so that a part of them is one range of a file.
 _RANGES = 1024
 _RANGE_SHIFT = np.uint64(54)
