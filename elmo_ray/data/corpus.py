@@ -60,7 +60,8 @@ class Shard:
     """One text file and its blocks, which tile it from byte 0.
 
     path:       absolute path, or URI, of the seekable text.
-    source:     the compressed file from which the text was unpacked, otherwise the same as `path`.
+    source:     the file from which the text was unpacked or made; the same as `path` for a text as it is, and for one
+                that was made of several files.
     size, mtime_ns, sha256: size (bytes), time of change (ns) and hash (hexadecimal) of the file at `path`.
     characters: number of Unicode code points of all words.
     block_*:    int64 [n], for each block: the byte at which it ends; its positions; its words; the code points of its
