@@ -30,8 +30,10 @@ from elmo_ray.errors import DataError
 UNIT_BYTES = 16 << 20
 # Files below this size share a unit with their neighbours.
 SMALL_FILE_BYTES = 1 << 20
-# Most files of a unit: an object store may take a tenth of a second for each.
-UNIT_FILES = 1000
+# Where such a unit ends: it is less than a piece of a file, so that there is work for several CPUs. An object store may
+# take a tenth of a second for each file.
+GROUP_BYTES, GROUP_FILES = 4 << 20, 1000
+_NAME_BYTES = 80
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Unit:
     def text_path(self, directory: storage.Place, form: TextForm) -> str:
         """Return the place for the text that is made of the unit with these settings."""
         name = storage.base_name(self.source).partition(".")[0]
+        # Names of files have at most 255 bytes, and more is added to this one.
+        name = name.encode()[:_NAME_BYTES].decode("utf-8", "ignore")
         place = hashlib.sha256(json.dumps(self.to_list()).encode()).hexdigest()[:12]
         return storage.join(os.fspath(directory), f"{name}-{place}-{form.key()}.txt")
 
@@ -90,7 +94,7 @@ def cut_units(sources: Sequence[str], form: TextForm) -> list[Unit]:
             continue
         small.append(Piece(source))
         bytes_of_small += size
-        if bytes_of_small >= UNIT_BYTES or len(small) >= UNIT_FILES:
+        if bytes_of_small >= GROUP_BYTES or len(small) >= GROUP_FILES:
             flush()
     flush()
     return units

@@ -25,6 +25,7 @@ def without_repeated(items: list[Any]) -> list[Any]:
 def test_first_ones_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 3000)
     monkeypatch.setattr(units, "SMALL_FILE_BYTES", 1000)
+    monkeypatch.setattr(units, "GROUP_BYTES", 3000)
     monkeypatch.setattr(duplicates, "SPAN_BYTES", 700)
     monkeypatch.setattr(duplicates, "_SORTED", 50)  # many parts
     draw = random.Random(1)

@@ -40,6 +40,7 @@ def some_documents(count: int, seed: int = 0) -> list[str]:
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 3000)
     monkeypatch.setattr(units, "SMALL_FILE_BYTES", 1000)
+    monkeypatch.setattr(units, "GROUP_BYTES", 3000)
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
@@ -120,8 +121,8 @@ def test_small_files_share_texts(tmp_path: Path, small_units: None, monkeypatch:
     sources[77].write_text("{\n")
     with pytest.raises(DataError, match=r"077\.jsonl, line 1: is not JSON"):
         index(tmp_path / "out", sources)
-    monkeypatch.setattr(units, "UNIT_FILES", 100)
-    monkeypatch.setattr(units, "UNIT_BYTES", 1 << 30)
+    monkeypatch.setattr(units, "GROUP_FILES", 100)
+    monkeypatch.setattr(units, "GROUP_BYTES", 1 << 30)
     assert [len(unit.pieces) for unit in cut_units([str(source) for source in sources[:150]], FORM)] == [100, 50]
 
 
@@ -187,7 +188,8 @@ def read(block: Any) -> list[str]:
 
 
 def test_the_last_block_of_a_text_holds_a_whole_document(tmp_path: Path) -> None:
-    source = jsonl(tmp_path / "d.jsonl", ["\n".join(["a b c d ."] * 2000)] * 2)
+    name = "é" * 110 + ".jsonl"  # nearly as long as a name can be
+    source = jsonl(tmp_path / name, ["\n".join(["a b c d ."] * 2000)] * 2)
     corpus, _ = index(tmp_path / "out", [source])
     with pytest.raises(ConfigError, match="needs more blocks than the 1 of this corpus"):
         index(tmp_path / "one", [jsonl(tmp_path / "one.jsonl", ["\n".join(["a ."] * 5000)])])[0].split(0.1, 1)
