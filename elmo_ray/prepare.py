@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ CORPUS_WORDS = 4_000_000
 
 # Less work than this, in bytes of text, takes less time in this process than Ray needs to start.
 SMALL_BYTES = 8 << 20
+# Small tasks are done together up to so many bytes and tasks.
+BATCH_BYTES, BATCH_TASKS = 2 << 20, 500
 BYTES_PER_POSITION = 5.5
 """Bytes of English text for one position; used where the corpus has not been counted yet."""
 TEXTS = ("train", "valid", "test")
@@ -60,6 +62,7 @@ class PrepareResult:
         `counted` tells which of them.
     train, valid, test: None if no text is named. With data.holdout, `valid` has the blocks set aside from data.train.
     checks: unknown words and shared sentences of the texts.
+    documents: counts of the documents that the texts were made of, and of what data.deduplicate has left out.
     pruned_words, pruned_tokens, max_missing: losses of counting in bounded memory, all 0 if the counts are exact (see
         `WordCounter`).
     replaced: number of invalid sequences and NULs that data.on_error=replace turns into U+FFFD.
@@ -78,6 +81,7 @@ class PrepareResult:
     pruned_tokens: int = 0
     max_missing: int = 0
     replaced: int = 0
+    documents: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def corpora(self) -> dict[str, Corpus]:
@@ -129,6 +133,7 @@ class PrepareResult:
                 "max_missing": self.max_missing,
             },
             "replaced": self.replaced,
+            "documents": self.documents,
             "checks": self.checks.to_dict(),
             **texts,
         }
@@ -214,6 +219,7 @@ def run(
         pruned_tokens=counter.pruned_tokens if counter else 0,
         max_missing=counter.max_missing if counter else 0,
         replaced=sum(findings.replaced for findings in found.findings.values()),
+        documents={name: counts for name, findings in found.findings.items() if (counts := _document_counts(findings))},
     )
     for name, corpus in result.corpora.items():
         corpus.save(directory / f"{name}.npz")
@@ -223,6 +229,12 @@ def run(
     except OSError as error:
         raise DataError(f"data.prepared_dir={uri_of(directory)}: cannot be written ({error.strerror})") from None
     return result
+
+
+def _document_counts(findings: Findings) -> dict[str, int]:
+    """Return the counts of documents, and of repetitions that were left out, as plain values; none for plain text."""
+    counts = asdict(findings.documents) if findings.documents is not None else {}
+    return {**counts, "repeated": findings.repeated, "compared": findings.items} if findings.items else counts
 
 
 @dataclass(frozen=True)
@@ -243,7 +255,10 @@ def _index(config: PretrainConfig, files: dict[str, list[str]], indexer: Indexer
     corpora: dict[str, Corpus] = {}
     findings: dict[str, Findings] = {}
     for name, paths in files.items():
-        corpora[name], findings[name] = indexer.index(paths, f"data.{name}", counter if name == "train" else None)
+        is_train = name == "train"
+        corpora[name], findings[name] = indexer.index(
+            paths, f"data.{name}", counter if is_train else None, data.deduplicate if is_train else "off"
+        )
     train = corpora["train"]
     if not train.tokens:
         raise DataError(f"data.train={','.join(data.train)}: no words in {len(train.shards)} files")
@@ -300,7 +315,10 @@ def plan(config: PretrainConfig, is_models_vocabulary: bool = False) -> PrepareP
     _check_vocabulary(data, is_models_vocabulary)
     todo: list[Task] = []
     for name, paths in files.items():
-        todo.extend(indexer.pending_tasks(paths, name == "train" and data.vocab is None))
+        is_train = name == "train"
+        todo.extend(
+            indexer.pending_tasks(paths, is_train and data.vocab is None, data.deduplicate if is_train else "off")
+        )
     return PreparePlan({name: len(paths) for name, paths in files.items()}, len(todo), _bytes_of(todo))
 
 
@@ -343,7 +361,8 @@ def measure(config: PretrainConfig, todo: PreparePlan) -> Sizes:
     vocabulary = directory / "vocab.txt" if data.vocab is None else Path(data.vocab)
     if todo.tasks == 0 and (directory / "train.npz").exists() and (data.vocab is not None or vocabulary.exists()):
         train = Corpus.load(directory / "train.npz")
-        if {shard.source for shard in train.shards} == set(files["train"]):
+        indexer = Indexer(directory, data.block_bytes, data.on_error, run_locally, form=text_form(data))
+        if {shard.path for shard in train.shards} == set(indexer.texts(files["train"], data.deduplicate)):
             return Sizes(train, train.positions, Vocabulary.read(os.fspath(data.vocab or vocabulary)).size, True)
     positions = max(1, int(sum(sizes["train"]) / BYTES_PER_POSITION))
     if data.vocab is not None:
@@ -583,25 +602,37 @@ def _make_runner(cluster: ClusterConfig) -> Runner:
 
 def _bytes_of(todo: Sequence[Task]) -> int:
     """Return the approximate number of bytes that the tasks read."""
-    sizes = {path: file_status(path).st_size for path in {task.get("path") or task["source"] for task in todo}}
-    return sum(
-        min(sizes[task["path"]], scan.SEGMENT_BYTES)
-        if task["kind"] == "scan"
-        else sizes[task.get("path") or task["source"]]
-        for task in todo
-    )
+    return sum(int(task["bytes"]) for task in todo)
 
 
 def _run_on_ray(todo: Sequence[Task], max_failures: int) -> Iterator[tuple[int, bytes]]:
     free = free_cpus()
-    return run_tasks(
-        run_task,
-        todo,
+    batches = _batches(todo)
+    for number, results in run_tasks(
+        _run_batch,
+        [[todo[place] for place in batch] for batch in batches],
         workers=max(1, int(free)),
         cpus=1.0 if free >= 1 else 0.25,
         max_failures=max_failures,
         advice="run it again, and it goes on where it was",
-    )
+    ):
+        yield from zip(batches[number], results, strict=True)
+
+
+def _batches(todo: Sequence[Task]) -> list[range]:
+    """Return the tasks by their numbers, in batches: many small ones would wait for Ray more than they work."""
+    batches: list[range] = []
+    begin = held = 0
+    for number, task in enumerate(todo):
+        held += int(task["bytes"])
+        if held >= BATCH_BYTES or number + 1 - begin == BATCH_TASKS:
+            batches.append(range(begin, number + 1))
+            begin, held = number + 1, 0
+    return [*batches, range(begin, len(todo))] if begin < len(todo) else batches
+
+
+def _run_batch(batch: Sequence[Task]) -> list[bytes]:
+    return [run_task(task) for task in batch]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -115,7 +115,10 @@ class DataConfig(TextConfig):
         "blocks", description="The order of an epoch: shuffled blocks, or the files in the given order."
     )
     holdout: float = Field(
-        0.0, ge=0, lt=0.5, description="This share of the blocks of data.train is set aside as validation text."
+        0.0, ge=0, lt=0.5, description="This share of data.train is set aside as validation text, documents whole."
+    )
+    deduplicate: Literal["off", "documents", "sentences"] = Field(
+        "off", description="Exact repetitions of these in data.train are left out; the first one stays."
     )
     min_count: Int = Field(
         1, ge=1, le=10**12, description="Words that are seen less often are left out of a counted vocabulary."

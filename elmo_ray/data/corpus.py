@@ -60,11 +60,13 @@ class Shard:
     """One text file and its blocks, which tile it from byte 0.
 
     path:       absolute path, or URI, of the seekable text.
-    source:     the compressed file from which the text was unpacked, otherwise the same as `path`.
+    source:     the file from which the text was unpacked or made; the same as `path` for a text as it is, and for one
+                that was made of several files.
     size, mtime_ns, sha256: size (bytes), time of change (ns) and hash (hexadecimal) of the file at `path`.
     characters: number of Unicode code points of all words.
     block_*:    int64 [n], for each block: the byte at which it ends; its positions; its words; the code points of its
                 words; the CRC-32 of its bytes.
+    block_continues: bool [n], whether it begins within a document; None where that is not known. It is not saved.
     """
 
     path: str
@@ -80,6 +82,7 @@ class Shard:
     block_tokens: Int64
     block_characters: Int64
     block_crc32: Int64
+    block_continues: npt.NDArray[np.bool_] | None = None
 
 
 class Corpus:
@@ -176,19 +179,34 @@ class Corpus:
     def split(self, holdout: float, seed: int) -> tuple["Corpus", "Corpus"]:
         """Set whole blocks aside; return the remaining corpus and the held-out one.
 
-        The held-out corpus has about the share `holdout` of all positions, but at least one block. The split is a pure
-        function of the blocks' positions, `holdout` and `seed`. Raises ConfigError when nothing would remain.
+        The held-out corpus has about the share `holdout` of all positions, but at least one block. Blocks with parts of
+        the same document stay together; so a document is held out or not. The split is a pure function of the blocks'
+        positions and documents, `holdout` and `seed`. It is made of a whole corpus, as it comes from `from_shards`.
+        Raises ConfigError when nothing would remain.
         """
-        order = np.argsort(_scramble(np.arange(len(self), dtype=np.uint64), seed), kind="stable")
-        before = np.cumsum(self.block_positions[order]) - self.block_positions[order]
-        held_out = np.zeros(len(self), dtype=bool)
-        held_out[order] = before < holdout * self.positions
+        group = self._groups()
+        count = int(group[-1]) + 1
+        positions = np.bincount(group, self.block_positions, count).astype(np.int64)
+        order = np.argsort(_scramble(np.arange(count, dtype=np.uint64), seed), kind="stable")
+        before = np.cumsum(positions[order]) - positions[order]
+        chosen = np.zeros(count, dtype=bool)
+        chosen[order] = before < holdout * self.positions
+        held_out = chosen[group]
         if held_out.all():
+            whole = "" if count == len(self) else ", as each document stays whole"
             raise ConfigError(
-                f"data.holdout={holdout} needs more blocks than the {len(self)} of this corpus; "
+                f"data.holdout={holdout} needs more blocks than the {count} of this corpus{whole}; "
                 "lower data.block_bytes or name data.valid"
             )
         return self.select(np.flatnonzero(~held_out)), self.select(np.flatnonzero(held_out))
+
+    def _groups(self) -> npt.NDArray[np.int64]:
+        """Return for each block the number of its group, from 0: blocks that a document joins are of one group."""
+        continues = [
+            np.zeros(len(shard.block_ends), np.bool_) if shard.block_continues is None else shard.block_continues
+            for shard in self.shards
+        ]
+        return np.cumsum(~np.concatenate(continues)) - 1
 
     def check_files(self) -> None:
         """Raise DataError when a file of the corpus is gone or has another size than the one that was indexed."""

@@ -1,28 +1,32 @@
 """Documents of JSONL and Parquet files, and raw text, made into text with one tokenised sentence a line.
 
-A file becomes one text in the prepared folder, whose name depends on the settings and on the version of the library, so
-that texts of other settings are never mixed with it. It appears whole or not at all.
+A file is read as a whole, or a piece of it: the lines that begin in a range of bytes, or row groups of Parquet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 from elmo_ray import storage
 from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
-from elmo_ray.data.text import OnError, decode
+from elmo_ray.data.text import BYTE_ORDER_MARK, MAX_LINE_BYTES, REPLACEMENT, OnError
+from elmo_ray.data.unpack import compression, read_pieces, unpacked_pieces
 from elmo_ray.errors import DataError, short
 from elmo_ray.text.tokenizers import NONE, describe_tokenizer, make_tokenizer
 
 _JSONL_NAMES = (".jsonl", ".ndjson")
 _PARQUET_NAMES = (".parquet", ".parq")
 _READ_BYTES = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Rows of a Parquet file that are read at a time; a row may be a book.
+_ROWS = 200
 # Documents that are tokenised at a time, and the characters after which fewer are.
 _BATCH, _BATCH_CHARACTERS = 1000, 1 << 20
 # Words of the first documents that are looked at where no tokenizer is set.
@@ -58,11 +62,14 @@ class TextForm:
         return self.kind(source) != "text" or self.tokenizer not in (None, NONE) or bool(self.normalize)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - it loads spaCy, and it is asked for every file
-    def key(self) -> str:
-        """Return a hash of all on which the text depends, hexadecimal. Raises ConfigError as `make_tokenizer` does."""
+    def describe(self) -> dict[str, str]:
+        """Return all on which the text depends. Raises ConfigError as `make_tokenizer` does."""
         described = describe_tokenizer(self.tokenizer or NONE, self.language, self.normalize)
-        fields = {**described, "format": self.format, "column": self.column, "on_error": self.on_error}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+        return {**described, "format": self.format, "column": self.column, "on_error": self.on_error}
+
+    def key(self) -> str:
+        """Return a hash of all on which the text depends, hexadecimal. Raises ConfigError as `describe` does."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,38 +79,67 @@ class TextForm:
         return cls(**{**fields, "normalize": tuple(fields["normalize"])})
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Part of a file: the lines that begin in its bytes [start, end), or the row groups [start, end) of Parquet.
+
+    end: None is the file's end, and the only choice for a compressed file.
+    """
+
+    source: str
+    start: int = 0
+    end: int | None = None
+
+
 @dataclass
 class Counts:
-    """Numbers of documents in a file, of those that are empty or null, and of lines that were left out."""
+    """Numbers of documents, of those that are empty or null, of lines left out, and of characters replaced by U+FFFD.
+
+    Left out are lines that are not JSON or too long, where data.on_error says so.
+    """
 
     documents: int = 0
     empty: int = 0
     bad: int = 0
+    replaced: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Add the numbers of other text."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
-def sentences_of(source: str, pieces: Iterable[bytes], form: TextForm, counts: Counts) -> Iterator[bytes]:
-    """Yield the text of a file in pieces: tokenised sentences, one a line.
+def read_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterator[str | None]:
+    """Yield the documents of a piece of a file in their order, None for null.
 
-    pieces: the file's content where it is text or JSONL, unpacked; a Parquet file is opened here. Raises DataError,
-    with the file and the line, for what cannot be read, and as `make_tokenizer` and the tokenizer do.
+    A document is a line of text, the column of a JSON object, or that of a row of Parquet. Raises DataError, with the
+    file and the line or row, for what cannot be read. counts: `bad` and `replaced` are counted here.
     """
-    kind = form.kind(source)
-    documents: Iterator[str | None]
+    reader = _Reader(piece, form, counts)
+    kind = form.kind(piece.source)
     if kind == "parquet":
-        documents = _parquet_documents(source, form.column)
-    elif kind == "jsonl":
-        documents = _jsonl_documents(source, _lines(pieces), form, counts)
-    else:
-        documents = _text_documents(source, _lines(pieces), form)
+        return reader.parquet()
+    return reader.jsonl() if kind == "jsonl" else reader.text()
+
+
+def tokenised_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterator[list[bytes]]:
+    """Yield the documents of a piece in batches, each as its tokenised sentences, one a line; UTF-8.
+
+    Documents without words are left out. Raises DataError as `read_documents` and the tokenizer do, and ConfigError as
+    `make_tokenizer` does.
+    """
+    source = piece.source
     tokenizer = _tokenizer(form.tokenizer or NONE, form.language, form.normalize)
-    check = _TokenisedCheck(source) if kind != "text" and form.tokenizer is None else None
-    for batch in _batches(documents, counts):
-        lines: list[str] = []
-        for sentences in tokenizer(batch):
-            if check is not None:
+    # The start of a file tells how it is written; so a file is judged alike, however it is cut.
+    is_checked = form.kind(source) != "text" and form.tokenizer is None and piece.start == 0
+    check = TokenisedCheck(source) if is_checked else None
+    for batch in _batches(read_documents(piece, form, counts), counts):
+        found = tokenizer(batch)
+        if check is not None:
+            for sentences in found:
                 check.look(sentences)
-            lines.extend(" ".join(words) + "\n" for words in sentences)
-        yield "".join(lines).encode()
+        texts = ("".join([" ".join(words) + "\n" for words in sentences]) for sentences in found)
+        yield [text.encode() for text in texts if text]
     if check is not None:
         check.finish()
 
@@ -129,7 +165,7 @@ def _batches(documents: Iterable[str | None], counts: Counts) -> Iterator[list[s
         yield batch
 
 
-class _TokenisedCheck:
+class TokenisedCheck:
     """Check that documents without a tokenizer are tokenised: text as people write it has `end.` as one word."""
 
     def __init__(self, source: str) -> None:
@@ -152,7 +188,7 @@ class _TokenisedCheck:
         if not self.done and self.joined > UNTOKENISED_SHARE * self.words:
             raise DataError(
                 f"{self.source}: its documents are not tokenised (words such as {short(repr(self.example), 40)}); set "
-                "data.tokenizer=spacy and data.language=en, or data.tokenizer=none to train on it as it is"
+                "data.tokenizer=spacy and data.language=en, or data.tokenizer=none to take it as it is"
             )
         self.done = True
 
@@ -160,87 +196,166 @@ class _TokenisedCheck:
 # ---------------------------------------------------------------- the formats
 
 
-def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a file without their ends, as of wc -l; the last one may have no end."""
-    rest: list[bytes] = []
-    for piece in pieces:
-        *whole, last = piece.split(b"\n")
-        for line in whole:
-            yield b"".join([*rest, line]) if rest else line
-            rest = []
-        if last:
-            rest.append(last)
-    if rest:
-        yield b"".join(rest)
+class _Reader:
+    """Reader of the documents of a piece of a file, by its format."""
 
+    def __init__(self, piece: Piece, form: TextForm, counts: Counts) -> None:
+        self.piece, self.form, self.counts = piece, form, counts
+        self.source = piece.source
+        self.names = form.column.split(".")
+        # NULs are taken out before they could do harm.
+        self._keeps_nuls = "control" in form.normalize
 
-def _text_documents(source: str, lines: Iterable[bytes], form: TextForm) -> Iterator[str]:
-    """Yield the lines of raw text: a line is a paragraph."""
-    for number, line in enumerate(lines, start=1):
-        yield _decoded(line, source, number, form)
+    def text(self) -> Iterator[str]:
+        """Yield the lines of raw text: a line is a paragraph."""
+        for number, line in enumerate(self._lines()):
+            if line is not None:
+                yield self._checked(self._decoded(line, number), number)
 
-
-def _jsonl_documents(source: str, lines: Iterable[bytes], form: TextForm, counts: Counts) -> Iterator[str | None]:
-    names = form.column.split(".")
-    for number, line in enumerate(lines, start=1):
-        text = _decoded(line, source, number, form).strip()
-        if not text:
-            continue
-        try:
-            record = json.loads(text)
-            if not isinstance(record, dict):
-                raise ValueError(f"is {short(text, 40)} and no object")
-        except (ValueError, RecursionError) as error:
-            if form.on_error == "replace":
-                counts.bad += 1
+    def jsonl(self) -> Iterator[str | None]:
+        for number, line in enumerate(self._lines()):
+            text = "" if line is None else self._decoded(line, number).strip()
+            if not text:
                 continue
-            what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(
-                f"{source}, line {number}: is not JSON ({what}); mend it, or leave such lines out with "
-                "data.on_error=replace"
-            ) from None
-        yield _value(record, names, f"{source}, line {number}")
+            try:
+                record = json.loads(text)
+                if not isinstance(record, dict):
+                    raise ValueError(f"is {short(text, 40)} and no object")
+            except (ValueError, RecursionError) as error:
+                if self.form.on_error == "replace":
+                    self.counts.bad += 1
+                    continue
+                what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise DataError(
+                    f"{self._place(number)}: is not JSON ({what}); mend it, or leave such lines out with "
+                    "data.on_error=replace"
+                ) from None
+            value = self._value(record, number)
+            yield value if value is None else self._checked(value, number)
 
+    def parquet(self) -> Iterator[str | None]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
 
-def _value(record: Any, names: Sequence[str], place: str) -> str | None:
-    """Return the text of a document in its record, or None where it is null."""
-    for depth, name in enumerate(names):
-        if record is None:
-            return None
-        if not isinstance(record, dict) or name not in record:
-            has = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise DataError(
-                f"{place}: has no column {'.'.join(names[: depth + 1])} (data.column={'.'.join(names)}); it has "
-                f"{short(has, 200)}"
-            )
-        record = record[name]
-    if record is not None and not isinstance(record, str):
-        raise DataError(
-            f"{place}: data.column={'.'.join(names)} is {short(json.dumps(record, default=str), 40)}, a "
-            f"{type(record).__name__} and no text; name a column of text"
-        )
-    return record
-
-
-def _parquet_documents(source: str, column: str) -> Iterator[str | None]:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    names = column.split(".")
-    try:
-        with storage.open_read(source) as file:
-            table = pq.ParquetFile(file)
-            kind = _column_type(table.schema_arrow, names, source)
+        column = self.form.column
+        with _parquet_file(self.source) as table:
+            kind = _column_type(table.schema_arrow, self.names, self.source)
             if pa.types.is_dictionary(kind):
                 kind = kind.value_type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                raise DataError(f"{source}: data.column={column} has values of {kind} and no text; name another one")
-            for batch in table.iter_batches(_BATCH, columns=[column]):
+                raise DataError(f"{self.source}: data.column={column} has values of {kind} and no text; name another")
+            groups = range(self.piece.start, table.num_row_groups if self.piece.end is None else self.piece.end)
+            number = 0
+            for batch in table.iter_batches(_ROWS, row_groups=list(groups), columns=[column]):
                 values = batch.column(0)
-                for name in names[1:]:
+                for name in self.names[1:]:
                     values = pc.struct_field(values, name)
-                yield from values.to_pylist()
+                for value in values.to_pylist():
+                    yield value if value is None else self._checked(value, number)
+                    number += 1
+
+    def _lines(self) -> Iterator[bytes | None]:
+        """Yield the lines without their ends, None for one that is too long and left out."""
+        try:
+            with storage.open_read(self.source) as file:
+                kind = compression(self.source)
+                if kind is not None:
+                    pieces = unpacked_pieces(file, self.source, kind)
+                elif self.piece.start == 0 and self.piece.end is None:
+                    pieces = read_pieces(file)
+                else:
+                    pieces = _range_of_lines(file, self.piece.start, self.piece.end)
+                for number, line in enumerate(_split(pieces)):
+                    if line is not None:
+                        yield line
+                        continue
+                    if self.form.on_error != "replace":
+                        raise DataError(
+                            f"{self._place(number)}: longer than {MAX_LINE_BYTES >> 20} MiB; divide it, or leave such "
+                            "lines out with data.on_error=replace"
+                        )
+                    self.counts.bad += 1
+                    yield None
+        except OSError as error:
+            raise DataError(f"{self.source}: {error.strerror or error}") from None
+
+    def _decoded(self, line: bytes, number: int) -> str:
+        if number == 0 and self.piece.start == 0:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            if self.form.on_error == "replace":
+                text = line.decode("utf-8", "replace")
+                self.counts.replaced += text.count(REPLACEMENT) - line.count(REPLACEMENT.encode())
+                return text
+            raise DataError(
+                f"{self._place(number)}: not UTF-8 (byte 0x{line[error.start]:02x}); convert the file, or set "
+                "data.on_error=replace"
+            ) from None
+
+    def _checked(self, text: str, number: int) -> str:
+        """Return a document without NULs and halves of surrogate pairs, as JSON can spell them and text cannot."""
+        wrong = 0 if self._keeps_nuls else text.count("\0")
+        if not wrong and (text.isascii() or _is_encodable(text)):
+            return text
+        if self.form.on_error == "replace":
+            mended, surrogates = _SURROGATE.subn(REPLACEMENT, text)
+            self.counts.replaced += wrong + surrogates
+            return mended if self._keeps_nuls else mended.replace("\0", REPLACEMENT)
+        what = "a NUL" if wrong else "half of a surrogate pair"
+        raise DataError(f"{self._place(number)}: {what} in the text; mend it, or set data.on_error=replace")
+
+    def _place(self, number: int) -> str:
+        """Return the file and the number of the line or row, from 1; `number` counts from the start of the piece."""
+        if self.form.kind(self.source) != "parquet":
+            return f"{self.source}, line {_lines_before(self.source, self.piece.start) + number + 1}"
+        with _parquet_file(self.source) as table:
+            before = sum(table.metadata.row_group(group).num_rows for group in range(self.piece.start))
+        return f"{self.source}, row {before + number + 1}"
+
+    def _value(self, record: Any, number: int) -> str | None:
+        """Return the text of a document in its record, or None where it is null."""
+        for depth, name in enumerate(self.names):
+            if record is None:
+                return None
+            if not isinstance(record, dict) or name not in record:
+                has = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else f"a {type(record).__name__}"
+                raise DataError(
+                    f"{self._place(number)}: has no column {'.'.join(self.names[: depth + 1])} "
+                    f"(data.column={self.form.column}); it has {short(has, 200)}"
+                )
+            record = record[name]
+        if record is not None and not isinstance(record, str):
+            raise DataError(
+                f"{self._place(number)}: data.column={self.form.column} is "
+                f"{short(json.dumps(record, default=str), 40)}, a {type(record).__name__} and no text; name a column "
+                "of text"
+            )
+        return record
+
+
+def row_group_bytes(source: str, column: str) -> list[int]:
+    """Return the bytes of a column, unpacked, in each row group of a Parquet file. Raises DataError as reading does."""
+    with _parquet_file(source) as table:
+        _column_type(table.schema_arrow, column.split("."), source)
+        groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+        columns = [[group.column(place) for place in range(group.num_columns)] for group in groups]
+        return [
+            sum(each.total_uncompressed_size for each in found if f"{each.path_in_schema}.".startswith(f"{column}."))
+            for found in columns
+        ]
+
+
+@contextlib.contextmanager
+def _parquet_file(source: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with storage.open_read(source) as file:
+            # With a buffer the pages of a column are read one after the other, and not a whole row group at once.
+            yield pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
     except pa.ArrowException as error:
         raise DataError(
             f"{source}: is no whole Parquet file ({short(str(error).splitlines()[0], 120)}); get the file again, or "
@@ -265,28 +380,73 @@ def _column_type(schema: Any, names: Sequence[str], source: str) -> Any:
     return kind
 
 
-def _decoded(line: bytes, source: str, number: int, form: TextForm) -> str:
-    if number == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")
+def _is_encodable(text: str) -> bool:
     try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        if form.on_error == "replace":
-            return decode(line, "replace", source, 0)[0]
-        raise DataError(
-            f"{source}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}); convert the file, or set "
-            "data.on_error=replace"
-        ) from None
+        text.encode()  # several times as fast as a search for surrogates
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def read_pieces(file: BinaryIO) -> Iterator[bytes]:
-    """Yield a file's content in pieces."""
-    while piece := file.read(_READ_BYTES):
-        yield piece
+def _split(pieces: Iterable[bytes]) -> Iterator[bytes | None]:
+    """Yield the lines of a file without their ends, as of wc -l; the last one may have no end.
+
+    A line over MAX_LINE_BYTES is None, and is not kept in memory.
+    """
+    rest: list[bytes] = []
+    length = 0  # of `rest`; -1 in a line that is too long
+    for piece in pieces:
+        *whole, last = piece.split(b"\n")
+        for line in whole:
+            if length >= 0:
+                yield b"".join([*rest, line]) if rest else line
+            rest, length = [], 0
+        if last and length >= 0:
+            rest.append(last)
+            length += len(last)
+            if length > MAX_LINE_BYTES:
+                yield None
+                rest, length = [], -1
+    if rest:
+        yield b"".join(rest)
 
 
-def converted_path(source: str, directory: storage.Place, form: TextForm) -> str:
-    """Return the place for the text that is made of a file with these settings."""
-    name = storage.base_name(source).partition(".")[0]
-    place = hashlib.sha256(source.encode()).hexdigest()[:12]
-    return storage.join(os.fspath(directory), f"{name}-{place}-{form.key()}.txt")
+def _range_of_lines(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
+    """Yield, in pieces, the lines that begin in the bytes [start, end) of a file; \\n alone ends a line."""
+    at = max(0, start - 1)
+    file.seek(at)
+    while start:  # The line that begins before `start` is not ours.
+        data = file.read(_READ_BYTES)
+        found = data.find(b"\n")
+        at += found + 1 if found >= 0 else len(data)
+        if not data or (end is not None and at >= end):
+            return
+        if found >= 0:
+            file.seek(at)
+            break
+    data = b"\n"
+    while end is None or at < end:
+        data = file.read(_READ_BYTES if end is None else min(_READ_BYTES, end - at))
+        if not data:
+            return
+        at += len(data)
+        yield data
+    while not data.endswith(b"\n"):  # The last line goes on beyond `end`.
+        data = file.read(_READ_BYTES)
+        if not data:
+            return
+        data = data[: data.find(b"\n") + 1] or data
+        yield data
+
+
+def _lines_before(source: str, start: int) -> int:
+    """Return the number of lines that begin before a byte of a file. Reads the file up to there."""
+    if not start:
+        return 0
+    lines, at, data = 0, 0, b""
+    with storage.open_read(source) as file:
+        while at < start and (data := file.read(min(_READ_BYTES, start - at))):
+            lines += data.count(b"\n")
+            at += len(data)
+    # A line that is cut by `start` begins before it.
+    return lines + (not data.endswith(b"\n"))

@@ -1,8 +1,9 @@
 """Indexing of many files as independent tasks, with results that are kept on disk.
 
-A task is a dictionary of plain values, and its result is bytes: `run_task` unpacks a compressed file, scans a segment
-of a text, or hashes a file, in any process. Files are read and unpacked where the task runs, so all processes must see
-the same folders. `Indexer` finds the tasks that are not done yet, gives them to a runner, and joins their results.
+A task is a dictionary of plain values, and its result is bytes: `run_task` unpacks a compressed file, makes the text of
+a unit of documents, scans a segment of a text, or hashes a file, in any process. Files are read and written where the
+task runs, so all processes must see the same folders. `Indexer` finds the tasks that are not done yet, gives them to a
+runner, and joins their results.
 
 The state of each segment is one small file in `state/`. It is used again as long as the text's size and time of change,
 the block size and segment size, and the request (word counts or not) are the same.
@@ -11,18 +12,33 @@ the block size and segment size, and the request (word counts or not) are the sa
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from elmo_ray import storage
 from elmo_ray.data import scan
 from elmo_ray.data.corpus import Corpus, Shard, pack_index, read_index_bytes, read_index_fields
 from elmo_ray.data.counts import WordCounter
-from elmo_ray.data.documents import Counts, TextForm, converted_path
+from elmo_ray.data.documents import Counts, TextForm
+from elmo_ray.data.duplicates import (
+    Kind,
+    Span,
+    UInt8,
+    find_repeated,
+    hash_span,
+    spans_of,
+    state_of,
+    unrepeated_path,
+    write_unrepeated,
+)
 from elmo_ray.data.scan import (
     LONG_LINE_WORDS,
     LONG_WORD_CHARACTERS,
@@ -35,17 +51,21 @@ from elmo_ray.data.scan import (
 )
 from elmo_ray.data.sentence_sample import SentenceSample
 from elmo_ray.data.text import OnError, file_status
-from elmo_ray.data.unpack import (
-    check_format,
-    check_space,
-    compression,
-    is_unpacked,
+from elmo_ray.data.units import (
+    Unit,
+    check_unit,
+    cut_units,
+    is_current,
+    is_made,
+    make_text,
     read_counts,
-    unpack,
-    unpacked_path,
+    read_lengths,
+    space_needed,
 )
-from elmo_ray.errors import DataError
-from elmo_ray.storage.files import write_aside
+from elmo_ray.data.unpack import check_format, check_free, check_space, compression, is_unpacked, unpack, unpacked_path
+from elmo_ray.errors import ConfigError, DataError
+from elmo_ray.storage import read_json
+from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.storage.local_copy import uri_of
 
 logger = logging.getLogger(__name__)
@@ -55,48 +75,82 @@ SEGMENT_WORDS = 1_000_000
 _PROGRESS_SECONDS = 10.0
 
 Task = dict[str, Any]
+"""Kind of the task, its arguments, and `bytes`: how many it reads, about."""
 Runner = Callable[[Sequence[Task]], Iterable[tuple[int, bytes]]]
 """A function that runs tasks in any order and yields (index of the task, its result). Raises DataError."""
+Deduplicate = Literal["off", "documents", "sentences"]
 
 
-def unpack_task(source: str, target: str, form: TextForm | None = None) -> Task:
-    """Return the task that writes the text of a compressed shard, or makes text of it by `form`; it has no result."""
-    return {"kind": "unpack", "source": source, "target": target, "form": None if form is None else form.to_dict()}
+def unpack_task(source: str, target: str) -> Task:
+    """Return the task that writes the text of a compressed shard; it has no result."""
+    return {"kind": "unpack", "bytes": file_status(source).st_size, "source": source, "target": target}
+
+
+def make_task(unit: Unit, target: str, form: TextForm) -> Task:
+    """Return the task that makes the text of a unit (see `make_text`); it has no result."""
+    return {
+        "kind": "make",
+        "bytes": unit.bytes_to_read,
+        "unit": unit.to_list(),
+        "target": target,
+        "form": form.to_dict(),
+    }
 
 
 def scan_task(
-    path: str, number: int, block_bytes: int, on_error: str, cap: int | None, source: str | None = None
+    path: str,
+    number: int,
+    block_bytes: int,
+    on_error: str,
+    cap: int | None,
+    source: str | None = None,
+    is_made: bool = False,
 ) -> Task:
-    """Return the task that scans a segment (see `scan_segment`); its result is `Segment.pack()`."""
+    """Return the task that scans a segment (see `scan_segment`); its result is `Segment.pack()`.
+
+    is_made: the text was made of documents, whose lengths are known.
+    """
     return {
         "kind": "scan",
+        "bytes": min(file_status(path).st_size, scan.SEGMENT_BYTES),
         "path": path,
         "number": number,
         "block_bytes": block_bytes,
         "on_error": on_error,
         "cap": cap,
         "source": source,
+        "is_made": is_made,
     }
 
 
 def hash_task(path: str) -> Task:
     """Return the task that hashes a file; its result is an index file with `size`, `mtime_ns` and `sha256` (hex)."""
-    return {"kind": "hash", "path": path}
+    return {"kind": "hash", "bytes": file_status(path).st_size, "path": path}
 
 
 def run_task(task: Task) -> bytes:
-    """Run a task in this process and return its result. Raises DataError as `unpack` and `scan_segment` do."""
-    arguments = {name: value for name, value in task.items() if name != "kind"}
+    """Run a task in this process and return its result. Raises DataError as the functions that it calls do."""
+    arguments = {name: value for name, value in task.items() if name not in ("kind", "bytes")}
     if task["kind"] == "unpack":
-        form = arguments["form"]
-        unpack(arguments["source"], arguments["target"], None if form is None else TextForm.from_dict(form))
+        unpack(arguments["source"], arguments["target"])
+        return b""
+    if task["kind"] == "make":
+        make_text(Unit.from_list(arguments["unit"]), arguments["target"], TextForm.from_dict(arguments["form"]))
+        return b""
+    if task["kind"] == "find":
+        return hash_span(Span(*arguments["span"]), arguments["items"])
+    if task["kind"] == "leave out":
+        repeated = np.frombuffer(arguments["repeated"], np.uint8)
+        span = Span(*arguments["span"])
+        write_unrepeated(span, arguments["items"], repeated, arguments["target"], arguments["made_of"])
         return b""
     if task["kind"] == "hash":
         path = arguments["path"]
         status = file_status(path)
         fields = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": hash_file(path)}
         return pack_index(fields, {})
-    return scan_segment(**arguments).pack()
+    ends = np.cumsum(read_lengths(task["path"]), dtype=np.int64) if arguments.pop("is_made") else None
+    return scan_segment(**arguments, ends=ends).pack()
 
 
 def run_locally(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
@@ -115,6 +169,8 @@ class Findings:
     long_words, long_word_place: words of too many characters, and the file and line of the first.
     marked_files, empty_files: files with a byte order mark, and files without words.
     sentences: the samples of all segments, or None where a state of an earlier version has none.
+    documents: counts of the documents of which the texts were made, or None where they were not made of documents.
+    repeated, items: with data.deduplicate, the documents or sentences that were left out, and those looked at.
     """
 
     replaced: int = 0
@@ -128,6 +184,9 @@ class Findings:
     marked_files: list[str] = field(default_factory=list)
     empty_files: list[str] = field(default_factory=list)
     sentences: list[SentenceSample] | None = field(default_factory=list)
+    documents: Counts | None = None
+    repeated: int = 0
+    items: int = 0
 
     def add(self, segment: Segment, source: str, first_line: int) -> None:
         """Add the findings of a segment of `source`, whose first line has the number `first_line` (from 1)."""
@@ -186,6 +245,15 @@ class Findings:
             )
 
 
+@dataclass(frozen=True)
+class Text:
+    """Text with a sentence in each line. source: the file that errors name. is_made: it was made of documents."""
+
+    path: str
+    source: str
+    is_made: bool = False
+
+
 class Indexer:
     """Indexer of files in `directory`, with its folders `state` and `text`; `fresh` ignores earlier results.
 
@@ -203,86 +271,228 @@ class Indexer:
     ):
         self.directory = directory
         self.form = form or TextForm(on_error=on_error)
-        self.texts = storage.join(uri_of(directory), "text")  # Tasks on other machines write and read there.
+        self.texts_place = storage.join(uri_of(directory), "text")  # Tasks on other machines write and read there.
         self.block_bytes = block_bytes
         self.on_error = on_error
         self.runner = runner
         self.fresh = fresh
 
-    def index(self, sources: Sequence[str], key: str, counter: WordCounter | None = None) -> tuple[Corpus, Findings]:
+    def index(
+        self,
+        sources: Sequence[str],
+        key: str,
+        counter: WordCounter | None = None,
+        deduplicate: Deduplicate = "off",
+    ) -> tuple[Corpus, Findings]:
         """Unpack and scan the files `sources`, named by the setting `key`; return their corpus and findings.
 
-        With a `counter`, their words are added to it. Raises DataError.
+        With a `counter`, their words are added to it. deduplicate: what is left out where it stands again. Raises
+        DataError, and ConfigError for settings that do not fit the files.
         """
-        texts = [self._text_path(source) for source in sources]
-        documents = any(self.form.converts(source) for source in sources)
-        title = f"making sentences of {key}" if documents else f"unpacking shards of {key}"
-        self._run(self._unpack_tasks(sources), title, lambda task, result: None)
-        if documents:
-            self._log_documents(texts, key)
-        todo = self._scan_tasks(texts, sources, counter is not None)
-        self._run(todo, f"indexing {key}", lambda task, result: write_aside(self._state_path(task), result))
         findings = Findings()
+        inputs = self._inputs(sources, deduplicate)
+        units = [unit for unit, _ in inputs if isinstance(unit, Unit)]
+        title = f"making sentences of {key}" if units else f"unpacking shards of {key}"
+        self._run(self._making_tasks(inputs), title, lambda task, result: None)
+        texts = [text for _, text in inputs]
+        if units:
+            n_files = len({piece.source for unit in units for piece in unit.pieces})
+            self._count_documents([text.path for text in texts if text.is_made], n_files, key, findings)
+        if deduplicate != "off":
+            texts = self._without_repeated(texts, deduplicate, key, findings)
+        todo = self._scan_tasks(texts, counter is not None)
+        self._run(todo, f"indexing {key}", lambda task, result: write_aside(self._state_path(task), result))
         # Counts are merged in the order of the files: they do not depend on the runner, even when words are dropped.
-        shards = [self._read_shard(*names, findings, counter) for names in zip(texts, sources, strict=True)]
+        shards = [self._read_shard(text, findings, counter) for text in texts]
         findings.warn(key)
         return Corpus.from_shards(shards), findings
 
-    def pending_tasks(self, sources: Sequence[str], count: bool) -> list[Task]:
-        """Return the tasks that `index` would run; for a file that is not unpacked yet, only its unpacking."""
-        packed = self._unpack_tasks(sources)
-        unknown = {task["source"] for task in packed}
-        sources = [source for source in sources if source not in unknown]
-        return [*packed, *self._scan_tasks([self._text_path(source) for source in sources], sources, count)]
+    def pending_tasks(self, sources: Sequence[str], count: bool, deduplicate: Deduplicate = "off") -> list[Task]:
+        """Return the tasks that `index` would run; of texts that are not made yet, only their making."""
+        inputs = self._inputs(sources, deduplicate)
+        todo = self._making_tasks(inputs)
+        texts = [text for _, text in inputs]
+        if deduplicate != "off":
+            if todo:
+                return todo
+            found = self._known_choice(texts, deduplicate)
+            if found is None:
+                return [_find_task(span, deduplicate) for text in texts for span in spans_of(text.path)]
+            texts = found[0]
+        unknown = {task["target"] for task in todo}
+        return [*todo, *self._scan_tasks([text for text in texts if text.path not in unknown], count)]
 
-    def _unpack_tasks(self, sources: Sequence[str]) -> list[Task]:
-        """Return the tasks that unpack compressed files. Raises DataError when the disk has too little space."""
+    def texts(self, sources: Sequence[str], deduplicate: Deduplicate = "off") -> list[str]:
+        """Return the paths of the texts that are read for these files; they may be missing yet."""
+        texts = [text for _, text in self._inputs(sources, deduplicate)]
+        if deduplicate != "off":
+            texts = (self._known_choice(texts, deduplicate) or (texts,))[0]
+        return [text.path for text in texts]
+
+    def _inputs(self, sources: Sequence[str], deduplicate: Deduplicate) -> list[tuple[Unit | str, Text]]:
+        """Return what texts are made of, and the texts: units of documents, compressed files, and texts as they are.
+
+        Raises ConfigError where files have no documents that data.deduplicate could compare.
+        """
+        found: list[tuple[Unit | str, Text]] = []
+        # Consecutive files of documents may share units.
+        for converts, group in itertools.groupby(
+            sources, lambda source: deduplicate == "sentences" or self.form.converts(source)
+        ):
+            if converts:
+                for unit in cut_units(list(group), self.form):
+                    path = unit.text_path(self.texts_place, self.form)
+                    found.append((unit, Text(path, unit.source if len(unit.pieces) == 1 else path, True)))
+                continue
+            for source in group:
+                if deduplicate == "documents":
+                    raise ConfigError(
+                        f"data.deduplicate=documents: {source} is text with a sentence in each line, which has no "
+                        "documents; set data.deduplicate=sentences"
+                    )
+                packed = compression(source) is not None
+                path = unpacked_path(source, self.texts_place) if packed else source
+                found.append((source, Text(path, source)))
+        return found
+
+    def _making_tasks(self, inputs: Sequence[tuple[Unit | str, Text]]) -> list[Task]:
+        """Return the tasks that make the texts. Raises DataError when the disk has too little space."""
         todo: list[Task] = []
-        for source in sources:
-            text = self._text_path(source)
-            if text != source and (self.fresh or not is_unpacked(source, text)):
-                converts = self.form.converts(source)
-                if self.form.kind(source) == "text":
-                    check_format(source)
-                todo.append(unpack_task(source, text, self.form if converts else None))
-        if todo:
-            check_space([task["source"] for task in todo], self.directory)
+        units: list[Unit] = []
+        packed: list[str] = []
+        for made_of, text in inputs:
+            if isinstance(made_of, Unit):
+                if self.fresh or not is_made(made_of, text.path):
+                    if len(made_of.pieces) == 1:  # a task of many files does it itself
+                        check_unit(made_of, self.form)
+                    units.append(made_of)
+                    todo.append(make_task(made_of, text.path, self.form))
+            elif text.path != made_of and (self.fresh or not is_unpacked(made_of, text.path)):
+                check_format(made_of)
+                packed.append(made_of)
+                todo.append(unpack_task(made_of, text.path))
+        if units:
+            check_free(space_needed(units), f"the sentences of {len(units)} texts", self.directory)
+        if packed:
+            check_space(packed, self.directory)
         return todo
 
-    def _scan_tasks(self, texts: Sequence[str], sources: Sequence[str], count: bool) -> list[Task]:
-        """Return the tasks that scan the sources' texts, and hash the large ones, as far as results are missing."""
+    def _scan_tasks(self, texts: Sequence[Text], count: bool) -> list[Task]:
+        """Return the tasks that scan the texts, and hash the large ones, as far as results are missing."""
         todo: list[Task] = []
         cap = SEGMENT_WORDS if count else None
-        for path, source in zip(texts, sources, strict=True):
-            segments = segment_count(file_status(path).st_size)
+        for text in texts:
+            # A line of a text that was made of documents has another number than in their file.
+            source = text.path if text.is_made else text.source
+            segments = segment_count(file_status(text.path).st_size)
             wanted = [
-                scan_task(path, number, self.block_bytes, self.on_error, cap, source) for number in range(segments)
+                scan_task(text.path, number, self.block_bytes, self.on_error, cap, source, text.is_made)
+                for number in range(segments)
             ]
             if segments > 1:
-                wanted.append(hash_task(path))
+                wanted.append(hash_task(text.path))
             missing = [task for task in wanted if self.fresh or not self._is_current(task)]
-            if missing and path == source:
-                check_format(source)
+            if missing and text.path == text.source and not text.is_made:
+                check_format(text.source)
             todo.extend(missing)
         return todo
 
-    def _text_path(self, source: str) -> str:
-        """Return the path of the text: `source` itself, or the place for its unpacked text."""
-        if self.form.converts(source):
-            return converted_path(source, self.texts, self.form)
-        packed = compression(source) is not None
-        return unpacked_path(source, self.texts) if packed else source
-
-    def _log_documents(self, texts: Sequence[str], key: str) -> None:
+    def _count_documents(self, texts: Sequence[str], n_files: int, key: str, findings: Findings) -> None:
         """Log how many documents the texts were made of, and how many of them are empty."""
         total = Counts()
-        for counts in map(read_counts, texts):
-            total.documents += counts.documents
-            total.empty += counts.empty
-            total.bad += counts.bad
-        logger.info("%s: %s documents, %s of them empty", key, f"{total.documents:,}", f"{total.empty:,}")
+        for counts, empty_files in map(read_counts, texts):
+            total.add(counts)
+            findings.empty_files += empty_files
+        findings.documents = total
+        findings.replaced += total.replaced
+        logger.info(
+            "%s: %s documents of %s files in %s texts, %s of them empty",
+            key,
+            f"{total.documents:,}",
+            f"{n_files:,}",
+            f"{len(texts):,}",
+            f"{total.empty:,}",
+        )
         if total.bad:
-            logger.warning("%s: %s lines are not JSON and are left out", key, f"{total.bad:,}")
+            logger.warning("%s: %s lines are not JSON or too long and are left out", key, f"{total.bad:,}")
+
+    # ---------------------------------------------------------------- data.deduplicate
+
+    def _without_repeated(self, texts: Sequence[Text], kind: Kind, key: str, findings: Findings) -> list[Text]:
+        """Return the texts without what is repeated; a text that has nothing of it is taken as it is."""
+        found = None if self.fresh else self._known_choice(texts, kind)
+        if found is None:
+            found = self._leave_out_repeated(texts, kind, key)
+        chosen, findings.repeated, findings.items = found
+        logger.info(
+            "%s: %s of %s %s stand there again and are left out",
+            key,
+            f"{findings.repeated:,}",
+            f"{findings.items:,}",
+            kind,
+        )
+        return chosen
+
+    def _leave_out_repeated(self, texts: Sequence[Text], kind: Kind, key: str) -> tuple[list[Text], int, int]:
+        spans = {text.path: spans_of(text.path) for text in texts}
+        flat = [span for text in texts for span in spans[text.path]]
+        states = {path: state_of(path) for path in spans}
+        files = [self._hashes_path(span, kind) for span in flat]
+        todo = [_find_task(span, kind) for span, file in zip(flat, files, strict=True) if not file.exists()]
+        self._run(
+            todo,
+            f"hashing {kind} of {key}",
+            lambda task, result: write_aside(self._hashes_path(Span(*task["span"]), kind), result),
+        )
+        repeated, counts = find_repeated(files)
+        by_span = dict(zip(flat, repeated, strict=True))
+        is_empty = {span: int(np.bitwise_count(by_span[span]).sum()) == n for span, n in zip(flat, counts, strict=True)}
+        chosen: list[Text] = []
+        writing: list[Task] = []
+        for text in texts:
+            if not any(by_span[span].any() for span in spans[text.path]):
+                chosen.append(text)
+                continue
+            for span in spans[text.path]:
+                if is_empty[span]:
+                    continue
+                target = unrepeated_path(span, kind, by_span[span])
+                made_of = _digest([states[text.path], target])
+                chosen.append(Text(target, text.source if text.source != text.path else target, True))
+                if self.fresh or not is_current(target, made_of):
+                    writing.append(_leave_out_task(span, kind, by_span[span], target, made_of))
+        self._run(writing, f"leaving repeated {kind} of {key} out", lambda task, result: None)
+        n_repeated = sum(int(np.bitwise_count(bits).sum()) for bits in repeated)
+        choice = {
+            "texts": [[text.path, text.source, state_of(text.path)] for text in chosen],
+            "repeated": n_repeated,
+            "items": sum(counts),
+        }
+        write_json(self._choice_path(texts, kind), choice, DataError)
+        for file in files:
+            file.unlink(missing_ok=True)
+        return chosen, n_repeated, sum(counts)
+
+    def _known_choice(self, texts: Sequence[Text], kind: Kind) -> tuple[list[Text], int, int] | None:
+        """Return the texts without what is repeated and the counts, if they stand as they were once written."""
+        try:
+            choice = read_json(self._choice_path(texts, kind))
+            if choice is None or any(state_of(path) != state for path, _, state in choice["texts"]):
+                return None
+            chosen = [Text(path, source, True) for path, source, _ in choice["texts"]]
+            return chosen, int(choice["repeated"]), int(choice["items"])
+        except (DataError, KeyError, TypeError, ValueError):
+            return None
+
+    def _hashes_path(self, span: Span, kind: Kind) -> Path:
+        # The hashes stay on this machine: the name of their folder begins with a dot.
+        return self.directory / ".hashes" / f"{_digest([state_of(span.text), span.to_list(), kind])}.bin"
+
+    def _choice_path(self, texts: Sequence[Text], kind: Kind) -> Path:
+        states = [[text.source, state_of(text.path)] for text in texts]
+        return self.directory / "state" / f"deduplicated-{kind}-{_digest(states)}.json"
+
+    # ---------------------------------------------------------------- tasks and their results
 
     def _run(self, todo: Sequence[Task], title: str, store: Callable[[Task, bytes], None]) -> None:
         """Run the tasks, store each result as it comes, and log the progress under `title`."""
@@ -323,14 +533,15 @@ class Indexer:
             and (not fields.get("replaced") or self.on_error == "replace")
         )
 
-    def _read_shard(self, text: str, source: str, findings: Findings, counter: WordCounter | None) -> Shard:
+    def _read_shard(self, text: Text, findings: Findings, counter: WordCounter | None) -> Shard:
         """Join the stored segments of a text into a shard; add to the findings and to the counter."""
         segments = []
         lines = 0
-        for number in range(segment_count(file_status(text).st_size)):
-            state = self._state_path(scan_task(text, number, self.block_bytes, self.on_error, None))
+        path, source = text.path, text.source
+        for number in range(segment_count(file_status(path).st_size)):
+            state = self._state_path(scan_task(path, number, self.block_bytes, self.on_error, None))
             segment = Segment.unpack(read_index_bytes(state), str(state), SEGMENT_WORDS)
-            findings.add(segment, source, lines + 1)
+            findings.add(segment, path if text.is_made else source, lines + 1)
             lines += segment.sentences
             if counter is not None and segment.counts is not None:
                 counter.merge(segment.counts)
@@ -338,11 +549,33 @@ class Indexer:
             segments.append(segment)
         sha256 = None
         if len(segments) > 1:
-            hashed = read_index_fields(self._state_path(hash_task(text)))
+            hashed = read_index_fields(self._state_path(hash_task(path)))
             if (hashed["size"], hashed["mtime_ns"]) != (segments[0].size, segments[0].mtime_ns):
-                raise DataError(f"{text}: changed while it was read; run prepare again")
+                raise DataError(f"{path}: changed while it was read; run prepare again")
             sha256 = hashed["sha256"]
-        shard = join_segments(text, source, segments, sha256)
-        if not shard.tokens:
+        shard = join_segments(path, source, segments, sha256)
+        if not shard.tokens and not text.is_made:  # of the others `_count_documents` knows it
             findings.empty_files.append(source)
         return shard
+
+
+def _find_task(span: Span, kind: Kind) -> Task:
+    """Return the task that hashes documents or sentences; its result is for `find_repeated`."""
+    return {"kind": "find", "bytes": span.end - span.start, "span": span.to_list(), "items": kind}
+
+
+def _leave_out_task(span: Span, kind: Kind, repeated: UInt8, target: str, made_of: str) -> Task:
+    """Return the task that writes a span of a text without what is repeated; it has no result."""
+    return {
+        "kind": "leave out",
+        "bytes": span.end - span.start,
+        "span": span.to_list(),
+        "items": kind,
+        "repeated": repeated.tobytes(),
+        "target": target,
+        "made_of": made_of,
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elmo_ray import storage
-from elmo_ray.data.corpus import Shard, pack_index, unpack_index
+from elmo_ray.data.corpus import Int64, Shard, pack_index, unpack_index
 from elmo_ray.data.counts import WordCounter
 from elmo_ray.data.sentence_sample import EVERYTHING, SentenceSample, SentenceSampler
 from elmo_ray.data.text import (
@@ -56,6 +56,7 @@ class Segment:
     checked, joined: words of a sample, and those of them with punctuation at their end.
     long_lines: lines of more than LONG_LINE_WORDS words; the longest is line `longest_line`, of `longest_words` words.
     long_words: words of more than LONG_WORD_CHARACTERS; the first is in line `long_word_line`.
+    block_continues: for each block, whether it begins within a document; None where no documents are known.
     sentence_sample: None in a state of version 2.
     counts: None where words were not counted.
     """
@@ -82,6 +83,7 @@ class Segment:
     longest_line: int = 0
     long_words: int = 0
     long_word_line: int = 0
+    block_continues: list[bool] | None = None
     sentence_sample: SentenceSample | None = None
     counts: WordCounter | None = None
 
@@ -93,6 +95,8 @@ class Segment:
         fields = {name: getattr(self, name) for name in _PLAIN_FIELDS}
         if self.counts is not None:
             arrays.update(self.counts.to_arrays())
+        if self.block_continues is not None:
+            arrays["block_continues"] = np.array(self.block_continues, dtype=np.bool_)
         if self.sentence_sample is not None:
             arrays["sentence_hashes"] = self.sentence_sample.hashes
             fields["sentence_limit"] = self.sentence_sample.limit
@@ -107,6 +111,7 @@ class Segment:
             limit = fields.pop("sentence_limit", EVERYTHING)
             sample = SentenceSample(arrays["sentence_hashes"], limit) if "sentence_hashes" in arrays else None
             lists = {key: arrays[key].tolist() for key in _BLOCK_LISTS}
+            lists["block_continues"] = arrays["block_continues"].tolist() if "block_continues" in arrays else None
             return cls(**fields, **lists, sentence_sample=sample, counts=counts)
         except (KeyError, TypeError, ValueError):
             raise DataError(f"{name}: no index of a segment; delete it and run prepare again") from None
@@ -119,7 +124,9 @@ class Segment:
 
 _BLOCK_LISTS = ("block_ends", "block_positions", "block_tokens", "block_characters", "block_crc32")
 _PLAIN_FIELDS = tuple(
-    item.name for item in dataclasses.fields(Segment) if item.name not in (*_BLOCK_LISTS, "sentence_sample", "counts")
+    item.name
+    for item in dataclasses.fields(Segment)
+    if item.name not in (*_BLOCK_LISTS, "block_continues", "sentence_sample", "counts")
 )
 
 
@@ -135,10 +142,17 @@ def scan_shard(path: str, block_bytes: int, on_error: OnError, cap: int | None =
 
 
 def scan_segment(
-    path: str, number: int, block_bytes: int, on_error: OnError, cap: int | None = None, source: str | None = None
+    path: str,
+    number: int,
+    block_bytes: int,
+    on_error: OnError,
+    cap: int | None = None,
+    source: str | None = None,
+    ends: Int64 | None = None,
 ) -> Segment:
     """Scan the lines that begin in segment `number` of a file; with a `cap`, count words (see WordCounter).
 
+    ends: int64 [documents], the bytes at which the documents of the text end; blocks end with them where they can.
     Errors in the text name `source`, the compressed file from which it was unpacked, where there is one. Raises
     DataError for a file that cannot be read, changes meanwhile or has a line over the limit. Unless `on_error` is
     "replace", raises it also for text that is not UTF-8 or has a NUL.
@@ -153,7 +167,11 @@ def scan_segment(
             start = line_start(file, number * SEGMENT_BYTES, status.st_size)
             end = line_start(file, (number + 1) * SEGMENT_BYTES, status.st_size)
             digest, sampler = hashlib.sha256(), SentenceSampler()
-            for offset, data in cut_blocks(file, start, end, block_bytes):
+            segment.block_continues = None if ends is None else []
+            for offset, data in cut_blocks(file, start, end, block_bytes, ends):
+                if ends is not None and segment.block_continues is not None:
+                    place = int(np.searchsorted(ends, offset))
+                    segment.block_continues.append(offset > 0 and (place == len(ends) or int(ends[place]) != offset))
                 digest.update(data)
                 _scan_block(segment, offset, data, on_error)
                 sampler.add(data.removeprefix(BYTE_ORDER_MARK))
@@ -195,6 +213,7 @@ def join_segments(path: str, source: str, segments: Sequence[Segment], sha256: s
         for name in _BLOCK_LISTS
     }
     tokens = int(lists["block_tokens"].sum())
+    continues = [each for segment in segments for each in segment.block_continues or ()]
     return Shard(
         path=path,
         source=source,
@@ -204,6 +223,7 @@ def join_segments(path: str, source: str, segments: Sequence[Segment], sha256: s
         tokens=tokens,
         characters=int(lists["block_characters"].sum()),
         sha256=sha256 or segments[0].sha256 or hash_file(path),
+        block_continues=None if segments[0].block_continues is None else np.array(continues, dtype=np.bool_),
         **lists,
     )
 

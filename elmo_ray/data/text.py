@@ -10,6 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from elmo_ray import storage
 from elmo_ray.errors import DataError
 
@@ -107,11 +110,15 @@ def line_start(file: BinaryIO, position: int, size: int) -> int:
     return size
 
 
-def cut_blocks(file: BinaryIO, start: int, end: int, block_bytes: int) -> Iterator[tuple[int, bytes]]:
+def cut_blocks(
+    file: BinaryIO, start: int, end: int, block_bytes: int, ends: npt.NDArray[np.int64] | None = None
+) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, bytes) of the line-aligned blocks that tile [start, end) of `file`.
 
     `start` and `end` are starts of lines or the end of the file. A block has at most `block_bytes` bytes unless it is a
-    single longer line. Raises DataError for a line over MAX_LINE_BYTES and for a file that became shorter.
+    single longer line. ends: bytes at which documents end, rising; a block ends with the last of them that it can hold,
+    and within a document only where this is longer than a block. Raises DataError for a line over MAX_LINE_BYTES and
+    for a file that became shorter.
     """
     while start < end:
         whole = end - start <= block_bytes
@@ -120,7 +127,7 @@ def cut_blocks(file: BinaryIO, start: int, end: int, block_bytes: int) -> Iterat
         if len(data) < min(end - start, block_bytes + 1):
             raise _became_shorter(file)
         if not whole:
-            cut = _last_line_end(data, block_bytes)
+            cut = _last_document_end(ends, start, block_bytes) or _last_line_end(data, block_bytes)
             while not cut:
                 _check_line(file.name, start, len(data))
                 more = file.read(min(max(len(data), _READ_BYTES), end - start - len(data)))
@@ -155,6 +162,14 @@ def _first_line_end(data: bytes, is_last: bool) -> int:
     if newline >= 0:
         return newline + 1
     return len(data) if is_last else 0
+
+
+def _last_document_end(ends: npt.NDArray[np.int64] | None, start: int, limit: int) -> int:
+    """Return the offset from `start`, at most `limit`, of the last end of a document; 0 for none."""
+    if ends is None:
+        return 0
+    place = int(np.searchsorted(ends, start + limit, "right")) - 1
+    return max(0, int(ends[place]) - start) if place >= 0 else 0
 
 
 def _last_line_end(data: bytes, limit: int) -> int:

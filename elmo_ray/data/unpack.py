@@ -1,6 +1,7 @@
-"""Unpacking of compressed shards (.gz, .zst), and making of text from documents, in the prepared folder."""
+"""Unpacking of compressed shards (.gz, .zst), and writing of texts to the prepared folder."""
 
 import contextlib
+import glob
 import gzip
 import hashlib
 import io
@@ -10,13 +11,11 @@ import shutil
 import socket
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from elmo_ray import storage
-from elmo_ray.data.documents import Counts, TextForm, read_pieces, sentences_of
 from elmo_ray.data.formats import HEAD_BYTES, check_magic, check_parquet, check_text
 from elmo_ray.errors import DataError
 from elmo_ray.storage import Place, Status, is_uri
@@ -48,7 +47,7 @@ def compression(path: str) -> str | None:
 def unpacked_bytes(data: bytes, path: str) -> bytes:
     """Return the text in all bytes of a small file, which is plain, gz or zst. Raises DataError as `unpack` does."""
     kind = _compression_of(data[:16], path)
-    return data if kind is None else b"".join(_pieces(io.BytesIO(data), path, kind))
+    return data if kind is None else b"".join(unpacked_pieces(io.BytesIO(data), path, kind))
 
 
 def _compression_of(head: bytes, path: str) -> str | None:
@@ -75,7 +74,7 @@ def check_format(source: str) -> None:
             head = storage.read_range(source, 0, HEAD_BYTES)
         else:
             with storage.open_read(source) as packed:
-                for piece in _pieces(packed, source, kind):
+                for piece in unpacked_pieces(packed, source, kind):
                     head += piece
                     if len(head) >= HEAD_BYTES:
                         break
@@ -103,63 +102,90 @@ def is_unpacked(source: str, target: Place) -> bool:
     return isinstance(note, dict) and note.items() >= _note_fields(status, text).items()
 
 
-def read_counts(target: Place) -> Counts:
-    """Return how many documents a text was made of; all 0 where that is not known."""
-    try:
-        note = json.loads(storage.read_bytes(_note_path(target)))
-        return Counts(*(int(note.get(name, 0)) for name in ("documents", "empty", "bad")))
-    except (OSError, ValueError, AttributeError):
-        return Counts()
-
-
 def check_space(sources: Sequence[str], directory: Path) -> None:
     """Raise DataError when the disk of `directory` has too little space for the texts of compressed `sources`."""
-    needed = sum(_estimate(source) for source in sources) + _SPARE_BYTES
+    check_free(sum(estimate(source) for source in sources), f"{len(sources)} compressed shards", directory)
+
+
+def check_free(needed: float, what: str, directory: Path) -> None:
+    """Raise DataError when the disk of `directory` has too little space for so many bytes of text."""
+    needed += _SPARE_BYTES
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise DataError(
-            f"data.prepared_dir={directory}: {len(sources)} compressed shards need about {needed / 1e9:.1f} GB and "
-            f"{free / 1e9:.1f} GB are free; name a folder on a larger disk"
+            f"data.prepared_dir={directory}: {what} need about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "name a folder on a larger disk"
         )
 
 
-def unpack(source: str, target: Place, form: TextForm | None = None) -> int:
-    """Write the text of `source` to `target`, whole or not at all; return its size in bytes.
+def unpack(source: str, target: Place) -> int:
+    """Write the text of a compressed shard to `target`, whole or not at all; return its size in bytes.
 
-    form: settings by which it is made into sentences (`documents.sentences_of`); None: it is only unpacked. A `target`
-    in an object store is unpacked to this machine's disk first. Raises DataError for a damaged or truncated file and
-    for a full disk, and as `sentences_of` does.
+    A `target` in an object store is unpacked to this machine's disk first. Raises DataError for a damaged or truncated
+    file and for a full disk.
     """
-    if not is_uri(target):
-        return _unpack(source, Path(target), form)
-    with tempfile.TemporaryDirectory(prefix="elmo-ray-unpack-") as folder:
-        here = Path(folder, storage.base_name(target))
-        size = _unpack(source, here, form)
-        try:
-            storage.upload(here, target)
-            counts = asdict(read_counts(here))
-            note = json.dumps({**_note_fields(storage.status(source), storage.status(target)), **counts})
-            storage.write_bytes(_note_path(target), note.encode())
-        except OSError as error:
-            raise DataError(f"{source}: cannot be unpacked to {target} ({error.strerror or error})") from None
+
+    def fields(text: Status | os.stat_result) -> dict[str, int]:
+        return _note_fields(status, text)
+
+    try:
+        status = storage.status(source)
+        with storage.open_read(source) as packed:
+            kind = compression(source)
+            pieces = read_pieces(packed) if kind is None else unpacked_pieces(packed, source, kind)
+            return write_text(source, target, pieces, fields)
+    except OSError as error:
+        raise DataError(f"{source}: {error.strerror or error}") from None
+
+
+def write_text(
+    source: str,
+    target: Place,
+    pieces: Iterable[bytes],
+    note: Callable[[Status | os.stat_result], dict[str, Any]],
+    also: Callable[[], dict[str, bytes]] = dict,
+) -> int:
+    """Write the pieces of a text to `target`, whole or not at all, then a note about it; return its size in bytes.
+
+    source: the file of which it is made, for errors. note: gets the status of the text and returns the fields of the
+    note, with which the text counts as whole (see `read_note`). also: called after the last piece; it returns the
+    contents of other files, by their places, that stand before the note is written. A `target` in an object store is
+    written to this machine's disk first. Raises DataError for a full disk.
+    """
+    try:
+        if not is_uri(target):
+            size = _write(source, Path(target), pieces)
+        else:
+            with tempfile.TemporaryDirectory(prefix="elmo-ray-unpack-") as folder:
+                here = Path(folder, storage.base_name(target))
+                size = _write(source, here, pieces)
+                storage.upload(here, target)
+        for place, data in also().items():
+            storage.write_bytes(place, data)
+        storage.write_bytes(_note_path(target), json.dumps(note(storage.status(target))).encode())
+    except OSError as error:
+        folder = os.fspath(target).rpartition("/")[0]
+        raise DataError(f"{source}: its text cannot be written to {folder} ({error.strerror or error})") from None
     return size
 
 
-def _unpack(source: str, target: Path, form: TextForm | None) -> int:
+def read_note(target: Place) -> dict[str, Any] | None:
+    """Return the note on a text that `write_text` wrote, or None where there is none."""
+    return storage.read_json(_note_path(target))
+
+
+def _write(source: str, target: Path, pieces: Iterable[bytes]) -> int:
     prefix = f".{target.name}.{socket.gethostname()}."
-    for stale in target.parent.glob(f"{prefix}*.part"):
+    for stale in target.parent.glob(f"{glob.escape(prefix)}*.part"):
         # A run that was killed could not remove its file, which may be large.
         if not _is_alive(stale.name.removeprefix(prefix).removesuffix(".part")):
             stale.unlink(missing_ok=True)
     aside = target.with_name(f"{prefix}{os.getpid()}.part")
     try:
-        status = storage.status(source)
         size = 0
-        counts = Counts()
         since_check = _CHECK_BYTES
-        with storage.open_read(source) as packed, open(aside, "wb") as text:
-            pieces = _content(packed, source, form)
-            for piece in pieces if form is None else sentences_of(source, pieces, form, counts):
+        with open(aside, "wb") as text:
+            for piece in pieces:
                 if since_check >= _CHECK_BYTES:
                     since_check = 0
                     _check_free(target, source)
@@ -169,25 +195,19 @@ def _unpack(source: str, target: Path, form: TextForm | None) -> int:
             text.flush()
             os.fsync(text.fileno())
         os.replace(aside, target)
-        note = {**_note_fields(status, os.stat(target)), **asdict(counts)}
-        Path(_note_path(target)).write_text(json.dumps(note), "utf-8")
-    except OSError as error:
-        raise DataError(f"{source}: cannot be unpacked to {target.parent} ({error.strerror or error})") from None
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
     return size
 
 
-def _content(file: BinaryIO, source: str, form: TextForm | None) -> Iterator[bytes]:
-    """Return the content of a file in pieces, unpacked where it is compressed; nothing of a Parquet file."""
-    if form is not None and form.kind(source) == "parquet":
-        return iter(())
-    kind = compression(source)
-    return read_pieces(file) if kind is None else _pieces(file, source, kind)
+def read_pieces(file: BinaryIO) -> Iterator[bytes]:
+    """Yield a file's content in pieces."""
+    while piece := file.read(_READ_BYTES):
+        yield piece
 
 
-def _pieces(packed: BinaryIO, source: str, kind: str | None) -> Iterator[bytes]:
+def unpacked_pieces(packed: BinaryIO, source: str, kind: str) -> Iterator[bytes]:
     """Yield the text of a compressed file. Raises DataError when it is truncated or damaged."""
     pieces = _zst_pieces(packed, source) if kind == "zst" else _gz_pieces(packed)
     try:
@@ -225,13 +245,13 @@ def _zst_pieces(packed: BinaryIO, source: str) -> Iterator[bytes]:
         raise DataError(f"{source}: is damaged ({error}); get the file again") from None
 
 
-def _estimate(source: str) -> int:
+def estimate(source: str) -> int:
     """Return the unpacked size in bytes by the compressed file, or a guess where it is not stated or unlikely."""
     size = storage.status(source).st_size
     guess = size * _USUAL_RATIO
     kind = _known_compression(source)
     if kind is None:
-        return guess if TextForm().kind(source) == "parquet" else size
+        return guess if _is_parquet(source) else size
     with storage.open_read(source) as packed:
         if kind == "zst":
             with contextlib.suppress(Exception):  # A defect of the file shows when it is unpacked.
@@ -251,6 +271,15 @@ def _known_compression(source: str) -> str | None:
         return compression(source)
     except DataError:  # A Parquet file, or one that is found to be bad when it is read.
         return None
+
+
+def _is_parquet(source: str) -> bool:
+    try:
+        with storage.open_read(source) as file:
+            check_parquet(file.read(16), source)
+    except (DataError, OSError):
+        return True
+    return False
 
 
 def _check_free(target: Path, source: str) -> None:

@@ -98,7 +98,7 @@ def all_combinations(space: Mapping[str, Domain]) -> list[dict[str, Any]]:
 _SHARED = (
     "data.train", "data.valid", "data.test", "data.vocab", "data.prepared_dir", "data.block_bytes", "data.on_error",
     "data.format", "data.column", "data.tokenizer", "data.language", "data.normalize",
-    "data.holdout", "data.min_count", "data.max_vocab", "train.validate_positions",
+    "data.holdout", "data.deduplicate", "data.min_count", "data.max_vocab", "train.validate_positions",
 )  # fmt: skip
 """Keys that cannot vary: all trials share the prepared text and are compared on it."""
 

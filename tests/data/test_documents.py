@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from elmo_ray.data import documents
 from elmo_ray.data.documents import TextForm
 from elmo_ray.data.indexing import Indexer, run_locally
 from elmo_ray.errors import DataError
@@ -79,7 +80,7 @@ def test_bad_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         text_of(tmp_path / "out", [bad])
     caplog.set_level(logging.INFO, logger="elmo_ray")
     assert text_of(tmp_path / "out", [bad], on_error="replace") == ["the cat .", "a \ufffd ."]
-    assert "data.train: 1 lines are not JSON and are left out" in caplog.text
+    assert "data.train: 1 lines are not JSON or too long and are left out" in caplog.text
     whole = tmp_path / "whole.parquet"
     pq.write_table(pa.table({"text": DOCUMENTS}), whole)
     cut = tmp_path / "cut.parquet"
@@ -95,6 +96,30 @@ def test_bad_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(DataError, match="is a Parquet file; name it .parquet or set data.format=parquet"):
         text_of(tmp_path / "out", [renamed])
     assert text_of(tmp_path / "out", [renamed], format="parquet") == LINES
+
+
+def test_bad_characters_and_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1 << 21)
+    source = tmp_path / "d.jsonl"
+    for line, message in (
+        (b'{"text": "a \\u0000 ."}', "a NUL in the text"),
+        (b'{"text": "a \\ud83d ."}', "half of a surrogate pair in the text"),
+        (b'{"text": "' + b"a " * (3 << 20) + b'"}', "longer than 2 MiB; divide it, or leave such lines out"),
+        (b"{" * 5000, "is not JSON"),
+    ):
+        source.write_bytes(b'{"text": "the cat ."}\n' + line + b'\n{"text": "it slept ."}')
+        with pytest.raises(DataError, match=f"d.jsonl, line 2: {message}.*data.on_error=replace"):
+            text_of(tmp_path / "out", [source])
+        lines = text_of(tmp_path / "out", [source], on_error="replace")
+        assert lines == ["the cat .", *(["a \ufffd ."] if "in the text" in message else []), "it slept ."]
+    table = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": ["the cat .", "a", "b \0 ."]}), table, row_group_size=1)
+    with pytest.raises(DataError, match="d.parquet, row 3: a NUL in the text"):
+        text_of(tmp_path / "out", [table])
+    assert text_of(tmp_path / "out", [table], normalize=("control",), tokenizer="none") == ["the cat .", "a", "b ."]
+    empty = tmp_path / "empty.jsonl"
+    empty.write_bytes(b"")
+    assert text_of(tmp_path / "out", [empty]) == []
 
 
 def test_documents_that_are_not_tokenised(tmp_path: Path) -> None:

@@ -463,3 +463,36 @@ def test_ray_tasks_find_the_same(
     (folder / "2.txt").write_bytes(b"a\n\0\n")
     with pytest.raises(DataError, match=r"^\S+/2\.txt, line 2: a NUL byte; "):
         prepare.run(config)
+
+
+def test_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [f"d{number} the cat .\nd{number} it slept ." for number in range(500)]
+    for number in range(3):  # the third file has nothing new
+        start = 100 * number % 200
+        lines = [json.dumps({"text": text}) for text in [*documents[start : start + 300], " "]]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines), "utf-8")
+    train = {"data__train": str(tmp_path / "*.jsonl"), "data__deduplicate": "documents", "data__holdout": 0.2}
+    config = configure(tmp_path, **train)
+    assert prepare.plan(config).tasks == 1  # to make the text of the small files; the rest is not known before
+    result = prepare.run(config)
+    assert result.documents["train"] == {
+        "documents": 903, "empty": 3, "bad": 0, "replaced": 0, "repeated": 500, "compared": 900
+    }  # fmt: skip
+    assert result.valid is not None and 0 < result.valid.tokens < result.train.tokens
+    assert result.train.sentences + result.valid.sentences == 800
+    seen = [
+        {line.split()[0] for block in part.blocks() for line in read_block(block).decode().splitlines()}
+        for part in (result.train, result.valid)
+    ]
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 400
+    note = json.loads((tmp_path / "runs/prepared/prepare.json").read_text("utf-8"))
+    assert note == result.to_dict() and note["documents"]["train"]["repeated"] == 500
+    # Nothing is left to do, and the sizes are known, also where the text is too large to read it again.
+    todo = prepare.plan(config)
+    assert todo.tasks == 0
+    monkeypatch.setattr(prepare, "SMALL_BYTES", 0)
+    sizes = prepare.measure(config, todo)
+    assert sizes.exact and sizes.train is not None and sizes.train.fingerprint == result.train.fingerprint
+    assert prepare.run(config).to_dict() == result.to_dict()
+    with pytest.raises(ConfigError, match=r"data\.deduplicate=documents: \S+/runs/prepared/vocab\.txt is text"):
+        prepare.plan(configure(tmp_path, **{**train, "data__train": str(result.vocabulary_path)}))
