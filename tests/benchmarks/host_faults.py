@@ -85,6 +85,7 @@ def fault(kind: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
             )
         watch = Watch(run_dir)
         trains(watch, driver, log, 0)
+        wait_for(lambda: any((run_dir / "checkpoints").glob("*/manifest.json")), f"a checkpoint: {log}")
         first, seen = watch.starts, log.stat().st_size
         began = time.monotonic()
         result: dict[str, Any] = {"kind": kind, "hosts": arguments.hosts, "step": watch.step}
