@@ -28,10 +28,9 @@ from elmo_ray import prepare
 from elmo_ray.checkpoints.source import Source, open_source
 from elmo_ray.cluster.session import TORCH_NAMES, check_room, device_for, in_this_process
 from elmo_ray.cluster.tasks import run_tasks
-from elmo_ray.config import ComputeConfig, EvaluateConfig, TextConfig
+from elmo_ray.config import ComputeConfig, EvaluateConfig
 from elmo_ray.config.command_line import Flags, run_verb, text_table
 from elmo_ray.data.corpus import Corpus
-from elmo_ray.data.documents import TextForm
 from elmo_ray.data.streams import fewer_streams_note, held_out_streams
 from elmo_ray.elmo.evaluation import EvaluationJob, LossTotals, measure_share
 from elmo_ray.elmo.scoring import LossSums
@@ -134,16 +133,6 @@ class EvaluatePlan:
         }  # fmt: skip
 
 
-def _text_form(data: TextConfig, source: Source) -> TextForm:
-    """Return how texts are made into sentences: as for the training of the SOURCE, unless settings say otherwise."""
-    recorded = source.training.data if source.training is not None else None
-    if recorded is None or recorded.tokenizer is None or data.tokenizer is not None:
-        return prepare.text_form(data)
-    logger.info("data.tokenizer=%s, as in the training of %s", recorded.tokenizer, source.path)
-    names = ("tokenizer", "language", *(() if data.normalize else ("normalize",)))
-    return prepare.text_form(data.model_copy(update={name: getattr(recorded, name) for name in names}))
-
-
 def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | EvaluatePlan:
     """Measure a SOURCE on data.test; write only under data.prepared_dir. Raises ElmoRayErrors for a user's mistakes."""
     # Absolute, as processes with another working folder open the files again.
@@ -157,7 +146,7 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
     _ = source.vocabulary  # raises an error where there is none, before the text is indexed
     directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
     data, cluster = config.data, config.cluster
-    form = _text_form(data, source)
+    form = prepare.text_form(source.recorded_form(data))
     corpus, found = prepare.index_texts(data.test, "data.test", directory, data.block_bytes, form)
     if not corpus.positions:
         raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")

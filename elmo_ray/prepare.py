@@ -22,7 +22,7 @@ from typing import Any
 from elmo_ray import storage
 from elmo_ray.cluster.session import free_cpus
 from elmo_ray.cluster.tasks import run_tasks
-from elmo_ray.config import SAMPLE, ClusterConfig, DataConfig, PrepareConfig, PretrainConfig, TextConfig
+from elmo_ray.config import SAMPLE, ClusterConfig, DataConfig, FormConfig, PrepareConfig, PretrainConfig
 from elmo_ray.config.command_line import Flags, run_verb, text_table
 from elmo_ray.data import sample, scan
 from elmo_ray.data.corpus import Corpus, expand_paths, shard_fields
@@ -372,7 +372,7 @@ def measure(config: PretrainConfig, todo: PreparePlan) -> Sizes:
     return Sizes(None, positions, words, False)
 
 
-def text_form(data: TextConfig) -> TextForm:
+def text_form(data: FormConfig) -> TextForm:
     """Return how texts are made into sentences."""
     return TextForm(data.format, data.column, data.tokenizer, data.language, data.normalize, data.on_error)
 

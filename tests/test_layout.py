@@ -39,6 +39,7 @@ VERBS_THAT_USE = {
     "pretrain": {"prepare", "evaluate", "export"},
     "finetune": {"pretrain"},
     "evaluate": {"prepare"},
+    "embed": {"prepare"},
 }
 ALIASES = {"language_model"}
 """Public names that stay where users know them: files that only import."""

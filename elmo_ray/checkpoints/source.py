@@ -41,7 +41,7 @@ from elmo_ray.checkpoints.identity import saved_config
 from elmo_ray.checkpoints.manifest import MANIFEST, MODEL_FILE, OPTIMIZER_FILE
 from elmo_ray.checkpoints.read import Checkpoint, listed_checkpoints, newest_checkpoint, open_checkpoint
 from elmo_ray.checkpoints.stores import StorageError, previous_copy, store_of
-from elmo_ray.config import PretrainConfig, SoftmaxConfig
+from elmo_ray.config import FormConfig, PretrainConfig, SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import CheckpointError, ConfigError, DataError, ElmoRayError, FormatError, short
@@ -130,6 +130,24 @@ class Source:
         lstm = {name: tensor for name, tensor in self.model.state_dict().items() if name.startswith("lstm.")}
         model.load_state_dict({**lstm, "word_embedding": embedder.vectors_of(words)}, assign=True)
         return replace(self, model=model.requires_grad_(False), words=words)
+
+    def recorded_form(self, data: FormConfig) -> FormConfig:
+        """Return settings of text in which the tokenizer is that of the training of this model, unless one is set.
+
+        The log says which it is. Raises ConfigError for a model of the Hub that names a function as its tokenizer.
+        """
+        recorded = self.training.data if self.training is not None else None
+        if recorded is None or recorded.tokenizer is None or data.tokenizer is not None:
+            return data
+        if ":" in recorded.tokenizer and (self.uri or "").startswith(SCHEME):
+            # What others have uploaded does not choose the code that runs here.
+            raise ConfigError(
+                f"{self.uri}: was trained with data.tokenizer={short(recorded.tokenizer)}; set data.tokenizer to it if "
+                "this function may run here, or to another one"
+            )
+        logger.info("data.tokenizer=%s, as in the training of %s", recorded.tokenizer, self.uri or self.path)
+        names = ("tokenizer", "language", *(() if data.normalize else ("normalize",)))
+        return data.model_copy(update={name: getattr(recorded, name) for name in names})
 
     def describe(self) -> str:
         """Return one line about the model: its place, step and sizes."""

@@ -468,10 +468,16 @@ def _of_older_versions(tree: Mapping[str, Any]) -> Iterator[str]:
             continue
         if name in REMOVED:
             yield f"{name} no longer exists: {cure}"
-        elif cure.split(".")[1] in inside:
+        elif _has(tree, cure):
             yield f"{name} and {cure} are one setting; remove {name}"
         else:
             logger.warning("%s is called %s now; the old name will go", name, cure)
+
+
+def _has(tree: Mapping[str, Any], name: str) -> bool:
+    section, last = name.split(".")
+    inside = tree.get(section)
+    return isinstance(inside, Mapping) and last in inside
 
 
 def _override(tree: dict[str, Any], text: str, root: type[Root], known: Mapping[str, Key]) -> None:
@@ -498,7 +504,7 @@ def _text(value: str, key: Key) -> Any:
 
     Quoted strings and lists are still read as YAML.
     """
-    if key.optional and value in ("null", "none", "~"):
+    if key.optional and value in ("null", "none", "~") and not (value == "none" and key.allowed.startswith("none,")):
         return None
     if value[0] in "[\"'":
         try:

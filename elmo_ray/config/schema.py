@@ -186,7 +186,7 @@ class Section(BaseModel):
         return result
 
 
-RENAMED = {"train.gpu_kernels": "train.kernels"}
+RENAMED = {"train.gpu_kernels": "train.kernels", "embed.column": "data.column"}
 """Old names of settings. They are accepted for one version, with a log line that says the new name."""
 
 REMOVED = {"cluster.shared_memory": "gradients are always summed by torch.distributed; remove it"}
@@ -301,10 +301,12 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         section, name = old.split(".")
         inside = result.get(section)
         if isinstance(inside, Mapping) and name in inside:
-            kept = {key: value for key, value in inside.items() if key != name}
+            result[section] = {key: value for key, value in inside.items() if key != name}
             if new is not None:
-                kept.setdefault(new.split(".")[1], inside[name])
-            result[section] = kept
+                new_section, new_name = new.split(".")
+                others = result.get(new_section, {})
+                if isinstance(others, Mapping):  # other values are refused later
+                    result[new_section] = {new_name: inside[name], **others}
     return result
 
 

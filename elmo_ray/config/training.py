@@ -21,9 +21,9 @@ from elmo_ray.text.tokenizers import NORMALIZATIONS
 
 __all__ = [
     "SAMPLE", "CharCnnConfig", "ClusterConfig", "ComputeConfig", "DataConfig", "Duration", "EvalConfig",
-    "EvaluateConfig", "ExportConfig", "FormatConfig", "InitConfig", "LstmConfig", "ModelConfig", "OptimConfig",
-    "PrepareConfig", "PretrainConfig", "ReportConfig", "RunConfig", "ScheduleConfig", "SoftmaxConfig", "StorageConfig",
-    "TaskConfig", "TextConfig", "TrainConfig",
+    "EvaluateConfig", "ExportConfig", "FormConfig", "FormatConfig", "InitConfig", "LstmConfig", "ModelConfig",
+    "OptimConfig", "PrepareConfig", "PretrainConfig", "ReportConfig", "RunConfig", "ScheduleConfig", "SoftmaxConfig",
+    "StorageConfig", "TaskConfig", "TextConfig", "TrainConfig",
 ]  # fmt: skip
 
 SAMPLE = "sample"  # data.train: the built-in corpus
@@ -59,17 +59,13 @@ class RunConfig(StorageConfig):
     export: bool = Field(True, description="At the end, write export/ with weights.hdf5, options.json and vocab.txt.")
 
 
-class TextConfig(Section):
-    """Section `data` as every verb with text has it."""
+_TOKENIZERS = "none, spacy, package.module:function, or null"
+
+
+class FormConfig(Section):
+    """Section `data` as far as it says of what form texts are, and how they become sentences of words."""
 
     path: ClassVar[str] = "data."
-    test: Globs = Field((), description="The test text, which is measured by evaluate and at the end of a training.")
-    prepared_dir: str | None = Field(
-        None, description="The index, unpacked text and vocabulary are here; null: run.storage_path/prepared."
-    )
-    block_bytes: Int = Field(
-        131072, ge=4096, le=16 << 20, description="Text is read in blocks of about this size, in bytes."
-    )
     on_error: Literal["fail", "replace"] = Field(
         "fail", description="What happens at bytes that are not UTF-8 and at NULs: an error, or a replacement."
     )
@@ -79,22 +75,37 @@ class TextConfig(Section):
     column: str = Field(
         "text", min_length=1, description="The column of JSONL and Parquet files with the text; a.b is one inside a."
     )
-    tokenizer: str | None = Field(
+    tokenizer: Annotated[str | None, Allowed(_TOKENIZERS)] = Field(
         None,
-        description="Makes sentences of raw text: none, spacy or module:function; null: it is tokenised.",
+        description="Makes sentences of raw text; null: it is tokenised already.",
     )
     language: str | None = Field(None, description="The language of data.tokenizer=spacy, such as en; xx: many.")
     normalize: Names = Field((), description="Steps before the tokenizer: nfc, control, whitespace.")
 
     def _unused(self) -> dict[str, str]:
-        if self.tokenizer == "spacy":
-            return {}
-        return {"language": f"data.tokenizer={self.tokenizer or 'null'} has no language; remove one of them"}
+        unused = {}
+        if self.format == "text":
+            unused["column"] = "data.format=text has no columns; remove one of them"
+        if self.tokenizer != "spacy":
+            unused["language"] = f"data.tokenizer={self.tokenizer or 'null'} has no language; remove one of them"
+        return unused
 
     def _contradictions(self) -> Iterator[str]:
         for step in self.normalize:
             if step not in NORMALIZATIONS:
                 yield f"data.normalize={step}: must be among {', '.join(NORMALIZATIONS)}"
+
+
+class TextConfig(FormConfig):
+    """Section `data` as every verb with an index of its text has it."""
+
+    test: Globs = Field((), description="The test text, which is measured by evaluate and at the end of a training.")
+    prepared_dir: str | None = Field(
+        None, description="The index, unpacked text and vocabulary are here; null: run.storage_path/prepared."
+    )
+    block_bytes: Int = Field(
+        131072, ge=4096, le=16 << 20, description="Text is read in blocks of about this size, in bytes."
+    )
 
 
 class DataConfig(TextConfig):

@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 
+from elmo_ray import prepare
 from elmo_ray.checkpoints.source import Source, open_source
 from elmo_ray.cluster.session import TORCH_NAMES, check_room, device_for, in_this_process, local_device
 from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import ComputeConfig
 from elmo_ray.config.command_line import Flags, run_verb
+from elmo_ray.data.documents import TextForm
 from elmo_ray.embed.config import EmbedConfig
 from elmo_ray.embed.record import (
     RECORD,
@@ -42,12 +44,14 @@ from elmo_ray.embed.record import (
     read_record,
     remove_output,
 )
-from elmo_ray.embed.shards import is_finished, join_hdf5
-from elmo_ray.embed.units import Unit, cut_units, find_files
+from elmo_ray.embed.sentences import unified_kinds
+from elmo_ray.embed.shards import is_finished, is_own_name, join_hdf5
+from elmo_ray.embed.units import Texts, Unit, cut_units, find_files
 from elmo_ray.embed.worker import EmbedTask, EmbedWorker, Progress, check_layers, write_token_vectors
 from elmo_ray.errors import ConfigError, DataError, FormatError
 from elmo_ray.storage import absolute_or_none
 from elmo_ray.storage.files import write_json
+from elmo_ray.text.tokenizers import NONE, describe_tokenizer
 
 logger = logging.getLogger("elmo_ray.embed")  # __name__ is __main__ as a command
 
@@ -72,20 +76,27 @@ class EmbedResult:
 
 @dataclass(frozen=True)
 class EmbedPlan:
-    """Work that `embed` would do."""
+    """Work that `embed` would do. documents: 0 where IN is tokenised text."""
 
     config: EmbedConfig
     source: str
+    documents: int
     sentences: int
     units: int
     finished: int
 
     def summary(self) -> str:
-        work = f"{self.sentences:,} sentences in {self.units:,} shards, {self.finished:,} of them finished"
+        documents = f"{self.documents:,} documents, " if self.documents else ""
+        work = f"{documents}{self.sentences:,} sentences in {self.units:,} shards, {self.finished:,} of them finished"
         return "\n".join([self.config.to_yaml().rstrip(), "", self.source, work])
 
     def to_dict(self) -> dict[str, Any]:
-        work = {"sentences": self.sentences, "units": self.units, "finished": self.finished}
+        work = {
+            "documents": self.documents,
+            "sentences": self.sentences,
+            "units": self.units,
+            "finished": self.finished,
+        }
         return {"config": self.config.to_dict(), "source": self.source, **work}
 
 
@@ -99,7 +110,8 @@ def run(config: EmbedConfig, flags: Flags | None = None) -> EmbedResult | EmbedP
     is_hdf5 = _is_hdf5(config, out)
     shard_folder = out.with_name(f"{out.name}.parts") if is_hdf5 else out
     check_use(out, shard_folder, is_hdf5, flags)
-    job = _make_job(config, source, shard_folder, is_hdf5)
+    form = prepare.text_form(source.recorded_form(config.data))
+    job = _make_job(config, source, form, shard_folder, is_hdf5)
     check_layers(job, source)
     if flags.fresh and not flags.dry_run:
         remove_output(out, shard_folder)
@@ -108,18 +120,19 @@ def run(config: EmbedConfig, flags: Flags | None = None) -> EmbedResult | EmbedP
     scratch = tempfile.TemporaryDirectory() if flags.dry_run else locked(shard_folder)
     with scratch as temporary:
         unpack_to = Path(temporary) if temporary else shard_folder / TEXT_FOLDER
-        files = find_files(config.texts, config.embed.column, unpack_to)
-        units = cut_units(files, config.embed.column, config.data.block_bytes, whole=job.carry)
+        texts = find_files(config.texts, form, job.keep, config.data.block_bytes, unpack_to)
+        job = _with_documents(job, texts)
+        units = cut_units(texts.files, config.data.block_bytes, whole=job.carry)
         if not units:
-            raise DataError(f"in={','.join(config.texts)}: no sentence in {len(files)} files")
-        record = job_record(job, source, config.data.block_bytes, files, units)
+            raise DataError(f"in={','.join(config.texts)}: no sentence in {len(texts.files)} files")
+        record = job_record(job, source, config.data.block_bytes, texts.files, units)
         if old is not None:
             check_same(old, record, shard_folder)
         joined = is_hdf5 and out.exists() and not flags.fresh
         finished = {unit.number for unit in units if joined or is_finished(job, unit)} if old is not None else set()
         sentences = sum(unit.count for unit in units)
         if flags.dry_run:
-            return EmbedPlan(config, source.describe(), sentences, len(units), len(finished))
+            return EmbedPlan(config, source.describe(), texts.counts.documents, sentences, len(units), len(finished))
         if old is None:
             write_json(shard_folder / RECORD, record)
         waiting = [unit for unit in units if unit.number not in finished]
@@ -136,6 +149,8 @@ def run(config: EmbedConfig, flags: Flags | None = None) -> EmbedResult | EmbedP
     if is_hdf5:
         shutil.rmtree(shard_folder, ignore_errors=True)
     values = {"out": str(out), "sentences": sentences, "units": len(units), "units_done_before": len(finished)}
+    if job.has_documents:
+        values |= {"documents": texts.counts.documents, "empty_documents": texts.counts.empty}
     return EmbedResult({**values, **progress.values})
 
 
@@ -177,8 +192,21 @@ def _on_ray(
     )
 
 
-def _make_job(config: EmbedConfig, source: Source, shard_folder: Path, is_hdf5: bool) -> EmbedJob:
+def _with_documents(job: EmbedJob, texts: Texts) -> EmbedJob:
+    """Return the job with what its documents say. Raises DataError where kept columns of files do not go together."""
+    made = [(file.source, file.sentences) for file in texts.files if file.sentences is not None]
+    if job.is_hdf5 and made:
+        logger.info("OUT is HDF5, which has no words; a folder as OUT has them, and the columns of embed.keep")
+    kept = unified_kinds(made).serialize().to_pybytes() if job.keep else b""
+    return dataclasses.replace(job, has_documents=texts.has_documents, kept=kept)
+
+
+def _make_job(config: EmbedConfig, source: Source, form: TextForm, shard_folder: Path, is_hdf5: bool) -> EmbedJob:
     init, embed = config.init, config.embed
+    if embed.keep and is_hdf5:
+        raise ConfigError(f"embed.keep={','.join(embed.keep)}: HDF5 has no columns; name a folder as OUT for Parquet")
+    if own := next((name for name in embed.keep if is_own_name(name, embed.output)), None):
+        raise ConfigError(f"embed.keep={own}: OUT has a column of this name already; leave it out, or rename it in IN")
     if embed.output in ("substitutes", "surprisal"):
         if not source.has_softmax:
             raise FormatError(
@@ -203,11 +231,16 @@ def _make_job(config: EmbedConfig, source: Source, shard_folder: Path, is_hdf5: 
         dtype=embed.dtype,
         precision=embed.precision,
         carry=embed.state == "carry",
-        column=embed.column,
+        keep=embed.keep,
         k=embed.k,
         batch_positions=embed.batch_positions,
         on_error=config.data.on_error,
         device="cpu",
+        form={
+            **describe_tokenizer(form.tokenizer or NONE, form.language, form.normalize),
+            "format": form.format,
+            "column": form.column,
+        },
     )
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 
-from elmo_ray.config import ComputeConfig, InitConfig
-from elmo_ray.config.schema import Allowed, Globs, Int, Root, Section
+from elmo_ray.config import ComputeConfig, FormConfig, InitConfig
+from elmo_ray.config.schema import Allowed, Globs, Int, Names, Root, Section
 
 
 def _layers(value: Any) -> str | tuple[float, ...]:
@@ -27,15 +27,11 @@ Layers = Annotated[
 ]
 
 
-class EmbedTextConfig(Section):
+class EmbedTextConfig(FormConfig):
     """Section `data` of `embed`."""
 
-    path: ClassVar[str] = "data."
     block_bytes: Int = Field(
         262144, ge=1024, le=1 << 30, description="Each shard of the output holds about this many bytes of text."
-    )
-    on_error: Literal["fail", "replace"] = Field(
-        "fail", description="What happens at bytes that are not UTF-8 and at NULs: an error, or a replacement."
     )
 
 
@@ -55,10 +51,10 @@ class EmbedOptions(Section):
         "reset", description="reset starts each sentence from zero; carry goes on through a file, as bilm-tf does."
     )
     format: Literal["auto", "hdf5", "parquet"] = Field(
-        "auto", description="auto decides by the name of OUT: .hdf5 and .h5 are HDF5."
+        "auto", description="The format of OUT. auto decides by its name: .hdf5 and .h5 are HDF5."
     )
-    column: str | None = Field(
-        None, min_length=1, description="The column of JSONL or Parquet input; it holds text or lists of words."
+    keep: Names = Field(
+        (), description="Columns of JSONL or Parquet input that stand beside the vectors, as [id, title]."
     )
     k: Int = Field(10, ge=1, le=10000, description="How many words embed.output=substitutes lists at each position.")
     batch_positions: Int = Field(2048, ge=1, le=1 << 24, description="This many positions are computed at a time.")
@@ -77,13 +73,15 @@ class EmbedOptions(Section):
         if self.state == "carry":
             unused["batch_positions"] = "embed.state=carry computes a sentence at a time"
         if self.tokens is not None:
-            names = ("output", "layers", "dtype", "state", "format", "column", "k", "batch_positions")
+            names = ("output", "layers", "dtype", "state", "format", "keep", "k", "batch_positions")
             unused |= dict.fromkeys(names, "embed.tokens writes vectors of words in float32; remove one of them")
         return unused
 
     def _contradictions(self) -> Iterator[str]:
         if self.format == "hdf5" and self.output in ("substitutes", "surprisal"):
             yield f"embed.output={self.output} is written as Parquet; remove embed.format=hdf5"
+        if repeated := next((name for name in self.keep if self.keep.count(name) > 1), None):
+            yield f"embed.keep has {repeated} twice; name each column once"
 
 
 class EmbedConfig(Root):
@@ -103,7 +101,7 @@ class EmbedConfig(Root):
         "best", min_length=1, description="Which checkpoint of a run to use: best, last, or its name."
     )
     texts: Globs = Field(
-        (), alias="in", description="IN: text with one sentence in each line, .jsonl files or .parquet files."
+        (), alias="in", description="IN: text with one sentence in each line, or .jsonl or .parquet files, or raw text."
     )
     out: str | None = Field(None, description="OUT: an HDF5 file, or a folder of Parquet files.")
 
@@ -114,5 +112,7 @@ class EmbedConfig(Root):
         return needed
 
     def _unused(self) -> dict[str, str]:
+        if self.embed.tokens is None:
+            return {}
         why = "embed.tokens names the words to embed, so there is no IN; remove one of them"
-        return {} if self.embed.tokens is None else {"in": why}
+        return dict.fromkeys(("in", *(f"data.{name}" for name in FormConfig.model_fields)), why)

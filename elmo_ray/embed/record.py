@@ -7,7 +7,6 @@ unpacked texts, and the lock.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from elmo_ray.checkpoints.source import Source
 from elmo_ray.config.command_line import Flags
 from elmo_ray.embed.units import TextFile, Unit
 from elmo_ray.errors import CheckpointError, ConfigError
-from elmo_ray.storage import read_json
+from elmo_ray.storage import read_json, status
 from elmo_ray.storage.files import file_lock
 
 # Readers of a folder of Parquet files leave out names with an underscore.
@@ -27,6 +26,8 @@ RECORD, TEXT_FOLDER = "_embed.json", "_unpacked"
 
 # All shards of an output have the same columns: a job that was begun with others, by an older version, begins anew.
 _COLUMNS_VERSION = 2
+# The same of the columns of documents, and of the rules by which these become sentences.
+_DOCUMENTS_VERSION = 1
 
 Output = Literal["vectors", "means", "substitutes", "surprisal"]
 
@@ -36,8 +37,9 @@ class EmbedJob:
     """Everything that a worker must know of a job, besides the unit that it makes.
 
     source, checkpoint, options, vocab: as for `open_source`, absolute. fingerprint: the hash of the model's weights and
-    vocabulary. shard_folder: the folder of the finished units. device: the worker's, as PyTorch names it. The others
-    are settings.
+    vocabulary. shard_folder: the folder of the finished units. device: the worker's, as PyTorch names it. form: all on
+    which the sentences of documents depend. has_documents: sentences have the numbers of their documents beside them.
+    keep, kept: the columns that are kept of documents, and their Arrow schema as bytes. The others are settings.
     """
 
     source: str
@@ -52,20 +54,25 @@ class EmbedJob:
     dtype: str
     precision: Literal["fp32", "bf16"]
     carry: bool
-    column: str | None
+    keep: tuple[str, ...]
     k: int
     batch_positions: int
     on_error: Literal["fail", "replace"]
     device: str
+    form: dict[str, str]
+    has_documents: bool = False
+    kept: bytes = b""
 
     def fixed_settings(self) -> dict[str, Any]:
         """Return the values that the finished units depend on; they must be equal when a job is resumed."""
-        names = ("fingerprint", "is_hdf5", "output", "layers", "dtype", "precision", "carry", "column", "k", "on_error")
+        names = ("fingerprint", "is_hdf5", "output", "layers", "dtype", "precision", "carry", "k", "on_error")
         values = asdict(self)
         # Batches of another size give other last bits.
         fixed = {name: values[name] for name in (*names, "batch_positions")}
         if self.output in ("substitutes", "surprisal"):
             fixed["columns"] = _COLUMNS_VERSION
+        if self.has_documents:
+            fixed |= {**self.form, "keep": list(self.keep), "documents": _DOCUMENTS_VERSION}
         return fixed | {"layers": self.layers if isinstance(self.layers, str) else list(self.layers)}
 
 
@@ -102,6 +109,7 @@ def locked(shard_folder: Path) -> Iterator[None]:
     """Make the folder, keep other jobs out of it, and remove half-written files of a killed job. Raises ConfigError."""
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, shard_folder)
+        stack.callback(_remove_empty, shard_folder / TEXT_FOLDER)
         try:
             stack.enter_context(file_lock(shard_folder / ".lock"))
         except BlockingIOError:
@@ -123,14 +131,17 @@ def job_record(
     job: EmbedJob, source: Source, block_bytes: int, files: Sequence[TextFile], units: Sequence[Unit]
 ) -> dict[str, Any]:
     """Return the record of a job: its model, settings and texts, and the number of its units and sentences."""
-    firsts: dict[str, int] = {}
-    for unit in units:
-        firsts.setdefault(unit.path, unit.first)
+    firsts: dict[str, Unit] = {}
+    for each in units:
+        firsts.setdefault(each.path, each)
     inputs = []
     for file in files:
-        status = os.stat(file.source)
-        inputs.append({"path": file.source, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns,
-                       "first_sentence": firsts.get(file.path)})  # fmt: skip
+        found, unit = status(file.source), firsts.get(file.path)
+        entry = {"path": file.source, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns,
+                 "first_sentence": None if unit is None else unit.first}  # fmt: skip
+        if job.has_documents:
+            entry["first_document"] = None if unit is None else unit.first_document
+        inputs.append(entry)
     return {
         "format_version": 1,
         "source": source.describe(),

@@ -6,7 +6,8 @@ Shapes: L layers, n words of a sentence, D dimensions of a vector.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +27,10 @@ Row = NDArray | Substitutes | Surprisal
 class ShardWriter(Protocol):
     """Writer of the sentences of a unit."""
 
-    def write(self, first: int, sentences: Sequence[Sequence[str]], rows: Sequence[Row]) -> None:
-        """Add sentences and their results. first: the number of the first sentence."""
+    def write(
+        self, first: int, sentences: Sequence[Sequence[str]], rows: Sequence[Row], beside: Mapping[str, Any]
+    ) -> None:
+        """Add sentences and their results. first: the number of the first sentence. beside: Arrow arrays by name."""
 
 
 def shard_path(job: EmbedJob, unit: Unit) -> Path:
@@ -69,7 +72,10 @@ def join_hdf5(job: EmbedJob, units: Sequence[Unit], out: Path) -> None:
 
 
 class _Hdf5Shard:
-    """HDF5 file with a dataset for each sentence; its number is the key. A single layer has no first dimension."""
+    """HDF5 file with a dataset for each sentence; its number is the key. A single layer has no first dimension.
+
+    What is kept beside a sentence is in attributes of its dataset.
+    """
 
     def __init__(self, path: Path):
         self.file = h5py.File(path, "w")
@@ -80,14 +86,19 @@ class _Hdf5Shard:
     def __exit__(self, *error: object) -> None:
         self.file.close()
 
-    def write(self, first: int, sentences: Sequence[Sequence[str]], rows: Sequence[Row]) -> None:
-        for number, row in enumerate(rows, start=first):
+    def write(
+        self, first: int, sentences: Sequence[Sequence[str]], rows: Sequence[Row], beside: Mapping[str, Any]
+    ) -> None:
+        for place, row in enumerate(rows):
             values = np.asarray(row)
-            self.file.create_dataset(str(number), data=values[0] if len(values) == 1 else values)
+            data = values[0] if len(values) == 1 else values
+            dataset = self.file.create_dataset(str(first + place), data=data)
+            for name, array in beside.items():
+                dataset.attrs[name] = array[place].as_py()
 
 
 class _ParquetShard:
-    """Parquet file with a row for each sentence: its number, its words, and columns by the job's output."""
+    """Parquet file with a row for each sentence: its number, what is kept beside it, its words, and its results."""
 
     def __init__(self, path: Path, job: EmbedJob):
         self.path, self.job = path, job
@@ -100,12 +111,15 @@ class _ParquetShard:
         if self.writer is not None:
             self.writer.close()
 
-    def write(self, first: int, sentences: Sequence[Sequence[str]], rows: Sequence[Row]) -> None:
+    def write(
+        self, first: int, sentences: Sequence[Sequence[str]], rows: Sequence[Row], beside: Mapping[str, Any]
+    ) -> None:
         import pyarrow as pa
         import pyarrow.parquet
 
         columns: dict[str, Any] = {
             "sentence": pa.array(range(first, first + len(rows)), pa.int64()),
+            **beside,
             "words": pa.array(list(map(list, sentences)), pa.list_(pa.string())),
         }
         columns |= _COLUMNS[self.job.output](rows)
@@ -172,3 +186,16 @@ _COLUMNS = {
     "substitutes": _substitute_columns,
     "surprisal": _surprisal_columns,
 }
+
+_OWN_NAMES = {
+    "vectors": r"vector|layer_\d+",
+    "means": r"vector|layer_\d+",
+    "substitutes": r"(forward|backward|product)(_log_p)?",
+    "surprisal": r"(forward|backward|both)(_end|_sum)?|unknown",
+}
+
+
+def is_own_name(name: str, output: str) -> bool:
+    """Return True if the Parquet files of this output have, or may have, a column of this name already."""
+    own = f"sentence|document|sentence_in_document|words|{_OWN_NAMES[output]}"
+    return re.fullmatch(own, name) is not None

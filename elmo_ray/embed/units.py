@@ -1,29 +1,45 @@
-"""Text that `embed` reads, cut into units of work: lines of text or JSON, or row groups of Parquet."""
+"""Text that `embed` reads, cut into units of work: blocks of a tokenised text, or of the sentences of documents."""
 
 from __future__ import annotations
 
-import json
-import os
+import logging
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elmo_ray import storage
 from elmo_ray.data.corpus import expand_paths
+from elmo_ray.data.documents import TextForm
+from elmo_ray.data.formats import HEAD_BYTES
+from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
 from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_status, split_lines
-from elmo_ray.data.unpack import check_space, compression, is_unpacked, unpack, unpacked_path
-from elmo_ray.errors import ConfigError, DataError, one_line, short
+from elmo_ray.data.unpack import check_format, check_space, compression, is_unpacked, unpack, unpacked_path
+from elmo_ray.embed.documents import Counts
+from elmo_ray.embed.sentences import (
+    SentenceColumns,
+    SentenceFile,
+    read_note,
+    read_words,
+    sentence_place,
+    write_sentences,
+)
+from elmo_ray.errors import ConfigError, DataError, short
+
+logger = logging.getLogger("elmo_ray.embed")
 
 _BLOCK_BYTES = 1 << 18
-_PARQUET_MAGIC = b"PAR1"
+_LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
 class Unit:
     """Sentences that a worker makes at a time, and that become one shard of the output.
 
-    path: a seekable text or a Parquet file. kind: text, jsonl or parquet. start, end: in bytes, or in row groups.
+    path: a seekable text, or a file of sentences that were made of documents. start, end: in bytes, or in batches.
     first: the number of its first sentence, counted over all files from 0. count: the number of its sentences.
+    first_document: the number of the first document of its file, counted over all files; a line of a text is one.
     """
 
     number: int
@@ -33,74 +49,158 @@ class Unit:
     end: int
     first: int
     count: int
+    first_document: int
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """File of the input. source: as the user named it. path: the same, or its unpacked text. kind: as of `Unit`."""
+    """File of the input.
+
+    source: as the user named it. path: the same, or its unpacked text, or the file of its sentences. sentences: None
+    for a text with a tokenised sentence in each line.
+    """
 
     source: str
     path: str
-    kind: str
+    sentences: SentenceFile | None = None
 
 
-def find_files(patterns: Sequence[str], column: str | None, unpack_to: Path) -> list[TextFile]:
-    """Return the files that `patterns` name; compressed files are unpacked. Raises ConfigError and DataError."""
-    files: list[TextFile] = []
-    packed: list[str] = []
-    for source in expand_paths(patterns, "in"):
-        with open(source, "rb") as raw:
-            is_parquet = raw.read(4) == _PARQUET_MAGIC
-        if is_parquet or source.endswith(".parquet"):
-            files.append(TextFile(source, source, "parquet"))
-            continue
-        squeezed = compression(source) is not None
-        name = source.rpartition(".")[0] if squeezed else source
-        kind = "jsonl" if name.endswith((".jsonl", ".json", ".ndjson")) else "text"
-        path = str(unpacked_path(source, unpack_to)) if squeezed else source
-        if squeezed and not is_unpacked(source, Path(path)):
-            packed.append(source)
-        files.append(TextFile(source, path, kind))
-    for file in files:
-        if file.kind == "text" and column is not None:
-            raise ConfigError(f"embed.column={column}: {file.source} is text, which has no columns")
-        if file.kind != "text" and column is None:
-            raise ConfigError(f"{file.source}: is {file.kind}; name the column of its sentences with embed.column")
-    if packed:
+@dataclass(frozen=True)
+class Texts:
+    """Files of the input. counts: of their documents, all 0 where all files are tokenised text."""
+
+    files: list[TextFile]
+    counts: Counts = field(default_factory=Counts)
+
+    @property
+    def has_documents(self) -> bool:
+        """True if a file is not just tokenised text: sentences then have the numbers of their documents."""
+        return any(file.sentences is not None for file in self.files)
+
+
+def find_files(patterns: Sequence[str], form: TextForm, keep: Sequence[str], unit_bytes: int, unpack_to: Path) -> Texts:
+    """Return the files that `patterns` name, ready to be read by units.
+
+    Compressed text and text in a store is unpacked, and documents are made into sentences, as far as it is not done
+    yet. Raises ConfigError and DataError for files that cannot be read so.
+    """
+    sources = expand_paths(patterns, "in")
+    documents = [source for source in sources if form.converts(source)]
+    texts = [source for source in sources if not form.converts(source)]
+    without = next((source for source in sources if form.kind(source) == "text"), None)
+    if keep and without is not None:
+        raise ConfigError(
+            f"embed.keep={','.join(keep)}: {without} is text, which has no columns; leave one of them out"
+        )
+    if form.column != "text" and all(form.kind(source) == "text" for source in sources):
+        raise ConfigError(f"data.column={form.column}: {sources[0]} is text, which has no columns; leave it out")
+    files = {source: TextFile(source, path) for source, path in _unpacked(texts, unpack_to).items()}
+    _warn_of_raw_text(texts, form)
+    counts = Counts()
+    shown = time.monotonic()
+    for number, source in enumerate(documents, start=1):
         unpack_to.mkdir(parents=True, exist_ok=True)
-        check_space(packed, unpack_to)
-        for source in packed:
-            unpack(source, unpacked_path(source, unpack_to))
-    return files
+        place = sentence_place(source, unpack_to, form, keep, unit_bytes)
+        made = read_note(source, place) or write_sentences(source, place, form, keep, unit_bytes)
+        files[source] = TextFile(source, f"{place}.arrow", made)
+        counts.documents += made.counts.documents
+        counts.empty += made.counts.empty
+        counts.bad += made.counts.bad
+        if time.monotonic() - shown >= _LINE_EVERY_S and number < len(documents):
+            shown = time.monotonic()
+            logger.info("sentences of %d of %d files are made", number, len(documents))
+    if documents:
+        empty = f", {counts.empty:,} of them empty or null, each of which has one row without words"
+        logger.info("in: %s documents%s", f"{counts.documents:,}", empty if counts.empty else "")
+    if counts.bad:
+        logger.warning("in: %s lines are not JSON and are left out", f"{counts.bad:,}")
+    return Texts([files[source] for source in sources], counts)
 
 
-def cut_units(files: Sequence[TextFile], column: str | None, block_bytes: int, whole: bool) -> list[Unit]:
+def _unpacked(sources: Sequence[str], folder: Path) -> dict[str, str]:
+    """Return the paths of tokenised texts by their sources; text that is compressed or in a store is copied first."""
+    paths: dict[str, str] = {}
+    waiting: list[str] = []
+    for source in sources:
+        check_format(source)
+        if compression(source) is None and not storage.is_uri(source):
+            paths[source] = source
+            continue
+        paths[source] = str(unpacked_path(source, folder))
+        if not is_unpacked(source, paths[source]):
+            waiting.append(source)
+    if waiting:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_space(waiting, folder)
+        for source in waiting:
+            unpack(source, paths[source])
+    return paths
+
+
+def _warn_of_raw_text(sources: Sequence[str], form: TextForm) -> None:
+    """Warn if a text that is taken as tokenised does not look so. Text for which `none` is set is taken as it is."""
+    for source in sources if form.tokenizer is None else ():
+        try:
+            head = b"" if compression(source) else storage.read_range(source, 0, HEAD_BYTES)
+        except OSError:
+            continue
+        words = head.decode("utf-8", "replace").split()
+        joined = [word for word in words if is_joined(word)]
+        if len(joined) > UNTOKENISED_SHARE * len(words):
+            logger.warning(
+                "%s: does not look tokenised (words such as %s); set data.tokenizer=spacy and data.language, or "
+                "data.tokenizer=none to take it as it is",
+                source,
+                short(repr(joined[0]), 40),
+            )
+            return
+
+
+def cut_units(files: Sequence[TextFile], block_bytes: int, whole: bool) -> list[Unit]:
     """Return units of about `block_bytes` of text, or of whole files; all text is read once to number its sentences."""
     units: list[Unit] = []
-    first = 0
+    first = first_document = 0
     for file in files:
-        is_parquet = file.kind == "parquet"
-        pieces = list(_row_groups(file.path, column) if is_parquet else _line_blocks(file.path, block_bytes))
+        made = file.sentences
+        if made is None:
+            pieces = list(_line_blocks(file.path, block_bytes))
+            documents = sum(count for *_, count in pieces)
+        else:
+            pieces = [(number, number + 1, count) for number, (count, _, _) in enumerate(made.batches)]
+            documents = made.counts.documents
         if whole and pieces:
             pieces = [(pieces[0][0], pieces[-1][1], sum(count for *_, count in pieces))]
+        before = first
         for start, end, count in pieces:
-            units.append(Unit(len(units), file.path, file.kind, start, end, first, count))
+            kind = "text" if made is None else "sentences"
+            # A line of a text is a document: the first one of its unit has the number of its sentence in the file.
+            document = first_document + (first - before if made is None else 0)
+            units.append(Unit(len(units), file.path, kind, start, end, first, count, document))
             first += count
+        first_document += documents
     return units
 
 
-def read_sentences(unit: Unit, column: str | None, on_error: OnError) -> Iterator[list[str]]:
+def read_sentences(unit: Unit, on_error: OnError) -> Iterator[list[str]]:
     """Yield the words of each sentence of a unit. Raises DataError for text that cannot be read, with file and line."""
-    if unit.kind == "parquet":
-        yield from _parquet_sentences(unit, str(column))
+    if unit.kind == "sentences":
+        yield from read_words(unit.path, unit.start, unit.end)
         return
     with _opened(unit.path) as file:
-        line = 0
         for offset, data in cut_blocks(file, unit.start, unit.end, _BLOCK_BYTES):
             text, _ = decode(data, on_error, unit.path, offset)
             for row in split_lines(text):
-                yield row.split() if unit.kind == "text" else _json_words(row, str(column), unit, line)
-                line += 1
+                yield row.split()
+
+
+def read_columns(unit: Unit, kinds: Any) -> SentenceColumns:
+    """Return the numbers of the documents of a unit's sentences, and what is kept of them.
+
+    kinds: the schema of the kept columns. Raises DataError.
+    """
+    if unit.kind == "sentences":
+        return SentenceColumns.read(unit.path, unit.start, unit.end, unit.first_document, kinds)
+    return SentenceColumns.of_lines(unit.first_document, unit.count)
 
 
 def _opened(path: str) -> Any:
@@ -114,58 +214,3 @@ def _line_blocks(path: str, block_bytes: int) -> Iterator[tuple[int, int, int]]:
     with _opened(path) as file:
         for start, data in cut_blocks(file, 0, file_status(path).st_size, block_bytes):
             yield start, start + len(data), count_lines(data)
-
-
-def _row_groups(path: str, column: str | None) -> Iterator[tuple[int, int, int]]:
-    file = _parquet_file(path)
-    names = file.schema_arrow.names
-    if column not in names:
-        raise ConfigError(f"embed.column={column}: {path} has the columns {', '.join(names)}")
-    kind = str(file.schema_arrow.field(column).type)
-    if kind.removeprefix("large_") not in ("string", "string_view") and "list" not in kind:
-        raise ConfigError(f"embed.column={column}: {path} has {kind} there, not text or lists of words")
-    for number in range(file.num_row_groups):
-        yield number, number + 1, file.metadata.row_group(number).num_rows
-
-
-def _parquet_file(path: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {one_line(str(error))}") from None
-
-
-def _parquet_sentences(unit: Unit, column: str) -> Iterator[list[str]]:
-    import pyarrow
-
-    groups = list(range(unit.start, unit.end))
-    try:
-        row = 0
-        for batch in _parquet_file(unit.path).iter_batches(1024, row_groups=groups, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield _words(value, f"{os.path.basename(unit.path)}, sentence {unit.first + row}")
-                row += 1
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{unit.path}: cannot be read as Parquet: {one_line(str(error))}") from None
-
-
-def _json_words(text: str, column: str, unit: Unit, line: int) -> list[str]:
-    where = f"{unit.path}, sentence {unit.first + line}"
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: no JSON ({short(str(error), 100)})") from None
-    if not isinstance(row, dict) or column not in row:
-        raise DataError(f"{where}: has no {column}")
-    return _words(row[column], f"{where}, {column}")
-
-
-def _words(value: Any, where: str) -> list[str]:
-    if isinstance(value, str):
-        return value.split()
-    if isinstance(value, list) and all(isinstance(word, str) for word in value):
-        return value
-    raise DataError(f"{where}: is neither text nor a list of words")

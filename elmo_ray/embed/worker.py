@@ -25,8 +25,9 @@ from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
 from elmo_ray.elmo.language_model import LanguageModel
 from elmo_ray.embed.record import EmbedJob
+from elmo_ray.embed.sentences import read_kinds
 from elmo_ray.embed.shards import Row, shard_writer
-from elmo_ray.embed.units import Unit, read_sentences
+from elmo_ray.embed.units import Unit, read_columns, read_sentences
 from elmo_ray.errors import ConfigError, DataError
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.storage.files import atomic_write
@@ -127,9 +128,11 @@ class EmbedWorker:
         # A new cache of word vectors: those of earlier units come from products of other sizes, with other last bits.
         self.encoder = SentenceEncoder(self.model, torch.bfloat16 if self.job.precision == "bf16" else None)
         words = done = 0
+        columns = read_columns(unit, read_kinds(self.job.kept)) if self.job.has_documents else None
         with shard_writer(self.job, unit) as writer:
-            for sentences, rows in self._rows(read_sentences(unit, self.job.column, self.job.on_error)):
-                writer.write(unit.first + done, sentences, rows)
+            for sentences, rows in self._rows(read_sentences(unit, self.job.on_error)):
+                beside = columns.rows(done, done + len(rows)) if columns is not None else {}
+                writer.write(unit.first + done, sentences, rows, beside)
                 words += sum(map(len, sentences))
                 done += len(rows)
             if done != unit.count:

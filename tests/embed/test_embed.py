@@ -129,10 +129,10 @@ def test_every_form_of_text_in_order(tmp_path: Path, checkpoint: Path, model: Bi
     here(checkpoint, str(tmp_path / "c.jsonl"), tmp_path / "json", embed__column="body", **settings)
     pq.write_table(pa.table({"body": [line.split() for line in lines]}), tmp_path / "d.parquet", row_group_size=15)
     assert (
-        here(checkpoint, str(tmp_path / "d.parquet"), tmp_path / "lists", embed__column="body", **settings).values[
+        here(checkpoint, str(tmp_path / "d.parquet"), tmp_path / "lists", data__column="body", **settings).values[
             "units"
         ]
-        == 3
+        == 2
     )
     for name in ("text", "json", "lists"):
         table = pq.read_table(tmp_path / name)
@@ -350,9 +350,11 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
     assert "text has changed" in refused(checkpoint, text, out, "--resume")
     assert "not written by embed" in refused(checkpoint, text, tmp_path / "mine", "--fresh")
     new = tmp_path / "new"
-    assert "embed.column" in refused(checkpoint, tmp_path / "bad.jsonl", new)
-    assert "no columns" in refused(checkpoint, text, new, "embed.column=a")
-    assert "bad.jsonl, sentence 1, body" in refused(
+    assert "line 1: has no column text (data.column=text); it has body" in refused(
+        checkpoint, tmp_path / "bad.jsonl", new
+    )
+    assert "no columns" in refused(checkpoint, text, new, "data.column=a")
+    assert "bad.jsonl, line 2: data.column=body is 3" in refused(
         checkpoint, tmp_path / "bad.jsonl", new, "embed.column=body", "--fresh"
     )
     assert "latin.txt, line 1" in refused(checkpoint, tmp_path / "latin.txt", new, "--fresh")

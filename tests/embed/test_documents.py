@@ -1,0 +1,214 @@
+"""`embed` with JSONL, Parquet and raw text: the vectors of their sentences, joined with the columns that are kept."""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zstandard
+from helpers.saved_models import random_model, save_checkpoint
+from helpers.tiny_runs import sentences, tiny_config
+
+from elmo_ray.elmo.encoder import embed_sentences
+from elmo_ray.embed import main
+from elmo_ray.model.bilm import BiLM
+
+WORDS = ["<S>", "</S>", "<UNK>", "the", "dog", "cat", "sees", "house", ".", "old", "hears", "in", "garden"]
+RAW = ["The dog sees the cat. The cat hears!\n\nThe old house.", "It sleeps."]
+SPLIT = [["The dog sees the cat .", "The cat hears !", "The old house ."], ["It sleeps ."]]
+DAY = datetime.datetime(2024, 5, 17, 12, tzinfo=datetime.timezone.utc)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the tests' own process
+
+
+@pytest.fixture(scope="module")
+def model() -> BiLM:
+    return random_model(tiny_config(), len(WORDS))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, model: BiLM) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("source") / "checkpoint", tiny_config(), WORDS, model)
+
+
+def jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def embed(*arguments: object, code: int = 0) -> None:
+    assert main([*map(str, arguments), "cluster.workers=0"]) == code
+
+
+def test_sentences_are_joined_with_their_documents(
+    tmp_path: Path, checkpoint: Path, model: BiLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("spacy")
+    caplog.set_level(logging.INFO, logger="elmo_ray")
+    texts = [RAW[0], None, RAW[1], " "]
+    ids = ["a", "b", "c", "d"]
+    meta = [{"n": 1.5}, {"n": 2}, None, {"n": 4}]
+    table = {
+        "id": ids,
+        "text": texts,
+        "meta": pa.array(meta, pa.struct({"n": pa.float32()})),
+        "when": pa.array([DAY, None, DAY, DAY], pa.timestamp("ms", "UTC")),
+        "kind": pa.array(["x", "y", "x", "y"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(table), tmp_path / "d.parquet", row_group_size=3)
+    records = [dict(zip(("id", "text", "meta"), row, strict=True)) for row in zip(ids, texts, meta, strict=True)]
+    del records[3]["meta"]
+    plain = jsonl(tmp_path / "d.jsonl", records)
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "d.ndjson.zst").write_bytes(zstandard.compress(plain.read_bytes()))
+    settings = ["data.tokenizer=spacy", "data.language=en", "embed.layers=top", "embed.keep=[id, meta.n, kind, when]"]
+    embed(checkpoint, tmp_path / "d.parquet", tmp_path / "rows", *settings)
+    rows = pq.read_table(tmp_path / "rows")
+    names = ["sentence", "document", "sentence_in_document", "id", "meta.n", "kind", "when", "words", "vector"]
+    assert rows.column_names == names
+    assert rows.schema.field("when").type == pa.timestamp("ms", "UTC")
+    assert rows.schema.field("meta.n").type == pa.float32() and rows.schema.field("kind").type == pa.string()
+    assert rows["sentence"].to_pylist() == list(range(6))
+    assert rows["document"].to_pylist() == [0, 0, 0, 1, 2, 3]
+    assert rows["sentence_in_document"].to_pylist() == [0, 1, 2, 0, 0, 0]
+    assert rows["id"].to_pylist() == ["a", "a", "a", "b", "c", "d"]
+    assert rows["meta.n"].to_pylist() == [1.5, 1.5, 1.5, 2, None, 4] and rows["when"].to_pylist()[2:4] == [DAY, None]
+    expected = [*(line.split() for line in SPLIT[0]), [], SPLIT[1][0].split(), []]
+    assert rows["words"].to_pylist() == expected
+    for ours, theirs in zip(rows["vector"].to_pylist(), embed_sentences(model, expected), strict=True):
+        np.testing.assert_allclose(np.array(ours).reshape(theirs[-1].shape), theirs[-1], rtol=0, atol=1e-5)
+    assert "in: 4 documents, 2 of them empty or null, each of which has one row without words" in caplog.text
+    # the same of JSON, packed or not, and numbers over several files in one job
+    settings[-1] = "embed.keep=[id, meta.n]"
+    embed(checkpoint, plain, tmp_path / "json", *settings)
+    assert pq.read_table(tmp_path / "json", columns=["id", "meta.n", "words"]).to_pydict() == {
+        "id": ["a", "a", "a", "b", "c", "d"],
+        "meta.n": [1.5, 1.5, 1.5, 2, None, None],
+        "words": expected,
+    }
+    embed(checkpoint, tmp_path / "d.*", tmp_path / "all", *settings)
+    every = pq.read_table(tmp_path / "all")
+    assert every["document"].to_pylist() == [4 * file + n for file in range(4) for n in (0, 0, 0, 1, 2, 3)]
+    assert every["id"].to_pylist() == rows["id"].to_pylist() * 4 and every["sentence"].to_pylist() == list(range(24))
+    record = json.loads((tmp_path / "all" / "_embed.json").read_text())
+    assert [(file["first_sentence"], file["first_document"]) for file in record["in"]] == [
+        (0, 0), (6, 4), (12, 8), (18, 12),
+    ]  # fmt: skip
+    assert record["settings"]["tokenizer"] == "spacy" and not (tmp_path / "all" / "_unpacked").exists()
+
+
+def test_a_job_with_documents_goes_on(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Units of part of a document, of several, and a carried state: the bytes of a job that was not stopped."""
+    lines = [line or "the dog ." for line in sentences(60, seed=4)]
+    records = [{"id": n, "text": "\n".join(lines[3 * n : 3 * n + 3])} for n in range(19)]
+    records.insert(5, {"id": 100, "text": "\n".join(lines)})
+    source = jsonl(tmp_path / "d.jsonl", records)
+    settings = ["data.block_bytes=1024", "embed.keep=id"]
+    for name in ("whole", "stopped"):
+        embed(checkpoint, source, tmp_path / name, *settings)
+    parts = sorted(path.name for path in (tmp_path / "whole").glob("part-*"))
+    assert len(parts) > 4
+    for name in parts[1:3]:
+        (tmp_path / "stopped" / name).unlink()
+    embed(checkpoint, source, tmp_path / "stopped", *settings, "--resume")
+    for name in parts:
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    table = pq.read_table(tmp_path / "whole")
+    joined = [" ".join(words) for words in table["words"].to_pylist()]
+    assert joined == [line for record in records for line in record["text"].split("\n")]
+    kept = [record["id"] for record in records for _ in record["text"].split("\n")]
+    assert table["id"].to_pylist() == kept and table.schema.field("id").type == pa.int64()
+    embed(checkpoint, source, tmp_path / "carried", "embed.state=carry", "embed.keep=id", "data.block_bytes=1024")
+    carried = pq.read_table(tmp_path / "carried")
+    assert carried["id"].to_pylist() == kept and carried["document"].equals(table["document"])
+    capsys.readouterr()
+    embed(checkpoint, source, tmp_path / "whole", "data.block_bytes=1024", "--resume", code=2)
+    assert "keep was ['id'] and is []" in capsys.readouterr().err
+    embed(checkpoint, source, tmp_path / "whole", *settings, "data.tokenizer=none", "--resume", "--dry-run")
+    embed(checkpoint, source, tmp_path / "out.hdf5", "data.block_bytes=1024", "embed.layers=top")
+    with h5py.File(tmp_path / "out.hdf5") as file:
+        assert len(file) == len(joined)
+        assert [int(file[str(n)].attrs["document"]) for n in range(len(file))] == table["document"].to_pylist()
+        assert file["1"].attrs["sentence_in_document"] == 1
+
+
+def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = jsonl(tmp_path / "good.jsonl", [{"id": 1, "text": "the dog ."}, {"id": 2, "text": "a cat ."}])
+    raw = jsonl(tmp_path / "raw.jsonl", [{"id": 1, "text": RAW[0]}])
+    table = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"id": ["a"], "text": ["the dog ."]}), table)
+    text = tmp_path / "t.txt"
+    text.write_text("the dog .\n")
+    mixed = jsonl(tmp_path / "mixed.jsonl", [{"id": 1, "text": "the dog ."}, {"id": "x", "text": "the cat ."}])
+    half = tmp_path / "half.jsonl"
+    half.write_text('{"text": "the \\ud800 dog ."}\n')
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(table.read_bytes()[:-9])
+    renamed = tmp_path / "renamed.txt"
+    renamed.write_bytes(good.read_bytes())
+    out = tmp_path / "out"
+    for source, settings, message in (
+        (raw, [], "its documents are not tokenised (words such as 'cat.'); set data.tokenizer=spacy"),
+        (good, ["embed.keep=title"], "good.jsonl: has no column title (embed.keep=title); it has id, text"),
+        (table, ["embed.keep=[id, page.n]"], "t.parquet: has no column page (embed.keep=page.n); it has id, text"),
+        (table, ["embed.keep=id.n"], "t.parquet: has no column id.n (embed.keep=id.n); it has string"),
+        (table, ["data.column=id.n"], "t.parquet: has no column id.n (data.column=id.n); it has string"),
+        (good, ["data.column=id"], "good.jsonl, line 1: data.column=id is 1, neither text nor a list of words"),
+        (text, ["embed.keep=id"], f"embed.keep=id: {text} is text, which has no columns"),
+        (good, ["embed.keep=words"], "embed.keep=words: OUT has a column of this name already"),
+        (good, ["embed.keep=[id, id]"], "embed.keep has id twice"),
+        (mixed, ["embed.keep=id"], "mixed.jsonl: embed.keep=id: its values make no column of one type"),
+        (tmp_path / "[gt]*", ["embed.keep=id"], "is text, which has no columns"),
+        (half, [], "half.jsonl, line 1: has a NUL or half of a character; mend it, or set data.on_error=replace"),
+        (cut, [], "cut.parquet: is no whole Parquet file"),
+        (renamed, [], "renamed.txt: is JSON; with an object in each line, name it .jsonl or set data.format=jsonl"),
+        (good, ["data.format=text", "data.column=id"], "data.column is set, but data.format=text has no columns"),
+        (good, ["data.tokenizer=nosuch"], "data.tokenizer=nosuch: no such tokenizer"),
+    ):
+        capsys.readouterr()
+        embed(checkpoint, source, out, *settings, code=2)
+        (line,) = capsys.readouterr().err.strip().split("\n")[-1:]
+        assert line.startswith("error: ") and message in line, line
+        assert not out.exists(), message
+    embed(checkpoint, good, tmp_path / "o.hdf5", "embed.keep=id", code=2)
+    assert "HDF5 has no columns; name a folder as OUT" in capsys.readouterr().err
+    # one text column, two types of id
+    embed(checkpoint, f"{tmp_path}/[gt]*[lt]", out, "embed.keep=id", "data.format=auto", code=2)
+    assert "is text" in capsys.readouterr().err
+    text.unlink()
+    embed(checkpoint, f"{tmp_path}/[gt]*", out, "embed.keep=id", code=2)
+    assert "t.parquet: a column of embed.keep has other values than in the files before it" in capsys.readouterr().err
+    # what is refused above is taken with the setting that the line names
+    embed(checkpoint, raw, tmp_path / "as-it-is", "data.tokenizer=none")
+    assert pq.read_table(tmp_path / "as-it-is")["words"].to_pylist()[0][4] == "cat."
+    embed(checkpoint, half, tmp_path / "half", "data.on_error=replace")
+    embed(checkpoint, renamed, tmp_path / "renamed", "data.format=jsonl")
+
+
+def test_the_tokenizer_of_the_run_is_used(tmp_path: Path, model: BiLM, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("spacy")
+    caplog.set_level(logging.INFO, logger="elmo_ray")
+    config = tiny_config(data__tokenizer="spacy", data__language="en")
+    source = save_checkpoint(tmp_path / "checkpoint", config, WORDS, model)
+    raw = tmp_path / "raw.txt"
+    raw.write_text("\n".join(text.replace("\n", " ") for text in RAW) + "\n")
+    embed(source, raw, tmp_path / "out")
+    table = pq.read_table(tmp_path / "out")
+    assert [" ".join(words) for words in table["words"].to_pylist()] == [line for each in SPLIT for line in each]
+    assert table["document"].to_pylist() == [0, 0, 0, 1]
+    assert "data.tokenizer=spacy, as in the training of" in caplog.text
+    embed(source, raw, tmp_path / "lines", "data.tokenizer=none")
+    assert len(pq.read_table(tmp_path / "lines")) == 2
