@@ -31,9 +31,14 @@ _URI = re.compile(r"([a-z][a-z0-9+.-]+)://")
 _READ_AHEAD = 8 << 20
 # Values that change with an object's content, the most reliable first; each store has some of them.
 _VERSIONS = (
-    "ETag", "etag", "md5Hash", "content_settings", "checksum", "LastModified", "last_modified", "mtime", "updated",
-    "created",
+    "ETag", "etag", "md5Hash", "content_settings", "checksum", "blob_id", "LastModified", "last_modified", "mtime",
+    "updated", "created",
 )  # fmt: skip
+# What the file system of the Hugging Face Hub says of them, and what we say.
+_MISSING_ON_THE_HUB = {
+    "(repository not found)": "no such repository, or one that is not open to all; correct the name, or set HF_TOKEN",
+    "(revision not found)": "the repository has no such revision",
+}
 _EXTRAS = {"s3": "s3", "hf": "hub"}
 
 
@@ -108,7 +113,13 @@ def matches(pattern: str) -> list[str]:
     system, path = file_system(pattern)
     with _explained(pattern):
         if not any(character in path for character in "*?["):
-            return [pattern] if system.isfile(path) else []
+            try:
+                # isfile would take any refusal for a file that is not there
+                return [pattern] if system.info(path)["type"] == "file" else []
+            except FileNotFoundError as error:
+                if any(sign in str(error) for sign in _MISSING_ON_THE_HUB):
+                    raise
+                return []
         found = system.glob(path, detail=True)
         return sorted(system.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file")
 
@@ -160,7 +171,9 @@ def read_range(place: Place, start: int, end: int | None) -> bytes:
         return b""
     with _explained(place):
         try:
-            return bytes(system.cat_file(path, start=start, end=end))
+            # the file system of the Hub would read ahead by itself
+            how = {"cache_type": "none"} if "hf" in _protocols(system) else {}
+            return bytes(system.cat_file(path, start=start, end=end, **how))
         except Exception as error:
             if start and start >= system.info(path)["size"]:
                 return b""  # a range beyond the end, which stores refuse each in their own way
@@ -310,8 +323,9 @@ def _explained(place: Place) -> Iterator[None]:
         yield
     except (ElmoRayError, FileExistsError):
         raise
-    except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, "no such object or bucket", text) from None
+    except FileNotFoundError as error:
+        why = next((why for sign, why in _MISSING_ON_THE_HUB.items() if sign in str(error)), "no such object or bucket")
+        raise FileNotFoundError(errno.ENOENT, why, text) from None
     except PermissionError as error:
         raise PermissionError(errno.EACCES, f"access denied ({_line(error)})", text) from None
     except Exception as error:  # each store's library has its own exceptions for failures
