@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import naive_bilm
@@ -21,12 +24,14 @@ from helpers.tiny_runs import NAMES, NOUNS, VERBS, WORDS_TIED, sentences, tiny_c
 
 from elmo_ray.checkpoints.bilm_tf.hdf5 import write_weights
 from elmo_ray.checkpoints.bilm_tf.options import to_options
-from elmo_ray.config import EvalConfig, EvaluateConfig, PretrainConfig
+from elmo_ray.checkpoints.source import open_source
+from elmo_ray.config import EvalConfig, EvaluateConfig, PretrainConfig, TextConfig
 from elmo_ray.data.characters import encode_words
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.scan import index_shard
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.elmo.evaluation import EvaluationJob
+from elmo_ray.errors import ConfigError
 from elmo_ray.evaluate import EvaluateResult, all_measures, main, run
 from elmo_ray.model.bilm import BiLM
 
@@ -429,3 +434,41 @@ def test_evaluation_needs_no_ray_in_this_process(checkpoint: Path, texts: list[P
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_raw_documents_are_tokenised_as_for_the_training(tmp_path: Path) -> None:
+    """JSONL, Parquet and raw text give what their tokenised sentences give; a function from the Hub does not run."""
+    pytest.importorskip("spacy")
+    config = tiny_config(data__tokenizer="spacy", data__language="en", data__normalize=["whitespace"])
+    model = random_model(config, len(WORDS))
+    source = save_checkpoint(tmp_path / "checkpoint", config, WORDS, model)
+    documents = ["The dog sees the cat. Anna hears!", "the old house, in the garden."]
+    tokenised = tmp_path / "tokenised.txt"
+    tokenised.write_text("The dog sees the cat .\nAnna hears !\nthe old house , in the garden .\n")
+    raw = tmp_path / "raw.txt"
+    raw.write_text("\n".join(documents) + "\n")
+    lines = tmp_path / "d.jsonl"
+    lines.write_text("".join(json.dumps({"body": text}) + "\n" for text in documents))
+    table = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"body": documents}), table)
+
+    def measured(path: Path, **data: Any) -> dict[str, Any]:
+        values = {"init": {"from": str(source)}, "data": {"test": str(path), **data}, "cluster": {"workers": 0}}
+        values["run"] = {"storage_path": str(tmp_path / "runs")}
+        return run(EvaluateConfig.from_dict(values)).to_dict()
+
+    right = measured(tokenised, tokenizer="none")
+    assert right["positions"] == 20
+    for path, data in ((raw, {}), (lines, {"column": "body"}), (table, {"column": "body"})):
+        found = measured(path, **data)
+        assert {name: found[name] for name in (*NUMBERS, *COUNTS)} == {
+            name: right[name] for name in (*NUMBERS, *COUNTS)
+        }
+    assert measured(raw, tokenizer="none")["positions"] == 15
+    function = tiny_config(data__tokenizer="theirs:cut")
+    opened = open_source(save_checkpoint(tmp_path / "theirs", function, WORDS, model))
+    assert opened.recorded_form(TextConfig()).tokenizer == "theirs:cut"
+    published = dataclasses.replace(opened, uri="hf://me/theirs@0123")
+    with pytest.raises(ConfigError, match="hf://me/theirs@0123: was trained with data.tokenizer=theirs:cut; set"):
+        published.recorded_form(TextConfig())
+    assert published.recorded_form(TextConfig(tokenizer="none")).tokenizer == "none"
