@@ -52,6 +52,8 @@ BATCH_BYTES, BATCH_TASKS = 2 << 20, 500
 BYTES_PER_POSITION = 5.5
 """Bytes of English text for one position; used where the corpus has not been counted yet."""
 TEXTS = ("train", "valid", "test")
+LOOK_PAGE = "look.html"
+"""Page of `--look` in the prepared folder."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,7 @@ class PrepareResult:
 
     def summary(self) -> str:
         """Return a table of the texts, and a line about the vocabulary."""
-        rows = [["text", "files", "blocks", "sentences", "tokens", "characters"]]
-        for name, corpus in self.corpora.items():
-            files = len(set(corpus.block_shard.tolist()))
-            counts = (files, len(corpus), corpus.sentences, corpus.tokens, corpus.characters)
-            rows.append([name, *(f"{count:,}" for count in counts)])
-        lines = text_table(rows)
+        lines = text_table(self.table())
         lines.append(f"vocabulary: {self.vocabulary_size:,} words in {self.vocabulary_path}")
         if self.replaced:
             lines.append(f"replaced by U+FFFD: {self.replaced:,} invalid UTF-8 sequences or NULs")
@@ -106,6 +103,15 @@ class PrepareResult:
                 f"a count may be too small by at most {self.max_missing:,}"
             )
         return "\n".join(lines)
+
+    def table(self) -> list[list[str]]:
+        """Return a head and a row for each text, with its sizes."""
+        rows = [["text", "files", "blocks", "sentences", "tokens", "characters"]]
+        for name, corpus in self.corpora.items():
+            files = len(set(corpus.block_shard.tolist()))
+            counts = (files, len(corpus), corpus.sentences, corpus.tokens, corpus.characters)
+            rows.append([name, *(f"{count:,}" for count in counts)])
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain values, with the shards, sums and fingerprint of each text."""
@@ -141,25 +147,36 @@ class PrepareResult:
 
 @dataclass(frozen=True)
 class LookedAt:
-    """A prepared corpus, and how its texts look."""
+    """A prepared corpus, how its texts look, and the place of a page that shows the same."""
 
     result: PrepareResult
     looks: dict[str, Look]
+    page: str
 
     @classmethod
     def of(cls, result: PrepareResult, on_error: OnError) -> LookedAt:
-        """Look at all texts of a prepared corpus. Raises DataError when a file is gone."""
+        """Look at all texts of a prepared corpus, and write look.html. Raises DataError when a file is gone."""
+        from elmo_ray.report.look import write_look  # the room has pictures, which a training does not need
+
         vocabulary = Vocabulary.read(result.vocabulary_path)
-        return cls(result, {name: look_at(corpus, vocabulary, on_error) for name, corpus in result.corpora.items()})
+        looks = {name: look_at(corpus, vocabulary, on_error) for name, corpus in result.corpora.items()}
+        directory = result.prepared_dir
+        write_look(directory / LOOK_PAGE, looks, result.table())
+        try:
+            push(directory, LOOK_PAGE)
+        except OSError as error:
+            raise DataError(f"data.prepared_dir={uri_of(directory)}: cannot be written ({error.strerror})") from None
+        return cls(result, looks, storage.join(uri_of(directory), LOOK_PAGE))
 
     def summary(self) -> str:
         """Return the summary of the corpus, and the looks as text."""
         lines = [line for name, look in self.looks.items() for line in look.lines(f"data.{name}")]
-        return "\n".join([self.result.summary(), *lines])
+        return "\n".join([self.result.summary(), *lines, "", f"page: {self.page}"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain values, with the looks by the names of the texts."""
-        return {**self.result.to_dict(), "look": {name: look.to_dict() for name, look in self.looks.items()}}
+        looks = {name: look.to_dict() for name, look in self.looks.items()}
+        return {**self.result.to_dict(), "look": looks, "page": self.page}
 
 
 @dataclass(frozen=True)
@@ -389,6 +406,7 @@ def index_texts(
         paths = list(sample.write_sample(directory / "sample").test)
     else:
         paths = expand_paths(globs, key)
+    form.check_column(paths)
     return Indexer(directory, block_bytes, form.on_error, run_locally, form=form).index(paths, key)
 
 
@@ -423,6 +441,7 @@ def _files(data: DataConfig, directory: Path) -> dict[str, list[str]]:
         elif patterns or name == "train":
             files[name] = expand_paths(patterns, f"data.{name}")
     _check_that_files_serve_once(data, files)
+    text_form(data).check_column([path for paths in files.values() for path in paths])
     return files
 
 
@@ -639,6 +658,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
 
     def verb(config: PrepareConfig, flags: Flags) -> PrepareResult | PreparePlan | LookedAt:
+        if flags.look and flags.dry_run:
+            raise ConfigError("--look reads the text that prepare makes, and --dry-run makes none; leave one out")
         if not flags.dry_run:
             result = run(config, flags.fresh)
             return LookedAt.of(result, config.data.on_error) if flags.look else result

@@ -5,6 +5,7 @@ A file is read as a whole, or a piece of it: the lines that begin in a range of 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -18,8 +19,9 @@ from elmo_ray import storage
 from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
 from elmo_ray.data.text import BYTE_ORDER_MARK, MAX_LINE_BYTES, REPLACEMENT, OnError
 from elmo_ray.data.unpack import compression, read_pieces, unpacked_pieces
-from elmo_ray.errors import DataError, short
+from elmo_ray.errors import ConfigError, DataError, short
 from elmo_ray.text.tokenizers import NONE, describe_tokenizer, make_tokenizer
+from elmo_ray.text.unspaced import UNSPACED_ADVICE, find_unspaced
 
 _JSONL_NAMES = (".jsonl", ".ndjson")
 _PARQUET_NAMES = (".parquet", ".parq")
@@ -70,6 +72,11 @@ class TextForm:
     def key(self) -> str:
         """Return a hash of all on which the text depends, hexadecimal. Raises ConfigError as `describe` does."""
         return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def check_column(self, sources: Sequence[str]) -> None:
+        """Raise ConfigError if data.column is set and none of the files has columns."""
+        if self.column != TextForm.column and all(self.kind(source) == "text" for source in sources):
+            raise ConfigError(f"data.column={self.column}: {sources[0]} is text, which has no columns; leave it out")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -171,6 +178,7 @@ class TokenisedCheck:
     def __init__(self, source: str) -> None:
         self.source, self.words, self.joined, self.done = source, 0, 0, False
         self.example = ""
+        self.counts: collections.Counter[str] = collections.Counter()
 
     def look(self, sentences: Iterable[Sequence[str]]) -> None:
         if self.done:
@@ -181,16 +189,24 @@ class TokenisedCheck:
                 if is_joined(word):
                     self.joined += 1
                     self.example = self.example or word
+            self.counts.update(words)
         if self.words >= _LOOKED_AT:
             self.finish()
 
     def finish(self) -> None:
+        if not self.done and (found := find_unspaced(self.counts)) is not None:
+            raise DataError(
+                f"{self.source}: its documents are written without spaces ({found[0]}, such as "
+                f"{short(repr(found[1]), 40)}), so they are not tokenised and rules cannot find their words; "
+                f"{UNSPACED_ADVICE}"
+            )
         if not self.done and self.joined > UNTOKENISED_SHARE * self.words:
             raise DataError(
                 f"{self.source}: its documents are not tokenised (words such as {short(repr(self.example), 40)}); set "
                 "data.tokenizer=spacy and data.language=en, or data.tokenizer=none to take it as it is"
             )
         self.done = True
+        self.counts.clear()
 
 
 # ---------------------------------------------------------------- the formats

@@ -14,6 +14,7 @@ from elmo_ray.data.encode import read_block
 from elmo_ray.data.text import OnError, decode, split_lines
 from elmo_ray.data.vocabulary import UNKNOWN_WORD, Vocabulary
 from elmo_ray.errors import short
+from elmo_ray.text.unspaced import UNSPACED_ADVICE, find_unspaced
 
 # Blocks that are read, evenly over the text: some 8 MB with data.block_bytes as it is by default.
 _BLOCKS = 64
@@ -28,24 +29,27 @@ _SHOWN_CHARACTERS = 400
 class Look:
     """What a sample of a text looks like.
 
-    sentences: some, with a mark after each word. sampled: the number of sentences of the sample. unknown: lines of the
-    vocabulary, from the top, and the share of the text's words that are not among them. lengths: quantiles in percent
-    and the words of a sentence. script: that of most letters, as Unicode names it. foreign: the commonest other letters
-    and their counts. repeated: the share of sentences of the sample that stand in it more than once.
+    sentences: the words of some. unknown_words: those of them that the vocabulary lacks. sampled: the number of
+    sentences of the sample. unknown: lines of the vocabulary, from the top, and the share of the text's words that are
+    not among them. lengths: quantiles in percent and the words of a sentence. script: that of most letters, as Unicode
+    names it. foreign: the commonest other letters and their counts. repeated: the share of sentences of the sample that
+    stand in it more than once. unspaced: the writing without spaces whose words were not separated, and an example.
     """
 
-    sentences: list[str]
+    sentences: list[list[str]]
+    unknown_words: list[str]
     sampled: int
     unknown: list[tuple[int, float]]
     lengths: list[tuple[int, int]]
     script: str
     foreign: list[tuple[str, int]]
     repeated: float
+    unspaced: tuple[str, str] | None = None
 
     def lines(self, name: str) -> list[str]:
         """Return the look as text; name: of the text, such as data.train."""
         found = ["", f"{name}, a sample of {self.sampled:,} sentences; | stands after each word:"]
-        found += [f"  {short(sentence, _SHOWN_CHARACTERS)}" for sentence in self.sentences]
+        found += [f"  {short(_marked(words), _SHOWN_CHARACTERS)}" for words in self.sentences]
         shares = ", ".join(f"{100 * share:.2f} % with {lines:,} lines" for lines, share in self.unknown)
         found.append(f"unknown words by size of the vocabulary: {shares}")
         lengths = ", ".join(f"{words} ({part} %)" for part, words in self.lengths)
@@ -53,11 +57,25 @@ class Look:
         found.append(f"sentences that stand more than once: {100 * self.repeated:.1f} %")
         foreign = ", ".join(f"{character} U+{ord(character):04X} ({count:,})" for character, count in self.foreign)
         found.append(f"script: {self.script}; the commonest other letters: {foreign or 'none'}")
-        return found
+        return found + self.warnings()
+
+    def warnings(self) -> list[str]:
+        """Return what is wrong with the text as a whole, one line each."""
+        if self.unspaced is None:
+            return []
+        writing, word = self.unspaced
+        return [
+            f"not divided into words: {writing} is written without spaces, as in {short(repr(word), 60)}; "
+            f"{UNSPACED_ADVICE}"
+        ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the look as plain values."""
-        return asdict(self)
+        """Return the look as plain values; a sentence as a text with a mark after each word."""
+        return {**asdict(self), "sentences": [_marked(words) for words in self.sentences]}
+
+
+def _marked(words: list[str]) -> str:
+    return "".join(f"{word}|" for word in words)
 
 
 def look_at(corpus: Corpus, vocabulary: Vocabulary, on_error: OnError) -> Look:
@@ -80,14 +98,17 @@ def look_at(corpus: Corpus, vocabulary: Vocabulary, on_error: OnError) -> Look:
     times = collections.Counter(" ".join(words) for words in sentences)
     script, foreign = _scripts(counts)
     places = np.unique(np.linspace(0, len(sentences) - 1, min(len(sentences), _SENTENCES)).astype(int)).tolist()
+    shown = [sentences[place] for place in places]
     return Look(
-        ["".join(f"{word}|" for word in sentences[place]) for place in places],
+        shown,
+        sorted({word for words in shown for word in words if word not in ids or word == UNKNOWN_WORD}),
         len(sentences),
         [(size, count / total) for size, count in zip(sizes, missing, strict=True)],
         [(part, int(words)) for part, words in zip(_QUANTILES, lengths, strict=True)],
         script,
         foreign,
         sum(count for count in times.values() if count > 1) / max(1, len(sentences)),
+        find_unspaced(counts),
     )
 
 
@@ -100,10 +121,18 @@ def _scripts(counts: collections.Counter[str]) -> tuple[str, list[tuple[str, int
     by_script: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
     for character, count in letters.most_common():
         if character.isalpha():
-            # The first word of a character's name is its script: LATIN, CYRILLIC, CJK.
-            by_script[unicodedata.name(character, "UNNAMED").split()[0]].append((character, count))
+            by_script[_script_of(character)].append((character, count))
     if not by_script:
         return "none", []
     main = max(by_script, key=lambda script: sum(count for _, count in by_script[script]))
     others = [found for script, found in by_script.items() if script != main]
-    return main.capitalize(), sorted((each for found in others for each in found), key=lambda e: -e[1])[:_CHARACTERS]
+    return main, sorted((each for found in others for each in found), key=lambda e: -e[1])[:_CHARACTERS]
+
+
+def _script_of(character: str) -> str:
+    """Return the script of a letter, such as Latin or Cyrillic; that of Chinese and Japanese is CJK."""
+    # A character's name begins with its script: LATIN SMALL LETTER A, CJK UNIFIED IDEOGRAPH-4E00.
+    words = unicodedata.name(character, "UNNAMED").split()
+    first = words[1] if words[0] in ("FULLWIDTH", "HALFWIDTH") and len(words) > 1 else words[0]
+    # Japanese is written in three scripts at a time.
+    return "CJK" if first in ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC") else first.capitalize()

@@ -22,6 +22,7 @@ from elmo_ray.data.sentence_sample import EVERYTHING, SentenceSample, SentenceSa
 from elmo_ray.data.text import BYTE_ORDER_MARK, REPLACEMENT
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, UNKNOWN_WORD, Vocabulary
 from elmo_ray.errors import DataError, short
+from elmo_ray.text.unspaced import UNSPACED_ADVICE, find_unspaced
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +90,15 @@ class TextChecks:
     """Measures of the texts of a training, by the names train, valid and test.
 
     order: None where it was not measured. shared: the sentences of valid and test that stand in train, too.
-    in_lower_case: no word of the vocabulary has a capital letter.
+    in_lower_case: no word of the vocabulary has a capital letter. unspaced: for texts whose words are not separated,
+    the writing without spaces and an example.
     """
 
     unknown: dict[str, Unknown]
     shared: dict[str, Shared]
     order: Order | None
     in_lower_case: bool
+    unspaced: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the measures as plain values."""
@@ -109,6 +112,7 @@ class TextChecks:
             {name: Shared(**fields) for name, fields in values["shared"].items()},
             None if values["order"] is None else Order(**values["order"]),
             values["in_lower_case"],
+            {name: (str(writing), str(word)) for name, (writing, word) in values["unspaced"].items()},
         )
 
     def unknown_line(self) -> str:
@@ -130,6 +134,11 @@ class TextChecks:
                     f"data.{name}: {100 * unknown.share:.1f} % of the words are not in the vocabulary, {vocab} "
                     f"(such as {', '.join(map(repr, unknown.frequent))}){_unknown_hint(unknown)}"
                 )
+        for name, (writing, word) in self.unspaced.items():
+            yield (
+                f"data.{name}: {writing} is written without spaces, and its words are not separated (as in "
+                f"{short(repr(word), 40)}); {UNSPACED_ADVICE}"
+            )
         order = self.order
         if order is not None and order.distance > ORDER_WARNING and softmax != "full":
             why = "draws the words of the first lines most often"
@@ -199,7 +208,8 @@ def check_texts(
     # The known words of a text that has few of them are chance.
     order = None if is_counted or unknown["train"].share > 0.5 else _order(samples["train"], vocabulary)
     in_lower_case = all(word == word.lower() for word in vocabulary.words if word not in SPECIAL_WORDS)
-    return TextChecks(unknown, _shared(samples, sentences), order, in_lower_case)
+    unspaced = {name: found for name, sample in samples.items() if (found := find_unspaced(sample.words)) is not None}
+    return TextChecks(unknown, _shared(samples, sentences), order, in_lower_case, unspaced)
 
 
 def _shared(samples: Mapping[str, Sample], sentences: Mapping[str, list[SentenceSample] | None]) -> dict[str, Shared]:

@@ -8,10 +8,12 @@ for each document. `PLACE.json` is written last; it says what they were made of,
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +25,13 @@ from elmo_ray.data.documents import TextForm, TokenisedCheck
 from elmo_ray.embed.documents import Counts, Documents, json_array, read_documents
 from elmo_ray.errors import DataError, short
 from elmo_ray.storage.files import write_json
-from elmo_ray.text.tokenizers import NONE, make_tokenizer
+from elmo_ray.text.tokenizers import NONE, SPACY, make_tokenizer
+from elmo_ray.text.unspaced import UNSPACED_ADVICE, find_unspaced
 
+logger = logging.getLogger("elmo_ray.embed")
+
+# Distinct words of a file that are looked at.
+_LOOKED_AT = 2000
 # Metadata of a schema whose values are JSON, as text.
 _JSON = {b"values": b"json"}
 
@@ -112,6 +119,7 @@ def _add_documents(
     tokenizer = _tokenizer(form.tokenizer or NONE, form.language, form.normalize)
     is_checked = form.kind(source) != "text" and form.tokenizer is None
     check = TokenisedCheck(source) if is_checked else None
+    looked_at: collections.Counter[str] = collections.Counter()
     for documents in read_documents(source, form, keep, counts):
         writer.keep(documents, source)
         texts = iter(tokenizer([content for content in documents.contents if isinstance(content, str)]))
@@ -121,6 +129,8 @@ def _add_documents(
                 sentences = [words for words in next(texts) if words]
                 if check is not None:
                     check.look(sentences)
+                elif form.tokenizer == SPACY and len(looked_at) < _LOOKED_AT:
+                    looked_at.update(word for words in sentences for word in words)
             else:
                 sentences = [content] if content else []
             counts.empty += not sentences
@@ -131,6 +141,14 @@ def _add_documents(
             counts.documents += 1
     if check is not None:
         check.finish()
+    if (found := find_unspaced(looked_at)) is not None:
+        logger.warning(
+            "%s: %s is written without spaces, and rules do not find its words (as in %s); %s",
+            source,
+            found[0],
+            short(repr(found[1]), 40),
+            UNSPACED_ADVICE,
+        )
 
 
 class _Writer:

@@ -92,8 +92,7 @@ def find_files(patterns: Sequence[str], form: TextForm, keep: Sequence[str], uni
         raise ConfigError(
             f"embed.keep={','.join(keep)}: {without} is text, which has no columns; leave one of them out"
         )
-    if form.column != "text" and all(form.kind(source) == "text" for source in sources):
-        raise ConfigError(f"data.column={form.column}: {sources[0]} is text, which has no columns; leave it out")
+    form.check_column(sources)
     files = {source: TextFile(source, path) for source, path in _unpacked(texts, unpack_to).items()}
     _warn_of_raw_text(texts, form)
     counts = Counts()

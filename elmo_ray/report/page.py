@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,19 +15,11 @@ from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.errors import ConfigError, ElmoRayError, short
 from elmo_ray.report.comparison import evaluation_measure, marked, notes, unlike_the_first
 from elmo_ray.report.curves import NOTE, RunCurve, comparison_notes, round_ticks, table_cells
-from elmo_ray.storage.files import atomic_write, write_aside
+from elmo_ray.report.html import escape, table, write_html
+from elmo_ray.storage.files import atomic_write
 from elmo_ray.training.metrics import clock
 
 logger = logging.getLogger(__name__)
-
-_STYLE = (
-    "body{font:15px/1.45 sans-serif;margin:2rem auto;max-width:1080px;padding:0 1rem;color:#222}"
-    "h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ccc}"
-    "table{border-collapse:collapse;margin:.6rem 0;font-size:13px}"
-    "th,td{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}"
-    "td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}"
-    "img{max-width:100%;display:block;margin:.6rem 0}.note{color:#555;font-size:13px}div.wide{overflow-x:auto}"
-)
 
 
 @dataclass(frozen=True)
@@ -190,20 +181,14 @@ def write_page(
     sweeps: the cells of a table for each sweep.
     """
     names = [run.name for run in runs]
-    body = [f"<h1>{_escape(', '.join(names))}</h1>", *(_table(cells, numbers=False) for cells in sweeps)]
-    body += [_table(table_cells(runs)), f'<p class="note">{_escape(NOTE)}</p>']
-    body += [f'<p class="note">{_escape(note)}</p>' for note in comparison_notes(runs)]
+    body = [f"<h1>{escape(', '.join(names))}</h1>", *(table(cells, numbers=False) for cells in sweeps)]
+    body += [table(table_cells(runs)), f'<p class="note">{escape(NOTE)}</p>']
+    body += [f'<p class="note">{escape(note)}</p>' for note in comparison_notes(runs)]
     for title, picture in pictures.items():
         data = base64.b64encode(picture.read_bytes()).decode()
-        body.append(f'<h2>{_escape(title)}</h2><img alt="{_escape(title)}" src="data:image/png;base64,{data}">')
+        body.append(f'<h2>{escape(title)}</h2><img alt="{escape(title)}" src="data:image/png;base64,{data}">')
     body += _evaluations(names, details) + _differences(names, details) + _history(runs) + _nearest(names, details)
-    text = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_escape(", ".join(names))}</title>'
-        f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head>\n<body>\n'
-        + "\n".join(body)
-        + "\n</body></html>\n"
-    )
-    write_aside(path, text.encode())
+    write_html(path, ", ".join(names), body)
 
 
 def _evaluations(names: Sequence[str], details: Sequence[RunDetails]) -> list[str]:
@@ -226,7 +211,7 @@ def _evaluations(names: Sequence[str], details: Sequence[RunDetails]) -> list[st
         return []
     lines = ["Perplexity of the test text (data.test) with the full softmax; unigram: add-one counts."]
     lines += notes(names, {"test": differing})
-    return ["<h2>Evaluation</h2>", _table(rows), *(f'<p class="note">{_escape(line)}</p>' for line in lines)]
+    return ["<h2>Evaluation</h2>", table(rows), *(f'<p class="note">{escape(line)}</p>' for line in lines)]
 
 
 def evaluation_differences(details: Sequence[RunDetails]) -> list[list[str]]:
@@ -245,7 +230,7 @@ def _differences(names: Sequence[str], details: Sequence[RunDetails]) -> list[st
     if not shown:
         return [f"<h2>{title}</h2><p>none</p>"]
     rows = [["key", *names], *([key, *(_setting(each.settings.get(key)) for each in details)] for key in shown)]
-    return [f"<h2>{title}</h2>", _table(rows, numbers=False)]
+    return [f"<h2>{title}</h2>", table(rows, numbers=False)]
 
 
 def _history(runs: Sequence[RunCurve]) -> list[str]:
@@ -258,7 +243,7 @@ def _history(runs: Sequence[RunCurve]) -> list[str]:
             [run.name, clock(float(r.get("time") or begun) - begun), f"{r['step']:,}", str(r.get("message"))]
             for r in events
         ]
-    return ["<h2>Starts and stops</h2>", _table(rows, numbers=False)] if len(rows) > 1 else []
+    return ["<h2>Starts and stops</h2>", table(rows, numbers=False)] if len(rows) > 1 else []
 
 
 def _nearest(names: Sequence[str], details: Sequence[RunDetails]) -> list[str]:
@@ -269,24 +254,8 @@ def _nearest(names: Sequence[str], details: Sequence[RunDetails]) -> list[str]:
         words = list(dict.fromkeys(word for each in tables for word in each))
         rows = [["word", *names], *([w, *(", ".join(each.get(w, [])) for each in tables)] for w in words)]
         if words:
-            sections += [f"<h2>Nearest words {_escape(layer)}</h2>", _table(rows, numbers=False)]
+            sections += [f"<h2>Nearest words {escape(layer)}</h2>", table(rows, numbers=False)]
     return sections
-
-
-def _table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
-    """Return the HTML of a table with a head and rows. numbers: all columns but the first hold numbers."""
-    lines = []
-    for index, row in enumerate(rows):
-        tag = "td" if index else "th"
-        cells = (
-            f"<{tag}{' class=n' if numbers and place else ''}>{_escape(cell)}</{tag}>" for place, cell in enumerate(row)
-        )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
-def _escape(value: str) -> str:
-    return html.escape(value, quote=True)
 
 
 def _number(value: Any, form: str = ",.2f") -> str:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from elmo_ray.errors import ConfigError, DataError, short
+from elmo_ray.text.unspaced import UNSPACED_ADVICE
 
 Tokenizer = Callable[[list[str]], list[list[list[str]]]]
 """Function from documents to, for each of them, its sentences, each a list of words."""
@@ -266,8 +267,7 @@ class SpacyTokenizer:
         if language in WITHOUT_SPACES:
             raise ConfigError(
                 f"data.language={language}: {WITHOUT_SPACES[language]} is written without spaces, so rules cannot find "
-                "its words; give data.tokenizer=package.module:function that calls a segmenter with a dictionary, or "
-                "data.tokenizer=none for text that is segmented, one sentence a line"
+                f"its words; {UNSPACED_ADVICE}"
             )
         self._language = language
         self._load()

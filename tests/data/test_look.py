@@ -38,3 +38,14 @@ def test_what_prepare_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     # 997 words are in the first 1,000 lines, and each of the rarest is seen once
     assert look["train"]["unknown"][0] == [1000, pytest.approx((2008 - 997) / (2003 * 4 - 1))]
     assert look["train"]["lengths"] == [[5, 4], [50, 4], [95, 4], [99, 4]]
+    # the page shows the same, with the words that the vocabulary lacks in red
+    shown_page = Path(json.loads(out.read_text())["page"])
+    assert shown_page == tmp_path / "runs" / "prepared" / "look.html" and f"page: {shown_page}\n" in shown
+    page = shown_page.read_text(encoding="utf-8")
+    assert "<span class=w>cat</span>" in page and "<span class=u>dog</span>" in page
+    assert "<td>2,011</td><td class=n>25.00 %</td>" in page and "CYRILLIC SMALL LETTER KA" in page
+    assert "http" not in page
+    assert main([str(tmp_path / "c.yaml"), "--look", "--dry-run"]) == 2
+    assert "--look reads the text that prepare makes, and --dry-run makes none" in capsys.readouterr().err
+    assert main([str(tmp_path / "c.yaml"), "data.column=body"]) == 2
+    assert f"data.column=body: {tmp_path / 'train.txt'} is text, which has no columns" in capsys.readouterr().err
