@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -27,7 +28,7 @@ import torch
 
 from elmo_ray import prepare
 from elmo_ray.checkpoints.source import Source, open_source
-from elmo_ray.cluster.session import TORCH_NAMES, check_room, device_for, in_this_process, local_device
+from elmo_ray.cluster.session import TORCH_NAMES, check_room, device_for, free_cpus, in_this_process, local_device
 from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import ComputeConfig
 from elmo_ray.config.command_line import Flags, run_verb
@@ -44,12 +45,12 @@ from elmo_ray.embed.record import (
     read_record,
     remove_output,
 )
-from elmo_ray.embed.sentences import unified_kinds
+from elmo_ray.embed.sentences import MakeSentences, SentenceFile, unified_kinds
 from elmo_ray.embed.shards import is_finished, is_own_name, join_hdf5
 from elmo_ray.embed.units import Texts, Unit, cut_units, find_files
 from elmo_ray.embed.worker import EmbedTask, EmbedWorker, Progress, check_layers, write_token_vectors
 from elmo_ray.errors import ConfigError, DataError, FormatError
-from elmo_ray.storage import absolute_or_none
+from elmo_ray.storage import absolute_or_none, status
 from elmo_ray.storage.files import write_json
 from elmo_ray.text.tokenizers import NONE, describe_tokenizer
 
@@ -120,7 +121,9 @@ def run(config: EmbedConfig, flags: Flags | None = None) -> EmbedResult | EmbedP
     scratch = tempfile.TemporaryDirectory() if flags.dry_run else locked(shard_folder)
     with scratch as temporary:
         unpack_to = Path(temporary) if temporary else shard_folder / TEXT_FOLDER
-        texts = find_files(config.texts, form, job.keep, config.data.block_bytes, unpack_to)
+        # The temporary folder of a dry run is on this machine alone.
+        runner = _make_here if flags.dry_run else functools.partial(_make_sentences, config.cluster)
+        texts = find_files(config.texts, form, job.keep, config.data.block_bytes, unpack_to, runner)
         job = _with_documents(job, texts)
         units = cut_units(texts.files, config.data.block_bytes, whole=job.carry)
         if not units:
@@ -188,6 +191,25 @@ def _on_ray(
         threads=cluster.threads,
         max_failures=cluster.max_failures,
         keep=True,
+        advice="--resume goes on",
+    )
+
+
+def _make_here(todo: Sequence[MakeSentences]) -> Iterable[tuple[int, SentenceFile]]:
+    return enumerate(make() for make in todo)
+
+
+def _make_sentences(cluster: ComputeConfig, todo: Sequence[MakeSentences]) -> Iterable[tuple[int, SentenceFile]]:
+    """Make the sentences of files: on all CPUs of Ray, or in this process if they are few or there are no workers."""
+    if cluster.workers == 0 or len(todo) < 2 or sum(status(make.source).st_size for make in todo) < prepare.SMALL_BYTES:
+        return _make_here(todo)
+    free = free_cpus()
+    return run_tasks(
+        MakeSentences.__call__,
+        todo,
+        workers=max(1, int(free)),
+        cpus=1.0 if free >= 1 else 0.25,
+        max_failures=cluster.max_failures,
         advice="--resume goes on",
     )
 

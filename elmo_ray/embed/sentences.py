@@ -32,6 +32,8 @@ logger = logging.getLogger("elmo_ray.embed")
 
 # Distinct words of a file that are looked at.
 _LOOKED_AT = 2000
+# A kept value stands beside each sentence of its document.
+_LONGEST_KEPT = 1 << 20
 # Metadata of a schema whose values are JSON, as text.
 _JSON = {b"values": b"json"}
 
@@ -112,6 +114,21 @@ def write_sentences(source: str, place: Path, form: TextForm, keep: Sequence[str
     return SentenceFile(place, counts, writer.batches, writer.kinds)
 
 
+@dataclass(frozen=True)
+class MakeSentences:
+    """Work of `write_sentences` for a file, to be done in any process; the fields are its arguments."""
+
+    source: str
+    place: Path
+    form: TextForm
+    keep: tuple[str, ...]
+    unit_bytes: int
+
+    def __call__(self) -> SentenceFile:
+        """Do the work. Raises DataError as `write_sentences` does."""
+        return write_sentences(self.source, self.place, self.form, self.keep, self.unit_bytes)
+
+
 def _add_documents(
     source: str, form: TextForm, keep: Sequence[str], unit_bytes: int, counts: Counts, writer: _Writer
 ) -> None:
@@ -187,6 +204,12 @@ class _Writer:
                 f"{source}: a column of embed.keep has values of several types ({short(str(error), 120)}); leave it "
                 "out or mend it"
             ) from None
+        for name, array in zip(self.names, documents.kept, strict=True):
+            if (size := _longest(array)) > _LONGEST_KEPT:
+                raise DataError(
+                    f"{source}: embed.keep={name}: a document has a value of {size / 1e6:.1f} MB there, which each of "
+                    "its sentences would repeat; leave it out, and join it by another column"
+                )
         batch = pa.RecordBatch.from_arrays(documents.kept, names=self.names)
         if documents.is_json:
             batch = batch.replace_schema_metadata(_JSON)
@@ -226,6 +249,17 @@ class _Writer:
         """Write what is left."""
         if self._words:
             self.flush()
+
+
+def _longest(array: Any) -> int:
+    """Return the bytes of the longest value of an Arrow array of text or bytes, or 0 where that does not matter."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = array.type
+    if array.nbytes <= _LONGEST_KEPT or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return 0
+    return int(pc.max(pc.binary_length(array)).as_py() or 0)
 
 
 def read_words(path: str, start: int, end: int) -> Iterator[list[str]]:

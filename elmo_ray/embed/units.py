@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_st
 from elmo_ray.data.unpack import check_format, check_space, compression, is_unpacked, unpack, unpacked_path
 from elmo_ray.embed.documents import Counts
 from elmo_ray.embed.sentences import (
+    MakeSentences,
     SentenceColumns,
     SentenceFile,
     read_note,
     read_words,
     sentence_place,
-    write_sentences,
 )
 from elmo_ray.errors import ConfigError, DataError, short
 
 logger = logging.getLogger("elmo_ray.embed")
+
+Runner = Callable[[Sequence[MakeSentences]], Iterable[tuple[int, SentenceFile]]]
+"""A function that does such work in any order and yields (number of the work, its result)."""
 
 _BLOCK_BYTES = 1 << 18
 _LINE_EVERY_S = 10.0
@@ -78,11 +81,13 @@ class Texts:
         return any(file.sentences is not None for file in self.files)
 
 
-def find_files(patterns: Sequence[str], form: TextForm, keep: Sequence[str], unit_bytes: int, unpack_to: Path) -> Texts:
+def find_files(
+    patterns: Sequence[str], form: TextForm, keep: Sequence[str], unit_bytes: int, unpack_to: Path, runner: Runner
+) -> Texts:
     """Return the files that `patterns` name, ready to be read by units.
 
     Compressed text and text in a store is unpacked, and documents are made into sentences, as far as it is not done
-    yet. Raises ConfigError and DataError for files that cannot be read so.
+    yet. runner: makes the sentences of files. Raises ConfigError and DataError for files that cannot be read so.
     """
     sources = expand_paths(patterns, "in")
     documents = [source for source in sources if form.converts(source)]
@@ -96,24 +101,36 @@ def find_files(patterns: Sequence[str], form: TextForm, keep: Sequence[str], uni
     files = {source: TextFile(source, path) for source, path in _unpacked(texts, unpack_to).items()}
     _warn_of_raw_text(texts, form)
     counts = Counts()
-    shown = time.monotonic()
-    for number, source in enumerate(documents, start=1):
-        unpack_to.mkdir(parents=True, exist_ok=True)
-        place = sentence_place(source, unpack_to, form, keep, unit_bytes)
-        made = read_note(source, place) or write_sentences(source, place, form, keep, unit_bytes)
-        files[source] = TextFile(source, f"{place}.arrow", made)
+    for source, made in _made(documents, form, keep, unit_bytes, unpack_to, runner).items():
+        files[source] = TextFile(source, f"{made.place}.arrow", made)
         counts.documents += made.counts.documents
         counts.empty += made.counts.empty
         counts.bad += made.counts.bad
-        if time.monotonic() - shown >= _LINE_EVERY_S and number < len(documents):
-            shown = time.monotonic()
-            logger.info("sentences of %d of %d files are made", number, len(documents))
     if documents:
         empty = f", {counts.empty:,} of them empty or null, each of which has one row without words"
         logger.info("in: %s documents%s", f"{counts.documents:,}", empty if counts.empty else "")
     if counts.bad:
         logger.warning("in: %s lines are not JSON and are left out", f"{counts.bad:,}")
     return Texts([files[source] for source in sources], counts)
+
+
+def _made(
+    sources: Sequence[str], form: TextForm, keep: Sequence[str], unit_bytes: int, folder: Path, runner: Runner
+) -> dict[str, SentenceFile]:
+    """Return the sentences of files of documents by their sources; those that are not there yet are made."""
+    if sources:
+        folder.mkdir(parents=True, exist_ok=True)
+    places = {source: sentence_place(source, folder, form, keep, unit_bytes) for source in sources}
+    found = {source: made for source, place in places.items() if (made := read_note(source, place)) is not None}
+    waiting = [MakeSentences(source, places[source], form, tuple(keep), unit_bytes) for source in sources
+               if source not in found]  # fmt: skip
+    shown = time.monotonic()
+    for done, (number, made) in enumerate(runner(waiting), start=1):
+        found[waiting[number].source] = made
+        if time.monotonic() - shown >= _LINE_EVERY_S and done < len(waiting):
+            shown = time.monotonic()
+            logger.info("sentences of %d of %d files are made", done, len(waiting))
+    return found
 
 
 def _unpacked(sources: Sequence[str], folder: Path) -> dict[str, str]:

@@ -152,6 +152,7 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
     pq.write_table(pa.table({"id": ["a"], "text": ["the dog ."]}), table)
     text = tmp_path / "t.txt"
     text.write_text("the dog .\n")
+    book = jsonl(tmp_path / "book.jsonl", [{"text": "the dog .", "all": "x" * 2_000_000}])
     mixed = jsonl(tmp_path / "mixed.jsonl", [{"id": 1, "text": "the dog ."}, {"id": "x", "text": "the cat ."}])
     half = tmp_path / "half.jsonl"
     half.write_text('{"text": "the \\ud800 dog ."}\n')
@@ -172,6 +173,7 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
         (good, ["embed.keep=[id, id]"], "embed.keep has id twice"),
         (mixed, ["embed.keep=id"], "mixed.jsonl: embed.keep=id: its values make no column of one type"),
         (tmp_path / "[gt]*", ["embed.keep=id"], "is text, which has no columns"),
+        (book, ["embed.keep=all"], "book.jsonl: embed.keep=all: a document has a value of 2.0 MB there, which each"),
         (half, [], "half.jsonl, line 1: has a NUL or half of a character; mend it, or set data.on_error=replace"),
         (cut, [], "cut.parquet: is no whole Parquet file"),
         (renamed, [], "renamed.txt: is JSON; with an object in each line, name it .jsonl or set data.format=jsonl"),
@@ -212,3 +214,25 @@ def test_the_tokenizer_of_the_run_is_used(tmp_path: Path, model: BiLM, caplog: p
     assert "data.tokenizer=spacy, as in the training of" in caplog.text
     embed(source, raw, tmp_path / "lines", "data.tokenizer=none")
     assert len(pq.read_table(tmp_path / "lines")) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_makes_what_one_process_makes(
+    tmp_path: Path, checkpoint: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elmo_ray.prepare.SMALL_BYTES", 1)
+    for number in range(3):
+        lines = [line or "the dog ." for line in sentences(80, seed=number)]
+        records = [{"id": n, "text": "\n".join(lines[n : n + 2])} for n in range(0, 80, 2)]
+        jsonl(tmp_path / f"{number}.jsonl", records)
+    arguments = [checkpoint, tmp_path / "*.jsonl", "data.block_bytes=1024", "cluster.threads=1", "embed.keep=id"]
+    assert main([*map(str, arguments), str(tmp_path / "pool"), "cluster.workers=2"]) == 0
+    embed(*arguments, tmp_path / "alone")
+    parts = sorted(path.name for path in (tmp_path / "alone").glob("part-*"))
+    assert len(parts) > 4
+    for name in parts:
+        assert (tmp_path / "pool" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    # a mistake that a task meets
+    jsonl(tmp_path / "3.jsonl", [{"id": 1, "text": RAW[0]}])
+    assert main([*map(str, arguments), str(tmp_path / "bad"), "cluster.workers=2"]) == 2
