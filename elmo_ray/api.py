@@ -140,8 +140,9 @@ def evaluate(source: PathLike, text: PathLike | Sequence[PathLike], **settings: 
     """Measure the perplexity of a model on held-out text, with the full softmax.
 
     source: a run, a checkpoint, or a model of bilm-tf with its softmax. text: a file or glob, or several; one sentence
-    in each line. settings: sections or dotted names, such as `evaluate={"reset": "sentence"}`. Only the index of the
-    text is written, to data.prepared_dir. Raises ElmoRayError for a source or text that cannot be used.
+    in each line, or documents that become sentences as for the training of the source. settings: sections or dotted
+    names, such as `evaluate={"reset": "sentence"}`. The index of the text and the sentences of documents are written to
+    data.prepared_dir. Raises ElmoRayError for a source or text that cannot be used.
     """
     from elmo_ray import evaluate as command
 
@@ -164,9 +165,9 @@ def embed(
 ) -> Embedded:
     """Write a vector for each word of a text, or what else `embed.output` says.
 
-    source: a run, a checkpoint, or a model of bilm-tf. text: a file or glob, or several; None with
-    `embed={"tokens": "vocab.txt"}`. out: an HDF5 file, or a folder for Parquet files. resume, fresh: continue or
-    replace what is at `out`. settings: sections or dotted names. For vectors in memory use `elmo_ray.Elmo`. Raises
+    source: a run, a checkpoint, or a model of bilm-tf. text: a file or glob, or several: tokenised text, or documents;
+    None with `embed={"tokens": "vocab.txt"}`. out: an HDF5 file, or a folder for Parquet files. resume, fresh: continue
+    or replace what is at `out`. settings: sections or dotted names. For vectors in memory use `elmo_ray.Elmo`. Raises
     ElmoRayError for a source or text that cannot be used, and for an `out` that exists.
     """
     from elmo_ray import embed as command

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar, runtime_checkable
 
 from elmo_ray import __version__
-from elmo_ray.config.schema import REMOVED, RENAMED, Key, Root, keys, set_nested, unknown_key
+from elmo_ray.config.schema import REMOVED, RENAMED, Key, Root, is_null, keys, set_nested, unknown_key
 from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.errors import ConfigError, ElmoRayError, short
 from elmo_ray.storage.files import write_json
@@ -504,7 +504,7 @@ def _text(value: str, key: Key) -> Any:
 
     Quoted strings and lists are still read as YAML.
     """
-    if key.optional and value in ("null", "none", "~") and not (value == "none" and key.allowed.startswith("none,")):
+    if is_null(value, key) or (key.optional and value in ("null", "~")):
         return None
     if value[0] in "[\"'":
         try:

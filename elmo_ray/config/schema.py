@@ -134,6 +134,11 @@ class Key:
         return bool(_bare(self.field.annotation) == tuple[str, ...])
 
 
+def is_null(value: Any, key: Key) -> bool:
+    """Return True if a value stands for null: `none` does where the setting may be empty and has no such value."""
+    return value in ("none", "None") and key.optional and not key.allowed.startswith("none,")
+
+
 class _Problems(ValueError):
     """Problems of a section, one line each. unused: the lines of settings without effect, by their full key."""
 
@@ -396,7 +401,7 @@ def _known(root: type[Section], values: Mapping[str, Any], prefix: str = "") -> 
         if section is not None and isinstance(value, Mapping):
             more, value = _known(section, value, f"{prefix}{name}.")
             unknown.extend(more)
-        known[name] = value
+        known[name] = None if is_null(value, Key(name, fields[name])) else value
     return unknown, known
 
 

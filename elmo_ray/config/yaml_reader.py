@@ -14,7 +14,7 @@ import yaml
 
 from elmo_ray.errors import ConfigError, one_line, short
 
-_NULL = re.compile(r"^(?:~|null|Null|NULL|none|None|)$")
+_NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
 _FLOAT = re.compile(

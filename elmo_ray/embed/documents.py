@@ -62,7 +62,7 @@ def read_documents(source: str, form: TextForm, keep: Sequence[str], counts: Cou
     else:
         batch: list[Content] = []
         size = 0
-        for number, line in enumerate(_lines(source), start=1):
+        for number, line in _lines(source, form, counts):
             batch.append(_decoded(line, source, number, form))
             size += len(line)
             if size >= _BATCH_CHARACTERS:
@@ -78,7 +78,7 @@ def _jsonl(source: str, form: TextForm, keep: Sequence[str], counts: Counts) -> 
     batch: list[Content] = []
     kept: list[list[Any]] = [[] for _ in keep]
     size = 0
-    for number, line in enumerate(_lines(source), start=1):
+    for number, line in _lines(source, form, counts):
         text = _decoded(line, source, number, form).strip()
         if not text:
             continue
@@ -257,8 +257,11 @@ def _is_content(kind: Any) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _lines(source: str) -> Iterator[bytes]:
-    """Yield the lines of a file without their ends, unpacked; the last one may have no end."""
+def _lines(source: str, form: TextForm, counts: Counts) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each line, from 1, and the line without its end; the last one may have no end.
+
+    A line that is too long is left out and counted as bad, or raises DataError, as data.on_error says.
+    """
     kind = compression(source)
     rest: list[bytes] = []
     held, number = 0, 1
@@ -268,17 +271,25 @@ def _lines(source: str) -> Iterator[bytes]:
             for piece in pieces:
                 *whole, last = piece.split(b"\n")
                 for line in whole:
-                    yield b"".join([*rest, line]) if rest else line
-                    rest, held = [], 0
-                    number += 1
-                rest.append(last)
+                    if held <= MAX_LINE_BYTES:
+                        yield number, b"".join([*rest, line]) if rest else line
+                    rest, held, number = [], 0, number + 1
+                was_good = held <= MAX_LINE_BYTES
                 held += len(last)
-                if held > MAX_LINE_BYTES:
-                    raise DataError(f"{source}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB; divide it")
+                if held <= MAX_LINE_BYTES:
+                    rest.append(last)
+                elif was_good:
+                    rest = []
+                    if form.on_error != "replace":
+                        raise DataError(
+                            f"{source}, line {number}: longer than {MAX_LINE_BYTES >> 20} MiB; divide it, or leave "
+                            "such lines out with data.on_error=replace"
+                        )
+                    counts.bad += 1
     except OSError as error:
         raise DataError(f"{source}: {error.strerror or error}") from None
-    if held:
-        yield b"".join(rest)
+    if 0 < held <= MAX_LINE_BYTES:
+        yield number, b"".join(rest)
 
 
 def _decoded(line: bytes, source: str, number: int, form: TextForm) -> str:

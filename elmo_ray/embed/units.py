@@ -110,7 +110,7 @@ def find_files(
         empty = f", {counts.empty:,} of them empty or null, each of which has one row without words"
         logger.info("in: %s documents%s", f"{counts.documents:,}", empty if counts.empty else "")
     if counts.bad:
-        logger.warning("in: %s lines are not JSON and are left out", f"{counts.bad:,}")
+        logger.warning("in: %s lines are not JSON or too long, and are left out", f"{counts.bad:,}")
     return Texts([files[source] for source in sources], counts)
 
 

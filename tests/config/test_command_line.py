@@ -51,7 +51,7 @@ def mistakes(overrides: list[str], path: Path | None = None) -> list[str]:
     ("text", "value"),
     [
         ("off", "off"), ("no", "no"), ("yes", "yes"), ("on", "on"), ("y", "y"),
-        ("true", True), ("False", False), ("~", None), ("null", None), ("none", None), ("", None), ('"none"', "none"),
+        ("true", True), ("False", False), ("~", None), ("null", None), ("none", "none"), ("", None), ('"null"', "null"),
         ("3e-4", 3e-4), ("1e9", 1e9), ("1.", 1.0), (".5", 0.5), ("-1.5E+3", -1500.0), ("1_000", 1000), ("010", 10),
         ("0o10", "0o10"), ("1:30", "1:30"), ("2024-01-02", "2024-01-02"), ("1e", "1e"), ("'7'", "7"),
         ("[1, a, 2.5]", [1, "a", 2.5]), ("{a: {b: off}}", {"a": {"b": "off"}}),
@@ -84,6 +84,28 @@ def test_overrides_are_read_by_field() -> None:
     assert config.data.vocab == "null" and config.data.prepared_dir is None
     assert str(config.train.duration) == "1000 positions" and config.model.char_cnn.filters == ((1, 4), (2, 8))
     assert config.optim.schedule.kind == "linear" and config.optim.schedule.warmup_steps == 5
+
+
+def test_none_is_null_where_it_is_no_value_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {tokenizer: none, prepared_dir: none, max_vocab: None}\ntrain: {validate_every: none}\n")
+    config = load_config(file, ["run.name=none", "data.valid=none"], PretrainConfig)
+    assert config.data.tokenizer == "none" and config.run.name is None and config.data.valid == ()
+    assert config.data.prepared_dir is config.data.max_vocab is config.train.validate_every is None
+    assert PretrainConfig.from_dict(parse_yaml(config.to_yaml(), "again")) == config
+    assert load_config(None, ["data.tokenizer=none"], PretrainConfig).data.tokenizer == "none"
+    assert load_config(file, ["data.tokenizer=null"], PretrainConfig).data.tokenizer is None
+
+
+def test_a_setting_that_moved_to_another_section(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("embed: {column: body}\n")
+    assert load_config(file, [], EmbedConfig).data.column == "body"
+    assert load_config(None, ["embed.column=words"], EmbedConfig).data.column == "words"
+    assert caplog.text.count("embed.column is called data.column now") == 2
+    file.write_text("embed: {column: body}\ndata: {column: text}\n")
+    with pytest.raises(ConfigError, match="embed.column and data.column are one setting; remove embed.column"):
+        load_config(file, [], EmbedConfig)
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,25 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
     embed(checkpoint, renamed, tmp_path / "renamed", "data.format=jsonl")
 
 
+def test_bad_lines_are_left_out_on_request(
+    tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte order mark, ends of Windows, a line that is no JSON, one of over 64 MiB, bytes that are not UTF-8."""
+    source = tmp_path / "bad.jsonl"
+    long = b'{"text": "' + b"dog " * (17 << 20) + b'"}\r\n'
+    good = b'\xef\xbb\xbf{"text": "the dog ."}\r\n\r\n', b'{"text": "a \xff cat\\r\\nruns ."}\n{"text": "the end ."}'
+    source.write_bytes(good[0] + b"[1]\n" + long + good[1])
+    embed(checkpoint, source, tmp_path / "out", code=2)
+    assert "bad.jsonl, line 3: is not JSON (is [1] and no object)" in capsys.readouterr().err
+    embed(checkpoint, source, tmp_path / "out", "data.on_error=replace", "embed.layers=top")
+    words = [" ".join(words) for words in pq.read_table(tmp_path / "out")["words"].to_pylist()]
+    assert words == ["the dog .", "a \ufffd cat", "runs .", "the end ."]
+    assert "in: 2 lines are not JSON or too long, and are left out" in caplog.text
+    source.write_bytes(good[0] + long)
+    embed(checkpoint, source, tmp_path / "new", code=2)
+    assert "bad.jsonl, line 3: longer than 64 MiB; divide it" in capsys.readouterr().err
+
+
 def test_the_tokenizer_of_the_run_is_used(tmp_path: Path, model: BiLM, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("spacy")
     caplog.set_level(logging.INFO, logger="elmo_ray")
