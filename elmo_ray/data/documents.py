@@ -122,7 +122,7 @@ def read_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterator[str
     A document is a line of text, the column of a JSON object, or that of a row of Parquet. Raises DataError, with the
     file and the line or row, for what cannot be read. counts: `bad` and `replaced` are counted here.
     """
-    reader = _Reader(piece, form, counts)
+    reader = DocumentReader(piece, form, counts)
     kind = form.kind(piece.source)
     if kind == "parquet":
         return reader.parquet()
@@ -212,8 +212,8 @@ class TokenisedCheck:
 # ---------------------------------------------------------------- the formats
 
 
-class _Reader:
-    """Reader of the documents of a piece of a file, by its format."""
+class DocumentReader:
+    """Reader of the documents of a piece of a file, by its format. Its methods raise DataError as `read_documents`."""
 
     def __init__(self, piece: Piece, form: TextForm, counts: Counts) -> None:
         self.piece, self.form, self.counts = piece, form, counts
@@ -224,13 +224,48 @@ class _Reader:
 
     def text(self) -> Iterator[str]:
         """Yield the lines of raw text: a line is a paragraph."""
-        for number, line in enumerate(self._lines()):
-            if line is not None:
-                yield self._checked(self._decoded(line, number), number)
+        for number, line in self.lines():
+            yield self.checked(line, number)
 
     def jsonl(self) -> Iterator[str | None]:
+        """Yield the texts of the objects of JSONL, None for null."""
+        setting = f"data.column={self.form.column}"
+        for number, record in self.records():
+            value = value_at(record, self.names)
+            if value is MISSING:
+                raise DataError(no_column(self.place(number), setting, self.names, record))
+            if value is not None and not isinstance(value, str):
+                shown = short(json.dumps(value, default=str), 40)
+                raise DataError(
+                    f"{self.place(number)}: {setting} is {shown}, a {type(value).__name__} and no text; name a column "
+                    "of text"
+                )
+            yield value if value is None else self.checked(value, number)
+
+    def parquet(self) -> Iterator[str | None]:
+        """Yield the texts of the rows of Parquet, None for null."""
+        column = self.form.column
+        with parquet_file(self.source) as table:
+            kind = column_type(table.schema_arrow, self.names, self.source, f"data.column={column}")
+            if not is_text_type(kind):
+                raise DataError(f"{self.source}: data.column={column} has values of {kind} and no text; name another")
+            groups = range(self.piece.start, table.num_row_groups if self.piece.end is None else self.piece.end)
+            number = 0
+            for batch in table.iter_batches(_ROWS, row_groups=list(groups), columns=[column]):
+                for value in column_of(batch, self.names).to_pylist():
+                    yield value if value is None else self.checked(value, number)
+                    number += 1
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """Yield the lines, without their ends and those that are left out, with their numbers in the piece from 0."""
         for number, line in enumerate(self._lines()):
-            text = "" if line is None else self._decoded(line, number).strip()
+            if line is not None:
+                yield number, self._decoded(line, number)
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the objects of JSONL with the numbers of their lines in the piece, from 0; empty lines are none."""
+        for number, line in self.lines():
+            text = line.strip()
             if not text:
                 continue
             try:
@@ -243,32 +278,10 @@ class _Reader:
                     continue
                 what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 raise DataError(
-                    f"{self._place(number)}: is not JSON ({what}); mend it, or leave such lines out with "
+                    f"{self.place(number)}: is not JSON ({what}); mend it, or leave such lines out with "
                     "data.on_error=replace"
                 ) from None
-            value = self._value(record, number)
-            yield value if value is None else self._checked(value, number)
-
-    def parquet(self) -> Iterator[str | None]:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        column = self.form.column
-        with _parquet_file(self.source) as table:
-            kind = _column_type(table.schema_arrow, self.names, self.source)
-            if pa.types.is_dictionary(kind):
-                kind = kind.value_type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-                raise DataError(f"{self.source}: data.column={column} has values of {kind} and no text; name another")
-            groups = range(self.piece.start, table.num_row_groups if self.piece.end is None else self.piece.end)
-            number = 0
-            for batch in table.iter_batches(_ROWS, row_groups=list(groups), columns=[column]):
-                values = batch.column(0)
-                for name in self.names[1:]:
-                    values = pc.struct_field(values, name)
-                for value in values.to_pylist():
-                    yield value if value is None else self._checked(value, number)
-                    number += 1
+            yield number, record
 
     def _lines(self) -> Iterator[bytes | None]:
         """Yield the lines without their ends, None for one that is too long and left out."""
@@ -287,7 +300,7 @@ class _Reader:
                         continue
                     if self.form.on_error != "replace":
                         raise DataError(
-                            f"{self._place(number)}: longer than {MAX_LINE_BYTES >> 20} MiB; divide it, or leave such "
+                            f"{self.place(number)}: longer than {MAX_LINE_BYTES >> 20} MiB; divide it, or leave such "
                             "lines out with data.on_error=replace"
                         )
                     self.counts.bad += 1
@@ -306,11 +319,11 @@ class _Reader:
                 self.counts.replaced += text.count(REPLACEMENT) - line.count(REPLACEMENT.encode())
                 return text
             raise DataError(
-                f"{self._place(number)}: not UTF-8 (byte 0x{line[error.start]:02x}); convert the file, or set "
+                f"{self.place(number)}: not UTF-8 (byte 0x{line[error.start]:02x}); convert the file, or set "
                 "data.on_error=replace"
             ) from None
 
-    def _checked(self, text: str, number: int) -> str:
+    def checked(self, text: str, number: int) -> str:
         """Return a document without NULs and halves of surrogate pairs, as JSON can spell them and text cannot."""
         wrong = 0 if self._keeps_nuls else text.count("\0")
         if not wrong and (text.isascii() or _is_encodable(text)):
@@ -320,41 +333,49 @@ class _Reader:
             self.counts.replaced += wrong + surrogates
             return mended if self._keeps_nuls else mended.replace("\0", REPLACEMENT)
         what = "a NUL" if wrong else "half of a surrogate pair"
-        raise DataError(f"{self._place(number)}: {what} in the text; mend it, or set data.on_error=replace")
+        raise DataError(f"{self.place(number)}: {what} in the text; mend it, or set data.on_error=replace")
 
-    def _place(self, number: int) -> str:
+    def place(self, number: int) -> str:
         """Return the file and the number of the line or row, from 1; `number` counts from the start of the piece."""
         if self.form.kind(self.source) != "parquet":
             return f"{self.source}, line {_lines_before(self.source, self.piece.start) + number + 1}"
-        with _parquet_file(self.source) as table:
+        with parquet_file(self.source) as table:
             before = sum(table.metadata.row_group(group).num_rows for group in range(self.piece.start))
         return f"{self.source}, row {before + number + 1}"
 
-    def _value(self, record: Any, number: int) -> str | None:
-        """Return the text of a document in its record, or None where it is null."""
-        for depth, name in enumerate(self.names):
-            if record is None:
-                return None
-            if not isinstance(record, dict) or name not in record:
-                has = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else f"a {type(record).__name__}"
-                raise DataError(
-                    f"{self._place(number)}: has no column {'.'.join(self.names[: depth + 1])} "
-                    f"(data.column={self.form.column}); it has {short(has, 200)}"
-                )
-            record = record[name]
-        if record is not None and not isinstance(record, str):
-            raise DataError(
-                f"{self._place(number)}: data.column={self.form.column} is "
-                f"{short(json.dumps(record, default=str), 40)}, a {type(record).__name__} and no text; name a column "
-                "of text"
-            )
-        return record
+
+MISSING = object()
+"""What `value_at` returns for a value that is not there, which is another thing than null."""
+
+
+def value_at(record: Any, names: Sequence[str]) -> Any:
+    """Return the value at a path of names in a record of JSON: None below null, MISSING where there is none."""
+    for name in names:
+        if record is None:
+            return None
+        if not isinstance(record, dict) or name not in record:
+            return MISSING
+        record = record[name]
+    return record
+
+
+def no_column(place: str, setting: str, names: Sequence[str], record: Any) -> str:
+    """Return the message for a column that a record does not have, with those that it has at that depth.
+
+    place: the file, or its line. setting: the setting that names the column, with its value.
+    """
+    depth = 0
+    while isinstance(record, dict) and names[depth] in record and depth + 1 < len(names):
+        record = record[names[depth]]
+        depth += 1
+    has = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else f"a {type(record).__name__}"
+    return f"{place}: has no column {'.'.join(names[: depth + 1])} ({setting}); it has {short(has, 200) or 'none'}"
 
 
 def row_group_bytes(source: str, column: str) -> list[int]:
     """Return the bytes of a column, unpacked, in each row group of a Parquet file. Raises DataError as reading does."""
-    with _parquet_file(source) as table:
-        _column_type(table.schema_arrow, column.split("."), source)
+    with parquet_file(source) as table:
+        column_type(table.schema_arrow, column.split("."), source, f"data.column={column}")
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
         columns = [[group.column(place) for place in range(group.num_columns)] for group in groups]
         return [
@@ -364,7 +385,8 @@ def row_group_bytes(source: str, column: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def _parquet_file(source: str) -> Iterator[Any]:
+def parquet_file(source: str) -> Iterator[Any]:
+    """Yield an open Parquet file; errors of reading it become DataErrors."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -381,19 +403,40 @@ def _parquet_file(source: str) -> Iterator[Any]:
         raise DataError(f"{source}: {error.strerror or error}") from None
 
 
-def _column_type(schema: Any, names: Sequence[str], source: str) -> Any:
+def column_type(schema: Any, names: Sequence[str], source: str, setting: str) -> Any:
+    """Return the Arrow type of a column, `names` from the outside to the inside.
+
+    Raises DataError, with the setting that names it and the columns that are there, where there is none.
+    """
     import pyarrow as pa
 
     fields = {field.name: field.type for field in schema}
+    kind: Any = None
     for depth, name in enumerate(names):
         if name not in fields:
-            raise DataError(
-                f"{source}: has no column {'.'.join(names[: depth + 1])} (data.column={'.'.join(names)}); it has "
-                f"{short(', '.join(fields), 200)}"
-            )
+            has = short(", ".join(fields), 200) or str(kind)
+            raise DataError(f"{source}: has no column {'.'.join(names[: depth + 1])} ({setting}); it has {has}")
         kind = fields[name]
         fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
     return kind
+
+
+def column_of(batch: Any, names: Sequence[str]) -> Any:
+    """Return the Arrow array of a column of a record batch, which may be inside of others."""
+    import pyarrow.compute as pc
+
+    values = batch.column(names[0])
+    for name in names[1:]:
+        values = pc.struct_field(values, name)
+    return values
+
+
+def is_text_type(kind: Any) -> bool:
+    """Return whether an Arrow type is that of text, also of text in a dictionary."""
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _is_encodable(text: str) -> bool:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray import storage
-from elmo_ray.data.documents import TextForm, TokenisedCheck
-from elmo_ray.embed.documents import Counts, Documents, json_array, read_documents
+from elmo_ray.data.documents import Counts, TextForm, TokenisedCheck
+from elmo_ray.embed.documents import Documents, json_array, read_kept_documents
 from elmo_ray.errors import DataError, short
 from elmo_ray.storage.files import write_json
 from elmo_ray.text.tokenizers import NONE, SPACY, make_tokenizer
@@ -137,7 +137,7 @@ def _add_documents(
     is_checked = form.kind(source) != "text" and form.tokenizer is None
     check = TokenisedCheck(source) if is_checked else None
     looked_at: collections.Counter[str] = collections.Counter()
-    for documents in read_documents(source, form, keep, counts):
+    for documents in read_kept_documents(source, form, keep, counts):
         writer.keep(documents, source)
         texts = iter(tokenizer([content for content in documents.contents if isinstance(content, str)]))
         for content in documents.contents:

@@ -11,12 +11,11 @@ from typing import Any
 
 from elmo_ray import storage
 from elmo_ray.data.corpus import expand_paths
-from elmo_ray.data.documents import TextForm
+from elmo_ray.data.documents import Counts, TextForm
 from elmo_ray.data.formats import HEAD_BYTES
 from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
 from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_status, split_lines
 from elmo_ray.data.unpack import check_format, check_space, compression, is_unpacked, unpack, unpacked_path
-from elmo_ray.embed.documents import Counts
 from elmo_ray.embed.sentences import (
     MakeSentences,
     SentenceColumns,
@@ -103,12 +102,12 @@ def find_files(
     counts = Counts()
     for source, made in _made(documents, form, keep, unit_bytes, unpack_to, runner).items():
         files[source] = TextFile(source, f"{made.place}.arrow", made)
-        counts.documents += made.counts.documents
-        counts.empty += made.counts.empty
-        counts.bad += made.counts.bad
+        counts.add(made.counts)
     if documents:
         empty = f", {counts.empty:,} of them empty or null, each of which has one row without words"
         logger.info("in: %s documents%s", f"{counts.documents:,}", empty if counts.empty else "")
+    if counts.replaced:
+        logger.warning("in: %s invalid UTF-8 sequences or NULs become U+FFFD", f"{counts.replaced:,}")
     if counts.bad:
         logger.warning("in: %s lines are not JSON or too long, and are left out", f"{counts.bad:,}")
     return Texts([files[source] for source in sources], counts)

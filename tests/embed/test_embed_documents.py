@@ -174,7 +174,7 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
         (mixed, ["embed.keep=id"], "mixed.jsonl: embed.keep=id: its values make no column of one type"),
         (tmp_path / "[gt]*", ["embed.keep=id"], "is text, which has no columns"),
         (book, ["embed.keep=all"], "book.jsonl: embed.keep=all: a document has a value of 2.0 MB there, which each"),
-        (half, [], "half.jsonl, line 1: has a NUL or half of a character; mend it, or set data.on_error=replace"),
+        (half, [], "half.jsonl, line 1: half of a surrogate pair in the text; mend it, or set data.on_error=replace"),
         (cut, [], "cut.parquet: is no whole Parquet file"),
         (renamed, [], "renamed.txt: is JSON; with an object in each line, name it .jsonl or set data.format=jsonl"),
         (good, ["data.format=text", "data.column=id"], "data.column is set, but data.format=text has no columns"),
@@ -214,6 +214,7 @@ def test_bad_lines_are_left_out_on_request(
     words = [" ".join(words) for words in pq.read_table(tmp_path / "out")["words"].to_pylist()]
     assert words == ["the dog .", "a \ufffd cat", "runs .", "the end ."]
     assert "in: 2 lines are not JSON or too long, and are left out" in caplog.text
+    assert "in: 1 invalid UTF-8 sequences or NULs become U+FFFD" in caplog.text
     source.write_bytes(good[0] + long)
     embed(checkpoint, source, tmp_path / "new", code=2)
     assert "bad.jsonl, line 3: longer than 64 MiB; divide it" in capsys.readouterr().err
