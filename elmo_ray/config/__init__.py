@@ -7,6 +7,7 @@ from elmo_ray.config.training import (
     ClusterConfig,
     ComputeConfig,
     DataConfig,
+    DeviceConfig,
     Duration,
     EvalConfig,
     EvaluateConfig,
@@ -26,6 +27,7 @@ from elmo_ray.config.training import (
     TaskConfig,
     TextConfig,
     TrainConfig,
+    WorkersConfig,
 )
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "ClusterConfig",
     "ComputeConfig",
     "DataConfig",
+    "DeviceConfig",
     "Duration",
     "EvalConfig",
     "EvaluateConfig",
@@ -54,4 +57,5 @@ __all__ = [
     "TaskConfig",
     "TextConfig",
     "TrainConfig",
+    "WorkersConfig",
 ]

@@ -1,0 +1,167 @@
+"""Ray Serve at work: the replicas that answer requests, their batches, and the start and end of the server."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import LoggingConfig
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from elmo_ray.cluster.session import last_line
+from elmo_ray.elmo.layer_choice import layer_factors
+from elmo_ray.errors import ConfigError, ElmoRayError
+from elmo_ray.machine import available_cores, leave_background
+from elmo_ray.serve.messages import (
+    JSON,
+    RequestError,
+    Wanted,
+    answer_type,
+    read_request,
+    too_much,
+    write_answer,
+    write_error,
+)
+from elmo_ray.serve.vectors import ServedModel, ServeJob
+
+logger = logging.getLogger(__name__)
+
+APPLICATION = "elmo_ray"
+VECTORS, HEALTH = "/vectors", "/health"
+_METHODS = {VECTORS: ("POST",), HEALTH: ("GET", "HEAD")}
+
+_SPARE_REQUESTS = 16
+"""Requests beyond serve.max_requests that a replica takes only to refuse them, or to answer for its health."""
+
+
+class Replica:
+    """Process with the model, which answers requests of HTTP."""
+
+    def __init__(self, job: ServeJob):
+        leave_background()
+        # Ray sets one OpenMP thread for each process, whatever the machine has.
+        torch.set_num_threads(job.threads or max(1, available_cores() // job.share))
+        self._limits = job.serve
+        self._model = ServedModel(job)
+        # Code is loaded and compiled at the first sentence; a replica is ready when that is done.
+        self._model.vectors([Wanted([["The", "first", "one"]], layer_factors("top", self._model.config, "layers"))])
+        self._held = 0
+        # The largest request that is allowed must fit a batch.
+        most = max(job.serve.batch_positions, job.serve.max_words + 2 * job.serve.max_sentences)
+        self._together = serve.batch(
+            max_batch_size=most,
+            batch_wait_timeout_s=job.serve.batch_wait_s,
+            batch_size_fn=lambda requests: sum(request.positions for request in requests),
+        )(self._vectors)
+
+    async def _vectors(self, requests: list[Wanted]) -> list[Any]:
+        # Within the event loop: the requests that arrive meanwhile wait, and become the next batch together.
+        return self._model.vectors(requests)
+
+    async def __call__(self, request: Request) -> Response:
+        """Return the answer to any request; one of an unexpected error has the status 500."""
+        try:
+            return await self._answer(request)
+        except RequestError as mistake:
+            return _refusal(mistake.status, str(mistake))
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
+        except Exception as error:
+            logger.exception("a request has failed")
+            return _refusal(500, f"an unexpected error of the server: {last_line(error)}")
+
+    async def _answer(self, request: Request) -> Response:
+        path = request.url.path
+        if path not in _METHODS:
+            raise RequestError(404, f"{path}: no such path; there are POST {VECTORS} and GET {HEALTH}")
+        if request.method not in _METHODS[path]:
+            allowed = ", ".join(_METHODS[path])
+            refusal = _refusal(405, f"{request.method} {path}: this path takes {allowed}")
+            refusal.headers["Allow"] = allowed
+            return refusal
+        if path == HEALTH:
+            return Response(b'{"status": "ok"}\n', media_type=JSON)
+        if self._held >= self._limits.max_requests:
+            raise RequestError(
+                503, f"the server is busy: serve.max_requests={self._limits.max_requests} wait; try later"
+            )
+        self._held += 1
+        try:
+            kind = answer_type(request.headers.get("accept"))
+            wanted = read_request(await self._body(request), self._limits, self._model.config)
+            vectors: Sequence[Any] = await self._together(wanted) if wanted.sentences else []
+            return Response(write_answer(vectors, kind), media_type=kind)
+        finally:
+            self._held -= 1
+
+    async def _body(self, request: Request) -> bytes:
+        limit = self._limits.max_body_bytes
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length) > limit:
+            raise too_much(int(length), "bytes", "max_body_bytes", self._limits)
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:  # a body in chunks, whose length nobody has said
+                raise too_much(None, "bytes", "max_body_bytes", self._limits)
+        return bytes(body)
+
+
+def _refusal(status: int, message: str) -> Response:
+    return Response(write_error(message), status_code=status, media_type=JSON)
+
+
+@contextlib.contextmanager
+def serving(job: ServeJob, replicas: int, cpus: float, gpus: int, is_shared: bool) -> Iterator[None]:
+    """Run Ray Serve in the Ray of this process; within the context its replicas answer requests.
+
+    It ends after the requests that are being answered. cpus, gpus: what Ray reserves for each replica. is_shared: the
+    Ray is a cluster that goes on after this process. Raises ConfigError where Ray Serve runs in it already, and
+    ElmoRayError where it does not start.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    running = serve.status()
+    if running.proxies or running.applications:
+        names = ", ".join(running.applications) or "without an application"
+        raise ConfigError(f"Ray Serve runs in this Ray cluster already ({names}); end it with `serve shutdown`")
+    try:
+        _start(job, replicas, {"num_cpus": cpus, "num_gpus": gpus})
+        yield
+    finally:
+        with contextlib.suppress(RayServeException):  # it has not come so far
+            serve.delete(APPLICATION)
+        if is_shared:
+            # The controller ends itself within the call for it, of which Ray makes an error on stdout.
+            with contextlib.redirect_stdout(io.StringIO()):
+                serve.shutdown()
+
+
+def _start(job: ServeJob, replicas: int, resources: dict[str, float]) -> None:
+    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    deployment = serve.deployment(
+        Replica,
+        name="replica",
+        num_replicas=replicas,
+        max_ongoing_requests=job.serve.max_requests + _SPARE_REQUESTS,
+        ray_actor_options=resources,
+        max_constructor_retry_count=1,
+        graceful_shutdown_wait_loop_s=0.2,
+        logging_config=quiet,
+    )
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions(host=job.serve.host, port=job.serve.port),
+            logging_config=quiet,
+        )
+        serve.run(deployment.bind(job), name=APPLICATION, route_prefix="/", logging_config=quiet)
+    except (RuntimeError, TimeoutError) as error:
+        raise ElmoRayError(f"Ray Serve does not start: {last_line(error)}") from None
