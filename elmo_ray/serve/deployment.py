@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,7 +30,6 @@ from elmo_ray.serve.messages import (
     read_request,
     too_much,
     write_answer,
-    write_error,
 )
 from elmo_ray.serve.vectors import ServedModel, ServeJob
 
@@ -40,6 +41,12 @@ _METHODS = {VECTORS: ("POST",), HEALTH: ("GET", "HEAD")}
 
 _SPARE_REQUESTS = 16
 """Requests beyond serve.max_requests that a replica takes only to refuse them, or to answer for its health."""
+
+_MOST_IN_PROXY = 1024
+"""Requests that wait before the replicas while these compute; Ray Serve refuses others with 503 itself."""
+
+_BODY_S = 60.0
+"""Time for a request to arrive: one that stands still would keep its place for ever."""
 
 
 class Replica:
@@ -53,7 +60,7 @@ class Replica:
         self._model = ServedModel(job)
         # Code is loaded and compiled at the first sentence; a replica is ready when that is done.
         self._model.vectors([Wanted([["The", "first", "one"]], layer_factors("top", self._model.config, "layers"))])
-        self._held = 0
+        self._waiting = self._requests = self._batches = 0
         # The largest request that is allowed must fit a batch.
         most = max(job.serve.batch_positions, job.serve.max_words + 2 * job.serve.max_sentences)
         self._together = serve.batch(
@@ -64,6 +71,8 @@ class Replica:
 
     async def _vectors(self, requests: list[Wanted]) -> list[Any]:
         # Within the event loop: the requests that arrive meanwhile wait, and become the next batch together.
+        self._requests += len(requests)
+        self._batches += 1
         return self._model.vectors(requests)
 
     async def __call__(self, request: Request) -> Response:
@@ -88,19 +97,22 @@ class Replica:
             refusal.headers["Allow"] = allowed
             return refusal
         if path == HEALTH:
-            return Response(b'{"status": "ok"}\n', media_type=JSON)
-        if self._held >= self._limits.max_requests:
-            raise RequestError(
-                503, f"the server is busy: serve.max_requests={self._limits.max_requests} wait; try later"
-            )
-        self._held += 1
+            counts = {"requests": self._requests, "batches": self._batches, "waiting": self._waiting}
+            return _json(200, status="ok", model=self._model.title, **counts)
+        if self._waiting >= self._limits.max_requests:
+            limit = self._limits.max_requests
+            raise RequestError(503, f"the server is busy: serve.max_requests={limit} are waiting; try again")
+        self._waiting += 1
         try:
             kind = answer_type(request.headers.get("accept"))
-            wanted = read_request(await self._body(request), self._limits, self._model.config)
+            body = await asyncio.wait_for(self._body(request), _BODY_S)
+            wanted = read_request(body, self._limits, self._model.config)
             vectors: Sequence[Any] = await self._together(wanted) if wanted.sentences else []
             return Response(write_answer(vectors, kind), media_type=kind)
+        except asyncio.TimeoutError:
+            raise RequestError(408, f"the body of the request has not come in {_BODY_S:g} seconds") from None
         finally:
-            self._held -= 1
+            self._waiting -= 1
 
     async def _body(self, request: Request) -> bytes:
         limit = self._limits.max_body_bytes
@@ -116,7 +128,12 @@ class Replica:
 
 
 def _refusal(status: int, message: str) -> Response:
-    return Response(write_error(message), status_code=status, media_type=JSON)
+    return _json(status, error=message)
+
+
+def _json(code: int, **values: Any) -> Response:
+    """Return an answer of one line."""
+    return Response(json.dumps(values).encode() + b"\n", status_code=code, media_type=JSON)
 
 
 @contextlib.contextmanager
@@ -151,6 +168,7 @@ def _start(job: ServeJob, replicas: int, resources: dict[str, float]) -> None:
         name="replica",
         num_replicas=replicas,
         max_ongoing_requests=job.serve.max_requests + _SPARE_REQUESTS,
+        max_queued_requests=_MOST_IN_PROXY,
         ray_actor_options=resources,
         max_constructor_retry_count=1,
         graceful_shutdown_wait_loop_s=0.2,

@@ -147,8 +147,3 @@ def write_answer(vectors: Sequence[NDArray[np.float32]], kind: str) -> bytes:
         return bytes(save({str(number): np.ascontiguousarray(each) for number, each in enumerate(vectors)}))
     # json.dumps takes 17 times as long
     return bytes(to_json({"vectors": [each.tolist() for each in vectors]}, inf_nan_mode="null")) + b"\n"
-
-
-def write_error(message: str) -> bytes:
-    """Return the body of an answer that tells of a mistake: one line of JSON."""
-    return json.dumps({"error": message}).encode() + b"\n"
