@@ -25,7 +25,7 @@ class ServeOptions(Section):
         2048, ge=1, le=1 << 24, description="Waiting requests are computed together, up to this many positions."
     )
     batch_wait_s: float = Field(
-        0.005, ge=0, le=60, description="A request waits up to this many seconds for others to be computed with it."
+        0.01, ge=0, le=60, description="A request waits up to this many seconds for others to be computed with it."
     )
     max_body_bytes: Int = Field(1 << 20, ge=1, le=1 << 30, description="A request with a longer body is refused.")
     max_sentences: Int = Field(256, ge=1, le=1 << 20, description="A request with more sentences is refused.")
