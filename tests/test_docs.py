@@ -20,7 +20,8 @@ from elmo_ray.serve.config import ServeConfig
 from elmo_ray.sweep.config import SweepConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-READMES = [REPOSITORY / folder / "README.md" for folder in (".", "configs", "cluster", "tests/benchmarks")]
+FOLDERS = (".", "configs", "cluster", "tests/benchmarks", "tests/notebook")
+READMES = [REPOSITORY / folder / "README.md" for folder in FOLDERS]
 LONGEST_FRONT_PAGE = 200
 
 ROOTS: dict[str, type[Root]] = {
