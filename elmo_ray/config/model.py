@@ -57,7 +57,8 @@ def layer_choice(value: Any) -> str | tuple[float, ...]:
     if value in ("all", "top", "average"):
         return str(value)
     numbers = list(value) if isinstance(value, list | tuple) else []
-    if numbers and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+    are_numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+    if numbers and are_numbers and all(-LARGE <= number <= LARGE for number in numbers):
         return tuple(float(number) for number in numbers)
     raise ValueError("not a choice of layers")
 

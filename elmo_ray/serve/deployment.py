@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from elmo_ray.cluster.session import last_line
 from elmo_ray.elmo.layer_choice import layer_factors
-from elmo_ray.errors import ConfigError, ElmoRayError
+from elmo_ray.errors import ConfigError, ElmoRayError, short
 from elmo_ray.machine import available_cores, leave_background
 from elmo_ray.serve.messages import (
     JSON,
@@ -35,7 +35,7 @@ from elmo_ray.serve.vectors import ServedModel, ServeJob
 
 logger = logging.getLogger(__name__)
 
-APPLICATION = "elmo_ray"
+APPLICATION, _REPLICA = "elmo_ray", "replica"
 VECTORS, HEALTH = "/vectors", "/health"
 _METHODS = {VECTORS: ("POST",), HEALTH: ("GET", "HEAD")}
 
@@ -165,7 +165,7 @@ def _start(job: ServeJob, replicas: int, resources: dict[str, float]) -> None:
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     deployment = serve.deployment(
         Replica,
-        name="replica",
+        name=_REPLICA,
         num_replicas=replicas,
         max_ongoing_requests=job.serve.max_requests + _SPARE_REQUESTS,
         max_queued_requests=_MOST_IN_PROXY,
@@ -182,4 +182,12 @@ def _start(job: ServeJob, replicas: int, resources: dict[str, float]) -> None:
         )
         serve.run(deployment.bind(job), name=APPLICATION, route_prefix="/", logging_config=quiet)
     except (RuntimeError, TimeoutError) as error:
-        raise ElmoRayError(f"Ray Serve does not start: {last_line(error)}") from None
+        raise ElmoRayError(f"Ray Serve does not start: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why the start has failed: the error of a replica, where there is one, or else `error`."""
+    application = serve.status().applications.get(APPLICATION)
+    replica = None if application is None else application.deployments.get(_REPLICA)
+    lines = [] if replica is None else [line for line in replica.message.splitlines() if line.strip()]
+    return short(lines[-1]) if lines else last_line(error)
