@@ -16,10 +16,12 @@ from elmo_ray.config.finetune import FinetuneConfig
 from elmo_ray.config.schema import Root, keys
 from elmo_ray.embed.config import EmbedConfig
 from elmo_ray.report.curves import table_cells
+from elmo_ray.serve.config import ServeConfig
 from elmo_ray.sweep.config import SweepConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-READMES = [REPOSITORY / folder / "README.md" for folder in (".", "configs", "cluster", "tests/benchmarks")]
+FOLDERS = (".", "configs", "cluster", "tests/benchmarks", "tests/notebook")
+READMES = [REPOSITORY / folder / "README.md" for folder in FOLDERS]
 LONGEST_FRONT_PAGE = 200
 
 ROOTS: dict[str, type[Root]] = {
@@ -30,6 +32,7 @@ ROOTS: dict[str, type[Root]] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "embed": EmbedConfig,
+    "serve": ServeConfig,
     "report": ReportConfig,
 }
 KEYS = {verb: {key.name for key in keys(root)} for verb, root in ROOTS.items()}

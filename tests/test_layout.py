@@ -14,7 +14,13 @@ from elmo_ray.config.command_line import VERBS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "elmo_ray"
 FILES = sorted(PACKAGE.rglob("*.py"))
-RAY_FILES = {"cluster/backend.py", "cluster/lost_hosts.py", "data/ray_source.py", "sweep/tuning.py"}
+RAY_FILES = {
+    "cluster/backend.py",
+    "cluster/lost_hosts.py",
+    "data/ray_source.py",
+    "serve/deployment.py",
+    "sweep/tuning.py",
+}
 """Files that may import Ray at once; those of `cluster/` may within functions."""
 
 ROOMS = [
@@ -29,7 +35,7 @@ ROOMS = [
     {"training"},
     {"cluster"},
     {"report"},
-    {"prepare", "pretrain", "finetune", "evaluate", "export", "embed"},
+    {"prepare", "pretrain", "finetune", "evaluate", "export", "embed", "serve"},
     {"sweep", "api"},
 ]
 """From the ground up: a file imports its own room and rooms below. Rooms of one level may not import each other, except

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from elmo_ray.config import ClusterConfig, ComputeConfig, TaskConfig
+from elmo_ray.config import ClusterConfig, DeviceConfig, WorkersConfig
 from elmo_ray.errors import ConfigError, short
 from elmo_ray.machine import starting_in_background
 
@@ -192,7 +192,7 @@ def describe_cpus(nodes: Sequence[Node]) -> str:
 # ---------------------------------------------------------------- devices
 
 
-def local_device(cluster: ComputeConfig) -> Device:
+def local_device(cluster: DeviceConfig) -> Device:
     """Return the device for work in this process. Raises ConfigError for cluster.device=gpu where torch sees none."""
     if cluster.device == "gpu" and not torch.cuda.is_available():
         raise ConfigError("cluster.device=gpu: torch sees no GPU on this machine; set cluster.device=cpu")
@@ -200,7 +200,7 @@ def local_device(cluster: ComputeConfig) -> Device:
 
 
 @contextlib.contextmanager
-def in_this_process(cluster: ComputeConfig) -> Iterator[str]:
+def in_this_process(cluster: DeviceConfig) -> Iterator[str]:
     """Yield torch's name of the local device; torch uses cluster.threads threads, where set, until the block ends."""
     device, before = TORCH_NAMES[local_device(cluster)], torch.get_num_threads()
     try:
@@ -210,7 +210,7 @@ def in_this_process(cluster: ComputeConfig) -> Iterator[str]:
         torch.set_num_threads(before)
 
 
-def device_for(cluster: ComputeConfig, workers: int) -> Device:
+def device_for(cluster: DeviceConfig, workers: int) -> Device:
     """Return the device of `workers` processes that run side by side; starts or joins Ray first.
 
     Raises ConfigError where cluster.device=gpu and the cluster has fewer GPUs than workers.
@@ -245,7 +245,7 @@ def fits(nodes: Sequence[Node], device: Device, workers: int, cpus: float, task_
     return tasks[workers] >= workers
 
 
-def check_room(cluster: TaskConfig, workers: int, device: Device = "cpu") -> None:
+def check_room(cluster: WorkersConfig, workers: int, device: Device = "cpu") -> None:
     """Raise ConfigError unless the cluster's nodes hold `workers` workers at a time; starts or joins Ray first."""
     # a process that no node can hold would wait for ever
     nodes = alive_nodes()
@@ -297,7 +297,7 @@ def check_cluster(cluster: ClusterConfig) -> Device:
     return device
 
 
-def shown_workers(cluster: TaskConfig) -> str:
+def shown_workers(cluster: WorkersConfig) -> str:
     """Return cluster.workers as a user writes it."""
     workers: int | tuple[int, int] = cluster.workers
     return str(list(workers)) if isinstance(workers, tuple) else str(workers)

@@ -7,6 +7,7 @@ from elmo_ray.config.training import (
     ClusterConfig,
     ComputeConfig,
     DataConfig,
+    DeviceConfig,
     Duration,
     EvalConfig,
     EvaluateConfig,
@@ -27,6 +28,7 @@ from elmo_ray.config.training import (
     TaskConfig,
     TextConfig,
     TrainConfig,
+    WorkersConfig,
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "ClusterConfig",
     "ComputeConfig",
     "DataConfig",
+    "DeviceConfig",
     "Duration",
     "EvalConfig",
     "EvaluateConfig",
@@ -56,4 +59,5 @@ __all__ = [
     "TaskConfig",
     "TextConfig",
     "TrainConfig",
+    "WorkersConfig",
 ]

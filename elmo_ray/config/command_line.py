@@ -122,6 +122,10 @@ VERBS: dict[str, Verb] = {
         positionals=(_SOURCE, Positional("IN", "in", unless="embed.tokens"), Positional("OUT", "out")),
         flags=("dry-run", "resume", "fresh", "json"),
     ),
+    "serve": Verb(
+        "vectors of words by HTTP (Ray Serve): tokens in, JSON or safetensors out",
+        positionals=(_SOURCE,), flags=("dry-run", "json"),
+    ),
     "report": Verb(
         "tables and perplexity curves of runs",
         config="no", positionals=(Positional("RUN", "runs", many=True),), flags=("json",),

@@ -1,6 +1,6 @@
 """Settings of the model: its sizes, its kinds, and the learning rates of its components.
 
-The types of settings that take a number or something else are also here: `Reset`, `Workers` and `LayerRates`.
+The types of settings that take a number or something else are also here: `Reset`, `Workers`, `Layers` and `LayerRates`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,24 @@ Workers = Annotated[
     int | tuple[int, int],
     PlainValidator(_workers),
     Allowed(f"an integer >= 0 and <= {_MOST_WORKERS}, or [min, max]"),
+]
+
+
+def layer_choice(value: Any) -> str | tuple[float, ...]:
+    """Return a choice of the layers that become a word's vector; raise ValueError for anything else."""
+    if value in ("all", "top", "average"):
+        return str(value)
+    numbers = list(value) if isinstance(value, list | tuple) else []
+    are_numbers = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+    if numbers and are_numbers and all(-LARGE <= number <= LARGE for number in numbers):
+        return tuple(float(number) for number in numbers)
+    raise ValueError("not a choice of layers")
+
+
+Layers = Annotated[
+    tuple[float, ...] | Literal["all", "top", "average"],
+    PlainValidator(layer_choice),
+    Allowed("all, top, average or a list of numbers"),
 ]
 
 

@@ -311,21 +311,18 @@ class TrainConfig(Section):
         return unused
 
 
-class TaskConfig(Section):
-    """Section `cluster` of a verb whose work needs no device."""
+class WorkersConfig(Section):
+    """Section `cluster` of every verb: what is said of its workers."""
 
     path: ClassVar[str] = "cluster."
     workers: Int = Field(
         1, ge=0, le=1 << 16, description="The number of worker processes; 0: the calling process, without Ray."
     )
     cpus_per_worker: float = Field(0.5, gt=0, le=4096, description="Ray reserves this many CPUs for each worker.")
-    max_failures: Int = Field(
-        3, ge=0, le=10**6, description="Lost workers are restarted this many times before the command gives up."
-    )
 
 
-class ComputeConfig(TaskConfig):
-    """Section `cluster` of a verb that computes with a model."""
+class DeviceConfig(WorkersConfig):
+    """Section `cluster` of a verb whose workers hold a model."""
 
     device: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="auto uses a GPU for each worker where the cluster has them."
@@ -333,6 +330,18 @@ class ComputeConfig(TaskConfig):
     threads: Int | None = Field(
         None, ge=1, le=4096, description="The number of torch threads of a worker; null: its share of the cores."
     )
+
+
+class TaskConfig(WorkersConfig):
+    """Section `cluster` of a verb whose work needs no device and has an end."""
+
+    max_failures: Int = Field(
+        3, ge=0, le=10**6, description="Lost workers are restarted this many times before the command gives up."
+    )
+
+
+class ComputeConfig(DeviceConfig, TaskConfig):
+    """Section `cluster` of a verb that computes with a model and has an end."""
 
 
 class ClusterConfig(ComputeConfig):

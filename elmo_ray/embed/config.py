@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import Field
 
 from elmo_ray.config import ComputeConfig, FormConfig, InitConfig
-from elmo_ray.config.schema import Allowed, Globs, Int, Names, Root, Section
-
-
-def _layers(value: Any) -> str | tuple[float, ...]:
-    if value in ("all", "top", "average"):
-        return str(value)
-    numbers = list(value) if isinstance(value, list | tuple) else []
-    if numbers and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
-        return tuple(float(number) for number in numbers)
-    raise ValueError("not a choice of layers")
-
-
-Layers = Annotated[
-    tuple[float, ...] | Literal["all", "top", "average"],
-    PlainValidator(_layers),
-    Allowed("all, top, average or a list of numbers"),
-]
+from elmo_ray.config.model import Layers
+from elmo_ray.config.schema import Globs, Int, Names, Root, Section
 
 
 class EmbedTextConfig(FormConfig):

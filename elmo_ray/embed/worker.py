@@ -6,11 +6,10 @@ Also here are the context-independent vectors of a vocabulary's words, which are
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor
 
 from elmo_ray.checkpoints.source import Source, open_source
-from elmo_ray.config.schema import show
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
 from elmo_ray.elmo.language_model import LanguageModel
+from elmo_ray.elmo.layer_choice import batches_by_length, choose_layers, layer_factors
 from elmo_ray.embed.record import EmbedJob
 from elmo_ray.embed.sentences import read_kinds
 from elmo_ray.embed.shards import Row, shard_writer
@@ -37,6 +36,9 @@ logger = logging.getLogger("elmo_ray.embed")
 
 _LINE_EVERY_S = 10.0
 _BAR_WIDTH = 30
+
+_OF_LAYERS = ("vectors", "means")
+"""Outputs that are made of the layers themselves."""
 
 _WORDS_AT_A_TIME = 4096
 _WINDOW_POSITIONS = 1 << 14
@@ -120,7 +122,8 @@ class EmbedWorker:
         self.language_model = (
             LanguageModel(self.model, source.vocabulary) if job.output in ("substitutes", "surprisal") else None
         )
-        self._weights = _layer_weights(job.layers, source.config.lstm.n_layers + 1)
+        of_layers = job.output in _OF_LAYERS
+        self._factors = layer_factors(job.layers, source.config, "embed.layers") if of_layers else None
 
     def make(self, unit: Unit) -> dict[str, Any]:
         """Write the shard of a unit; return its number, words and seconds. Raises DataError for unreadable text."""
@@ -147,7 +150,7 @@ class EmbedWorker:
                 for number, words in enumerate(window):
                     (rows[number],), state = self._batch([words], state)
             else:
-                for numbers in _batches(window, self.job.batch_positions):
+                for numbers in batches_by_length(window, self.job.batch_positions):
                     found, _ = self._batch([window[number] for number in numbers], None)
                     for number, row in zip(numbers, found, strict=True):
                         rows[number] = row
@@ -162,7 +165,7 @@ class EmbedWorker:
             if self.job.output == "substitutes":
                 return [model.substitutes_of(top, len(ws), k) for top, ws in zip(layers[-1], batch, strict=True)], after
             return [model.surprisal_of(top, words) for top, words in zip(layers[-1], batch, strict=True)], after
-        chosen = self._chosen(layers)[:, :, 1:-1]
+        chosen = choose_layers(layers, self._factors)[:, :, 1:-1]
         if self.job.output == "means":
             # Positions after the words of a sentence are not all zero: the first of them is the end marker.
             lengths = torch.tensor([len(words) for words in batch], device=chosen.device)
@@ -173,39 +176,14 @@ class EmbedWorker:
         vectors = self._array(chosen)
         return [vectors[:, row, : len(words)] for row, words in enumerate(batch)], after
 
-    def _chosen(self, layers: Sequence[Tensor]) -> Tensor:
-        """Return [L, B, T, D]: all layers, or their weighted sum as a single layer."""
-        if self._weights is None:
-            return torch.stack(list(layers))
-        mixed = torch.zeros_like(layers[-1])
-        for weight, layer in zip(self._weights, layers, strict=True):
-            if weight:
-                mixed = mixed + weight * layer
-        return mixed[None]
-
     def _array(self, values: Tensor) -> np.ndarray:
         return values.to(torch.float16 if self.job.dtype == "float16" else torch.float32).cpu().numpy()
 
 
-def _layer_weights(layers: tuple[float, ...] | str, count: int) -> list[float] | None:
-    if layers == "all":
-        return None
-    if layers == "top":
-        return [0.0] * (count - 1) + [1.0]
-    if layers == "average":
-        return [1 / count] * count
-    if len(layers) != count:
-        raise ConfigError(f"embed.layers={list(layers)}: the model has {count} layers, the word vectors included")
-    return [float(weight) for weight in layers]
-
-
 def check_layers(job: EmbedJob, source: Source) -> None:
     """Raise ConfigError if the factors are not as many as the model's layers, or its layers have several sizes."""
-    weights = _layer_weights(job.layers, source.config.lstm.n_layers + 1)
-    of_text = job.output in ("vectors", "means")
-    if of_text and (weights is None or weights[0]) and (why := source.config.unequal_layers):
-        shown = show(list(job.layers) if isinstance(job.layers, tuple) else job.layers)
-        raise ConfigError(f"embed.layers={shown}: {why}; set embed.layers=top")
+    if job.output in _OF_LAYERS:
+        layer_factors(job.layers, source.config, "embed.layers")
 
 
 def _windows(sentences: Iterator[list[str]]) -> Iterator[list[list[str]]]:
@@ -220,15 +198,6 @@ def _windows(sentences: Iterator[list[str]]) -> Iterator[list[list[str]]]:
         if not window:
             return
         yield window
-
-
-def _batches(window: Sequence[Sequence[str]], most: int) -> Iterator[list[int]]:
-    """Yield numbers of sentences of similar length, longest first: `most` padded positions, or one longer sentence."""
-    order = sorted(range(len(window)), key=lambda number: -len(window[number]))
-    waiting = iter(order)
-    for number in waiting:
-        rows = max(1, most // (len(window[number]) + 2))
-        yield [number, *itertools.islice(waiting, rows - 1)]
 
 
 class EmbedTask:

@@ -20,6 +20,7 @@ from elmo_ray.config.schema import Root, keys
 from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.embed.config import EmbedConfig
 from elmo_ray.errors import ConfigError, DataError
+from elmo_ray.serve.config import ServeConfig
 from elmo_ray.sweep.config import SweepConfig
 
 ROOTS: dict[str, type[Root]] = {
@@ -30,6 +31,7 @@ ROOTS: dict[str, type[Root]] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "embed": EmbedConfig,
+    "serve": ServeConfig,
     "report": ReportConfig,
 }
 

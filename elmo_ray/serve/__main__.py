@@ -1,0 +1,7 @@
+"""`python -m elmo_ray.serve`."""
+
+import sys
+
+from elmo_ray.serve import main
+
+sys.exit(main())
