@@ -28,6 +28,8 @@ from elmo_ray.machine import total_memory
 from elmo_ray.storage import is_uri, join, read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
+from elmo_ray.trackers import check_trackers
+from elmo_ray.trackers.beside import following
 from elmo_ray.training.console import show_metrics
 from elmo_ray.training.dry_run import DryRun, dry_run, largest_block
 from elmo_ray.training.plan import TrainPlan
@@ -144,6 +146,7 @@ def estimate(config: PretrainConfig, source: FromSource | None = None) -> DryRun
 
     Raises ConfigError and DataError where a training would refuse to start.
     """
+    check_trackers(config.run.report_to)
     todo = prepare.plan(config, source is not None and source.has_vocabulary)
     sizes = prepare.measure(config, todo)
     if source is not None:
@@ -202,6 +205,7 @@ def train_in(folder: RunFolder, config: PretrainConfig, source: FromSource | Non
     if folder.finished and (done := _finished(folder)) is not None:
         logger.info("%s: finished at step %d; nothing to do", folder.place, done.training["steps"])
         return done
+    check_trackers(config.run.report_to)
     with folder.locked():
         if folder.newest is not None:
             _check_same_run(config, folder.newest, None)
@@ -218,10 +222,12 @@ def train_in(folder: RunFolder, config: PretrainConfig, source: FromSource | Non
         plan = make_plan(config, folder.path, prepared)
         if source is not None and source.initialize is not None and folder.newest is None:
             source.initialize(plan)
-        training = fit_and_show(plan, device)
-        if training["stopped"]:
-            return PretrainResult(folder.place, training)
-        return _finish(config, folder.path, prepared, training)
+        with following(plan.run_dir, config.run.report_to) as senders:
+            training = fit_and_show(plan, device)
+            if training["stopped"]:
+                senders.outcome = "stopped"
+                return PretrainResult(folder.place, training)
+            return _finish(config, folder.path, prepared, training)
 
 
 def fit_and_show(plan: TrainPlan, device: Device) -> dict[str, Any]:

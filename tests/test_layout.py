@@ -28,6 +28,7 @@ ROOMS = [
     {"elmo"},
     {"training"},
     {"cluster"},
+    {"trackers"},
     {"report"},
     {"prepare", "pretrain", "finetune", "evaluate", "export", "embed"},
     {"sweep", "api"},

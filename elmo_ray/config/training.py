@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from elmo_ray.config.model import LARGE, CharCnnConfig, DropoutRates, LstmConfig, ModelConfig, PartRates, Reset, Workers
-from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, Section
+from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, Section, as_names, show
 from elmo_ray.errors import ConfigError
 from elmo_ray.text.tokenizers import NORMALIZATIONS
 
@@ -32,7 +32,20 @@ COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and no
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
 _NAME_IN_WORDS = "letters, digits and . _ = + - (first a letter or digit), or null"
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""Trackers that a run can report to."""
+
+SENT_TO = TRACKERS[1:]
+"""Trackers to which a process beside the driver sends what the run has written."""
+
 _MOST_POSITIONS = 1 << 25  # in one step; more would need several GB for indices alone
+
+
+TrackerNames = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(lambda value: value if value is None else as_names(value)),
+    Allowed("a list of tensorboard, wandb and mlflow, or null"),
+]
 
 
 class StorageConfig(Section):
@@ -57,6 +70,15 @@ class RunConfig(StorageConfig):
         1, ge=0, lt=2**63, description="It decides initial values, order of blocks, dropout and negatives."
     )
     export: bool = Field(True, description="At the end, write export/ with weights.hdf5, options.json and vocab.txt.")
+    report_to: TrackerNames = Field(
+        None,
+        description="Trackers that show the run while it trains; null: tensorboard where it is installed; []: none.",
+    )
+
+    def _contradictions(self) -> Iterator[str]:
+        for name in self.report_to or ():
+            if name not in TRACKERS:
+                yield f"run.report_to={show(name)}: must be among {', '.join(TRACKERS)}"
 
 
 class TextConfig(Section):
@@ -532,9 +554,15 @@ class ReportConfig(Root):
         None,
         description="The folder for report.html and its PNGs; null takes that of the RUN, or report-A-B for several.",
     )
+    to: Names = Field((), description="Also send what these trackers do not have of each RUN: wandb, mlflow.")
     words: Globs = Field(
         (), description="Show the nearest neighbours of these words; none: of frequent words of the first run."
     )
+
+    def _contradictions(self) -> Iterator[str]:
+        for name in self.to:
+            if name not in SENT_TO:
+                yield f"to={show(name)}: must be among {', '.join(SENT_TO)}"
 
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from elmo_ray.training.capacities import Capacities
 from elmo_ray.training.captured_step import captured_by
 from elmo_ray.training.cuda_graphs import record_for
 from elmo_ray.training.feeding import Feeder, ReadyBatch, StepAssembler
-from elmo_ray.training.metrics import MetricsWriter, not_finite, train_record, valid_record
+from elmo_ray.training.metrics import MetricsWriter, not_finite, sinks_of, train_record, valid_record
 from elmo_ray.training.plan import TrainPlan, Worker
 from elmo_ray.training.ranks import Exchange, Flags, Ranks
 from elmo_ray.training.saver import Saver, claim_attempt
@@ -85,7 +85,9 @@ class _Run:
         self.seen_not_finite = 0
         self.files = local_copy_of(plan.run_dir)
         self.files.keep_pushing(*_PUSHED)
-        self.metrics = MetricsWriter(self.files.folder, self.attempt) if worker.rank == 0 else None
+        self.metrics: MetricsWriter | None = None
+        if worker.rank == 0:
+            self.metrics = MetricsWriter(self.files.folder, self.attempt, sinks_of(self.config.run.report_to))
         self.saver = Saver(plan.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
         # before each checkpoint, so that the store never has a checkpoint without the metrics before it
         self.saver.writer.before = partial(self.files.push, *_PUSHED)

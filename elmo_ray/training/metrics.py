@@ -29,12 +29,14 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from elmo_ray.data.measures import perplexity
-from elmo_ray.elmo.scoring import LossSums
 from elmo_ray.errors import DataError
-from elmo_ray.training.snapshot import Progress
+
+if TYPE_CHECKING:  # the processes of trackers read metrics, and need no torch for it
+    from elmo_ray.elmo.scoring import LossSums
+    from elmo_ray.training.snapshot import Progress
 
 logger = logging.getLogger(__name__)
 _FILE = re.compile(r"^attempt-(\d+)\.jsonl$")
@@ -100,8 +102,17 @@ class CsvSink:
         self._file.close()
 
 
-SINKS: list[Callable[[Path, int], Sink | None]] = [TensorBoardSink.make, CsvSink]
-"""Makers of a run's sinks, called with its folder and the number of the attempt. None means no such sink here."""
+MakeSink = Callable[[Path, int], Sink | None]
+"""Maker of a run's sink, called with its folder and the number of the attempt. None means no such sink here."""
+
+
+def sinks_of(report_to: Sequence[str] | None) -> list[MakeSink]:
+    """Return the makers of the sinks of a run with this `run.report_to`.
+
+    Trackers on other machines are no sinks: their processes follow the JSONL files (`elmo_ray.trackers`).
+    """
+    board: list[MakeSink] = [TensorBoardSink.make] if report_to is None or "tensorboard" in report_to else []
+    return [*board, CsvSink]
 
 
 class MetricsWriter:
@@ -111,7 +122,7 @@ class MetricsWriter:
     written. While the disk is full or cannot be reached, training continues; lines wait in memory to be written later.
     """
 
-    def __init__(self, directory: str | Path, attempt: int, sinks: bool = True) -> None:
+    def __init__(self, directory: str | Path, attempt: int, sinks: Sequence[MakeSink] = ()) -> None:
         self.path = metrics_path(directory, attempt)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _end_torn_line(self.path)
@@ -119,7 +130,7 @@ class MetricsWriter:
         self._waiting = bytearray()
         self._failing = False
         self._sinks: list[Sink] = []
-        for make in SINKS if sinks else []:
+        for make in sinks:
             try:
                 if (sink := make(Path(directory), attempt)) is not None:
                     self._sinks.append(sink)
@@ -182,14 +193,15 @@ class MetricsWriter:
 
 
 class MetricsFollower:
-    """Reader of the records that rank 0 writes, for the driver's terminal, wherever rank 0 runs.
+    """Reader of the records that rank 0 writes, wherever rank 0 runs.
 
-    It begins at the present end of the files, so it is to be made before training starts.
+    It begins at the present end of the files, so it is to be made before training starts; from_start: at their start.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, from_start: bool = False) -> None:
         self._folder = Path(run_dir) / "metrics"
-        self._read: dict[str, int] = {path.name: path.stat().st_size for path in self._folder.glob("attempt-*.jsonl")}
+        files = [] if from_start else self._folder.glob("attempt-*.jsonl")
+        self._read: dict[str, int] = {path.name: path.stat().st_size for path in files}
 
     def poll(self) -> list[Record]:
         """Return the complete records since the last `poll`, oldest first."""
