@@ -44,7 +44,7 @@ _MOST_POSITIONS = 1 << 25  # in one step; more would need several GB for indices
 TrackerNames = Annotated[
     tuple[str, ...] | None,
     BeforeValidator(lambda value: value if value is None else as_names(value)),
-    Allowed("a list of tensorboard, wandb and mlflow, or null"),
+    Allowed("names or null"),
 ]
 
 
@@ -72,7 +72,7 @@ class RunConfig(StorageConfig):
     export: bool = Field(True, description="At the end, write export/ with weights.hdf5, options.json and vocab.txt.")
     report_to: TrackerNames = Field(
         None,
-        description="Trackers that show the run while it trains; null: tensorboard where it is installed; []: none.",
+        description="Any of tensorboard, wandb, mlflow, which show the run; null: tensorboard if installed.",
     )
 
     def _contradictions(self) -> Iterator[str]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
 
 from elmo_ray.config.schema import flatten
 from elmo_ray.config.yaml_reader import parse_yaml
@@ -21,6 +19,7 @@ from elmo_ray.errors import ConfigError, ElmoRayError, short
 from elmo_ray.storage import base_name, read_json
 from elmo_ray.storage.files import file_lock, write_json
 from elmo_ray.storage.local_copy import local_copy_of
+from elmo_ray.trackers.tracker import Memory, Tracker, without_secrets
 from elmo_ray.training.metrics import MetricsFollower, Record
 
 FOLDER = "trackers"
@@ -39,53 +38,6 @@ RECORDS_AT_ONCE = 40
 
 class TrackerError(ElmoRayError):
     """Error of a tracker that is away or refuses what it is sent."""
-
-
-@dataclass
-class Memory:
-    """What is remembered of a tracker, in RUN/trackers/NAME.json.
-
-    key: the identity of the run for all trackers' runs, made once. address: of the tracker that the rest is about.
-    run: its own id of the run. steps: the last step that it has, for each kind of record. files: the sha256 of each
-    file that it has.
-    """
-
-    key: str = field(default_factory=lambda: secrets.token_hex(8))
-    address: str = ""
-    run: str | None = None
-    steps: dict[str, int] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-
-
-class Tracker(Protocol):
-    """A run in a tracker. Errors of its library pass; the Sender turns them into TrackerErrors."""
-
-    def __init__(self, run_dir: Path, name: str) -> None: ...
-
-    @property
-    def address(self) -> str:
-        """The place of the tracker, for messages and to notice that it is another one."""
-
-    def open(self, memory: Memory) -> str:
-        """Find or make the run, and return the place where it is shown.
-
-        `memory.run` becomes its id, and `memory.steps` the last steps that the tracker has.
-        """
-
-    def write(self, records: Sequence[Record]) -> None:
-        """Add records of the kinds "train" and "valid"."""
-
-    def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """Set the settings, dotted key -> plain value, in place of those before."""
-
-    def write_result(self, result: Mapping[str, Any]) -> None:
-        """Add result.json's measures of the test text, as numbers and as a table."""
-
-    def write_file(self, path: Path) -> None:
-        """Add a file, in place of one of the same name."""
-
-    def close(self, outcome: str) -> None:
-        """Wait until everything is sent, and end the run: `finished`, `stopped` or `failed`."""
 
 
 def memory_path(run_dir: Path, tracker: str) -> Path:
@@ -146,7 +98,7 @@ class Sender:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # of any kind: the libraries have many, and one of W&B's is no Exception
-            raise TrackerError(f"{self._address()}: {short(str(error)) or type(error).__name__}") from error
+            raise self._problem(error) from error
         return len(new)
 
     def close(self, outcome: str) -> None:
@@ -155,7 +107,7 @@ class Sender:
             if self._tracker is not None:
                 self._tracker.close(outcome)
         except Exception as error:
-            raise TrackerError(f"{self._address()}: {short(str(error)) or type(error).__name__}") from error
+            raise self._problem(error) from error
 
     def _opened(self) -> Tracker:
         if self._tracker is None:
@@ -168,8 +120,9 @@ class Sender:
             self._tracker = tracker
         return self._tracker
 
-    def _address(self) -> str:
-        return f"{self.kind} at {self.memory.address}" if self.memory.address else self.kind
+    def _problem(self, error: BaseException) -> TrackerError:
+        where = f"{self.kind} at {self.memory.address}" if self.memory.address else self.kind
+        return TrackerError(f"{where}: {short(without_secrets(str(error))) or type(error).__name__}")
 
     def _remember(self) -> None:
         write_json(memory_path(self.run_dir, self.kind), asdict(self.memory))
@@ -238,25 +191,3 @@ def _new_files(run_dir: Path, memory: Memory, looked: dict[str, tuple[int, int]]
         if memory.files.get(path.name) != digest:
             yield path, digest
         looked[path.name] = version
-
-
-def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a record or a result by name, without those that are not finite."""
-    return {
-        name: float(value)
-        for name, value in record.items()
-        if name not in ("kind", "step", "time") and isinstance(value, int | float) and not isinstance(value, bool)
-    }
-
-
-EVALUATION_COLUMNS = (
-    "text", "positions", "oov_rate", "perplexity_forward", "perplexity_backward", "perplexity", "nats_per_word",
-    "bits_per_character",
-)  # fmt: skip
-
-
-def evaluation_rows(evaluation: Mapping[str, Any]) -> list[list[Any]]:
-    """Return the rows of a table of the measures of the test text, with the columns EVALUATION_COLUMNS."""
-    rows = [(Path(str(shard["path"])).name, shard) for shard in evaluation.get("shards", ())]
-    rows += [("all", evaluation), ("without unknown", evaluation.get("without_unknown", {}))]
-    return [[text, *(row.get(column) for column in EVALUATION_COLUMNS[1:])] for text, row in rows]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray import __version__
-from elmo_ray.trackers.sender import EVALUATION_COLUMNS, Memory, evaluation_rows, numbers
+from elmo_ray.trackers.tracker import EVALUATION_COLUMNS, Memory, evaluation_rows, numbers, without_secrets
 from elmo_ray.training.metrics import Record
 
 _KEY_TAG = "elmo_ray.key"
@@ -29,9 +29,9 @@ class MlflowTracker:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         from mlflow import MlflowClient
 
-        self.address = os.environ["MLFLOW_TRACKING_URI"]
+        self.address = without_secrets(os.environ["MLFLOW_TRACKING_URI"])
         self._name = name
-        self._client = MlflowClient(self.address)
+        self._client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
         self._run = ""
 
     def open(self, memory: Memory) -> str:

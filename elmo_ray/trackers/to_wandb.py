@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elmo_ray.trackers.sender import EVALUATION_COLUMNS, Memory, evaluation_rows, numbers
+from elmo_ray.trackers.tracker import EVALUATION_COLUMNS, Memory, evaluation_rows, numbers
 from elmo_ray.training.metrics import Record
 
 _WAIT_S = 20
