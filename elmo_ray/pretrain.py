@@ -202,10 +202,12 @@ def train_in(folder: RunFolder, config: PretrainConfig, source: FromSource | Non
 
     source: the trained model of which a new run starts; by default it starts from random weights.
     """
+    check_trackers(config.run.report_to)
     if folder.finished and (done := _finished(folder)) is not None:
         logger.info("%s: finished at step %d; nothing to do", folder.place, done.training["steps"])
+        with following(folder.place, config.run.report_to):
+            pass  # sends what a tracker does not have yet
         return done
-    check_trackers(config.run.report_to)
     with folder.locked():
         if folder.newest is not None:
             _check_same_run(config, folder.newest, None)

@@ -323,7 +323,8 @@ def run_trial(values: dict[str, Any], job: dict[str, Any]) -> None:
     def work() -> None:
         try:
             plan = _trial_plan(config, trial, job)
-            with following(plan.run_dir, plan.config.run.report_to) as senders:
+            name = f"{Path(job['sweep_dir']).name}/{trial.name}"
+            with following(plan.run_dir, plan.config.run.report_to, name) as senders:
                 ended.append(fit(plan, device=job["device"]))
                 senders.outcome = "stopped" if ended[-1]["stopped"] else "finished"
         except BaseException as error:

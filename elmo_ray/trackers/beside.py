@@ -92,10 +92,10 @@ class Senders:
 
 
 @contextlib.contextmanager
-def following(run_dir: str, report_to: Sequence[str] | None) -> Iterator[Senders]:
+def following(run_dir: str, report_to: Sequence[str] | None, name: str | None = None) -> Iterator[Senders]:
     """Send the run of a folder or URI to its trackers while this context lasts.
 
-    report_to: `run.report_to`. The outcome is `failed` where an error ends the context, and else `finished`, unless the
+    report_to: `run.report_to`. name: of the run in the trackers; None: that of its folder. The outcome is `failed` where an error ends the context, and else `finished`, unless the
     block has set another. Never raises an error of a tracker.
     """
     trackers = [name for name in SENT_TO if name in (report_to or ())]
@@ -103,7 +103,7 @@ def following(run_dir: str, report_to: Sequence[str] | None) -> Iterator[Senders
     if trackers:
         with contextlib.suppress(OSError):
             copy.pull(*COPIED)
-    senders = Senders(copy.folder, base_name(run_dir), trackers)
+    senders = Senders(copy.folder, name or base_name(run_dir), trackers)
     if trackers:
         copy.keep_pushing(f"{FOLDER}/*")
     try:

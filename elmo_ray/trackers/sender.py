@@ -66,12 +66,13 @@ def make_tracker(tracker: str, run_dir: Path, name: str) -> Tracker:
 class Sender:
     """Sender of a run's files to one tracker, as far as the tracker does not have them.
 
-    name: of the run, as the tracker shows it. shown_at: the place where it is shown, once the tracker has answered.
+    name: of the run, for a tracker that does not have it yet. shown_at: the place where it is shown, once the tracker has answered.
     """
 
     def __init__(self, run_dir: Path, tracker: str, name: str) -> None:
-        self.run_dir, self.kind, self.name = run_dir, tracker, name
+        self.run_dir, self.kind = run_dir, tracker
         self.memory = read_memory(run_dir, tracker)
+        self.memory.name = self.memory.name or name
         self._follower = MetricsFollower(run_dir, from_start=True)
         self._waiting: dict[tuple[str, int], Record] = {}
         self._tracker: Tracker | None = None
@@ -111,9 +112,9 @@ class Sender:
 
     def _opened(self) -> Tracker:
         if self._tracker is None:
-            tracker, memory = make_tracker(self.kind, self.run_dir, self.name), self.memory
+            tracker, memory = make_tracker(self.kind, self.run_dir, self.memory.name), self.memory
             if memory.address != tracker.address:
-                self.memory = memory = Memory(memory.key, tracker.address)
+                self.memory = memory = Memory(memory.key, memory.name, tracker.address)
             self._remember()  # its key, before the tracker knows it
             self.shown_at = tracker.open(memory)
             self._remember()

@@ -21,7 +21,7 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str], main: obj
 def test_an_unknown_tracker(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known = "must be among tensorboard, wandb, mlflow"
     assert f"run.report_to=comet: {known}" in error_of([str(config), "run.report_to=comet"], capsys)
-    assert known in error_of([str(config), "run.report_to=[mlflow, 7]", "--dry-run"], capsys) or True
+    assert "run.report_to" in error_of([str(config), "run.report_to=[mlflow, 7]", "--dry-run"], capsys)
     assert "to=tensorboard: must be among wandb, mlflow" in error_of(["run", "to=tensorboard"], capsys, report.main)
 
 
