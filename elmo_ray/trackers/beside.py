@@ -95,8 +95,9 @@ class Senders:
 def following(run_dir: str, report_to: Sequence[str] | None, name: str | None = None) -> Iterator[Senders]:
     """Send the run of a folder or URI to its trackers while this context lasts.
 
-    report_to: `run.report_to`. name: of the run in the trackers; None: that of its folder. The outcome is `failed` where an error ends the context, and else `finished`, unless the
-    block has set another. Never raises an error of a tracker.
+    report_to: `run.report_to`. name: of the run in the trackers; None: that of its folder. The outcome is `failed` where
+    an error ends the context, and else `finished`, unless the block has set another. Never raises an error of a
+    tracker.
     """
     trackers = [name for name in SENT_TO if name in (report_to or ())]
     copy = local_copy_of(run_dir)

@@ -66,7 +66,8 @@ def make_tracker(tracker: str, run_dir: Path, name: str) -> Tracker:
 class Sender:
     """Sender of a run's files to one tracker, as far as the tracker does not have them.
 
-    name: of the run, for a tracker that does not have it yet. shown_at: the place where it is shown, once the tracker has answered.
+    name: of the run, for a tracker that does not have it yet. shown_at: the place where it is shown, once the tracker
+    has answered.
     """
 
     def __init__(self, run_dir: Path, tracker: str, name: str) -> None:
