@@ -95,7 +95,7 @@ class Senders:
 def following(run_dir: str, report_to: Sequence[str] | None, name: str | None = None) -> Iterator[Senders]:
     """Send the run of a folder or URI to its trackers while this context lasts.
 
-    report_to: `run.report_to`. name: of the run in the trackers; None: that of its folder. The outcome is `failed` where
+    report_to: `run.report_to`. name: of the run in the trackers; None: that of its folder. The outcome is `failed` if
     an error ends the context, and else `finished`, unless the block has set another. Never raises an error of a
     tracker.
     """
