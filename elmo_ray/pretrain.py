@@ -32,6 +32,7 @@ from elmo_ray.trackers import check_trackers
 from elmo_ray.trackers.beside import following
 from elmo_ray.training.console import show_metrics
 from elmo_ray.training.dry_run import DryRun, dry_run, largest_block
+from elmo_ray.training.metrics import flops_text
 from elmo_ray.training.plan import TrainPlan
 from elmo_ray.training.run_folder import RunFolder, open_run
 from elmo_ray.training.sizes import WorkerMemory, check_memory, check_streams, worker_memory
@@ -87,10 +88,10 @@ class PretrainResult:
             if self.unigram_perplexity is not None:
                 line += f"; add-one unigram {self.unigram_perplexity:.1f}"
             lines.append(line)
-        done = "finished" if training["finished"] else "stopped"
+        done, speed = "finished" if training["finished"] else "stopped", flops_text(training)
         lines.append(
             f"{done} at step {training['steps']:,} of {training['total_steps']:,}: {training['positions']:,} positions "
-            f"in {training['seconds']:,.0f} s"
+            f"in {training['seconds']:,.0f} s" + (f", {speed} for each worker" if speed else "")
         )
         best = training["best_perplexity"]
         if best is not None:
@@ -355,6 +356,7 @@ def _finished(folder: RunFolder) -> PretrainResult | None:
     if values is None or not values.keys() >= set(_RESULT_KEYS):
         return None
     training = {key: values[key] for key in _RESULT_KEYS} | {"initial": values.get("initial", {})}
+    training |= {key: values.get(key) for key in ("tflops", "mfu")}
     if folder.newest is None or training["steps"] != folder.newest.step:
         return None  # the result of a shorter training
     return PretrainResult(

@@ -38,6 +38,15 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 SENT_TO = TRACKERS[1:]
 """Trackers to which a process beside the driver sends what the run has written."""
 
+MOST_PROFILED = 100
+"""Most steps in a trace, which takes some MB of memory for each."""
+
+StepRange = Annotated[
+    tuple[Int, Int] | None,
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    Allowed("[first, last] or null"),
+]
+
 _MOST_POSITIONS = 1 << 25  # in one step; more would need several GB for indices alone
 
 
@@ -305,6 +314,9 @@ class TrainConfig(Section):
         "stop", description="What happens at a loss or gradient that is not finite: the run stops, or skips the step."
     )
     max_skips: Int = Field(10, ge=1, le=10**9, description="The run ends when this many steps are skipped.")
+    profile: StepRange = Field(
+        None, description="[first, last]: write a trace of these steps of worker 0, for Perfetto; null: none."
+    )
     freeze: Names = Field((), description="These components are not trained, for example [char_cnn, highway, lstm.0].")
     softmax_first: Int | None = Field(
         None, ge=0, le=10**12, description="The softmax first trains alone this long; null: 1000 if it is new."
@@ -312,6 +324,15 @@ class TrainConfig(Section):
     patience: Int | None = Field(
         None, ge=1, le=10**6, description="Training ends after this many validations in a row without a new best."
     )
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.profile is None:
+            return
+        first, last = self.profile
+        if not 1 <= first <= last:
+            yield f"train.profile=[{first}, {last}]: must be the first and the last step, counted from 1"
+        elif last - first >= MOST_PROFILED:
+            yield f"train.profile=[{first}, {last}] has {last - first + 1} steps: must be <= {MOST_PROFILED}"
 
     def _unused(self) -> dict[str, str]:
         unused = {}

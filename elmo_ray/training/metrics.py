@@ -8,9 +8,10 @@ measured), `elapsed` (seconds of training so far, over all starts of the run, wi
 `perplexity_backward` (exp of those; the backward ones are None for a forward-only model). Records of kind "train" also
 have `grad_norm`, `lr`, `positions_per_second`, `data_wait` (share of the time that was spent waiting for text),
 `memory` (bytes in use by worker 0, of its GPU if it has one), `skipped` (steps without update so far) and `replaced`
-(damaged places of the text so far); those of kind "valid" have `perplexity_mean`, `streams` (the number in which the
-text was read) and `seconds`. Numbers that are not finite are written as null. A record of kind "event" has a `message`
-instead, such as how the attempt started.
+(damaged places of the text so far), `tflops` (TFLOP/s of a worker, as `flops` counts them) and `mfu` (their share of
+the peak of its device, the model FLOPs utilization); those of kind "valid" have `perplexity_mean`, `streams` (the
+number in which the text was read) and `seconds`. Numbers that are not finite are written as null. A record of kind
+"event" has a `message` instead, such as how the attempt started.
 """
 
 from __future__ import annotations
@@ -272,10 +273,19 @@ def console_line(record: Mapping[str, Any], total_steps: int) -> str:
         speed = record.get("positions_per_second")
         wait = record.get("data_wait")
         fields.append(f"{speed:,.0f} positions/s" if speed else "")
+        fields.append(flops_text(record))
         fields.append(f"waits {wait:.0%}" if wait is not None and wait >= 0.05 else "")
         left = _seconds_left(record, total_steps)
         fields.append(f"{clock(left)} left" if left is not None else "")
     return "  ".join(field for field in fields if field)
+
+
+def flops_text(values: Mapping[str, Any]) -> str:
+    """Return `tflops` and `mfu` of a record or a result as text; empty where it has none."""
+    tflops, share = values.get("tflops"), values.get("mfu")
+    if not isinstance(tflops, int | float) or not isinstance(share, int | float):
+        return ""
+    return f"{tflops:.3g} TFLOP/s ({share:.0%} of peak)"
 
 
 def clock(seconds: float) -> str:

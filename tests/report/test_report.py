@@ -133,7 +133,7 @@ def test_page_of_trained_runs(tmp_path: Path) -> None:
     assert pretrain.main([str(tmp_path / "a.yaml"), "train.duration=30 steps", "--resume"]) == 0
     assert report.main([*places, f"out={tmp_path}/page", "words=[the, old]"]) == 0
     page = read_page(tmp_path / "page" / "report.html")
-    assert len(page.pictures) == 7 and "Memory of worker 0" in page.pictures
+    assert len(page.pictures) == 8 and "Memory of worker 0" in page.pictures
     for title in ("Evaluation", "Settings in which the runs differ", "Starts and stops"):
         assert title in page.texts
     assert {"train.dropout", "0.25", "train.duration", "old"} <= set(page.texts)

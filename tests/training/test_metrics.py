@@ -137,6 +137,9 @@ def test_console_line() -> None:
         assert part in line
     assert "waits 20%" in line
     assert line.endswith("16m40s left")  # 2,500 steps of 640 positions
+    assert "1,600 positions/s  0.103 TFLOP/s (62% of peak)  waits" in console_line(
+        {**record, "tflops": 0.1031, "mfu": 0.621}, 3000
+    )
     assert "left" not in console_line({**record, "kind": "valid"}, 3000)
     assert "forward -" in console_line({"kind": "train", "step": 1, "loss": None}, 3000)
 
