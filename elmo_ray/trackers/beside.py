@@ -32,7 +32,13 @@ class Senders:
     def __init__(self, run_dir: Path, name: str, trackers: Sequence[str]) -> None:
         self.run_dir, self.outcome = run_dir, "failed"
         self._reasons: dict[str, str] = {}
-        self._processes = {tracker: self._start(tracker, name) for tracker in trackers}
+        self._left = False
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+        for tracker in trackers:
+            try:
+                self._processes[tracker] = self._start(tracker, name)
+            except OSError as error:
+                logger.warning("%s: nothing is sent: its process cannot be started (%s)", tracker, error)
 
     def _start(self, tracker: str, name: str) -> subprocess.Popen[str]:
         logs = self.run_dir / FOLDER
@@ -60,13 +66,20 @@ class Senders:
             elif level in ("INFO", "WARNING"):  # the libraries write to stdout as well
                 logger.log(getattr(logging, level), "%s", message)
 
-    def close(self) -> None:
-        """Let the processes send the rest, for LAST_S at most, and log a line for each that could not."""
+    def leave(self) -> None:
+        """Tell the processes the outcome, and let them send the rest; they end by themselves within LAST_S."""
+        self._left = True
         for process in self._processes.values():
             with contextlib.suppress(OSError):  # of a process that has died
                 assert process.stdin is not None
                 process.stdin.write(self.outcome + "\n")
                 process.stdin.close()
+
+    def close(self) -> None:
+        """Let the processes send the rest, for LAST_S at most, and log a line for each that could not."""
+        if self._left:
+            return
+        self.leave()
         deadline = time.monotonic() + LAST_S
         for tracker, process in self._processes.items():
             try:
@@ -110,8 +123,10 @@ def following(run_dir: str, report_to: Sequence[str] | None, name: str | None = 
     try:
         senders.outcome = "finished"
         yield senders
-    except BaseException:
+    except BaseException as error:
         senders.outcome = "failed"
+        if isinstance(error, KeyboardInterrupt):  # whoever asks for the end at once does not wait for a tracker
+            senders.leave()
         raise
     finally:
         senders.close()

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 import time
 from typing import Any
 
@@ -33,6 +34,7 @@ from elmo_ray.model.bilm import BiLM
 from elmo_ray.training.step_input import StepInput
 
 PEAKS: tuple[tuple[str, float | None, float], ...] = (
+    ("GB200", 2500.0, 80.0),
     ("B200", 2250.0, 75.0),
     ("H200 NVL", 835.0, 60.0),
     ("H200", 989.0, 67.0),
@@ -55,7 +57,7 @@ PEAKS: tuple[tuple[str, float | None, float], ...] = (
 )
 """TFLOP/s of GPUs by a part of their name, without sparsity: of bf16 products, None where it is measured, and of fp32.
 
-They are from the makers' data sheets; the first part that fits counts.
+They are from the makers' data sheets; the first part that is there as a word counts.
 """
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -126,6 +128,14 @@ def _words(config: CharCnnConfig, word_dim: int, batch: StepInput) -> float:
     return convolutions + words * others
 
 
+def known_tflops(name: str, precision: str) -> float | None:
+    """Return the peak of the GPU with this name, or None if it is to be measured."""
+    for part, bf16, fp32 in PEAKS:
+        if re.search(rf"\b{part}\b", name):
+            return bf16 if precision == "bf16" else fp32
+    return None
+
+
 @functools.cache
 def peak_tflops(device: torch.device, precision: str) -> float:
     """Return the peak of a device in TFLOP/s for the products of `train.precision`.
@@ -133,11 +143,9 @@ def peak_tflops(device: torch.device, precision: str) -> float:
     It is known for the GPUs of PEAKS, and measured otherwise, which takes some hundredths of a second.
     """
     if device.type == "cuda" and precision != "fp64":
-        name = torch.cuda.get_device_name(device)
-        for part, bf16, fp32 in PEAKS:
-            known = bf16 if precision == "bf16" else fp32
-            if part in name and known is not None:
-                return known
+        known = known_tflops(torch.cuda.get_device_name(device), precision)
+        if known is not None:
+            return known
     return _measured_tflops(device, _TYPES[precision])
 
 

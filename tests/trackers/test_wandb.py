@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 from helpers.mlflow_server import wait_for
 
 from elmo_ray import pretrain
+from elmo_ray.storage.local_copy import local_copy_of
+from elmo_ray.trackers.beside import following
 from elmo_ray.trackers.sender import read_memory
 from elmo_ray.training.metrics import MetricsWriter, read_metrics
 
@@ -88,6 +91,25 @@ def test_what_a_killed_process_had_not_written_is_sent_again(tmp_path: Path) -> 
     process.communicate("finished\n", timeout=60)
     assert process.returncode == 0
     assert [step for step, _ in points(run_dir, "train/loss")] == list(range(10, 330, 10))
+
+
+def test_a_run_in_an_object_store_keeps_there_what_is_remembered() -> None:
+    from elmo_ray import storage
+
+    place = f"memory://trackers-{os.getpid()}/run"
+    folder = local_copy_of(place).folder
+    for attempt, steps in ((1, (10, 20)), (2, (20, 30))):
+        with following(place, ["wandb"]):
+            with MetricsWriter(folder, attempt) as writer:
+                for step in steps:
+                    writer.write({"kind": "train", "step": step, "loss": 1.0 + attempt})
+        # as another machine begins, but for the metrics, which belong to no tracker
+        for name in ("trackers", "wandb"):
+            shutil.rmtree(folder / name)
+    names = storage.listing(place)
+    assert "trackers/wandb.json" in names and sum(name.endswith(".wandb") for name in names) == 2
+    local_copy_of(place).pull("wandb/*")
+    assert points(folder, "train/loss") == [(10, 2.0), (20, 2.0), (30, 3.0)]
 
 
 @pytest.mark.slow

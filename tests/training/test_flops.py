@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import ConfigError
-from elmo_ray.training.flops import PEAKS, peak_tflops
+from elmo_ray.training.flops import PEAKS, known_tflops, peak_tflops
 from elmo_ray.training.loop import train
 from elmo_ray.training.metrics import read_metrics
 
@@ -71,13 +71,14 @@ def test_the_measured_peak_is_that_of_a_product() -> None:
     assert timed / 5 < peak < timed * 5, "other programs use this machine as well"
 
 
-def test_known_peaks_are_found_by_the_first_part() -> None:
-    def first(name: str) -> str:
-        return next(part for part, *_ in PEAKS if part in name)
-
-    assert first("NVIDIA H200") == "H200" and first("NVIDIA GH200 480GB") in ("H200", "GH200")
-    assert first("NVIDIA L40S") == "L40S" and first("NVIDIA L4") == "L4" and first("NVIDIA A10G") == "A10G"
-    assert first("NVIDIA A100-SXM4-80GB") == "A100" and first("NVIDIA H100 80GB HBM3") == "H100"
+def test_known_peaks_are_found_by_whole_words() -> None:
+    for name, bf16, fp32 in (
+        ("NVIDIA H200", 989.0, 67.0), ("NVIDIA H100 80GB HBM3", 989.0, 67.0), ("NVIDIA H100 PCIe", 756.0, 51.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0, 19.5), ("NVIDIA L40S", 362.0, 91.6), ("NVIDIA L4", 121.0, 30.3),
+        ("NVIDIA A10G", None, 31.5), ("Tesla V100-PCIE-16GB", None, 14.0), ("NVIDIA RTX A1000", None, None),
+        ("NVIDIA RTX A4000", None, None), ("NVIDIA GeForce RTX 4090", None, None),
+    ):  # fmt: skip
+        assert (known_tflops(name, "bf16"), known_tflops(name, "fp32")) == (bf16, fp32), name
     assert all(fp32 < (bf16 or 1e9) for _, bf16, fp32 in PEAKS)
 
 
