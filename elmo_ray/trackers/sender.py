@@ -108,6 +108,7 @@ class Sender:
         try:
             if self._tracker is not None:
                 self._tracker.close(outcome)
+                self._remember()
         except Exception as error:
             raise self._problem(error) from error
 
@@ -159,7 +160,7 @@ def send_rest(place: str, tracker: str) -> str:
         raise ConfigError(f"to={tracker}: another process is sending {place}; wait for its end") from None
     except OSError as error:
         raise ConfigError(f"{place}: {error.strerror or error}") from None
-    return f"{tracker}: {count:,} records of {place} sent: {sender.shown_at}"
+    return f"{tracker}: has all of {place} ({count:,} new records): {sender.shown_at}"
 
 
 def lock_path(run_dir: Path, tracker: str) -> Path:

@@ -1,6 +1,7 @@
 """A run in Weights & Biases. Its variables hold: WANDB_PROJECT (elmo_ray), WANDB_MODE, WANDB_BASE_URL, WANDB_API_KEY.
 
-W&B's library writes everything to files below RUN/wandb and sends these; offline, they wait there for `wandb sync`.
+W&B's library writes everything to files below RUN/wandb and sends these. What is still there when a start ends, offline
+or because W&B is away, is sent by the next one that is not offline.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import contextlib
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elmo_ray.trackers.tracker import EVALUATION_COLUMNS, Memory, evaluation_rows, numbers
+from elmo_ray.trackers.tracker import EVALUATION_COLUMNS, Memory, evaluation_rows, numbers, without_secrets
 from elmo_ray.training.metrics import Record
 
 _WAIT_S = 20
@@ -25,12 +28,12 @@ class WandbTracker:
 
     def __init__(self, run_dir: Path, name: str) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
-        self.address = "files, with WANDB_MODE=offline"
-        if os.environ.get("WANDB_MODE", "online") == "online":
-            self.address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        self.address = without_secrets(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+        self._offline = os.environ.get("WANDB_MODE", "online") != "online"
         self._run_dir, self._name = run_dir, name
         self._run: Any = None
         self._rows = 0
+        self._held: list[str] = []
 
     def open(self, memory: Memory) -> str:
         import wandb
@@ -38,6 +41,8 @@ class WandbTracker:
         if os.environ.get("WANDB_MODE") == "disabled":
             raise ValueError("WANDB_MODE=disabled sends nothing")
         memory.run = memory.run or memory.key
+        self._held = memory.held
+        self._send_held()
         files = sorted(self._run_dir.glob(f"wandb/*run-*/run-{memory.run}.wandb"))
         if files:
             # the files decide: what W&B's process had not written when it was killed is sent again
@@ -59,11 +64,24 @@ class WandbTracker:
                 x_disable_stats=True,
             ),
         )
+        self._held.append(Path(self._run.dir).parent.name)
         self._rows = max(self._rows, int(self._run.step))
         for kind in ("train", "valid"):
             self._run.define_metric(f"{kind}/step", hidden=True)
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
-        return str(self._run.url or f"offline; `wandb sync {self._run_dir}/wandb/offline-run-*` sends what is there")
+        rest = f"without WANDB_MODE=offline `python -m elmo_ray.report {self._run_dir} to=wandb` sends it"
+        return str(self._run.url or f"offline, in {self._run_dir / 'wandb'}; {rest}")
+
+    def _send_held(self) -> None:
+        """Let W&B send what earlier starts left in their folders, offline or cut off at their end."""
+        while self._held and not self._offline:
+            folder = self._run_dir / "wandb" / self._held[0]
+            if folder.is_dir():
+                command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(folder)]
+                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise OSError(f"wandb sync {folder}: {done.stderr.strip()}")
+            self._held.pop(0)
 
     def _log(self, row: Mapping[str, Any]) -> None:
         # W&B drops a row whose number is not above the last, so rows are counted, and their step is a value
@@ -95,10 +113,13 @@ class WandbTracker:
         if path.suffix == ".png":
             self._log({f"pictures/{path.stem}": wandb.Image(str(path))})
         else:
-            self._run.save(str(path), base_path=str(self._run_dir), policy="now")
+            # below the name of the run: W&B has a config.yaml of its own
+            self._run.save(str(path), base_path=str(self._run_dir.parent), policy="now")
 
     def close(self, outcome: str) -> None:
         self._run.finish(exit_code=1 if outcome == "failed" else 0)
+        if not self._offline:
+            self._held.clear()
 
 
 def _written(files: Sequence[Path]) -> tuple[dict[str, int], int]:

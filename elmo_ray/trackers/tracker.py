@@ -18,7 +18,8 @@ class Memory:
 
     key: marks the run in the tracker, and is made once. name: of the run, as the tracker shows it. address: of the
     tracker that the rest is about. run: its own id of the run. steps: the last step that it has, for each kind of
-    record. files: the sha256 of each file that it has.
+    record. files: the sha256 of each file that it has. held: folders in which its library holds what it may not have
+    sent.
     """
 
     key: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -27,6 +28,7 @@ class Memory:
     run: str | None = None
     steps: dict[str, int] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    held: list[str] = field(default_factory=list)
 
 
 class Tracker(Protocol):

@@ -138,7 +138,7 @@ def test_training_does_not_wait_for_a_tracker(
     assert mlflow_server.address in error
     mlflow_server.start()
     assert report.main([str(run_dir), "to=mlflow"]) == 0
-    assert "mlflow: 5 records of" in capsys.readouterr().out
+    assert "(5 new records)" in capsys.readouterr().out
     assert [step for step, _ in history(mlflow_server, "train/loss")] == [10, 20, 30]
     assert read_memory(run_dir, "mlflow").steps == {"train": 30, "valid": 30}
 

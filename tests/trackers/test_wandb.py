@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 from helpers.mlflow_server import wait_for
+from helpers.wandb_server import WandbServer
 
 from elmo_ray import pretrain
 from elmo_ray.storage.local_copy import local_copy_of
 from elmo_ray.trackers.beside import following
-from elmo_ray.trackers.sender import read_memory
+from elmo_ray.trackers.sender import read_memory, send_rest
 from elmo_ray.training.metrics import MetricsWriter, read_metrics
 
 pytest.importorskip("wandb", reason="wandb is not installed")
@@ -60,9 +61,9 @@ def test_a_run_and_its_resume_are_one_run(config: Path, caplog: pytest.LogCaptur
     (table,) = [row for row in rows_of(files[1]) if "evaluation/path" in row]
     assert table["evaluation/_type"] == "table-file" and table["evaluation/nrows"] == 3
     assert any("pictures/curve/path" in row for row in rows_of(files[1]))
-    saved = {path.name for path in (files[1].parent / "files").iterdir()}
+    saved = {path.name for path in (files[1].parent / "files" / "tiny").iterdir()}
     assert saved >= {"config.yaml", "result.json", "report.html"}
-    assert f"wandb sync {run_dir}" in caplog.text
+    assert f"python -m elmo_ray.report {run_dir} to=wandb" in caplog.text
     assert not [record for record in caplog.records if "not sent" in record.message]
 
 
@@ -110,6 +111,48 @@ def test_a_run_in_an_object_store_keeps_there_what_is_remembered() -> None:
     assert "trackers/wandb.json" in names and sum(name.endswith(".wandb") for name in names) == 2
     local_copy_of(place).pull("wandb/*")
     assert points(folder, "train/loss") == [(10, 2.0), (20, 2.0), (30, 3.0)]
+
+
+@pytest.mark.slow
+def test_what_a_server_did_not_take_is_sent_by_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    server, run_dir = WandbServer(), tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("optim: {lr: 0.25}\n")
+    monkeypatch.setenv("WANDB_BASE_URL", server.address)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+
+    def write(attempt: int, *steps: int) -> None:
+        with MetricsWriter(run_dir, attempt) as writer:
+            for step in steps:
+                writer.write({"kind": "train", "step": step, "loss": 1.0 + attempt})
+
+    def received() -> list[int]:
+        assert len(server.rows) < 2, "one run"
+        return [row["train/step"] for rows in server.rows.values() for row in rows]
+
+    for attempt, steps in ((1, (10, 20)), (2, (20, 30))):  # offline
+        with following(str(run_dir), ["wandb"]):
+            write(attempt, *steps)
+    assert received() == []
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert server.address in send_rest(str(run_dir), "wandb")
+    assert received() == [10, 20, 30] and "run/config.yaml" in server.files
+    (run,) = server.runs.values()
+    assert json.loads(run["config"])["optim.lr"]["value"] == 0.25
+    with following(str(run_dir), ["wandb"]):
+        wait_for("the run's address", lambda: f"{server.address}/me/elmo_ray/runs" in caplog.text)
+        server.away = True
+        write(3, 30, 40)
+        wait_for("the record", lambda: read_memory(run_dir, "wandb").steps == {"train": 40})
+    assert "not sent" in caplog.text and received() == [10, 20, 30]
+    server.away = False
+    with following(str(run_dir), ["wandb"]):
+        write(4, 50)
+    assert received() == [10, 20, 30, 40, 50] and not server.problems
+    server.close()
 
 
 @pytest.mark.slow
