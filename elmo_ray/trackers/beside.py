@@ -44,6 +44,8 @@ class Senders:
         logs = self.run_dir / FOLDER
         logs.mkdir(parents=True, exist_ok=True)
         paths = [str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # W&B's library would use the process that another use of it has started in this one
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
         with open(logs / f"{tracker}.err", "a", encoding="utf-8") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "elmo_ray.trackers", str(self.run_dir), tracker, name],
@@ -51,7 +53,7 @@ class Senders:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,  # Ctrl-C in a terminal is for the driver; with W&B's own process it is a group
             )
         threading.Thread(target=self._listen, args=(tracker, process), name=tracker, daemon=True).start()
