@@ -28,8 +28,11 @@ from elmo_ray.machine import total_memory
 from elmo_ray.storage import is_uri, join, read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
+from elmo_ray.trackers import check_trackers
+from elmo_ray.trackers.beside import following
 from elmo_ray.training.console import show_metrics
 from elmo_ray.training.dry_run import DryRun, dry_run, largest_block
+from elmo_ray.training.metrics import flops_text
 from elmo_ray.training.plan import TrainPlan
 from elmo_ray.training.run_folder import RunFolder, open_run
 from elmo_ray.training.sizes import WorkerMemory, check_memory, check_streams, worker_memory
@@ -85,10 +88,10 @@ class PretrainResult:
             if self.unigram_perplexity is not None:
                 line += f"; add-one unigram {self.unigram_perplexity:.1f}"
             lines.append(line)
-        done = "finished" if training["finished"] else "stopped"
+        done, speed = "finished" if training["finished"] else "stopped", flops_text(training)
         lines.append(
             f"{done} at step {training['steps']:,} of {training['total_steps']:,}: {training['positions']:,} positions "
-            f"in {training['seconds']:,.0f} s"
+            f"in {training['seconds']:,.0f} s" + (f", {speed} for each worker" if speed else "")
         )
         best = training["best_perplexity"]
         if best is not None:
@@ -144,6 +147,7 @@ def estimate(config: PretrainConfig, source: FromSource | None = None) -> DryRun
 
     Raises ConfigError and DataError where a training would refuse to start.
     """
+    check_trackers(config.run.report_to)
     todo = prepare.plan(config, source is not None and source.has_vocabulary)
     sizes = prepare.measure(config, todo)
     if source is not None:
@@ -199,8 +203,11 @@ def train_in(folder: RunFolder, config: PretrainConfig, source: FromSource | Non
 
     source: the trained model of which a new run starts; by default it starts from random weights.
     """
+    check_trackers(config.run.report_to)
     if folder.finished and (done := _finished(folder)) is not None:
         logger.info("%s: finished at step %d; nothing to do", folder.place, done.training["steps"])
+        with following(folder.place, config.run.report_to):
+            pass  # sends what a tracker does not have yet
         return done
     with folder.locked():
         if folder.newest is not None:
@@ -218,10 +225,12 @@ def train_in(folder: RunFolder, config: PretrainConfig, source: FromSource | Non
         plan = make_plan(config, folder.path, prepared)
         if source is not None and source.initialize is not None and folder.newest is None:
             source.initialize(plan)
-        training = fit_and_show(plan, device)
-        if training["stopped"]:
-            return PretrainResult(folder.place, training)
-        return _finish(config, folder.path, prepared, training)
+        with following(plan.run_dir, config.run.report_to) as senders:
+            training = fit_and_show(plan, device)
+            if training["stopped"]:
+                senders.outcome = "stopped"
+                return PretrainResult(folder.place, training)
+            return _finish(config, folder.path, prepared, training)
 
 
 def fit_and_show(plan: TrainPlan, device: Device) -> dict[str, Any]:
@@ -347,6 +356,7 @@ def _finished(folder: RunFolder) -> PretrainResult | None:
     if values is None or not values.keys() >= set(_RESULT_KEYS):
         return None
     training = {key: values[key] for key in _RESULT_KEYS} | {"initial": values.get("initial", {})}
+    training |= {key: values.get(key) for key in ("tflops", "mfu")}
     if folder.newest is None or training["steps"] != folder.newest.step:
         return None  # the result of a shorter training
     return PretrainResult(

@@ -34,6 +34,7 @@ ROOMS = [
     {"elmo"},
     {"training"},
     {"cluster"},
+    {"trackers"},
     {"report"},
     {"prepare", "pretrain", "finetune", "evaluate", "export", "embed", "serve"},
     {"sweep", "api"},

@@ -42,15 +42,16 @@ def _as_tuple(value: Any) -> Any:
     return value
 
 
-def _globs(value: Any) -> Any:
+def as_names(value: Any) -> Any:
+    """Return a list of names as a tuple; one name is a list of one, and null of none."""
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
 Int = Annotated[int, BeforeValidator(_integral)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_globs), Allowed("a name or a list of names")]
-Globs = Annotated[tuple[str, ...], BeforeValidator(_globs), Allowed("a glob or a list of globs")]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_names), Allowed("a name or a list of names")]
+Globs = Annotated[tuple[str, ...], BeforeValidator(as_names), Allowed("a glob or a list of globs")]
 Pairs = Annotated[tuple[tuple[Int, Int], ...], BeforeValidator(_as_tuple), Allowed("[[integer, integer], ...]")]
 
 

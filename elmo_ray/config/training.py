@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from elmo_ray.config.model import LARGE, CharCnnConfig, DropoutRates, LstmConfig, ModelConfig, PartRates, Reset, Workers
-from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, Section
+from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, Section, as_names, show
 from elmo_ray.errors import ConfigError
 from elmo_ray.text.tokenizers import NORMALIZATIONS
 
@@ -32,7 +32,29 @@ COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and no
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
 _NAME_IN_WORDS = "letters, digits and . _ = + - (first a letter or digit), or null"
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+"""Trackers that a run can report to."""
+
+SENT_TO = TRACKERS[1:]
+"""Trackers to which a process beside the driver sends what the run has written."""
+
+MOST_PROFILED = 100
+"""Most steps in a trace, which takes some MB of memory for each."""
+
+StepRange = Annotated[
+    tuple[Int, Int] | None,
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    Allowed("[first, last] or null"),
+]
+
 _MOST_POSITIONS = 1 << 25  # in one step; more would need several GB for indices alone
+
+
+TrackerNames = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(lambda value: value if value is None else as_names(value)),
+    Allowed("names or null"),
+]
 
 
 class StorageConfig(Section):
@@ -57,6 +79,15 @@ class RunConfig(StorageConfig):
         1, ge=0, lt=2**63, description="It decides initial values, order of blocks, dropout and negatives."
     )
     export: bool = Field(True, description="At the end, write export/ with weights.hdf5, options.json and vocab.txt.")
+    report_to: TrackerNames = Field(
+        None,
+        description="Any of tensorboard, wandb, mlflow, which show the run; null: tensorboard if installed.",
+    )
+
+    def _contradictions(self) -> Iterator[str]:
+        for name in self.report_to or ():
+            if name not in TRACKERS:
+                yield f"run.report_to={show(name)}: must be among {', '.join(TRACKERS)}"
 
 
 _TOKENIZERS = "none, spacy, package.module:function, or null"
@@ -294,6 +325,9 @@ class TrainConfig(Section):
         "stop", description="What happens at a loss or gradient that is not finite: the run stops, or skips the step."
     )
     max_skips: Int = Field(10, ge=1, le=10**9, description="The run ends when this many steps are skipped.")
+    profile: StepRange = Field(
+        None, description="[first, last]: write a trace of these steps of worker 0, for Perfetto; null: none."
+    )
     freeze: Names = Field((), description="These components are not trained, for example [char_cnn, highway, lstm.0].")
     softmax_first: Int | None = Field(
         None, ge=0, le=10**12, description="The softmax first trains alone this long; null: 1000 if it is new."
@@ -301,6 +335,15 @@ class TrainConfig(Section):
     patience: Int | None = Field(
         None, ge=1, le=10**6, description="Training ends after this many validations in a row without a new best."
     )
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.profile is None:
+            return
+        first, last = self.profile
+        if not 1 <= first <= last:
+            yield f"train.profile=[{first}, {last}]: must be the first and the last step, counted from 1"
+        elif last - first >= MOST_PROFILED:
+            yield f"train.profile=[{first}, {last}] has {last - first + 1} steps: must be <= {MOST_PROFILED}"
 
     def _unused(self) -> dict[str, str]:
         unused = {}
@@ -552,9 +595,15 @@ class ReportConfig(Root):
         None,
         description="The folder for report.html and its PNGs; null takes that of the RUN, or report-A-B for several.",
     )
+    to: Names = Field((), description="Also send what these trackers do not have of each RUN: wandb, mlflow.")
     words: Globs = Field(
         (), description="Show the nearest neighbours of these words; none: of frequent words of the first run."
     )
+
+    def _contradictions(self) -> Iterator[str]:
+        for name in self.to:
+            if name not in SENT_TO:
+                yield f"to={show(name)}: must be among {', '.join(SENT_TO)}"
 
 
 if TYPE_CHECKING:

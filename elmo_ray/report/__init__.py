@@ -1,6 +1,6 @@
 """`report`: show runs and sweeps as tables and curves in the terminal, and as one page of HTML with pictures.
 
-python -m elmo_ray.report RUN [RUN ...] [out=FOLDER] [words=[...]] [--json FILE]
+python -m elmo_ray.report RUN [RUN ...] [out=FOLDER] [words=[...]] [to=TRACKER] [--json FILE]
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from elmo_ray.report.trials import is_sweep, read_trials, table_cells
 from elmo_ray.report.trials import table as trial_table
 from elmo_ray.storage import absolute, base_name, is_uri, join
 from elmo_ray.storage.local_copy import local_folder, push
+from elmo_ray.trackers import check_trackers
+from elmo_ray.trackers.sender import send_rest
 
 PAGE = "report.html"
 _LONGEST_NAME = 100
@@ -31,7 +33,7 @@ class ReportResult:
 
     page: the place of report.html. pictures: the places of the PNGs beside it, curve.png first. sweeps: the table of
     each sweep. evaluations: for each run, the reasons why the measure of its test text does not compare with that of
-    the first run.
+    the first run. sent: a line for each run and tracker that it was sent to.
     """
 
     runs: tuple[RunCurve, ...]
@@ -39,10 +41,11 @@ class ReportResult:
     pictures: tuple[str, ...]
     sweeps: tuple[str, ...] = ()
     evaluations: tuple[list[str], ...] = ()
+    sent: tuple[str, ...] = ()
 
     def summary(self) -> str:
         sweeps = [line for shown in self.sweeps for line in (shown, "")]
-        return "\n".join([*sweeps, table(self.runs), "", terminal_curve(self.runs), f"page: {self.page}"])
+        return "\n".join([*sweeps, table(self.runs), "", terminal_curve(self.runs), *self.sent, f"page: {self.page}"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures and `curves` of each run, [step, perplexity] for train and valid; and the files.
@@ -63,10 +66,12 @@ def run(config: ReportConfig, flags: Flags | None = None) -> ReportResult:
     """Read the runs, and write report.html and its PNGs.
 
     They go to `out`: by default the folder of the one run or sweep or, for several, a folder of their own beside the
-    first. Raises DataError for a RUN that is none, and for files that cannot be written.
+    first. Then what the trackers of `to` do not have is sent. Raises DataError for a RUN that is none, and for files
+    that cannot be written; TrackerError for a tracker that does not take what is sent.
     """
     from elmo_ray.report import page as report_page
 
+    check_trackers(config.to, "to")
     named = find_runs(config.runs)
     if not named:
         raise DataError("no run is named; usage: python -m elmo_ray.report RUN [RUN ...]")
@@ -96,7 +101,8 @@ def run(config: ReportConfig, flags: Flags | None = None) -> ReportResult:
     shown = tuple(trial_table(trials) for trials in sweeps.values())
     evaluations = tuple(report_page.evaluation_differences(details))
     paths = tuple(join(out, path.name) for path in pictures.values())
-    return ReportResult(runs, join(out, PAGE), paths, shown, evaluations)
+    sent = tuple(send_rest(absolute(place), tracker) for tracker in config.to for place in places)
+    return ReportResult(runs, join(out, PAGE), paths, shown, evaluations, sent)
 
 
 def _own_folder(places: Sequence[str]) -> str:

@@ -36,6 +36,8 @@ NOTE = (
 )
 """Footnote of the tables."""
 
+_SPEEDS = ("positions_per_second", "tflops", "mfu")
+
 Points = list[tuple[int, float]]
 """(step, value), in the order of steps."""
 
@@ -98,7 +100,7 @@ class RunCurve:
         recent = [math.log(value) for step, value in train if step > last_step * 5 / 6]
         best = min((p for p in valid if p[0] in steps), key=lambda point: point[1], default=(None, None))
         forward, backward = self.points("valid", "perplexity_forward"), self.points("valid", "perplexity_backward")
-        speeds = [value for _, value in self.points("train", "positions_per_second")]
+        speeds = {name: [v for _, v in self.points("train", name)] for name in _SPEEDS}
         return {
             "run": self.name,
             "path": str(self.path),
@@ -111,7 +113,7 @@ class RunCurve:
             "valid_perplexity_backward": backward[-1][1] if backward else None,
             "valid_perplexity_best": best[1],
             "valid_step_best": best[0],
-            "positions_per_second": statistics.median(speeds) if speeds else None,
+            **{name: statistics.median(values) if values else None for name, values in speeds.items()},
             "seconds": self._seconds(),
         }
 
@@ -165,7 +167,8 @@ def comparison_notes(runs: Sequence[RunCurve]) -> list[str]:
 def table_cells(runs: Sequence[RunCurve]) -> list[list[str]]:
     """Return the cells of a table: the head, and a row for each run. Numbers that do not compare have a mark."""
     differing = unlike(runs)
-    head = ["run", "step", "epoch", "train", "held-out", "forward", "backward", "best (step)", "positions/s", "time"]
+    head = ["run", "step", "epoch", "train", "held-out", "forward", "backward", "best (step)", "positions/s"]
+    head += ["TFLOP/s", "time"]
     rows = []
     for item, train, held_out in zip(runs, differing["train"], differing["held-out"], strict=True):
         f = item.figures()
@@ -184,7 +187,8 @@ def table_cells(runs: Sequence[RunCurve]) -> list[list[str]]:
         speed = f"{f['positions_per_second']:,.0f}" if f["positions_per_second"] else "-"
         time = clock(f["seconds"]) if f["seconds"] is not None else "-"
         epoch = f"{f['epoch']:.2f}" if f["epoch"] is not None else "-"
-        rows.append([f["run"], str(f["step"]), epoch, *values, best, speed, time])
+        flops = f"{f['tflops']:.3g} ({f['mfu']:.0%})" if f["tflops"] and f["mfu"] else "-"
+        rows.append([f["run"], str(f["step"]), epoch, *values, best, speed, flops, time])
     return [head, *rows]
 
 

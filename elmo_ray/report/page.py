@@ -109,6 +109,10 @@ _PANELS = (
     ),
     _Panel("throughput.png", "Throughput", "positions/s", (("train", "positions_per_second", "", {"linewidth": 1.2}),)),
     _Panel(
+        "peak.png", "Matrix products of a worker", "% of its device's peak",
+        (("train", "mfu", "", {"linewidth": 1.2}),), False, 100.0,
+    ),
+    _Panel(
         "waiting.png", "Waiting for text", "% of a step's time", (("train", "data_wait", "", {"linewidth": 1.2}),),
         False, 100.0,
     ),

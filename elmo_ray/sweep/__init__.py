@@ -46,6 +46,8 @@ from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.sweep.config import SweepConfig
 from elmo_ray.sweep.trials import add_trial, best_of, end_trial, results, try_lost_again, write_results
 from elmo_ray.sweep.tuning import concurrent_trials, report_while, run_session
+from elmo_ray.trackers import check_trackers
+from elmo_ray.trackers.beside import following
 from elmo_ray.training.dry_run import DryRun
 from elmo_ray.training.metrics import clock
 from elmo_ray.training.plan import TrainPlan
@@ -139,6 +141,7 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
         )
     if config.sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise ConfigError("sweep.search=optuna: Optuna is not installed: pip install 'elmo-ray[optuna]'")
+    check_trackers(config.run.report_to)
     source = open_init(config) if config.init.source is not None else None
     base = _trial_settings(config, {}, source)
     plain = config.trial({})
@@ -320,7 +323,10 @@ def run_trial(values: dict[str, Any], job: dict[str, Any]) -> None:
     def work() -> None:
         try:
             plan = _trial_plan(config, trial, job)
-            ended.append(fit(plan, device=job["device"]))
+            name = f"{Path(job['sweep_dir']).name}/{trial.name}"
+            with following(plan.run_dir, plan.config.run.report_to, name) as senders:
+                ended.append(fit(plan, device=job["device"]))
+                senders.outcome = "stopped" if ended[-1]["stopped"] else "finished"
         except BaseException as error:
             problems.append(error)
 

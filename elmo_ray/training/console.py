@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from elmo_ray.training.metrics import MetricsFollower, Record, console_line
+from elmo_ray.training.metrics import MetricsFollower, Record, console_line, flops_text
 
 logger = logging.getLogger("elmo_ray.metrics")
 
@@ -60,7 +60,8 @@ def _show(record: Record, bar: Any) -> None:
         bar.initial = record["step"]  # the bar's speed is that of this start only
     bar.n = record["step"]
     speed = record.get("positions_per_second") or 0.0
-    bar.set_postfix_str(f"perplexity {record.get('perplexity') or float('nan'):,.1f}, {speed:,.0f} positions/s")
+    shown = [f"perplexity {record.get('perplexity') or float('nan'):,.1f}", f"{speed:,.0f} positions/s"]
+    bar.set_postfix_str(", ".join(filter(None, [*shown, flops_text(record)])))
 
 
 @contextlib.contextmanager

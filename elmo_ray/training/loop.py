@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import replace
 from functools import partial
@@ -39,17 +40,20 @@ from elmo_ray.training.capacities import Capacities
 from elmo_ray.training.captured_step import captured_by
 from elmo_ray.training.cuda_graphs import record_for
 from elmo_ray.training.feeding import Feeder, ReadyBatch, StepAssembler
-from elmo_ray.training.metrics import MetricsWriter, not_finite, train_record, valid_record
+from elmo_ray.training.flops import FlopCounter, peak_tflops
+from elmo_ray.training.metrics import MetricsWriter, not_finite, sinks_of, train_record, valid_record
 from elmo_ray.training.plan import TrainPlan, Worker
+from elmo_ray.training.profile import TracedSteps, no_trace
 from elmo_ray.training.ranks import Exchange, Flags, Ranks
 from elmo_ray.training.saver import Saver, claim_attempt
 from elmo_ray.training.snapshot import MOST_AMOUNT, Progress, Snapshot, load_model
 from elmo_ray.training.step import DTYPES, TrainStep
+from elmo_ray.training.step_input import StepInput
 
 LAST_SAVE_PAUSES_S = (0.5, 5.0, 30.0)
 """Pauses before further attempts at the last checkpoint; without it all steps since the one before would be lost."""
 
-_PUSHED = ("metrics/*", "tensorboard/*", "logs/*")
+_PUSHED = ("metrics/*", "tensorboard/*", "logs/*", "profile/*")
 """Files that a run in an object store copies there while it goes on."""
 
 
@@ -85,7 +89,12 @@ class _Run:
         self.seen_not_finite = 0
         self.files = local_copy_of(plan.run_dir)
         self.files.keep_pushing(*_PUSHED)
-        self.metrics = MetricsWriter(self.files.folder, self.attempt) if worker.rank == 0 else None
+        self.metrics: MetricsWriter | None = None
+        if worker.rank == 0:
+            self.metrics = MetricsWriter(self.files.folder, self.attempt, sinks_of(self.config.run.report_to))
+            self.peak = peak_tflops(worker.device, self.config.train.precision)
+        self.flops = FlopCounter(self.model, self.config)
+        self.speeds: list[tuple[float, float]] = []  # TFLOP/s of a worker and share of its peak, of each record
         self.saver = Saver(plan.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
         # before each checkpoint, so that the store never has a checkpoint without the metrics before it
         self.saver.writer.before = partial(self.files.push, *_PUSHED)
@@ -247,6 +256,8 @@ class _Run:
         validate_every = self._steps(config.train.validate_every) if config.train.validate_every else 0
         checkpoint_every = self._steps(config.train.checkpoint_every)
         stopped, first = False, True
+        traced = self._traced_steps()
+        train_on = self._train_on if traced is None else traced
         for ready in feeder:
             if self._is_over():
                 continue  # the feeder is some steps ahead on all ranks, and ends by the flag that stops it
@@ -257,12 +268,15 @@ class _Run:
                 self.started = self.window_start = time.monotonic()
                 self.window_pause = 0.0
                 ready.waited = 0.0  # a wait for the start of everything, not for text
-            self._train_on(ready)
+            train_on(ready)
             self.saver.poll(ready.flags)
             self._note_lost_best()
             step = progress.step
             if self._is_log_step():
-                self._log()
+                if traced is not None:
+                    self.window_pause += traced.seconds
+                    traced.seconds = 0.0
+                self._log(ready.batch)
             if self.validation is not None and (step % validate_every == 0 or step == self.total_steps):
                 self._validate()
             if step % checkpoint_every == 0 or step == self.total_steps or ready.flags.save:
@@ -273,6 +287,8 @@ class _Run:
                 self._note_lost_best()
             if self.save_wanted and not self.saver.busy and not stopped:
                 self._save()
+        if traced is not None:
+            traced.close()
         # The feeder may also end because a stop came while it waited for text.
         stopped = not self._is_over()
         self._save_last()
@@ -283,6 +299,15 @@ class _Run:
             )
         self._close(stopped)
         return self._result(stopped)
+
+    def _traced_steps(self) -> TracedSteps | None:
+        """Return the function that trains and traces the steps of `train.profile`; None where there are none."""
+        steps = self.config.train.profile
+        if steps is None or self.worker.rank > 0:
+            return None
+        if line := no_trace(*steps, self.progress.step, self.total_steps):
+            self._event(line)
+        return TracedSteps(self._train_on, self.progress, *steps, self.files.folder, self._event)
 
     def _is_over(self) -> bool:
         """Return whether all steps are done, or validation has not improved for too long."""
@@ -395,7 +420,8 @@ class _Run:
 
     # ---------------------------------------------------------------- records
 
-    def _log(self) -> None:
+    def _log(self, batch: StepInput) -> None:
+        """Write the record of the steps since the last one. batch: of this worker's last step."""
         progress = self.progress
         replaced = torch.tensor([self.cursors.replaced.sum()], dtype=torch.float64)
         totals = self.ranks.sum(torch.cat([self.sums.cpu(), replaced]))
@@ -411,6 +437,10 @@ class _Run:
             replaced=int(totals[-1]),
             memory=memory_in_use(self.worker.device),
         )
+        if self.metrics is not None:
+            record["tflops"] = self.flops.tflops(batch, record["positions_per_second"], self.ranks.world)
+            record["mfu"] = record["tflops"] / self.peak
+            self.speeds.append((record["tflops"], record["mfu"]))
         self._write(record)
         progress.window_positions = 0
         self.sums.zero_()
@@ -519,6 +549,7 @@ class _Run:
     def _result(self, stopped: bool) -> dict[str, Any]:
         progress = self.progress
         last = self.saver.last
+        tflops, mfu = map(statistics.median, zip(*self.speeds, strict=True)) if self.speeds else (None, None)
         return {
             "steps": progress.step,
             "total_steps": self.total_steps,
@@ -530,5 +561,7 @@ class _Run:
             "initial": progress.initial,
             "last_valid": progress.last_valid,
             "seconds": progress.seconds,
+            "tflops": tflops,
+            "mfu": mfu,
             "checkpoint": None if last is None else last.place,
         }

@@ -8,9 +8,10 @@ measured), `elapsed` (seconds of training so far, over all starts of the run, wi
 `perplexity_backward` (exp of those; the backward ones are None for a forward-only model). Records of kind "train" also
 have `grad_norm`, `lr`, `positions_per_second`, `data_wait` (share of the time that was spent waiting for text),
 `memory` (bytes in use by worker 0, of its GPU if it has one), `skipped` (steps without update so far) and `replaced`
-(damaged places of the text so far); those of kind "valid" have `perplexity_mean`, `streams` (the number in which the
-text was read) and `seconds`. Numbers that are not finite are written as null. A record of kind "event" has a `message`
-instead, such as how the attempt started.
+(damaged places of the text so far), `tflops` (TFLOP/s of a worker, as `flops` counts them) and `mfu` (their share of
+the peak of its device, the model FLOPs utilization); those of kind "valid" have `perplexity_mean`, `streams` (the
+number in which the text was read) and `seconds`. Numbers that are not finite are written as null. A record of kind
+"event" has a `message` instead, such as how the attempt started.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from elmo_ray.data.measures import perplexity
-from elmo_ray.elmo.scoring import LossSums
 from elmo_ray.errors import DataError
-from elmo_ray.training.snapshot import Progress
+
+if TYPE_CHECKING:  # the processes of trackers read metrics, and need no torch for it
+    from elmo_ray.elmo.scoring import LossSums
+    from elmo_ray.training.snapshot import Progress
 
 logger = logging.getLogger(__name__)
 _FILE = re.compile(r"^attempt-(\d+)\.jsonl$")
@@ -100,8 +103,17 @@ class CsvSink:
         self._file.close()
 
 
-SINKS: list[Callable[[Path, int], Sink | None]] = [TensorBoardSink.make, CsvSink]
-"""Makers of a run's sinks, called with its folder and the number of the attempt. None means no such sink here."""
+MakeSink = Callable[[Path, int], Sink | None]
+"""Maker of a run's sink, called with its folder and the number of the attempt. None means no such sink here."""
+
+
+def sinks_of(report_to: Sequence[str] | None) -> list[MakeSink]:
+    """Return the makers of the sinks of a run with this `run.report_to`.
+
+    Trackers on other machines are no sinks: their processes follow the JSONL files (`elmo_ray.trackers`).
+    """
+    board: list[MakeSink] = [TensorBoardSink.make] if report_to is None or "tensorboard" in report_to else []
+    return [*board, CsvSink]
 
 
 class MetricsWriter:
@@ -111,7 +123,7 @@ class MetricsWriter:
     written. While the disk is full or cannot be reached, training continues; lines wait in memory to be written later.
     """
 
-    def __init__(self, directory: str | Path, attempt: int, sinks: bool = True) -> None:
+    def __init__(self, directory: str | Path, attempt: int, sinks: Sequence[MakeSink] = ()) -> None:
         self.path = metrics_path(directory, attempt)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _end_torn_line(self.path)
@@ -119,7 +131,7 @@ class MetricsWriter:
         self._waiting = bytearray()
         self._failing = False
         self._sinks: list[Sink] = []
-        for make in SINKS if sinks else []:
+        for make in sinks:
             try:
                 if (sink := make(Path(directory), attempt)) is not None:
                     self._sinks.append(sink)
@@ -182,14 +194,15 @@ class MetricsWriter:
 
 
 class MetricsFollower:
-    """Reader of the records that rank 0 writes, for the driver's terminal, wherever rank 0 runs.
+    """Reader of the records that rank 0 writes, wherever rank 0 runs.
 
-    It begins at the present end of the files, so it is to be made before training starts.
+    It begins at the present end of the files, so it is to be made before training starts; from_start: at their start.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, from_start: bool = False) -> None:
         self._folder = Path(run_dir) / "metrics"
-        self._read: dict[str, int] = {path.name: path.stat().st_size for path in self._folder.glob("attempt-*.jsonl")}
+        files = [] if from_start else self._folder.glob("attempt-*.jsonl")
+        self._read: dict[str, int] = {path.name: path.stat().st_size for path in files}
 
     def poll(self) -> list[Record]:
         """Return the complete records since the last `poll`, oldest first."""
@@ -260,10 +273,19 @@ def console_line(record: Mapping[str, Any], total_steps: int) -> str:
         speed = record.get("positions_per_second")
         wait = record.get("data_wait")
         fields.append(f"{speed:,.0f} positions/s" if speed else "")
+        fields.append(flops_text(record))
         fields.append(f"waits {wait:.0%}" if wait is not None and wait >= 0.05 else "")
         left = _seconds_left(record, total_steps)
         fields.append(f"{clock(left)} left" if left is not None else "")
     return "  ".join(field for field in fields if field)
+
+
+def flops_text(values: Mapping[str, Any]) -> str:
+    """Return `tflops` and `mfu` of a record or a result as text; empty where it has none."""
+    tflops, share = values.get("tflops"), values.get("mfu")
+    if not isinstance(tflops, int | float) or not isinstance(share, int | float):
+        return ""
+    return f"{tflops:.3g} TFLOP/s ({share:.0%} of peak)"
 
 
 def clock(seconds: float) -> str:

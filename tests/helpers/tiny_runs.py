@@ -165,7 +165,7 @@ def progress_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return values
 
 
-TIMES = ("time", "elapsed", "seconds", "positions_per_second", "data_wait", "memory")
+TIMES = ("time", "elapsed", "seconds", "positions_per_second", "data_wait", "memory", "tflops", "mfu")
 
 
 def records(run: Path) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def make_run(folder: Path, **changes: Any) -> Path:
     evaluation = {name: value for name, value in evaluation.items() if value != "missing"}
     (folder / "result.json").write_text(json.dumps({"evaluation": evaluation}))
     backward = None if changes.get("one_way") else 110.0
-    with MetricsWriter(folder, 1, sinks=False) as writer:
+    with MetricsWriter(folder, 1) as writer:
         for step, kind, positions in ((50, "train", 1000), (50, "valid", corpus.positions)):
             writer.write({
                 "kind": kind, "step": step, "positions": changes.get("positions", positions), "perplexity": 100.0,
@@ -110,7 +110,7 @@ def test_training_perplexities_of_other_softmaxes_are_marked(tmp_path: Path) -> 
 
 def test_the_best_of_a_run_is_among_validations_that_compare(tmp_path: Path) -> None:
     """A resumed run with fewer streams: the lower numbers before are of another measure."""
-    with MetricsWriter(tmp_path / "run", 1, sinks=False) as writer:
+    with MetricsWriter(tmp_path / "run", 1) as writer:
         for step, value, streams in ((10, 50.0, 32), (20, 70.0, 1), (30, 80.0, 1)):
             writer.write({"kind": "valid", "step": step, "perplexity": value, "positions": 400, "streams": streams})
     figures = RunCurve.read(tmp_path / "run").figures()

@@ -28,7 +28,7 @@ def make_run(
     folder: Path, losses: list[float], valid: dict[int, float] | None = None, backward: bool = True,
     attempt: int = 1, first: int = 1, elapsed: float | None = None,
 ) -> Path:  # fmt: skip
-    with MetricsWriter(folder, attempt, sinks=False) as writer:
+    with MetricsWriter(folder, attempt) as writer:
         for index, loss in enumerate(losses, first):
             for kind, value in (("train", loss), ("valid", (valid or {}).get(index * 50))):
                 if value is not None:
@@ -133,7 +133,7 @@ def test_page_of_trained_runs(tmp_path: Path) -> None:
     assert pretrain.main([str(tmp_path / "a.yaml"), "train.duration=30 steps", "--resume"]) == 0
     assert report.main([*places, f"out={tmp_path}/page", "words=[the, old]"]) == 0
     page = read_page(tmp_path / "page" / "report.html")
-    assert len(page.pictures) == 7 and "Memory of worker 0" in page.pictures
+    assert len(page.pictures) == 8 and "Memory of worker 0" in page.pictures
     for title in ("Evaluation", "Settings in which the runs differ", "Starts and stops"):
         assert title in page.texts
     assert {"train.dropout", "0.25", "train.duration", "old"} <= set(page.texts)
@@ -173,7 +173,7 @@ def test_the_time_is_that_of_training(tmp_path: Path) -> None:
     """A pause between two starts does not count, whether the records have `elapsed` or are of an older version."""
     for name, elapsed in (("new", 5.0), ("old", None)):
         folder = make_run(tmp_path / name, [6.0, 5.5], elapsed=elapsed)
-        with MetricsWriter(folder, 2, sinks=False) as writer:
+        with MetricsWriter(folder, 2) as writer:
             writer.write({"kind": "event", "step": 100, "time": 1e9 + 9000, "message": "start: resume from step 100"})
         make_run(folder, [5.2, 5.1], attempt=2, first=301, elapsed=None if elapsed is None else -5940.0)
     figures = [RunCurve.read(tmp_path / name).figures() for name in ("new", "old")]

@@ -119,7 +119,7 @@ def test_trials_are_configurations_of_finetune_or_pretrain(tmp_path: Path) -> No
 
 
 def write_metrics(folder: Path, perplexities: list[float], total: int = 40) -> None:
-    with MetricsWriter(folder, 1, sinks=False) as writer:
+    with MetricsWriter(folder, 1) as writer:
         for number, perplexity in enumerate(perplexities):
             step = 10 * number
             about = {"step": step, "perplexity": perplexity, "total_steps": total, "positions": 100 * step}

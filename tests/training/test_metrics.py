@@ -16,17 +16,17 @@ import torch
 
 from elmo_ray.data.measures import perplexity
 from elmo_ray.errors import DataError
-from elmo_ray.training.metrics import MetricsWriter, clock, console_line, read_metrics
+from elmo_ray.training.metrics import MetricsWriter, clock, console_line, read_metrics, sinks_of
 
 
 def write(folder: Path, attempt: int, steps: list[int], kind: str = "train", loss: float = 1.0) -> None:
-    with MetricsWriter(folder, attempt, sinks=False) as writer:
+    with MetricsWriter(folder, attempt) as writer:
         for step in steps:
             writer.write({"kind": kind, "step": step, "loss": loss})
 
 
 def test_records_come_back(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, 1, sinks=False) as writer:
+    with MetricsWriter(tmp_path, 1) as writer:
         writer.write({"kind": "train", "step": 50, "loss": torch.tensor(2.5), "lr": np.float32(0.5), "time": 7})
         # On disk before the file is closed.
         assert len((tmp_path / "metrics" / "attempt-001.jsonl").read_text().splitlines()) == 1
@@ -52,7 +52,7 @@ def test_newest_attempt_wins_and_undone_steps_go(tmp_path: Path) -> None:
 
 def test_a_resume_undoes_all_kinds_after_its_step_and_no_event(tmp_path: Path) -> None:
     def write(attempt: int, *records: tuple[str, int]) -> None:
-        with MetricsWriter(tmp_path, attempt, sinks=False) as writer:
+        with MetricsWriter(tmp_path, attempt) as writer:
             for kind, step in records:
                 writer.write({"kind": kind, "step": step, "attempt": attempt})
 
@@ -98,7 +98,7 @@ def test_no_run(tmp_path: Path) -> None:
 
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with MetricsWriter(tmp_path, 1) as writer:
+    with MetricsWriter(tmp_path, 1, sinks_of(None)) as writer:
         writer.write({"kind": "train", "step": 50, "loss": 2.5, "epoch": None})
     board = events.EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
@@ -113,8 +113,8 @@ def test_tensorboard_does_not_import_tensorflow(tmp_path: Path, repository: Path
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('TensorFlow was imported')\n")
     program = (
-        "from elmo_ray.training.metrics import MetricsWriter\n"
-        f"with MetricsWriter({str(tmp_path / 'run')!r}, 1) as writer:\n"
+        "from elmo_ray.training.metrics import MetricsWriter, sinks_of\n"
+        f"with MetricsWriter({str(tmp_path / 'run')!r}, 1, sinks_of(['tensorboard'])) as writer:\n"
         "    writer.write({'kind': 'train', 'step': 50, 'loss': 2.5})\n"
     )
     path = os.pathsep.join([str(tmp_path), str(repository)])
@@ -137,6 +137,9 @@ def test_console_line() -> None:
         assert part in line
     assert "waits 20%" in line
     assert line.endswith("16m40s left")  # 2,500 steps of 640 positions
+    assert "1,600 positions/s  0.103 TFLOP/s (62% of peak)  waits" in console_line(
+        {**record, "tflops": 0.1031, "mfu": 0.621}, 3000
+    )
     assert "left" not in console_line({**record, "kind": "valid"}, 3000)
     assert "forward -" in console_line({"kind": "train", "step": 1, "loss": None}, 3000)
 
@@ -154,7 +157,7 @@ def test_perplexity() -> None:
 
 
 def test_a_csv_file_has_the_numbers_of_training_and_validation(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, 3) as writer:
+    with MetricsWriter(tmp_path, 3, sinks_of([])) as writer:
         writer.write({"kind": "event", "step": 0, "message": "start"})
         writer.write({"kind": "train", "step": 50, "time": 1.5, "loss": 4.25, "lr": 0.2, "grad_norm": float("nan")})
         writer.write({"kind": "valid", "step": 50, "time": 2.5, "loss": 5.0})
@@ -164,3 +167,4 @@ def test_a_csv_file_has_the_numbers_of_training_and_validation(tmp_path: Path) -
         ("train", "50", "4.25", ""),
         ("valid", "50", "5.0", ""),
     ]
+    assert not (tmp_path / "tensorboard").exists(), "run.report_to is empty"
