@@ -144,8 +144,9 @@ def estimate(config: PretrainConfig, source: FromSource | None = None) -> DryRun
 
     Raises ConfigError and DataError where a training would refuse to start.
     """
-    todo = prepare.plan(config, source is not None and source.has_vocabulary)
-    sizes = prepare.measure(config, todo)
+    is_models = source is not None and source.has_vocabulary
+    todo = prepare.plan(config, is_models)
+    sizes = prepare.measure(config, todo, is_models)
     if source is not None:
         config = source.fit(config, sizes.vocabulary)
     result = dry_run(config, sizes.train, sizes.positions, sizes.vocabulary)
