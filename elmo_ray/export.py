@@ -333,7 +333,11 @@ def export_model(
 
 @contextlib.contextmanager
 def _folder_aside(target: Path) -> Iterator[Path]:
-    """Yield an empty folder inside `target`, removed at the end. Raises DataError for a failure of the disk."""
+    """Yield an empty folder inside `target`, removed at the end, as is `target` if nothing was put into it.
+
+    Raises DataError for a failure of the disk.
+    """
+    is_new = not target.exists()
     aside = target / f".export-{os.getpid()}"
     try:
         aside.mkdir(parents=True, exist_ok=True)
@@ -345,6 +349,8 @@ def _folder_aside(target: Path) -> Iterator[Path]:
             for path in aside.iterdir():
                 path.unlink()
             aside.rmdir()
+            if is_new:
+                target.rmdir()  # fails unless it is empty
 
 
 def _write(source: Source, folder: Path) -> None:

@@ -50,6 +50,12 @@ def read_options(path: str | Path) -> dict[str, Any]:
             raise FormatError(f"{path}: is an HDF5 file and no options.json; are options and weights swapped?")
         if len(data) > _MAX_BYTES:
             raise FormatError(f"{path}: is larger than {_MAX_BYTES >> 20} MiB, which no options are")
+        if b"git-lfs" in data[:200]:
+            raise FormatError(f"{path}: is a pointer of Git LFS and no options.json; git lfs pull gets the file")
+        if data.lstrip()[:1] == b"<":
+            raise FormatError(
+                f"{path}: is a page in HTML or XML, which some servers send in place of a file; get the file again"
+            )
         options = json.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
