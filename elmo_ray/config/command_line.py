@@ -359,8 +359,17 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def print_result(text: str) -> int:
-    """Print to stdout and return the exit code: 0, or 141 (as of SIGPIPE) where its reader has gone, as `head` does."""
-    return 0 if _print(text, sys.stdout) else 141
+    """Print to stdout and return the exit code.
+
+    It is 0; 141 (as of SIGPIPE) where its reader has gone, as `head` does; 2, with an error on stderr, where stdout
+    cannot be written, as on a full disk.
+    """
+    try:
+        return 0 if _print(text, sys.stdout) else 141
+    except OSError as error:
+        _send_nowhere(sys.stdout)
+        print_errors(f"the output cannot be written ({error.strerror})")
+        return 2
 
 
 def print_errors(text: str) -> None:
@@ -374,12 +383,16 @@ def _print(text: str, stream: TextIO) -> bool:
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
-        # Python flushes its streams once more when it ends, and would complain: what is left goes nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        _send_nowhere(stream)
         return False
     return True
+
+
+def _send_nowhere(stream: TextIO) -> None:
+    """Let what is left in a stream go nowhere: Python flushes it once more when it ends, and would complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def set_up_logging() -> None:

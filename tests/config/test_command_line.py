@@ -325,6 +325,16 @@ def test_a_pipe_that_nobody_reads(arguments: list[str], code: int, repository: P
     assert (done.returncode, done.stderr or b"") == (code, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_to_a_full_disk(repository: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "elmo_ray", "--version"]
+        done = subprocess.run(
+            command, cwd=repository, stdout=full, stderr=subprocess.PIPE, timeout=120, check=False, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "error: the output cannot be written (No space left on device)\n")
+
+
 LEFT_OVER = """
 data: {train: a.txt, valid: b.txt, min_count: 2}
 softmax: {negatives: 64}
