@@ -213,7 +213,7 @@ def open_source(
 
 def _hint_at(folder: Path) -> str:
     """Return what a folder that is no SOURCE seems to be, and the cure; nothing where it cannot be told."""
-    if (store_of(folder).exists(folder.parent / MANIFEST)) or _is_run(str(folder.parent)):
+    if (folder.parent / MANIFEST).is_file() or _is_run(str(folder.parent)):
         choice = "" if folder.name != "checkpoints" else ", with checkpoint=last or the name of one"
         return f"; it is in a run or a checkpoint: name {folder.parent}{choice}"
     try:
