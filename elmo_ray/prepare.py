@@ -365,7 +365,7 @@ def measure(config: PretrainConfig, todo: PreparePlan, is_models_vocabulary: boo
         return Sizes(train, train.positions, found.vocabulary.size, True)
     for name, each in sizes.items():
         if not sum(each):
-            raise DataError(f"data.{name}={','.join(getattr(data, name))}: no sentence in {len(each)} files")
+            raise DataError(f"data.{name}={','.join(getattr(data, name))}: no words in {len(each)} files")
     vocabulary = directory / "vocab.txt" if data.vocab is None else Path(data.vocab)
     if todo.tasks == 0 and (directory / "train.npz").exists() and (data.vocab is not None or vocabulary.exists()):
         train = Corpus.load(directory / "train.npz")
