@@ -268,6 +268,10 @@ def _misplaced(word: str, name: str, verb: Verb) -> str:
     looks_like_text = os.path.isfile(word) or any(sign in word for sign in "/*?") or word.endswith(_TEXT_ENDS)
     if verb.text is not None and looks_like_text and not is_folder:
         return f"{word}: is no CONFIG.yaml; text is given as {verb.text}={word}"
+    if is_folder and verb.config == "required":
+        inside = os.path.join(word, "config.yaml")
+        more = f": name the one in it, {inside}" if os.path.isfile(inside) else ""
+        return f"{word}: is a folder, and CONFIG.yaml is a file{more}"
     places = " ".join(place.label for place in verb.positionals)
     if not places or (verb.text is not None and not is_folder):
         return f"{word}: neither a file nor of the form key.path=value"
@@ -408,6 +412,31 @@ def _usage(name: str, verb: Verb) -> str:
     return " ".join([*parts, "[key.path=value ...]", "[flags]"])
 
 
+_BILM_TF_FLAGS = {
+    "train_prefix": "data.train",
+    "test_prefix": "data.test",
+    "vocab_file": "data.vocab, or init.vocab beside a trained model,",
+    "save_dir": "run.name",
+    "batch_size": "data.streams, or evaluate.streams,",
+    "outfile": "OUT",
+}
+
+
+def _cure_for_flag(word: str, name: str, verb: Verb) -> str:
+    """Return what to write in place of a flag that does not exist."""
+    flag, equals, value = word.lstrip("-").partition("=")
+    if word == "-":
+        return "standard input is not read; name a file"
+    near = difflib.get_close_matches(flag, verb.flags, n=1)
+    if near:
+        return f"did you mean --{near[0]}?"
+    if flag in _BILM_TF_FLAGS:
+        return f"bilm-tf's --{flag} is {_BILM_TF_FLAGS[flag]} here; settings are written key.path=value"
+    if "." in flag:
+        return f"a setting is written without -, as {flag}={value if equals else 'VALUE'}"
+    return f"{name} has {', '.join('--' + f for f in verb.flags)}; settings are written key.path=value"
+
+
 def _split(argv: Sequence[str], name: str, verb: Verb) -> tuple[list[str], dict[str, Any]]:
     """Return the arguments that are not flags, and the flags as fields of `Flags`."""
     words: list[str] = []
@@ -420,9 +449,7 @@ def _split(argv: Sequence[str], name: str, verb: Verb) -> tuple[list[str], dict[
             continue
         flag, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or flag not in verb.flags:
-            near = difflib.get_close_matches(flag, verb.flags, n=1)
-            cure = f"did you mean --{near[0]}?" if near else f"{name} has {', '.join('--' + f for f in verb.flags)}"
-            raise ConfigError(f"unknown flag {word}; {cure}")
+            raise ConfigError(f"unknown flag {word}; {_cure_for_flag(word, name, verb)}")
         if flag != "json":
             if equals:
                 raise ConfigError(f"--{flag} takes no value")
@@ -458,6 +485,11 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} line 1: must be a mapping of sections (run:, data:, ...){hint}")
+    if "lstm" in tree and "model" not in tree:
+        raise ConfigError(
+            f"{path}: is an options.json of bilm-tf; its options have other names here, as model.lstm.dim: "
+            "see configs/README.md"
+        )
     return {str(key): value for key, value in tree.items()}
 
 
