@@ -299,7 +299,7 @@ def _checks(
         if config.data.max_vocab is not None and found.vocabulary.size >= config.data.max_vocab:
             cure = f"raise data.max_vocab={config.data.max_vocab}"
     elif is_models_vocabulary:
-        vocab, cure = "that of the source", "is it the vocabulary of this text? data.vocab=counted makes one of it"
+        cure = "is it the vocabulary of this text? finetune makes one of it with data.vocab=counted"
     for message in checks.warnings(vocab, config.softmax.kind, cure):
         logger.warning("%s", message)
     return checks
