@@ -173,7 +173,8 @@ class SoftmaxConfig(Section):
         """Raise ConfigError if the vocabulary of `n_words` words is too small for this kind of softmax."""
         if self.kind == "sampled" and self.negatives >= n_words:
             raise ConfigError(
-                f"softmax.negatives={self.negatives}: must be below the number of words in the vocabulary, {n_words}"
+                f"softmax.negatives={self.negatives}: must be below the number of words in the vocabulary, {n_words}; "
+                "lower it, or set softmax.kind=full, which suits a small vocabulary"
             )
         if self.kind == "adaptive" and n_words < ADAPTIVE_WORDS:
             raise ConfigError(
