@@ -67,7 +67,8 @@ class Evaluated:
     perplexity: exp of the mean loss of both directions. perplexity_forward, perplexity_backward: of each direction;
     backward is None for a model that reads forward alone. bits_per_character, nats_per_word: the same loss in other
     units. oov_rate: the share of words that the vocabulary lacks. positions: the number of predicted words and sentence
-    ends. A measure that is not finite is None. values: all measures, by file too, as `--json` writes them.
+    ends. streams: the number of streams in which the text was read, or None if each sentence was read alone. A measure
+    that is not finite is None. values: all measures, by file too, as `--json` writes them.
     """
 
     source: str
@@ -78,6 +79,7 @@ class Evaluated:
     nats_per_word: float | None
     oov_rate: float | None
     positions: int
+    streams: int | None
     values: Mapping[str, Any] = field(repr=False)
 
 
@@ -146,12 +148,16 @@ def evaluate(source: PathLike, text: PathLike | Sequence[PathLike], **settings: 
     """
     from elmo_ray import evaluate as command
 
-    checked = _config(EvaluateConfig, {"init": {"from": os.fspath(source)}, "data": {"test": _paths(text)}}, settings)
+    checked = _config(
+        EvaluateConfig, {"init": {"from": _path(source, "source")}, "data": {"test": _paths(text)}}, settings
+    )
     with _our_errors():
         values = command.run(checked).to_dict()
     names = ("perplexity", "perplexity_forward", "perplexity_backward", "bits_per_character", "nats_per_word")
     measures = {name: values.get(name) for name in (*names, "oov_rate")}
-    return Evaluated(source=values["source"], positions=values["positions"], values=values, **measures)
+    return Evaluated(
+        source=values["source"], positions=values["positions"], streams=values["streams"], values=values, **measures
+    )
 
 
 def embed(
@@ -174,7 +180,7 @@ def embed(
 
     if resume and fresh:
         raise ConfigError("resume and fresh exclude each other")
-    places: dict[str, Any] = {"init": {"from": os.fspath(source)}, "out": os.fspath(out)}
+    places: dict[str, Any] = {"init": {"from": _path(source, "source")}, "out": _path(out, "out")}
     if text is not None:
         places["in"] = _paths(text)
     checked = _config(EmbedConfig, places, settings)
@@ -187,6 +193,14 @@ def embed(
         seconds=values["seconds"],
         values=values,
     )
+
+
+def _path(value: Any, name: str) -> str:
+    """Return a path as a string. Raises TypeError, which names the argument, for anything else."""
+    try:
+        return str(os.fspath(value))
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be a path") from None
 
 
 def _config(root: type[RootT], config: Any, settings: Mapping[str, Any]) -> RootT:

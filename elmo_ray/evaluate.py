@@ -32,6 +32,7 @@ from elmo_ray.config import ComputeConfig, EvaluateConfig
 from elmo_ray.config.command_line import Flags, run_verb, text_table
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.streams import fewer_streams_note, held_out_streams
+from elmo_ray.data.text_check import read_sample, sentence_marker
 from elmo_ray.elmo.evaluation import EvaluationJob, LossTotals, measure_share
 from elmo_ray.elmo.scoring import LossSums
 from elmo_ray.errors import DataError, FormatError, short
@@ -152,6 +153,9 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
         raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
     if flags is not None and flags.dry_run:
         return EvaluatePlan(source.describe(), config, corpus)
+    # The test text is read in whole anyway; a sample tells whether it is of the form that a model was trained on.
+    if (marker := sentence_marker(read_sample(corpus))) is not None:
+        logger.warning("%s", marker.warning("data.test"))
     how = config.evaluate
     if how.reset == "never":
         if (note := fewer_streams_note("the text has", corpus.positions, how.streams)) is not None:

@@ -247,6 +247,7 @@ def export_hub_folder(
     target = local_folder(place)
     if opened.path.parent == target:
         raise ConfigError(f"out={out_dir}: is the SOURCE itself")
+    _check_target(target, out_dir)
     about = {
         "model_type": MODEL_TYPE,
         "elmo_ray_version": __version__,
@@ -273,6 +274,7 @@ def export_hub_folder(
             raise FormatError(f"{aside}: read back, the weights differ from the model; not exported")
         if back.config != opened.config or back.vocabulary.sha256 != words.sha256:
             raise FormatError(f"{aside}: read back, it describes another model; not exported")
+        _check_vocabulary_there(target, aside, (HUB_WEIGHTS, HUB_CONFIG))
         sizes = {name: (aside / name).stat().st_size for name in reversed(names)}
         # The weights go first and come last, so that they never stand beside the settings of another model.
         (target / HUB_WEIGHTS).unlink(missing_ok=True)
@@ -284,6 +286,27 @@ def export_hub_folder(
         raise DataError(f"out={place}: cannot be written ({error.strerror})") from None
     logger.info("exported to %s, for the Hub", place)
     return HubResult(opened.describe(), place, sizes, opened.has_softmax)
+
+
+def _check_target(target: Path, out: str | os.PathLike[str]) -> None:
+    """Raise ConfigError for an OUT whose name is a file's, or in which a run or a checkpoint keeps its own files."""
+    if target.suffix in (".hdf5", ".h5", ".zip", ".tar", ".gz", ".json"):
+        raise ConfigError(
+            f"out={out}: OUT is a folder, into which {WEIGHTS} and other files are written; name a folder"
+        )
+    if (target / MANIFEST).exists() or (target / "checkpoints").is_dir() or (target / BEST).is_dir():
+        raise ConfigError(
+            f"out={out}: is a run or a checkpoint; name a folder for the export alone, such as {out}/export"
+        )
+
+
+def _check_vocabulary_there(target: Path, aside: Path, beside: Sequence[str]) -> None:
+    """Raise ConfigError if a vocabulary would be replaced that stands alone: it is a user's own, and no export's."""
+    theirs = target / VOCABULARY
+    if any((target / name).exists() for name in beside) or not theirs.exists():
+        return
+    if theirs.read_bytes() != (aside / VOCABULARY).read_bytes():
+        raise ConfigError(f"out={target}: has a {VOCABULARY} of its own, which would be replaced; name a new folder")
 
 
 def _umask() -> int:
@@ -314,9 +337,11 @@ def export_model(
         raise FormatError(f"{opened.path}: not exported, as neither program could load it ({why})")
     place = absolute(out_dir)
     target = local_folder(place)
+    _check_target(target, out_dir)
     with _folder_aside(target) as aside:
         _write(opened, aside)
         difference = _compare(opened, aside)
+        _check_vocabulary_there(target, aside, (WEIGHTS, OPTIONS))
         sizes = {name: (aside / name).stat().st_size for name in (WEIGHTS, OPTIONS, VOCABULARY)}
         # weights.hdf5 goes first and comes last, so that it never stands beside the options of another model.
         (target / WEIGHTS).unlink(missing_ok=True)
@@ -333,7 +358,11 @@ def export_model(
 
 @contextlib.contextmanager
 def _folder_aside(target: Path) -> Iterator[Path]:
-    """Yield an empty folder inside `target`, removed at the end. Raises DataError for a failure of the disk."""
+    """Yield an empty folder inside `target`, removed at the end, as is `target` if nothing was put into it.
+
+    Raises DataError for a failure of the disk.
+    """
+    is_new = not target.exists()
     aside = target / f".export-{os.getpid()}"
     try:
         aside.mkdir(parents=True, exist_ok=True)
@@ -345,6 +374,8 @@ def _folder_aside(target: Path) -> Iterator[Path]:
             for path in aside.iterdir():
                 path.unlink()
             aside.rmdir()
+            if is_new:
+                target.rmdir()  # fails unless it is empty
 
 
 def _write(source: Source, folder: Path) -> None:

@@ -231,7 +231,7 @@ def run(
         train=found.corpora["train"],
         valid=found.corpora.get("valid"),
         test=found.corpora.get("test"),
-        checks=_checks(found, config, directory, fresh),
+        checks=_checks(found, config, directory, fresh, is_models_vocabulary),
         pruned_words=counter.pruned_entries if counter else 0,
         pruned_tokens=counter.pruned_tokens if counter else 0,
         max_missing=counter.max_missing if counter else 0,
@@ -277,12 +277,10 @@ def _index(config: PretrainConfig, files: dict[str, list[str]], indexer: Indexer
             paths, f"data.{name}", counter if is_train else None, data.deduplicate if is_train else "off"
         )
     train = corpora["train"]
-    if not train.tokens:
-        raise DataError(f"data.train={','.join(data.train)}: no words in {len(train.shards)} files")
     for name, corpus in corpora.items():
-        if not corpus.positions:
-            raise DataError(f"data.{name}={','.join(getattr(data, name))}: no sentence in {len(corpus.shards)} files")
-    _warn_of_markers(counter, train)
+        if not corpus.tokens:
+            raise DataError(f"data.{name}={','.join(getattr(data, name))}: no words in {len(corpus.shards)} files")
+    _warn_of_other_unknown_words(counter)
     _warn_of_same_texts(train)
     if data.holdout:
         corpora["train"], corpora["valid"] = train.split(data.holdout, config.run.seed)
@@ -291,7 +289,9 @@ def _index(config: PretrainConfig, files: dict[str, list[str]], indexer: Indexer
     return _Indexed(corpora, findings, given or _count_vocabulary(counter or WordCounter(0), data), counter)
 
 
-def _checks(found: _Indexed, config: PretrainConfig, directory: Path, fresh: bool = False) -> TextChecks:
+def _checks(
+    found: _Indexed, config: PretrainConfig, directory: Path, fresh: bool = False, is_models_vocabulary: bool = False
+) -> TextChecks:
     """Return the measures of texts and vocabulary, and log them; they are kept in the prepared folder."""
     texts = {name: corpus.fingerprint for name, corpus in found.corpora.items()}
     key = hashlib.sha256("\n".join([*texts, *texts.values(), found.vocabulary.sha256]).encode()).hexdigest()
@@ -309,8 +309,15 @@ def _checks(found: _Indexed, config: PretrainConfig, directory: Path, fresh: boo
         checks = check_texts(samples, found.vocabulary, sentences, found.counter is not None)
         write_json(path, checks.to_dict(), DataError)
     logger.info("%s", checks.unknown_line())
-    vocab = "counted from data.train" if found.counter is not None else f"data.vocab={config.data.vocab}"
-    for message in checks.warnings(vocab, config.softmax.kind):
+    vocab, cure = f"data.vocab={config.data.vocab}", None
+    if found.counter is not None:
+        vocab = "counted from data.train"
+        cure = f"lower data.min_count={config.data.min_count}"
+        if config.data.max_vocab is not None and found.vocabulary.size >= config.data.max_vocab:
+            cure = f"raise data.max_vocab={config.data.max_vocab}"
+    elif is_models_vocabulary:
+        cure = "is it the vocabulary of this text? finetune makes one of it with data.vocab=counted"
+    for message in checks.warnings(vocab, config.softmax.kind, cure):
         logger.warning("%s", message)
     return checks
 
@@ -352,10 +359,11 @@ class Sizes:
     exact: bool
 
 
-def measure(config: PretrainConfig, todo: PreparePlan) -> Sizes:
+def measure(config: PretrainConfig, todo: PreparePlan, is_models_vocabulary: bool = False) -> Sizes:
     """Return the sizes that a training would have. Writes nothing that a training reads.
 
-    todo: from `plan`. Small texts are read as a training would read them, so that what it refuses is refused here.
+    todo: from `plan`. is_models_vocabulary: as for `run`. Small texts are read as a training would read them, so that
+    what it refuses is refused here.
     """
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
@@ -369,12 +377,12 @@ def measure(config: PretrainConfig, todo: PreparePlan) -> Sizes:
                 (folder / name).mkdir()
             indexer = Indexer(folder, data.block_bytes, data.on_error, run_locally, form=text_form(data))
             found = _index(config, files, indexer)
-            _checks(found, config, folder)
+            _checks(found, config, folder, is_models_vocabulary=is_models_vocabulary)
         train = found.corpora["train"]
         return Sizes(train, train.positions, found.vocabulary.size, True)
     for name, each in sizes.items():
         if not sum(each):
-            raise DataError(f"data.{name}={','.join(getattr(data, name))}: no sentence in {len(each)} files")
+            raise DataError(f"data.{name}={','.join(getattr(data, name))}: no words in {len(each)} files")
     vocabulary = directory / "vocab.txt" if data.vocab is None else Path(data.vocab)
     if todo.tasks == 0 and (directory / "train.npz").exists() and (data.vocab is not None or vocabulary.exists()):
         train = Corpus.load(directory / "train.npz")
@@ -494,18 +502,10 @@ def _warn_of_same_texts(train: Corpus) -> None:
             return
 
 
-def _warn_of_markers(counter: WordCounter | None, train: Corpus) -> None:
-    """Warn if the text spells special words, its own or those of other programs, which training adds by itself."""
+def _warn_of_other_unknown_words(counter: WordCounter | None) -> None:
+    """Warn if the text spells the unknown word of another program, which would become a word like any other."""
     if counter is None:
         return
-    marker = max(("<S>", "</S>", "<s>", "</s>"), key=lambda word: counter.counts.get(word, 0))
-    if 2 * counter.counts.get(marker, 0) > train.sentences:
-        logger.warning(
-            "data.train: %s of %s sentences spell %s: training adds sentence markers itself; take them out of the text",
-            f"{counter.counts[marker]:,}",
-            f"{train.sentences:,}",
-            marker,
-        )
     for word, special in SPECIAL_IN_OTHER_FORMS.items():
         if special == UNKNOWN_WORD and counter.counts.get(word):
             logger.warning(

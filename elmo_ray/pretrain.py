@@ -147,9 +147,19 @@ def estimate(config: PretrainConfig, source: FromSource | None = None) -> DryRun
 
     Raises ConfigError and DataError where a training would refuse to start.
     """
+    return estimate_for(config, measured(config, source), source)
+
+
+def measured(config: PretrainConfig, source: FromSource | None = None) -> prepare.Sizes:
+    """Return the sizes of the texts of a training. Raises ConfigError and DataError for texts that it would refuse."""
     check_trackers(config.run.report_to)
-    todo = prepare.plan(config, source is not None and source.has_vocabulary)
-    sizes = prepare.measure(config, todo)
+    is_models = source is not None and source.has_vocabulary
+    todo = prepare.plan(config, is_models)
+    return prepare.measure(config, todo, is_models)
+
+
+def estimate_for(config: PretrainConfig, sizes: prepare.Sizes, source: FromSource | None = None) -> DryRun:
+    """Return the estimate of a run whose texts have these sizes. Raises ConfigError as `estimate` does."""
     if source is not None:
         config = source.fit(config, sizes.vocabulary)
     result = dry_run(config, sizes.train, sizes.positions, sizes.vocabulary)

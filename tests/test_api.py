@@ -58,6 +58,7 @@ def test_evaluate_finds_the_perplexity_of_the_training(work: Path, trained: api.
         trained.run_dir, work / "test.txt", evaluate={"streams": 3}, cluster={"workers": 0}, run={"storage_path": work}
     )
     assert found.perplexity == trained.perplexity and found.positions == trained.values["evaluation"]["positions"]
+    assert found.streams is not None and 1 <= found.streams <= 3
     assert found.perplexity_forward is not None and found.oov_rate is not None and 0 < found.oov_rate < 1
 
 
@@ -106,6 +107,8 @@ def test_mistakes_in_places(work: Path, tmp_path: Path) -> None:
         api.pretrain("quickstart", resume=True, fresh=True)
     with pytest.raises(ElmoRayError, match="no such file or folder"):
         api.evaluate(tmp_path / "nothing", work / "test.txt")
+    with pytest.raises(TypeError, match="source is None; it must be a path"):
+        api.evaluate(None, work / "test.txt")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="give a path, a name"):
         api.pretrain(3)  # type: ignore[arg-type]
     with pytest.raises(ElmoRayError, match="in is empty"):

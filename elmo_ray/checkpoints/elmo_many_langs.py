@@ -252,6 +252,11 @@ def _read_embedder(
         rows = len(given[f"{layer}.embedding.weight"])
         if max(ids.values()) >= rows:
             raise FormatError(f"{path}: {layer} has {rows} rows, and {file} has the number {max(ids.values())}")
+        # Several blanks are one entry here, so numbers may be missing, but not those at the end.
+        if max(ids.values()) < rows - 1:
+            raise FormatError(
+                f"{path}: {layer} has {rows} rows, and the numbers in {file} end at {max(ids.values())}: is it whole?"
+            )
     tensors = {
         "character_embedding": given["char_emb_layer.embedding.weight"],
         "projection_weight": given["projection.weight"].t(),

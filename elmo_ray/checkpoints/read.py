@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,12 +64,15 @@ class Checkpoint:
         """Names of the files."""
         return tuple(self.manifest["files"])
 
-    def verify(self, hashes: bool = True) -> None:
-        """Compare the size and (if `hashes`) the sha256 of every file with the manifest."""
+    def verify(self, hashes: bool = True, names: Collection[str] | None = None) -> None:
+        """Compare the size and (if `hashes`) the sha256 of every file, or of those in `names`, with the manifest."""
         store = store_of(self.place)
-        check_sizes(self.place, self.manifest["files"], store.files(self.place))
+        files = self.manifest["files"]
+        if names is not None:
+            files = {name: entry for name, entry in files.items() if name in names}
+        check_sizes(self.place, files, store.files(self.place))
         if hashes:
-            store.check(self.place, self.manifest)
+            store.check(self.place, {**self.manifest, "files": files})
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Return all tensors of one safetensors file, in host memory."""

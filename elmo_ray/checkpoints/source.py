@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,6 +53,10 @@ logger = logging.getLogger(__name__)
 
 BEST, LAST = "best", "last"
 WEIGHTS, OPTIONS, VOCABULARY = "weights.hdf5", "options.json", "vocab.txt"
+_HUB_PAGES = ("https://huggingface.co/", "http://huggingface.co/", "https://hf.co/")
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".7z")
+_USED_FILES = ("config.yaml", VOCABULARY, MODEL_FILE)
+"""Files of a checkpoint from which a model is read."""
 _WEIGHTS_NAMES = ("*.hdf5", "*.h5")
 _OPTIONS_NAMES = ("*options*.json",)
 _VOCABULARY_NAMES = ("vocab*.txt", "vocab*.txt.gz")
@@ -171,8 +174,10 @@ def open_source(
     (init.options, init.vocab) that bilm-tf's files may need. verify: read all of a checkpoint and compare its hashes.
     Raises ConfigError where nothing can be opened, CheckpointError and FormatError for damaged files.
     """
-    if source is None:
+    if source is None or not str(source):
         raise ConfigError(f"init.from is empty: name {_KINDS}")
+    if str(source).startswith(_HUB_PAGES):
+        raise ConfigError(f"{source}: write a model of the Hub as {SCHEME}OWNER/NAME")
     if str(source).startswith(SCHEME):
         folder, place = fetched(str(source))
         return dataclasses.replace(open_source(folder, checkpoint, options, vocab, verify), uri=place)
@@ -185,7 +190,7 @@ def open_source(
             for key, value in (("init.options", options), ("init.vocab", vocab)):
                 if value is not None:
                     raise ConfigError(f"{key}={value}: {source} has its own; leave it out")
-            opened = open_checkpoint(place, verify) if is_checkpoint else _of_run(place, checkpoint, verify)
+            opened = _opened(place, verify) if is_checkpoint else _of_run(place, checkpoint, verify)
             return _from_checkpoint(opened)
     except StorageError as error:
         raise ConfigError(f"init.from={source}: {error}") from None
@@ -219,9 +224,30 @@ def open_source(
     if weights is None:
         raise ConfigError(
             f"{source}: no run (checkpoints/), no checkpoint ({MANIFEST}), no folder with {WEIGHTS} or another .hdf5 "
-            "file, or that TensorFlow has saved in (*.index)"
+            f"file, or that TensorFlow has saved in (*.index){_hint_at(path)}"
         )
     return _from_weights(weights, options, vocab)
+
+
+def _hint_at(folder: Path) -> str:
+    """Return what a folder that is no SOURCE seems to be, and the cure; nothing where it cannot be told."""
+    if (folder.parent / MANIFEST).is_file() or _is_run(str(folder.parent)):
+        choice = "" if folder.name != "checkpoints" else ", with checkpoint=last or the name of one"
+        return f"; it is in a run or a checkpoint: name {folder.parent}{choice}"
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        return ""
+    names = [path.name for path in inside]
+    if archives := [name for name in names if name.endswith(_ARCHIVES)]:
+        return f"; unpack {archives[0]} first"
+    if "saved_model.pb" in names:
+        return "; it is a SavedModel of TensorFlow, as TensorFlow Hub has them, from which no biLM can be read"
+    if torch_files := [name for name in names if name.endswith((".th", ".pt", ".pth", ".bin"))]:
+        return f"; {torch_files[0]} is a file of PyTorch, by its name, and not bilm-tf's weights"
+    if runs := [path for path in inside if path.is_dir() and (_is_run(str(path)) or (path / MANIFEST).is_file())]:
+        return f"; name one of the runs in it, such as {runs[0]}"
+    return ""
 
 
 def _no_choice(source: str | os.PathLike[str], checkpoint: str) -> ConfigError:
@@ -308,7 +334,7 @@ def _of_run(run: str, name: str, verify: bool) -> Checkpoint:
         # In an object store an interrupted copy leaves a `best` without a manifest, which is no checkpoint.
         is_there = BEST in inside and (not is_uri(run) or store.exists(join(best, MANIFEST)))
         if is_there or base_name(previous_copy(best)) in inside:
-            return open_checkpoint(best, verify)
+            return _opened(best, verify)
         logger.info("%s: has no %s/, as it has not validated; taking its newest checkpoint", run, BEST)
     if name in (BEST, LAST):
         newest = newest_checkpoint(folder, verify)
@@ -319,7 +345,20 @@ def _of_run(run: str, name: str, verify: bool) -> Checkpoint:
     if name not in known:
         names = ", ".join(known[-5:]) or "none"
         raise ConfigError(f"checkpoint={name}: must be best, last or a folder in {folder} (newest: {names})")
-    return open_checkpoint(join(folder, name), verify)
+    return _opened(join(folder, name), verify)
+
+
+def _opened(place: str, verify: bool) -> Checkpoint:
+    """Return a checkpoint of which the files that a SOURCE is read from are whole, if `verify`.
+
+    Those of its training, the optimizer's and the streams', are as large and may be left out where a run is copied.
+    """
+    if is_uri(place):  # all files are fetched together
+        return open_checkpoint(place, verify)
+    checkpoint = open_checkpoint(place, verify=False)
+    if verify:
+        checkpoint.verify(names=_USED_FILES)
+    return checkpoint
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Source:
@@ -333,9 +372,14 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Source:
         raise CheckpointError(str(error)) from None
     model = _model(tensors, config, vocabulary.size, checkpoint.at(MODEL_FILE))
     fingerprint = str(checkpoint.manifest["files"][MODEL_FILE]["sha256"])
-    slots = partial(checkpoint.tensors, OPTIMIZER_FILE) if OPTIMIZER_FILE in checkpoint.files else None
+
+    def slots() -> dict[str, Tensor]:
+        checkpoint.verify(names=(OPTIMIZER_FILE,))
+        return checkpoint.tensors(OPTIMIZER_FILE)
+
+    there = slots if OPTIMIZER_FILE in checkpoint.files and (checkpoint.path / OPTIMIZER_FILE).exists() else None
     uri = checkpoint.place if is_uri(checkpoint.place) else None
-    return Source(checkpoint.path, model, config.softmax, vocabulary, checkpoint.step, fingerprint, config, uri, slots)
+    return Source(checkpoint.path, model, config.softmax, vocabulary, checkpoint.step, fingerprint, config, uri, there)
 
 
 def _model(tensors: dict[str, Tensor], config: PretrainConfig, n_words: int, place: str) -> BiLM:

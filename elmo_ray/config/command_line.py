@@ -272,6 +272,10 @@ def _misplaced(word: str, name: str, verb: Verb) -> str:
     looks_like_text = os.path.isfile(word) or any(sign in word for sign in "/*?") or word.endswith(_TEXT_ENDS)
     if verb.text is not None and looks_like_text and not is_folder:
         return f"{word}: is no CONFIG.yaml; text is given as {verb.text}={word}"
+    if is_folder and verb.config == "required":
+        inside = os.path.join(word, "config.yaml")
+        more = f": name the one in it, {inside}" if os.path.isfile(inside) else ""
+        return f"{word}: is a folder, and CONFIG.yaml is a file{more}"
     places = " ".join(place.label for place in verb.positionals)
     if not places or (verb.text is not None and not is_folder):
         return f"{word}: neither a file nor of the form key.path=value"
@@ -363,8 +367,17 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def print_result(text: str) -> int:
-    """Print to stdout and return the exit code: 0, or 141 (as of SIGPIPE) where its reader has gone, as `head` does."""
-    return 0 if _print(text, sys.stdout) else 141
+    """Print to stdout and return the exit code.
+
+    It is 0; 141 (as of SIGPIPE) where its reader has gone, as `head` does; 2, with an error on stderr, where stdout
+    cannot be written, as on a full disk.
+    """
+    try:
+        return 0 if _print(text, sys.stdout) else 141
+    except OSError as error:
+        _send_nowhere(sys.stdout)
+        print_errors(f"the output cannot be written ({error.strerror})")
+        return 2
 
 
 def print_errors(text: str) -> None:
@@ -378,12 +391,16 @@ def _print(text: str, stream: TextIO) -> bool:
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
-        # Python flushes its streams once more when it ends, and would complain: what is left goes nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        _send_nowhere(stream)
         return False
     return True
+
+
+def _send_nowhere(stream: TextIO) -> None:
+    """Let what is left in a stream go nowhere: Python flushes it once more when it ends, and would complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def set_up_logging() -> None:
@@ -399,6 +416,31 @@ def _usage(name: str, verb: Verb) -> str:
     return " ".join([*parts, "[key.path=value ...]", "[flags]"])
 
 
+_BILM_TF_FLAGS = {
+    "train_prefix": "data.train",
+    "test_prefix": "data.test",
+    "vocab_file": "data.vocab, or init.vocab beside a trained model,",
+    "save_dir": "run.name",
+    "batch_size": "data.streams, or evaluate.streams,",
+    "outfile": "OUT",
+}
+
+
+def _cure_for_flag(word: str, name: str, verb: Verb) -> str:
+    """Return what to write in place of a flag that does not exist."""
+    flag, equals, value = word.lstrip("-").partition("=")
+    if word == "-":
+        return "standard input is not read; name a file"
+    near = difflib.get_close_matches(flag, verb.flags, n=1)
+    if near:
+        return f"did you mean --{near[0]}?"
+    if flag in _BILM_TF_FLAGS:
+        return f"bilm-tf's --{flag} is {_BILM_TF_FLAGS[flag]} here; settings are written key.path=value"
+    if "." in flag:
+        return f"a setting is written without -, as {flag}={value if equals else 'VALUE'}"
+    return f"{name} has {', '.join('--' + f for f in verb.flags)}; settings are written key.path=value"
+
+
 def _split(argv: Sequence[str], name: str, verb: Verb) -> tuple[list[str], dict[str, Any]]:
     """Return the arguments that are not flags, and the flags as fields of `Flags`."""
     words: list[str] = []
@@ -411,9 +453,7 @@ def _split(argv: Sequence[str], name: str, verb: Verb) -> tuple[list[str], dict[
             continue
         flag, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or flag not in verb.flags:
-            near = difflib.get_close_matches(flag, verb.flags, n=1)
-            cure = f"did you mean --{near[0]}?" if near else f"{name} has {', '.join('--' + f for f in verb.flags)}"
-            raise ConfigError(f"unknown flag {word}; {cure}")
+            raise ConfigError(f"unknown flag {word}; {_cure_for_flag(word, name, verb)}")
         if flag != "json":
             if equals:
                 raise ConfigError(f"--{flag} takes no value")
@@ -449,6 +489,11 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} line 1: must be a mapping of sections (run:, data:, ...){hint}")
+    if "lstm" in tree and "model" not in tree:
+        raise ConfigError(
+            f"{path}: is an options.json of bilm-tf; its options have other names here, as model.lstm.dim: "
+            "see configs/README.md"
+        )
     return {str(key): value for key, value in tree.items()}
 
 

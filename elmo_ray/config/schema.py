@@ -361,6 +361,20 @@ def set_nested(tree: dict[str, Any], name: str, value: Any) -> None:
         tree[last] = value
 
 
+_NAMES_OF_OTHERS = {
+    "batch_size": ("data.streams", "evaluate.streams", "embed.batch_positions"),
+    "n_epochs": ("train.duration",), "epochs": ("train.duration",), "max_steps": ("train.duration",),
+    "num_epochs": ("train.duration",), "n_steps": ("train.duration",), "max_epochs": ("train.duration",),
+    "learning_rate": ("optim.lr",), "unroll_steps": ("train.unroll",), "bptt": ("train.unroll",),
+    "n_negative_samples_batch": ("softmax.negatives",), "sample_softmax": ("softmax.kind",),
+    "share_embedding_softmax": ("softmax.tied",), "all_clip_norm_val": ("optim.clip_norm",),
+    "max_characters_per_token": ("model.char_cnn.max_characters",), "optimizer": ("optim.name", "init.optimizer"),
+    "n_gpus": ("cluster.workers",), "gpus": ("cluster.workers",), "save_dir": ("run.name",),
+    "output_dir": ("run.name",), "vocab_size": ("data.max_vocab",), "hidden_size": ("model.lstm.dim",),
+}  # fmt: skip
+"""Settings of bilm-tf, and of programs for training in general, by the last part of their names, and ours."""
+
+
 def unknown_key(root: type[Section], name: str) -> str:
     """Return the message for a key that does not exist, with the reason or with the most similar key that does."""
     name = short(name, 100)
@@ -369,6 +383,9 @@ def unknown_key(root: type[Section], name: str) -> str:
             return f"{name}: {why}"
     names = [key.name for key in keys(root)]
     last = name.rsplit(".", 1)[-1]
+    ours = [known for known in _NAMES_OF_OTHERS.get(last, ()) if known in names]
+    if ours:
+        return f"unknown key {name}; here it is {' or '.join(ours)}"
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     near = near or [known for known in names if known.rsplit(".", 1)[-1] == last][:1]
     near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.6)

@@ -30,7 +30,7 @@ SAMPLE = "sample"  # data.train: the built-in corpus
 COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and not the SOURCE's
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$"
-_NAME_IN_WORDS = "letters, digits and . _ = + - (first a letter or digit), or null"
+_NAME_IN_WORDS = "of a-z A-Z 0-9 . _ = + - (first no sign; 200 at most), or null"
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 """Trackers that a run can report to."""
@@ -177,7 +177,10 @@ class DataConfig(TextConfig):
     def _contradictions(self) -> Iterator[str]:
         yield from super()._contradictions()
         if self.valid and self.holdout > 0:
-            yield f"data.holdout={self.holdout} and data.valid both name validation text; remove one of them"
+            yield (
+                f"data.holdout={self.holdout} and data.valid both name validation text; remove one of them "
+                "(data.valid=null, or data.holdout=0)"
+            )
         for key in ("train", "valid", "test"):
             globs = getattr(self, key)
             if SAMPLE in globs and len(globs) > 1:
@@ -212,7 +215,8 @@ class SoftmaxConfig(Section):
         """Raise ConfigError if the vocabulary of `n_words` words is too small for this kind of softmax."""
         if self.kind == "sampled" and self.negatives >= n_words:
             raise ConfigError(
-                f"softmax.negatives={self.negatives}: must be below the number of words in the vocabulary, {n_words}"
+                f"softmax.negatives={self.negatives}: must be below the number of words in the vocabulary, {n_words}; "
+                "lower it, or set softmax.kind=full, which suits a small vocabulary"
             )
         if self.kind == "adaptive" and n_words < ADAPTIVE_WORDS:
             raise ConfigError(

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import stat
 import struct
 import zipfile
@@ -330,7 +331,8 @@ def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
         for name in found:
             path = os.path.abspath(name)
             if os.path.isdir(path):
-                raise ConfigError(f"{key}={pattern}: {name} is a directory; name its files, as in {name}/*.txt")
+                folder = name.rstrip("/")
+                raise ConfigError(f"{key}={pattern}: {folder} is a directory; name its files, as in {folder}/*.txt")
             reason = _unreadable_reason(path)
             if reason is not None:
                 raise DataError(f"{path}: {reason} ({key}={pattern}); mend or remove it, or name other files")
@@ -360,9 +362,23 @@ def _matching_files(pattern: str, key: str) -> list[str]:
             )
         return inside
     if not found:
-        hint = f"; {_BRACKETS}" if "[" in expanded else ""
-        raise ConfigError(f"{key}={pattern}: no file matches (looked in {os.getcwd()}){hint}")
+        raise ConfigError(f"{key}={pattern}: no file matches (looked in {os.getcwd()}){_hint_at(expanded, key)}")
     return found
+
+
+def _hint_at(pattern: str, key: str) -> str:
+    """Return the cure for a path or glob that seems to be written for a shell or for another program."""
+    for separator in (",", ":", ";", " "):
+        names = [name for name in pattern.strip("[]").split(separator) if name]
+        if len(names) > 1 and glob.glob(names[0].strip(), recursive=True):
+            if key == "in":
+                return "; several files are given as one glob in quotes, as in 'part-*.txt'"
+            return f"; several files are given as a list: '{key}=[{', '.join(name.strip() for name in names)}]'"
+    if "{" in pattern and "}" in pattern:
+        return "; { } of a shell are no glob here: name the files in a list, or with * and ?"
+    if re.search(r"\$\w", pattern):
+        return "; environment variables are written ${NAME}"
+    return f"; {_BRACKETS}" if "[" in pattern else ""
 
 
 def _with_literal_folders(pattern: str) -> str:

@@ -47,6 +47,9 @@ _JSON_NAMES = (".json", ".jsonl", ".ndjson")
 _JSON_OBJECT = re.compile(rb"\{\s*([\"'])[^\"'\n]{0,200}\1\s*:|\{\s*\}$")
 _JSON_OPEN = (b"{", b"[", b"[{")
 _SPECIAL_WORDS = {b"<S>", b"</S>", b"<UNK>"}
+_FASTTEXT_LABEL = b"__label__"
+# The names of columns, as in `id,"text"`: no blanks, so that no sentence with commas looks so.
+_CSV_HEADER = re.compile(rb"\"?\w+\"?(?:[,;]\"?\w+\"?)+")
 _CHECKED_LINES = 50
 # Fewer lines with the same tabs may be chance.
 _LINES_OF_TWO_COLUMNS, _LINES_OF_COLUMNS = 5, 3
@@ -86,6 +89,11 @@ def check_text(head: bytes, name: str) -> None:
         raise DataError(f"{name}: is a vocabulary (it begins with <S>, </S> and <UNK>); take it out of the text")
     if _is_json([line.strip() for line in full], name):
         raise DataError(f"{name}: is JSON; with an object in each line, name it .jsonl or set data.format=jsonl")
+    _check_csv(full, name)
+    if len(full) >= _LINES_OF_COLUMNS and all(line.startswith(_FASTTEXT_LABEL) for line in full):
+        raise DataError(
+            f"{name}: begins every line with a label ({_FASTTEXT_LABEL.decode()}); take the labels out first"
+        )
     _check_columns([line for line in full if not line.startswith(b"#")], name)
 
 
@@ -108,6 +116,13 @@ def _is_json_list(line: bytes) -> bool:
         return isinstance(json.loads(line), list)
     except (ValueError, RecursionError):
         return False
+
+
+def _check_csv(lines: list[bytes], name: str) -> None:
+    """Raise DataError for a file that is CSV by its name and its first line."""
+    is_csv = name.removesuffix(".gz").removesuffix(".zst").lower().endswith(".csv")
+    if is_csv and lines and _CSV_HEADER.fullmatch(lines[0].strip()):
+        raise DataError(f"{name}: is a CSV file; {_TAKE_OUT} first")
 
 
 def _check_columns(lines: list[bytes], name: str) -> None:

@@ -73,6 +73,9 @@ logger = logging.getLogger(__name__)
 # Distinct words that a task holds for its segment, at most; beyond them the rarest are dropped (see WordCounter).
 SEGMENT_WORDS = 1_000_000
 _PROGRESS_SECONDS = 10.0
+# Fewer lines of one word, such as names or answers, may well be the sentences of a text.
+ONE_WORD_LINES = 100
+ONE_WORD_AVERAGE = 1.05
 
 Task = dict[str, Any]
 """Kind of the task, its arguments, and `bytes`: how many it reads, about."""
@@ -168,6 +171,7 @@ class Findings:
     long_lines, longest_words, longest_place: lines of too many words, and the longest: its words, its file and line.
     long_words, long_word_place: words of too many characters, and the file and line of the first.
     marked_files, empty_files: files with a byte order mark, and files without words.
+    one_word_files: files whose lines are single words: a list of words, or a text that nobody has divided.
     sentences: the samples of all segments, or None where a state of an earlier version has none.
     documents: counts of the documents of which the texts were made, or None where they were not made of documents.
     repeated, items: with data.deduplicate, the documents or sentences that were left out, and those looked at.
@@ -183,6 +187,7 @@ class Findings:
     long_word_place: str = ""
     marked_files: list[str] = field(default_factory=list)
     empty_files: list[str] = field(default_factory=list)
+    one_word_files: list[str] = field(default_factory=list)
     sentences: list[SentenceSample] | None = field(default_factory=list)
     documents: Counts | None = None
     repeated: int = 0
@@ -231,6 +236,15 @@ class Findings:
                 self.long_words,
                 LONG_WORD_CHARACTERS,
                 self.long_word_place,
+            )
+        if self.one_word_files:
+            more = "" if len(self.one_word_files) == 1 else f" and {len(self.one_word_files) - 1:,} other files"
+            logger.warning(
+                "%s: the lines of %s%s are single words: is it a list of words, or text without blanks between the "
+                "words? A line is a sentence of words",
+                key,
+                self.one_word_files[0],
+                more,
             )
         if self.empty_files:
             logger.warning("%s: %d files have no words (%s)", key, len(self.empty_files), self.empty_files[0])
@@ -556,6 +570,8 @@ class Indexer:
         shard = join_segments(path, source, segments, sha256)
         if not shard.tokens and not text.is_made:  # of the others `_count_documents` knows it
             findings.empty_files.append(source)
+        if shard.sentences >= ONE_WORD_LINES and 0.5 < shard.tokens / shard.sentences < ONE_WORD_AVERAGE:
+            findings.one_word_files.append(source)
         return shard
 
 

@@ -44,6 +44,8 @@ class SentenceSampler:
         crc32, highest = zlib.crc32, self._limit >> 32
         for line in data.splitlines():
             line = line.strip()
+            if b"  " in line or b"\t" in line:
+                line = b" ".join(line.split())  # as the words are the same
             # The CRC decides which sentences are sampled, as it is cheap; the rest of the hash tells them apart.
             if len(line) >= SHORTEST_BYTES and (crc := crc32(line)) <= highest:
                 rest = hashlib.blake2b(line, digest_size=4).digest()

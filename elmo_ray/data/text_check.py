@@ -19,7 +19,7 @@ import numpy as np
 from elmo_ray import storage
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.sentence_sample import EVERYTHING, SentenceSample, SentenceSampler, Shared, shared_sentences
-from elmo_ray.data.text import BYTE_ORDER_MARK, REPLACEMENT
+from elmo_ray.data.text import BYTE_ORDER_MARK, REPLACEMENT, count_lines
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, UNKNOWN_WORD, Vocabulary
 from elmo_ray.errors import DataError, short
 from elmo_ray.text.unspaced import UNSPACED_ADVICE, find_unspaced
@@ -40,14 +40,22 @@ _FEWEST_WORDS = 500
 # Where all words are about as frequent (the two orders differ by fewer nats), no order is wrong.
 _FLAT_NATS = 0.3
 _FIRST_LINES = 100
+# A special word far behind the place of its count is as bad as a wrong order, which it hardly changes as a whole.
+_LATE_SHARE, _LATE_LINE, _LATE_TIMES = 0.01, 100, 10
+# Marks of a sentence's begin and end, of other programs too, which training adds by itself.
+SENTENCE_MARKERS = (
+    "<S>", "</S>", "<s>", "</s>", "<bos>", "<eos>", "<BOS>", "<EOS>", "<sos>", "<SOS>", "[CLS]", "[SEP]",
+    "<|endoftext|>",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Sample of a text: the counts of its words, its sentences, and whether it is all of the text."""
+    """Sample of a text: the counts of its words, its sentences, their number, and whether it is all of the text."""
 
     words: Mapping[str, int]
     sentences: SentenceSample
+    n_sentences: int
     whole: bool
 
 
@@ -55,13 +63,15 @@ class Sample:
 class Unknown:
     """Words of a sample that are not in the vocabulary.
 
-    words: all words of the sample; unknown: those outside of the vocabulary; in_lower_case, in_other_form: those of
-    them that are in it in lower case, or in another Unicode form. frequent: the most frequent ones.
+    words: all words of the sample; unknown: those outside of the vocabulary; in_lower_case, in_other_case,
+    in_other_form: those of them that are in it in lower case, in any other case, or in another Unicode form.
+    frequent: the most frequent ones.
     """
 
     words: int
     unknown: int
     in_lower_case: int
+    in_other_case: int
     in_other_form: int
     whole: bool
     frequent: list[str] = field(default_factory=list)
@@ -86,18 +96,51 @@ class Order:
 
 
 @dataclass(frozen=True)
+class LateWord:
+    """Special word of a vocabulary that stands in a line far behind that of its count.
+
+    line: counted from 1. share: of the words and sentence ends of the training text.
+    """
+
+    word: str
+    line: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Mark of a sentence's begin or end that most sentences of a sample spell."""
+
+    word: str
+    count: int
+    sentences: int
+    whole: bool
+
+    def warning(self, key: str) -> str:
+        """Return a message about the text that the setting `key` names."""
+        of = "sentences" if self.whole else "sampled sentences"
+        return (
+            f"{key}: {self.count:,} of {self.sentences:,} {of} spell {self.word}: training adds sentence markers "
+            "itself; take them out of the text"
+        )
+
+
+@dataclass(frozen=True)
 class TextChecks:
     """Measures of the texts of a training, by the names train, valid and test.
 
     order: None where it was not measured. shared: the sentences of valid and test that stand in train, too.
-    in_lower_case: no word of the vocabulary has a capital letter. unspaced: for texts whose words are not separated,
-    the writing without spaces and an example.
+    in_lower_case: no word of the vocabulary has a capital letter. late: special words of the vocabulary that stand too
+    far down. markers: the texts that spell sentence markers. unspaced: for texts whose words are not separated, the
+    writing without spaces and an example.
     """
 
     unknown: dict[str, Unknown]
     shared: dict[str, Shared]
     order: Order | None
     in_lower_case: bool
+    late: LateWord | None
+    markers: dict[str, Marker]
     unspaced: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +155,8 @@ class TextChecks:
             {name: Shared(**fields) for name, fields in values["shared"].items()},
             None if values["order"] is None else Order(**values["order"]),
             values["in_lower_case"],
+            None if values["late"] is None else LateWord(**values["late"]),
+            {name: Marker(**fields) for name, fields in values["markers"].items()},
             {name: (str(writing), str(word)) for name, (writing, word) in values["unspaced"].items()},
         )
 
@@ -121,18 +166,21 @@ class TextChecks:
         whole = all(unknown.whole for unknown in self.unknown.values())
         return f"unknown words: {shares}" + ("" if whole else " (of a sample)")
 
-    def warnings(self, vocab: str, softmax: str) -> Iterator[str]:
+    def warnings(self, vocab: str, softmax: str, cure: str | None = None) -> Iterator[str]:
         """Yield a message for each mistake that the measures show.
 
-        vocab: the vocabulary, as messages name it. softmax: the value of softmax.kind.
+        vocab: the vocabulary, as messages name it. softmax: the value of softmax.kind. cure: what to do about unknown
+        words of data.train, where the vocabulary is no file that a user named.
         """
+        for name, marker in self.markers.items():
+            yield marker.warning(f"data.{name}")
         for name, unknown in self.unknown.items():
             # A lower-cased vocabulary leaves out a tenth of English text, and always the same words.
             lower_cased = self.in_lower_case and unknown.in_lower_case > _LOWER_CASED * unknown.words
             if unknown.share > UNKNOWN_WARNING or lower_cased:
                 yield (
                     f"data.{name}: {100 * unknown.share:.1f} % of the words are not in the vocabulary, {vocab} "
-                    f"(such as {', '.join(map(repr, unknown.frequent))}){_unknown_hint(unknown)}"
+                    f"(such as {', '.join(map(repr, unknown.frequent))}){_unknown_hint(unknown, cure, name)}"
                 )
         for name, (writing, word) in self.unspaced.items():
             yield (
@@ -149,6 +197,13 @@ class TextChecks:
                 f"the words of data.train, and the {_FIRST_LINES} most frequent words {100 * order.best:.1f} %; "
                 f"softmax.kind={softmax} {why}: sort the vocabulary by falling count, or set softmax.kind=full"
             )
+        elif self.late is not None and softmax != "full":
+            late = self.late
+            yield (
+                f"{vocab}: {late.word} stands in line {late.line:,}, and it is {100 * late.share:.1f} % of what is "
+                f"predicted; softmax.kind={softmax} takes the first lines for the most frequent: put "
+                f"{', '.join(SPECIAL_WORDS)} in the first lines, or set softmax.kind=full"
+            )
         for name, shared in self.shared.items():
             if shared.share > SHARED_WARNING:
                 yield (
@@ -158,13 +213,18 @@ class TextChecks:
                 )
 
 
-def _unknown_hint(unknown: Unknown) -> str:
+def _unknown_hint(unknown: Unknown, cure: str | None, name: str) -> str:
     if 2 * unknown.in_lower_case > unknown.unknown:
         part = 100 * unknown.in_lower_case / unknown.unknown
         return f"; in lower case {part:.0f} % of these are: is the vocabulary in lower case, and the text not?"
+    if 2 * (unknown.in_other_case + unknown.in_lower_case) > unknown.unknown:
+        part = 100 * (unknown.in_other_case + unknown.in_lower_case) / unknown.unknown
+        return f"; in upper or lower case {part:.0f} % of these are: spell text and vocabulary alike"
     if 2 * unknown.in_other_form > unknown.unknown:
         part = 100 * unknown.in_other_form / unknown.unknown
         return f"; in another Unicode form {part:.0f} % of these are: normalise text and vocabulary alike"
+    if cure is not None:
+        return f": {cure}" if name == "train" else ": is it text of the same kind, and split alike?"
     return ": is it the vocabulary of this text?"
 
 
@@ -179,7 +239,7 @@ def read_sample(corpus: Corpus) -> Sample:
         chosen = np.arange(len(corpus))
     each = SAMPLE_BYTES // max(1, len(chosen))
     counts: collections.Counter[str] = collections.Counter()
-    sentences = SentenceSampler()
+    sentences, n_sentences = SentenceSampler(), 0
     for index in chosen.tolist():
         block = corpus.block(index)
         end = block.end if whole else min(block.end, block.start + each)
@@ -189,8 +249,9 @@ def read_sample(corpus: Corpus) -> Sample:
         if block.start == 0:
             data = data.removeprefix(BYTE_ORDER_MARK)
         sentences.add(data)
+        n_sentences += count_lines(data)
         counts.update(data.decode("utf-8", "replace").replace("\0", REPLACEMENT).split())
-    return Sample(counts, sentences.sample(), whole)
+    return Sample(counts, sentences.sample(), n_sentences, whole)
 
 
 def check_texts(
@@ -209,7 +270,32 @@ def check_texts(
     order = None if is_counted or unknown["train"].share > 0.5 else _order(samples["train"], vocabulary)
     in_lower_case = all(word == word.lower() for word in vocabulary.words if word not in SPECIAL_WORDS)
     unspaced = {name: found for name, sample in samples.items() if (found := find_unspaced(sample.words)) is not None}
-    return TextChecks(unknown, _shared(samples, sentences), order, in_lower_case, unspaced)
+    late = None if is_counted else _late(samples["train"], unknown["train"], vocabulary)
+    markers = {name: marker for name, sample in samples.items() if (marker := sentence_marker(sample)) is not None}
+    return TextChecks(unknown, _shared(samples, sentences), order, in_lower_case, late, markers, unspaced)
+
+
+def sentence_marker(sample: Sample) -> Marker | None:
+    """Return the sentence marker that more than half of the sentences of a sample spell, or None."""
+    word = max(SENTENCE_MARKERS, key=lambda marker: sample.words.get(marker, 0))
+    count = sample.words.get(word, 0)
+    return Marker(word, count, sample.n_sentences, sample.whole) if 2 * count > sample.n_sentences else None
+
+
+def _late(sample: Sample, unknown: Unknown, vocabulary: Vocabulary) -> LateWord | None:
+    """Return the special word that stands farthest behind the place of its count, or None where they are in order.
+
+    `</S>` is predicted at the end of each sentence, `<S>` by the backward direction at its begin.
+    """
+    total = sum(sample.words.values()) + sample.n_sentences
+    counts = {"<S>": sample.n_sentences, "</S>": sample.n_sentences, UNKNOWN_WORD: unknown.unknown}
+    found: list[tuple[float, LateWord]] = []
+    for word, count in counts.items():
+        place = vocabulary.ids[word]
+        rank = sum(other > count for other in sample.words.values())
+        if count >= _LATE_SHARE * total and place >= max(_LATE_LINE, _LATE_TIMES * (rank + 1)):
+            found.append((count * np.log(place / (rank + 1)), LateWord(word, place + 1, count / total)))
+    return max(found, key=lambda each: each[0])[1] if found else None
 
 
 def _shared(samples: Mapping[str, Sample], sentences: Mapping[str, list[SentenceSample] | None]) -> dict[str, Shared]:
@@ -232,6 +318,8 @@ def _unknown(sample: Sample, vocabulary: Vocabulary) -> Unknown:
     ids = vocabulary.ids
     missing = {word: count for word, count in sample.words.items() if word not in ids or word == UNKNOWN_WORD}
     lower = other = 0
+    cased = 0
+    folded = {word.casefold() for word in ids} if 2 * sum(missing.values()) > sum(sample.words.values()) else set()
     for word, count in missing.items():
         if word == UNKNOWN_WORD:
             continue
@@ -239,9 +327,11 @@ def _unknown(sample: Sample, vocabulary: Vocabulary) -> Unknown:
             lower += count
         elif not word.isascii() and any(unicodedata.normalize(form, word) in ids for form in ("NFC", "NFD")):
             other += count
+        elif word.casefold() in folded:
+            cased += count
     frequent = [short(word, 40) for word, _ in collections.Counter(missing).most_common(3)]
     words = sum(sample.words.values())
-    return Unknown(words, sum(missing.values()), lower, other, sample.whole, frequent)
+    return Unknown(words, sum(missing.values()), lower, cased, other, sample.whole, frequent)
 
 
 def _order(sample: Sample, vocabulary: Vocabulary) -> Order | None:

@@ -30,6 +30,7 @@ SPECIAL_IN_OTHER_FORMS = {
     "<unk>": UNKNOWN_WORD,
     "<Unk>": UNKNOWN_WORD,
     "[UNK]": UNKNOWN_WORD,
+    "@@UNKNOWN@@": UNKNOWN_WORD,
 }
 """Words of other programs that are words like any other here, and the special words that may be meant."""
 
@@ -68,8 +69,9 @@ class Vocabulary:
         missing = [word for word in needed if word not in self.ids]
         if missing:
             where = self.path if self.path is not None else "vocabulary"
+            them = "it" if len(missing) == 1 else "them"
             raise DataError(
-                f"{where}: the vocabulary has no line {' and no line '.join(missing)}; add it at the top"
+                f"{where}: the vocabulary has no line {' and no line '.join(missing)}; add {them} at the top"
                 + _missing_hint(self.ids, missing)
             )
 
@@ -93,11 +95,14 @@ class Vocabulary:
     def read(cls, path: str | os.PathLike[str], needed: Iterable[str] = SPECIAL_WORDS) -> "Vocabulary":
         """Read a vocabulary file: one word a line, stripped; lines end with \\n, \\r\\n or \\r. It may be .gz or .zst.
 
-        The line `!!!MAXTERMID` is left out. Raises DataError when the file is missing, is not UTF-8 (the message names
-        the line), lacks a special word in `needed`, or begins with a byte order mark before one.
+        The line `!!!MAXTERMID` is left out. Raises DataError when the file is missing or empty, is not UTF-8 (the
+        message names the line), lacks a special word in `needed`, or begins with a byte order mark before one.
         """
         name = os.fspath(path)
-        words = (line.strip() for line in read_lines(path))
+        lines = read_lines(path)
+        if not lines:
+            raise DataError(f"{name}: the vocabulary is empty; its first lines are {', '.join(SPECIAL_WORDS)}")
+        words = (line.strip() for line in lines)
         return cls((word for word in words if word != SKIPPED_WORD), path=storage.absolute(name), needed=needed)
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -148,6 +153,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
         if not is_uri(path) and Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
             # Every process reads the vocabulary, and a pipe can be read only once.
             raise DataError(f"{name}: is no regular file but a pipe or a device; name a file")
+        if not is_uri(path) and Path(path).is_dir():
+            raise DataError(f"{name}: is a folder and no vocabulary; name the file in it, such as vocab.txt")
         data = unpacked_bytes(storage.read_bytes(path), name)
     except OSError as error:
         raise DataError(f"{name}: cannot read the vocabulary ({error.strerror})") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from collections.abc import Iterator
 
@@ -12,6 +13,9 @@ from elmo_ray.errors import DataError, short
 logger = logging.getLogger(__name__)
 
 _BLANKS = " \t\n\r\v\f"
+_JSON = re.compile(r"\s*[\[{]\s*(?:\"|$)")
+# A word and a number, or a number and a word, as in a CSV file.
+_COUNTED = re.compile(r"\S*[^\s\d]\S*[,;]\d+|\d+[,;]\S*[^\s\d]\S*")
 # So small a share of odd words is usual in a vocabulary that was counted on billions of words of the web.
 _FEW = 1e-4
 
@@ -19,10 +23,11 @@ _FEW = 1e-4
 def check_vocabulary_file(path: str, key: str = "data.vocab") -> None:
     """Refuse a vocabulary file whose lines are not words, and warn of lines that look wrong; messages name `key`.
 
-    Raises DataError, with file and line, for a line with a blank inside, an empty line, a word that stands twice, and a
-    byte order mark; and as `Vocabulary.read` does.
+    Raises DataError, with file and line, for a line with a blank inside, for words with counts, for an empty line, a
+    word that stands twice, and a byte order mark; for JSON; and as `Vocabulary.read` does.
     """
     lines = read_lines(path)
+    _check_format(lines, path)
     _check_blanks(lines, path)
     Vocabulary.read(path)  # Raises an error for missing special words.
     seen: dict[str, int] = {}
@@ -41,6 +46,20 @@ def check_vocabulary_file(path: str, key: str = "data.vocab") -> None:
         logger.info("%s=%s", key, message)
     for message in (*_form_hints(seen, path), *_blank_hints(seen, path)):
         logger.warning("%s=%s", key, message)
+
+
+def _check_format(lines: list[str], path: str) -> None:
+    """Raise DataError for JSON, as tokenizers keep their vocabulary, and for words with counts in a CSV file."""
+    if lines and _JSON.match(lines[0]) and (len(lines) == 1 or lines[-1].strip(_BLANKS) in ("}", "]")):
+        raise DataError(f"{path}: is JSON; write its words to a text file, one a line, the most frequent ones first")
+    counts = [number for number, line in enumerate(lines) if _COUNTED.fullmatch(line.strip(_BLANKS))]
+    # Some words of a text look so ("3,000"), but never most of them.
+    if 2 * len(counts) > len(lines):
+        first = lines[counts[0]].strip(_BLANKS)
+        raise DataError(
+            f"{path}, line {counts[0] + 1}: {short(repr(first), 60)}: {len(counts):,} of {len(lines):,} lines have a "
+            "number beside a comma: are these counts? Leave one word a line"
+        )
 
 
 def _check_blanks(lines: list[str], path: str) -> None:

@@ -122,7 +122,10 @@ class ElmoBiLm(nn.Module):
             raise ConfigError(f"precision={precision}: must be fp32 or bf16")
         if model is None:
             if options_file is None or weight_file is None:
-                raise ConfigError("options_file and weight_file are needed, or a module")
+                raise ConfigError(
+                    "options_file and weight_file are needed, or a module; Elmo.from_run(SOURCE) opens a run, a "
+                    "checkpoint or a folder of weights"
+                )
             model = read_bilm(options_file, weight_file).requires_grad_(requires_grad)
         if model.char_cnn is None and model.token_embedder is None and vocabulary is None:
             raise ConfigError("a model with word input needs its vocabulary")
@@ -300,7 +303,9 @@ class ElmoCharacterEncoder(nn.Module):
 
 def read_bilm(options_file: Path, weight_file: Path) -> BiLM:
     """Read the model of a published pair of files, each a path or a URL; without gradients. Raises FormatError."""
-    for place in (options_file, weight_file):
+    for name, place in (("options_file", options_file), ("weight_file", weight_file)):
+        if not isinstance(place, str | os.PathLike):
+            raise TypeError(f"{name} is {short(repr(place), 60)}; it must be a path or a URL")
         if os.path.isdir(place):
             raise ConfigError(f"{place}: is a folder; Elmo.from_run opens a run, a checkpoint or a folder of weights")
     options, weights = local_file(options_file), local_file(weight_file)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from elmo_ray.elmo.bilm import ElmoBiLm, Path, Precision
 from elmo_ray.elmo.layer import Elmo, batch_to_ids
+from elmo_ray.errors import ConfigError
 
 _PUBLISHED = (
     "https://allennlp.s3.amazonaws.com/models/elmo/2x4096_512_2048cnn_2xhighway/elmo_2x4096_512_2048cnn_2xhighway_"
@@ -80,7 +81,12 @@ class ElmoEmbedder:
     def embed_sentences(
         self, sentences: Iterable[Sequence[str]], batch_size: int = 64
     ) -> Iterator[NDArray[np.float32]]:
-        """Yield the arrays of `embed_batch` for any number of sentences, in their order."""
+        """Yield the arrays of `embed_batch` for any number of sentences, in their order.
+
+        Raises ConfigError for a batch_size below 1.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: must be 1 or more")
         waiting = iter(sentences)
         while batch := list(itertools.islice(waiting, batch_size)):
             yield from self.embed_batch(batch)

@@ -12,7 +12,8 @@ words, C characters, P projection, L layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -29,6 +30,8 @@ from elmo_ray.errors import ConfigError, short
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.token_embedder import BEGIN, END
+
+logger = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -64,12 +67,16 @@ def outside_of_graphs(function: Function) -> Function:
     return cast(Function, run)
 
 
+_WITHOUT_ORDER = (set, frozenset, Mapping)
+_NO_SENTENCES = (str, bytes, *_WITHOUT_ORDER)
+
+
 def check_sentences(batch: Any) -> None:
     """Raise TypeError, which names the place, unless `batch` holds sentences that are sequences of strings."""
     if batch is None or isinstance(batch, str | bytes):
         raise TypeError(f"{_shown(batch)} was given; sentences are a list of lists of words, as [['The', 'cat']]")
     for number, words in enumerate(batch):
-        check_words(words, f"sentence {number}")
+        _check_sentence(words, number)
 
 
 def checked_sentences(sentences: Any) -> Iterator[Sequence[str]]:
@@ -77,12 +84,31 @@ def checked_sentences(sentences: Any) -> Iterator[Sequence[str]]:
     if sentences is None or isinstance(sentences, str | bytes):
         check_sentences(sentences)
     for number, words in enumerate(sentences):
-        check_words(words, f"sentence {number}")
+        _check_sentence(words, number)
         yield words
+
+
+def _check_sentence(words: Any, number: int) -> None:
+    check_words(words, f"sentence {number}")
+    if len(words) == 1 and len(words[0].split()) > 1:
+        _warn_of_blanks(number, words[0])
+
+
+_undivided: list[str] = []
+"""The first sentence of which `_warn_of_blanks` has warned in this process."""
+
+
+def _warn_of_blanks(number: int, word: str) -> None:
+    """Warn, once in a process, of a sentence that is given as one word: no error, as a name may have a blank."""
+    if not _undivided:
+        _undivided.append(word)
+        logger.warning("sentence %d is one word with blanks in it, %s: give its words as a list", number, _shown(word))
 
 
 def check_words(words: Any, name: str) -> None:
     """Raise TypeError, in which `name` stands for them, unless `words` is a sequence of strings."""
+    if isinstance(words, _WITHOUT_ORDER):
+        raise TypeError(f"{name} is {_shown(words)}, which has no order; it must be a list of words")
     if isinstance(words, str | bytes) or not hasattr(words, "__len__"):
         raise TypeError(f"{name} is {_shown(words)}; it must be a list of words, as ['The', 'cat']")
     for place, word in enumerate(words):
@@ -267,7 +293,7 @@ def encode_sentences(
     positions [B] of each sentence. vocabulary: needed for word input, where words outside of it are `<UNK>`. Raises
     TypeError unless sentences are sequences of strings.
     """
-    if any(isinstance(words, str | bytes) or not hasattr(words, "__len__") for words in batch):
+    if any(isinstance(words, _NO_SENTENCES) or not hasattr(words, "__len__") for words in batch):
         check_sentences(batch)
     model = encoder.model
     embedder = model.token_embedder

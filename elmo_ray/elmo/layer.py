@@ -90,6 +90,9 @@ class Elmo(nn.Module):
                 "Elmo takes options_file, weight_file and num_output_representations; "
                 "Elmo.from_run(SOURCE) opens a run, a checkpoint or a folder of weights"
             )
+        _check_number("num_output_representations", num_output_representations)
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+            raise ConfigError(f"dropout={dropout!r}: must be a number from 0 to 1")
         if module is not None and (options_file is not None or weight_file is not None):
             raise ConfigError("options_file and weight_file are not read beside a module; give None for them")
         if module is None or isinstance(module, BiLM):
@@ -104,6 +107,11 @@ class Elmo(nn.Module):
                 precision=precision,
             )
         else:
+            if not all(hasattr(module, name) for name in ("num_layers", "get_output_dim")):
+                raise ConfigError(
+                    f"module is of the class {type(module).__name__}; it must be a BiLM, or have num_layers, "
+                    "get_output_dim() and a forward that returns activations and mask"
+                )
             self._elmo_lstm = module
         self._has_cached_vocab = vocab_to_cache is not None
         self._keep_sentence_boundaries = keep_sentence_boundaries
@@ -211,6 +219,8 @@ class Elmo(nn.Module):
         bilm: ElmoBiLm = self._elmo_lstm
         if bilm.vocabulary is None or not self._takes_words:
             return batch_to_ids(batch, bilm.max_characters)
+        if batch is not None and not hasattr(batch, "__len__"):
+            batch = list(batch)
         check_sentences(batch)
         ids, unk = bilm.vocabulary.ids, bilm.vocabulary.ids.get(UNKNOWN_WORD)
         for number, words in enumerate(batch):
@@ -277,11 +287,18 @@ def batch_to_ids(batch: Sequence[Sequence[str]], max_characters: int = 50) -> Te
     The ids are those of training plus one, and 0 for padding words. Raises TypeError, which names the place, unless a
     sentence is a list of strings.
     """
+    if batch is not None and not hasattr(batch, "__len__"):
+        batch = list(batch)
     check_sentences(batch)
-    if max_characters < 3:
-        raise ConfigError(f"max_characters={max_characters}: must be 3 or more, as a word's begin and end are two")
+    _check_number("max_characters", max_characters, 3, ", as a word's begin and end are two")
     lengths = np.fromiter(map(len, batch), np.int64, len(batch))
     words = list(itertools.chain.from_iterable(batch))
     ids = np.zeros((len(lengths), int(lengths.max(initial=0)), max_characters), np.int64)
     ids[np.arange(ids.shape[1]) < lengths[:, None]] = encode_with_markers(words, max_characters) + 1
     return torch.from_numpy(ids)
+
+
+def _check_number(name: str, value: Any, least: int = 1, why: str = "") -> None:
+    """Raise ConfigError unless the argument of this name is an integer of `least` or more."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ConfigError(f"{name}={value!r}: must be an integer, {least} or more{why}")

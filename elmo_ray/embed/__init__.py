@@ -54,6 +54,9 @@ from elmo_ray.storage import absolute_or_none, status
 from elmo_ray.storage.files import write_json
 from elmo_ray.text.tokenizers import NONE, describe_tokenizer
 
+_NOT_WRITTEN = (".npz", ".npy", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".pt", ".pkl", ".vec", ".gz", ".zip")
+"""Endings of names by which a user expects a file of another format, and no folder."""
+
 logger = logging.getLogger("elmo_ray.embed")  # __name__ is __main__ as a command
 
 
@@ -269,7 +272,12 @@ def _make_job(config: EmbedConfig, source: Source, form: TextForm, shard_folder:
 def _is_hdf5(config: EmbedConfig, out: Path) -> bool:
     if config.embed.format != "auto":
         return config.embed.format == "hdf5"
-    return out.suffix in (".hdf5", ".h5")
+    suffix = out.suffix.lower()
+    if suffix in _NOT_WRITTEN:
+        raise ConfigError(
+            f"out={out}: {suffix} files are not written; OUT is a file that ends in .hdf5, or a folder of Parquet files"
+        )
+    return suffix in (".hdf5", ".h5")
 
 
 def _fingerprint(source: Source) -> str:

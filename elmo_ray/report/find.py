@@ -38,10 +38,20 @@ def find_runs(names: Sequence[str]) -> list[str]:
         else:
             raise DataError(f"{name}: no such folder; is it a run?")
     if others and not places:
-        raise DataError(f"{others[0]}: no metrics/attempt-*.jsonl and no trials; is it a run?")
+        raise DataError(f"{others[0]}: no metrics/attempt-*.jsonl and no trials{_hint_at(Path(others[0]))}")
     for name in others:
         logger.warning("%s: is neither a run nor a sweep and is left out", name)
     return list(dict.fromkeys(places))
+
+
+def _hint_at(place: Path) -> str:
+    """Return which run a folder or file is in, or how the runs in a folder are named."""
+    parent = place.absolute().parent
+    if is_run(parent):
+        return f"; it is in the run {parent}: name that"
+    if place.is_dir() and any(is_run(inside) or is_sweep(inside) for inside in place.iterdir() if inside.is_dir()):
+        return f"; name the runs in it: '{place}/*'"
+    return "; is it a run?"
 
 
 def is_run(folder: Path) -> bool:

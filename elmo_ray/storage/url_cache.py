@@ -47,4 +47,7 @@ def _fetch(url: str, target: Path) -> None:
         with fsspec.open(url, "rb") as source, atomic_write(target, None) as temporary, open(temporary, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
     except Exception as error:  # each system of fsspec raises its library's exceptions
-        raise FormatError(f"{url}: cannot be fetched: {short(str(error)) or type(error).__name__}") from None
+        why = short(str(error))
+        if why in ("", short(url)):  # the message of some libraries is the URL itself
+            why = type(error).__name__
+        raise FormatError(f"{url}: cannot be fetched: {why}") from None

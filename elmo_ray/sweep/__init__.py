@@ -14,7 +14,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from elmo_ray.finetune import (
     training_settings,
 )
 from elmo_ray.machine import available_cores
-from elmo_ray.pretrain import NO_FLAGS, check_sizes, estimate, make_plan
+from elmo_ray.pretrain import NO_FLAGS, check_sizes, estimate_for, make_plan, measured
 from elmo_ray.report.trials import FAILED, FINISHED, INTERRUPTED, Trial, read_trials, table
 from elmo_ray.storage import absolute_or_none, is_uri, read_json
 from elmo_ray.storage.files import write_aside, write_json
@@ -154,7 +154,14 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
             raise ConfigError("\n".join(f"trial {number}: {line}" for line in str(error).split("\n"))) from None
     given = _given_values(config, base)
     if flags.dry_run:
-        return SweepPlan([{**given, **values} for values in planned], estimate(base, start))
+        sizes = measured(base, start)
+        one = estimate_for(base, sizes, start)
+        for number, trial in _distinct_sizes(config, planned, source, sizes.vocabulary):
+            try:
+                estimate_for(trial, sizes)
+            except ConfigError as error:
+                raise ConfigError(f"trial {number}: {error}") from None
+        return SweepPlan([{**given, **values} for values in planned], one)
     folder = open_run(config, flags.resume, flags.fresh)
     with folder.locked():
         settings: dict[str, Any] = {"config": config.tree(), "sweep": config.sweep.to_dict()}
@@ -198,16 +205,27 @@ def _check_sizes(
     config: SweepConfig, values: Sequence[dict[str, Any]], source: Source | None, prepared: prepare.PrepareResult
 ) -> None:
     """Check the sizes of trials with these values, those of the same sizes once. Raises ConfigError."""
+    for number, settings in _distinct_sizes(config, values, source, prepared.vocabulary_size):
+        try:
+            check_sizes(settings, prepared)
+        except ConfigError as error:
+            raise ConfigError(f"trial {number}: {error}") from None
+
+
+def _distinct_sizes(
+    config: SweepConfig, values: Sequence[dict[str, Any]], source: Source | None, n_words: int
+) -> Iterator[tuple[int, PretrainConfig]]:
+    """Yield numbers and settings of trials with these values, one of each size. n_words: size of the vocabulary."""
     seen = set()
-    for varied in values:
+    for number, varied in enumerate(values):
         given, settings = config.trial(varied), _trial_settings(config, varied, source)
         if isinstance(given, FinetuneConfig):
-            settings = fit_negatives(given, settings, prepared.vocabulary_size)
+            settings = fit_negatives(given, settings, n_words)
         train = settings.train
         sizes = settings.data.streams, train.unroll, train.accumulate, str(settings.model), str(settings.softmax)
         if sizes not in seen:
             seen.add(sizes)
-            check_sizes(settings, prepared)
+            yield number, settings
 
 
 def _check_same_sweep(path: Path, settings: dict[str, Any]) -> None:

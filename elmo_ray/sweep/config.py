@@ -99,8 +99,9 @@ _SHARED = (
     "data.train", "data.valid", "data.test", "data.vocab", "data.prepared_dir", "data.block_bytes", "data.on_error",
     "data.format", "data.column", "data.tokenizer", "data.language", "data.normalize",
     "data.holdout", "data.deduplicate", "data.min_count", "data.max_vocab", "train.validate_positions",
+    "model.bidirectional",
 )  # fmt: skip
-"""Keys that cannot vary: all trials share the prepared text and are compared on it."""
+"""Keys that cannot vary: all trials share the prepared text and are compared on it, in the same directions."""
 
 
 def _space(value: Any) -> dict[str, Any]:

@@ -98,14 +98,14 @@ def check_memory(config: PretrainConfig, memory: WorkerMemory, available: int, w
     use = max(memory.uses, key=lambda name: memory.uses[name])
     message = (
         f"a worker needs about {show_bytes(memory.total)} of memory ({show_bytes(memory.uses[use])} for {use}), and "
-        f"{whose} has {show_bytes(available)}: {_cure(config, use)}"
+        f"{whose} has {show_bytes(available)}: {_cure(config, use, memory.parameters)}"
     )
     if memory.total > 2 * available:
         raise ConfigError(message)
     logger.warning("%s", message)
 
 
-def _cure(config: PretrainConfig, use: str) -> str:
+def _cure(config: PretrainConfig, use: str, parameters: dict[str, int]) -> str:
     """Return the setting that lowers the memory of this use."""
     if use == "text":
         return f"lower data.streams={config.data.streams} or data.block_bytes={config.data.block_bytes}"
@@ -113,8 +113,16 @@ def _cure(config: PretrainConfig, use: str) -> str:
         if config.softmax.kind != "sampled":
             return f"set softmax.kind=sampled, or raise train.accumulate={config.train.accumulate}"
         return f"raise train.accumulate={config.train.accumulate}, or lower data.streams={config.data.streams}"
-    words = "name a smaller data.vocab" if config.data.vocab is not None else "set data.max_vocab"
-    return f"{words}, or lower model.lstm.dim={config.model.lstm.dim}"
+    tables = sum(parameters.get(name, 0) for name in ("softmax", "word_embedding"))
+    lstm = sum(count for name, count in parameters.items() if name.startswith("lstm."))
+    others = sum(parameters.values()) - tables - lstm
+    if tables > max(lstm, others):
+        words = "name a smaller data.vocab" if config.data.vocab is not None else "set data.max_vocab"
+        return f"{words}, or lower model.lstm.projection_dim={config.model.lstm.projection_dim}"
+    if others > lstm:
+        filters = [list(each) for each in config.model.char_cnn.filters]
+        return f"lower the counts in model.char_cnn.filters={filters}"
+    return f"lower model.lstm.dim={config.model.lstm.dim} or model.lstm.n_layers={config.model.lstm.n_layers}"
 
 
 def show_bytes(count: int) -> str:

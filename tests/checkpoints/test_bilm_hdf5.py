@@ -296,6 +296,7 @@ def test_word_vectors_and_weights_are_not_taken_for_each_other(tmp_path: Path) -
         (b'{"lstm": {}}', "is JSON and no HDF5 file; are options and weights swapped"),
         (bytes(8) + b'{"x": 1}', "is a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "is a pointer of Git LFS"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a page in HTML or XML, which some serv"),
         (b"", "is empty"),
         (b"the cat\n", "is no HDF5 file"),
     ],

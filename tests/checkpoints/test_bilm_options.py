@@ -215,6 +215,23 @@ def test_how_a_softmax_was_trained_is_no_part_of_the_model(
     assert f"runs/a/options.json: {key} is {shown}, which only training uses" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("section", "known", "written"),
+    [
+        ("lstm", "use_skip_connections", "useSkipConnections"),
+        ("char_cnn", "n_highway", "n-highways"),
+        ("", "char_cnn", "charCNN"),
+        ("", "bidirectional", "bidirectionnal"),
+    ],
+)
+def test_other_spellings(section: str, known: str, written: str) -> None:
+    options = changed("lstm.dim", 8)
+    place = options[section] if section else options
+    place[written] = place.pop(known, True)
+    with pytest.raises(FormatError, match=f"{section}.?'{written}' is not known; did you mean {known}"):
+        from_options(options)
+
+
 def test_a_misspelt_key_of_the_model_is_not_its_default() -> None:
     options = changed("lstm.use_skip_connections", ...)
     options["lstm"]["use_skip_connection"] = True

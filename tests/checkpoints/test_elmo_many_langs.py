@@ -172,6 +172,7 @@ BAD: dict[str, tuple[str, bytes | None, str]] = {
     "a dictionary of others": ("char.dic", b"a\t1\nb\t2\n", "char.dic: has no <bos>, <eos>, <oov>"),
     "a dictionary of bytes": ("char.dic", b"\xff\xfe\t1\n", "char.dic: is not UTF-8"),
     "a number without a row": ("word.dic", b"<oov>\t0\nmore\t99\n", "has 12 rows, and word.dic has the number 99"),
+    "rows without a number": ("word.dic", b"<oov>\t0\nmore\t9\n", "has 12 rows, and the numbers in word.dic end at 9"),
     "an empty pickle": ("encoder.pkl", b"", "encoder.pkl: is no pickle of tensors"),
     "a text": ("encoder.pkl", b"Not a pickle.\n", "encoder.pkl: is no pickle of tensors"),
     "a list": ("encoder.pkl", _pickled([1, 2]), "encoder.pkl: holds list, not tensors by name"),

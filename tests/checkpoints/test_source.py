@@ -129,6 +129,12 @@ def empty(run: Path) -> Path:
     return run.parent / "empty"
 
 
+def folder_with(run: Path, name: str) -> Path:
+    (run.parent / "theirs").mkdir()
+    (run.parent / "theirs" / name).write_bytes(b"x")
+    return run.parent / "theirs"
+
+
 def made(run: Path, name: str, content: bytes) -> Path:
     (run.parent / name).write_bytes(content)
     return run.parent / name
@@ -136,7 +142,32 @@ def made(run: Path, name: str, content: bytes) -> Path:
 
 MISTAKES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], type[ElmoRayError], str]] = {
     "nothing there": (lambda run: run / "nowhere", {}, ConfigError, "no such file or folder"),
-    "a folder of something else": (lambda run: run.parent, {}, ConfigError, "no run .*, no checkpoint"),
+    "a folder of something else": (
+        lambda run: folder_with(run, "x"),
+        {},
+        ConfigError,
+        r"no run .*, no checkpoint .*\(\*.index\)$",
+    ),
+    "a folder of runs": (lambda run: run.parent, {}, ConfigError, "; name one of the runs in it, such as .*/run$"),
+    "a folder in a run": (
+        lambda run: run / "checkpoints",
+        {},
+        ConfigError,
+        "; it is in a run or a checkpoint: name .*/run, with checkpoint=last or the name of one",
+    ),
+    "a folder with an archive": (
+        lambda run: folder_with(run, "model.tar.gz"),
+        {},
+        ConfigError,
+        "; unpack model.tar.gz first",
+    ),
+    "a module of TensorFlow Hub": (
+        lambda run: folder_with(run, "saved_model.pb"),
+        {},
+        ConfigError,
+        "; it is a SavedModel of TensorFlow",
+    ),
+    "weights of PyTorch": (lambda run: folder_with(run, "best.th"), {}, ConfigError, "; best.th is a file of PyTorch"),
     "TensorFlow": (tensorflow_folder, {}, FormatError, "options.json: is not JSON"),
     "unknown name": (
         lambda run: run,
@@ -220,8 +251,30 @@ def test_weights_and_options_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_no_source_at_all() -> None:
-    with pytest.raises(ConfigError, match=r"init.from is empty"):
-        open_source(None)
+    for nothing in (None, ""):
+        with pytest.raises(ConfigError, match=r"init.from is empty"):
+            open_source(nothing)
+    with pytest.raises(ConfigError, match="https://huggingface.co/a/b: write a model of the Hub as hf://OWNER/NAME"):
+        open_source("https://huggingface.co/a/b")
+
+
+def test_the_files_of_training_are_not_needed(run: Path) -> None:
+    best = run / "best"
+    there = {path.name for path in best.iterdir()}
+    (best / "optimizer.safetensors").write_bytes(b"x")  # damaged
+    source = open_source(run)
+    assert source.slots is not None
+    with pytest.raises(CheckpointError, match="optimizer.safetensors: has 1 bytes"):
+        source.slots()
+    for name in there - {"manifest.json", "config.yaml", "vocab.txt", "model.safetensors"}:
+        (best / name).unlink()
+    source = open_source(run)
+    assert source.has_softmax and source.vocabulary.words == WORDS and source.slots is None
+    with pytest.raises(CheckpointError, match="the file is missing"):
+        import_checkpoint(run, run.parent / "copy")
+    (best / "vocab.txt").unlink()
+    with pytest.raises(CheckpointError, match="vocab.txt: the file is missing"):
+        open_source(run)
 
 
 def test_names_that_others_give_their_files(tmp_path: Path) -> None:

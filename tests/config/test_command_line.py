@@ -305,7 +305,7 @@ def test_verbs_are_listed_and_exist(capsys: pytest.CaptureFixture[str]) -> None:
         ("pretrain", ["text.txt"], "text.txt line 1: must be a mapping .* text is given as data.train=text.txt"),
         ("pretrain", ["text.txt", "c.yaml"], "text.txt: is no CONFIG.yaml; text is given as data.train=text.txt"),
         ("pretrain", ["colons.txt"], "colons.txt line 1: .* text is given as data.train=colons.txt"),
-        ("pretrain", ["folder"], "folder: neither a file nor of the form key.path=value"),
+        ("pretrain", ["folder"], "folder: is a folder, and CONFIG.yaml is a file$"),
         ("finetune", ["folder", "c.yaml"], "folder: is a folder; the model to start from is given as init.from=folder"),
     ],
 )  # fmt: skip
@@ -347,6 +347,49 @@ def test_a_pipe_that_nobody_reads(arguments: list[str], code: int, repository: P
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr or b"") == (code, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["c.yaml", "--data.train=t.txt"],
+            "unknown flag --data.train=t.txt; a setting is written without -, as data.train",
+        ),
+        (
+            ["c.yaml", "--vocab_file", "v"],
+            "unknown flag --vocab_file; bilm-tf's --vocab_file is data.vocab, or init.vocab",
+        ),
+        (["c.yaml", "--workers", "2"], r"unknown flag --workers; pretrain has .*; settings are written key.path=value"),
+        (["c.yaml", "-"], "unknown flag -; standard input is not read; name a file"),
+        (["run"], "run: is a folder, and CONFIG.yaml is a file: name the one in it, run/config.yaml"),
+        (["options.json"], "options.json: is an options.json of bilm-tf; its options have other names here, as model."),
+        (["c.yaml", "train.batch_size=3"], "unknown key train.batch_size; here it is data.streams or evaluate.streams"),
+        (["c.yaml", "learning_rate=3"], "unknown key learning_rate; here it is optim.lr"),
+        (["c.yaml", "n_epochs=3"], "unknown key n_epochs; here it is train.duration"),
+    ],
+)
+def test_habits_of_other_programs(
+    arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("data: {train: t.txt, valid: v.txt, streams: 2}\n")
+    (tmp_path / "options.json").write_text('{"bidirectional": true, "lstm": {"dim": 8}, "n_epochs": 10}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=line) as caught:
+        parse(arguments, "pretrain", ROOTS["pretrain"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_to_a_full_disk(repository: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "elmo_ray", "--version"]
+        done = subprocess.run(
+            command, cwd=repository, stdout=full, stderr=subprocess.PIPE, timeout=120, check=False, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "error: the output cannot be written (No space left on device)\n")
 
 
 LEFT_OVER = """

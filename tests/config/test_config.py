@@ -77,9 +77,9 @@ def test_frozen() -> None:
         ({"data": {"block_bytes": 100}}, "data.block_bytes=100: must be an integer >= 4096 and <= 16777216"),
         (
             {"run": {"name": "a/b"}},
-            "run.name=a/b: must be letters, digits and . _ = + - (first a letter or digit), or null",
+            "run.name=a/b: must be of a-z A-Z 0-9 . _ = + - (first no sign; 200 at most), or null",
         ),
-        ({"run": {"name": "second try"}}, "run.name=second try: must be letters, digits and"),
+        ({"run": {"name": "second try"}}, "run.name=second try: must be of a-z A-Z 0-9"),
         ({"train": {"duration": "3 parsecs"}}, "train.duration=3 parsecs: must be a duration like"),
         ({"train": {"duration": "-3 steps"}}, "train.duration=-3 steps: must be a duration like"),
         ({"train": {"duration": 3}}, "train.duration=3: must be a duration like"),

@@ -207,10 +207,11 @@ def test_no_text_at_all(place: TextFolder, trained: Path, data: bytes, what: str
 
 
 @pytest.mark.parametrize("key", ["valid", "test"])
-def test_held_out_text_without_a_sentence_is_found_before_training(place: TextFolder, key: str) -> None:
-    (place.folder / "held-out").write_bytes(b"")
-    outcome = place.pretrain(f"data.{key}={place.folder}/held-out")
-    assert outcome.errors == [f"error: data.{key}={place.folder}/held-out: no sentence in 1 files"]
+def test_held_out_text_without_a_word_is_found_before_training(place: TextFolder, key: str) -> None:
+    for data in (b"", b"\n \n\n"):
+        (place.folder / "held-out").write_bytes(data)
+        outcome = place.pretrain(f"data.{key}={place.folder}/held-out")
+        assert outcome.errors == [f"error: data.{key}={place.folder}/held-out: no words in 1 files"]
     assert not (place.folder / "runs" / "tiny" / "metrics").exists()
 
 
@@ -341,11 +342,11 @@ VOCABULARIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "invalid UTF-8": (bytes_of(VOCABULARY + b"caf\xe9\n"), ", line 10: not UTF-8; convert the vocabulary to UTF-8"),
     "Mac line ends": (bytes_of((VOCABULARY + b"caf\xe9\n").replace(b"\n", b"\r")), ", line 10: not UTF-8; "),
-    "empty": (bytes_of(b""), ": the vocabulary has no line <S> and no line </S> and no line <UNK>; add it at the top"),
+    "empty": (bytes_of(b""), ": the vocabulary is empty; its first lines are <S>, </S>, <UNK>"),
     "no <UNK>": (bytes_of(VOCABULARY.replace(b"<UNK>", b"<unk>")), ": the vocabulary has no line <UNK>; add it at the"),
     "byte order mark": (bytes_of(b"\xef\xbb\xbf" + VOCABULARY), ", line 1: a byte order mark, which would be part of"),
     "gone": (lambda path: None, ": cannot read the vocabulary (No such file or directory)"),
-    "a directory": (Path.mkdir, ": cannot read the vocabulary (Is a directory)"),
+    "a directory": (Path.mkdir, ": is a folder and no vocabulary; name the file in it"),
     "a pipe": (os.mkfifo, ": is no regular file but a pipe or a device; name a file"),
 }
 

@@ -227,6 +227,19 @@ def test_expand_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
         expand_paths(["*.gz"], "data.valid")
     with pytest.raises(ConfigError, match=r"^data\.train=s\*: sub is a directory; name its files, as in sub/\*\.txt$"):
         expand_paths(["s*"])
+    with pytest.raises(ConfigError, match=r": sub is a directory; name its files, as in sub/\*\.txt$"):
+        expand_paths(["sub/**/"])
+    for pattern, hint in (
+        ("a.txt,b.txt", r"several files are given as a list: 'data.train=\[a.txt, b.txt\]'$"),
+        ("a.txt b.txt", r"several files are given as a list: 'data.train=\[a.txt, b.txt\]'$"),
+        ("{a,b}.txt", "{ } of a shell are no glob here: name the files in a list"),
+        ("$CORPUS/a.txt", r"environment variables are written \${NAME}$"),
+        ("none, none.txt", r"no file matches \(looked in .*\)$"),
+    ):
+        with pytest.raises(ConfigError, match=hint):
+            expand_paths([pattern])
+    with pytest.raises(ConfigError, match="several files are given as one glob in quotes"):
+        expand_paths(["a.txt,b.txt"], "in")
     for name in ("news [v2].d", "news v.d"):
         (tmp_path / name).mkdir()
     write(tmp_path, "x\n", "news [v2].d/d.txt")

@@ -46,6 +46,7 @@ OTHERS = {
     "word and tag": (b"the\tDET\ncat\tNOUN\n" * 3, "has 2 columns with tabs between them"),
     "CoNLL 2003": (b"-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\n", "is a CoNLL file with a word a line; "),
     "XML": (b'<?xml version="1.0"?>\n<text>\n', "is XML or HTML; "),
+    "fastText labels": (b"__label__a the cat\n" * 3, "begins every line with a label (__label__); take"),
     "a vocabulary": (b"<S>\n</S>\n<UNK>\nthe\n", "is a vocabulary "),
 }
 
@@ -80,3 +81,13 @@ def test_a_name_that_says_json_is_believed(tmp_path: Path) -> None:
     check_text(b"the cat sees .\n", "corpus.json")
     with pytest.raises(DataError, match="is JSON"):
         check_text(b"[1, 2,\n 3]\n", "corpus.json.gz")
+
+
+def test_csv_by_name_and_header() -> None:
+    for head in (b"id,text\n0,the cat sees\n", b'\xef\xbb\xbf"text";"label"\n"a cat";1\n'):
+        for name in ("corpus.csv", "corpus.csv.gz"):
+            with pytest.raises(DataError, match=f"^{name}: is a CSV file; write its sentences to a text file, one a"):
+                check_text(head, name)
+        check_text(head, "corpus.txt")
+    # Sentences in a file of this name, as bilm-tf takes them.
+    check_text(b"the cat , the dog\nyes,no maybe\n", "corpus.csv")

@@ -78,6 +78,52 @@ def test_another_unicode_form_is_told(tmp_path: Path) -> None:
     assert "in another Unicode form 100 % of these are" in told
 
 
+def test_another_case_is_told(tmp_path: Path) -> None:
+    lines = text(300, 1)
+    for change in (str.upper, str.title):
+        told, _ = warnings(checks(tmp_path, lines, text(40, 2), [change(word) for word in counted(lines)]))
+        assert told.endswith("; in upper or lower case 100 % of these are: spell text and vocabulary alike")
+
+
+def test_unknown_words_of_a_vocabulary_that_no_user_named(tmp_path: Path) -> None:
+    found = checks(tmp_path, ["the cat sees"] * 9, ["a dog"] * 9, ["the"])
+    train, valid = found.warnings("counted from data.train", "sampled", "raise data.max_vocab=4")
+    assert train.endswith("counted from data.train (such as 'cat', 'sees'): raise data.max_vocab=4")
+    assert valid.endswith("(such as 'a', 'dog'): is it text of the same kind, and split alike?")
+
+
+def test_special_words_far_down_the_vocabulary(tmp_path: Path) -> None:
+    train, valid = text(800, 1), text(80, 2)
+    samples = {
+        name: read_sample(corpus_of(tmp_path, name, lines)) for name, lines in (("train", train), ("valid", valid))
+    }
+    words = counted(train)
+
+    def found(order: list[str], is_counted: bool = False) -> TextChecks:
+        return check_texts(samples, Vocabulary(order), {"train": None, "valid": None}, is_counted)
+
+    (told,) = warnings(found([*words, *SPECIAL_WORDS]))
+    assert told.startswith(
+        f"data.vocab=words.txt: </S> stands in line {len(words) + 2}, and it is 7.7 % of what is predicted; "
+        "softmax.kind=sampled takes the first lines for the most frequent: put <S>, </S>, <UNK> in the first lines"
+    )
+    assert warnings(found([*words, *SPECIAL_WORDS]), "full") == warnings(found([*words, *SPECIAL_WORDS], True)) == []
+    assert warnings(found([*SPECIAL_WORDS, *words])) == warnings(found([*words[:9], *SPECIAL_WORDS, *words[9:]])) == []
+    # Without unknown words it does not matter where <UNK> stands; with many it does.
+    assert warnings(found(["<S>", "</S>", *words, "<UNK>"])) == []
+    (told,) = warnings(found(["<S>", "</S>", *words[5:], "<UNK>"]))[-1:]
+    assert "<UNK> stands in line " in told
+
+
+def test_sentence_markers_of_others(tmp_path: Path) -> None:
+    train, valid = text(100, 1), [f"[CLS] {line} [SEP]" for line in text(20, 2)]
+    assert checks(tmp_path, train, train, counted(train)).markers == {}
+    found = checks(tmp_path, train, valid, counted(train))
+    assert warnings(found)[0] == (
+        "data.valid: 20 of 20 sentences spell [CLS]: training adds sentence markers itself; take them out of the text"
+    )
+
+
 def test_order_of_the_vocabulary(tmp_path: Path) -> None:
     train, valid = text(800, 1), text(80, 2)
     own = counted(train)
@@ -138,7 +184,7 @@ def test_samples_of_large_texts_meet() -> None:
         for part in np.array_split(np.array(lines), n):
             sampler = SentenceSampler(kept=400)
             for piece in np.array_split(part, 5):
-                sampler.add("".join(f"  {line}\r\n" for line in piece).encode())
+                sampler.add("".join(f"  {line}\r\n" for line in piece).replace("n ", "n  ").encode())
             samples.append(sampler.sample())
         return samples
 

@@ -33,6 +33,10 @@ REFUSED = {
     "an empty line": ("the\n\ncat\n", "line 5: is empty"),
     "an empty last line": ("the\ncat\n\n", "line 6: is empty"),
     "a word twice": ("the\ncat\nthe \n", "line 6: 'the' stands in line 4 already"),
+    "words and counts of a CSV file": (
+        "the,120\ncat,11\nu.s.,3\n1,000,2\n",
+        r"line 4: 'the,120': 4 of 7 lines have a num",
+    ),
     "a byte order mark": ("\ufeffthe\n", "line 4: a byte order mark"),
 }
 
@@ -43,6 +47,24 @@ def test_what_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture, name:
     with pytest.raises(DataError, match=expected) as caught:
         check(tmp_path, SPECIAL + lines, caplog)
     assert str(caught.value).startswith(f"{tmp_path / 'words.txt'}, line ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"<S>": 0, "</S>": 1, "<UNK>": 2, "the": 3}', '{\n  "<S>": 0,\n  "the": 1\n}\n', '["<S>","</S>","<UNK>"]\n'],
+)
+def test_json_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    with pytest.raises(DataError, match="words.txt: is JSON; write its words to a text file, one a line, the most"):
+        check(tmp_path, text, caplog)
+
+
+def test_no_words_and_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(DataError, match="the vocabulary is empty; its first lines are <S>, </S>, <UNK>"):
+        check(tmp_path, "", caplog)
+    with pytest.raises(DataError, match="has no line <S> and no line </S> and no line <UNK>; add them at the top"):
+        check(tmp_path, "@@UNKNOWN@@\nthe\n", caplog)
+    with pytest.raises(DataError, match="is a folder and no vocabulary; name the file in it, such as vocab.txt"):
+        check_vocabulary_file(str(tmp_path))
 
 
 def test_what_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -57,6 +79,8 @@ def test_what_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_what_is_right(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert check(tmp_path, SPECIAL + "the\ncafé\ncat\n", caplog) == []
+    # Numbers with commas, and words that begin as JSON does.
+    assert check(tmp_path, SPECIAL + '1,000\n2,5\nthe\ncat\nsat\n,\n{\n[\n"\n', caplog) == []
     assert check(tmp_path, (SPECIAL + "the\n!!!MAXTERMID\ncat").replace("\n", "\r\n"), caplog) == []
     # A few odd words among very many are those of the web.
     many = "".join(f"word{number}\n" for number in range(20_000))

@@ -20,6 +20,7 @@ from helpers.saved_models import random_model, save_checkpoint
 import elmo_ray
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo import encoder
 from elmo_ray.elmo.bilm import ElmoBiLm, ElmoCharacterEncoder
 from elmo_ray.elmo.embedder import ElmoEmbedder, ElmoTokenEmbedder
 from elmo_ray.elmo.encoder import embed_sentences
@@ -428,6 +429,7 @@ NO_SENTENCES: dict[str, tuple[Any, str]] = {
     "no word": ([["b", "a", None]], "sentence 0, word 2 is None; a word is a string"),
     "a number": ([["a"], ["a", 3]], "sentence 1, word 1 is 3"),
     "bytes": ([["a", b"b"]], "sentence 0, word 1 is b'b'"),
+    "a set": ([{"a"}], "sentence 0 is {'a'}, which has no order; it must be a list of words"),
 }
 
 
@@ -565,3 +567,49 @@ def test_public_names() -> None:
     assert [name for name in dir(elmo_ray) if not name.startswith("_")] == names
     assert set(names) < set(elmo_ray.__all__)
     assert elmo_ray.LanguageModel is LanguageModel and elmo_ray.Elmo is Elmo
+
+
+def test_a_sentence_that_is_not_divided_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(encoder, "_undivided", [])
+    batch_to_ids([["The", "cat"], ["Rome"], ["New York", "is"]])
+    assert not caplog.records
+    for _ in range(2):
+        batch_to_ids([["a"], ["The cat sat ."]])
+    assert [record.getMessage() for record in caplog.records] == [
+        "sentence 1 is one word with blanks in it, 'The cat sat .': give its words as a list"
+    ]
+
+
+def test_sentences_may_come_one_by_one(tmp_path: Path) -> None:
+    assert torch.equal(batch_to_ids(iter(LINES[:2])), batch_to_ids(LINES[:2]))  # type: ignore[arg-type]
+    cached = Elmo.from_token_vectors(*FILES, *token_cache(tmp_path, WORDS))
+    assert torch.equal(cached.encode(iter([WORDS[3:]])), cached.encode([WORDS[3:]]))  # type: ignore[arg-type]
+
+
+NO_ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+    "no representations": ((*FILES, 0), {}, ConfigError, "num_output_representations=0: must be an integer, 1 or more"),
+    "half a one": ((*FILES, 1.5), {}, ConfigError, "num_output_representations=1.5: must be"),
+    "as text": ((*FILES, "2"), {}, ConfigError, "num_output_representations='2': must be"),
+    "dropout": ((*FILES, 1), {"dropout": 1.5}, ConfigError, "dropout=1.5: must be a number from 0 to 1"),
+    "no dropout": ((*FILES, 1), {"dropout": None}, ConfigError, "dropout=None: must be"),
+    "options as values": (
+        ({"lstm": {}}, FILES[1], 1),
+        {},
+        TypeError,
+        "options_file is {'lstm': {}}; it must be a path",
+    ),
+    "one file": ((FILES[0], None, 1), {}, ConfigError, "or a module; Elmo.from_run.SOURCE. opens a run"),
+    "a layer as module": ((None, None, 1), {"module": torch.nn.Linear(2, 2)}, ConfigError, "the class Linear; it must"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ARGUMENTS)
+def test_arguments_that_do_not_fit(name: str) -> None:
+    arguments, settings, error, message = NO_ARGUMENTS[name]
+    with pytest.raises(error, match=message):
+        Elmo(*arguments, **settings)
+
+
+def test_batches_of_no_sentences() -> None:
+    with pytest.raises(ConfigError, match="batch_size=0: must be 1 or more"):
+        list(ElmoEmbedder(*FILES).embed_sentences(LINES, batch_size=0))

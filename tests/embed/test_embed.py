@@ -364,6 +364,11 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
     assert "writes no vectors" in refused(
         checkpoint, text, tmp_path / "newer", "embed.output=surprisal", "embed.layers=top"
     )
+    for name in ("a.npz", "a.csv", "A.JSONL"):
+        assert "files are not written; OUT is a file that ends in .hdf5, or" in refused(
+            checkpoint, text, tmp_path / name
+        )
+    assert "Parquet" in refused(checkpoint, text, tmp_path / "a.HDF5", "embed.output=surprisal")
     assert "OUT is missing" in refused(checkpoint)
     assert "no file matches" in refused(checkpoint, tmp_path / "none*", tmp_path / "newer")
     assert not (tmp_path / "newer").exists() or not list((tmp_path / "newer").glob("part*"))

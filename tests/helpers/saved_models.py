@@ -26,8 +26,12 @@ def random_model(config: PretrainConfig, n_words: int, seed: int = 1, dtype: tor
 
 
 def save_checkpoint(folder: Path, config: PretrainConfig, words: Sequence[str], model: BiLM, step: int = 7) -> Path:
-    """A whole checkpoint as a run of one stream writes it."""
-    tensors = {"model.safetensors": dict(model.state_dict()), streams_name(0, 1): {"cell": torch.zeros(1, 2)}}
+    """A whole checkpoint as a run of one stream writes it, with slots for one parameter."""
+    tensors = {
+        "model.safetensors": dict(model.state_dict()),
+        "optimizer.safetensors": {"accumulator.softmax_bias": torch.ones(len(words))},
+        streams_name(0, 1): {"cell": torch.zeros(1, 2)},
+    }
     texts = {
         "config.yaml": config.to_yaml(),
         "vocab.txt": "".join(word + "\n" for word in words),

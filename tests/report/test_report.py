@@ -197,6 +197,8 @@ def test_runs_are_found_by_globs_and_each_once(
     for names, message in (
         (["n*"], "n[*]: matches no run"),
         (["prepared"], "is it a run"),
+        (["other"], r"no trials; name the runs in it: 'other/\*'"),
+        (["a/metrics"], f"; it is in the run {a}: name that"),
         (["a", "none"], "none: no"),
     ):
         with pytest.raises(DataError, match=message):

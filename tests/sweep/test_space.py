@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from elmo_ray.config import PretrainConfig
-from elmo_ray.config.command_line import load_config
+from elmo_ray.config.command_line import Flags, load_config
 from elmo_ray.config.finetune import FinetuneConfig
 from elmo_ray.errors import ConfigError
 from elmo_ray.report.trials import FAILED, FINISHED, INTERRUPTED, STOPPED, read_trials, table
-from elmo_ray.sweep import best_yaml
+from elmo_ray.sweep import best_yaml, run
 from elmo_ray.sweep.config import SweepConfig, draw_trials, parse_domain
 from elmo_ray.sweep.picture import draw
 from elmo_ray.sweep.trials import add_trial, best_of, end_trial, results, try_lost_again, write_results
@@ -82,6 +82,7 @@ def test_bad_domains(spec: Any, message: str) -> None:
         ({"data.train": {"choice": ["a", "b"]}}, {}, "sweep.space.data.train: trials share it"),
         ({"run.seed": {"randint": [1, 9]}}, {}, "sweep.space.run.seed: trials share it"),
         ({"init.from": {"choice": ["a"]}}, {}, "sweep.space.init.from: trials share it"),
+        ({"model.bidirectional": {"grid": [True, False]}}, {}, "sweep.space.model.bidirectional: trials share it"),
         ({"model.lstm.dim": {"choice": [8]}}, {}, "sweep.space.model.lstm.dim: the model is the source's"),
         (None, {"search": "grid"}, "sweep.search=grid needs choice or grid"),
         (
@@ -116,6 +117,26 @@ def test_trials_are_configurations_of_finetune_or_pretrain(tmp_path: Path) -> No
     assert type(made) is PretrainConfig and made.model.lstm.dim == 256
     grid = sweep_config({"train.dropout": {"grid": [0, 0.1]}, "optim.lr": {"choice": [1, 2]}}, search="grid")
     assert len(grid.planned_trials()) == 5
+
+
+def test_a_dry_run_refuses_the_sizes_of_any_trial(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("the cat sees a dog .\n" * 40, "utf-8")
+    (tmp_path / "v.txt").write_text("a cat sees the dog .\n", "utf-8")
+    values: dict[str, Any] = {
+        "run": {"storage_path": str(tmp_path / "runs")},
+        "data": {"train": str(tmp_path / "t.txt"), "valid": str(tmp_path / "v.txt"), "streams": 2},
+        "softmax": {"negatives": 2},
+        "cluster": {"workers": 1},
+        "sweep": {"space": {"data.streams": {"grid": [2, 9000]}}, "search": "grid", "trials": 3},
+    }
+    for space, problem in (
+        ({"data.streams": {"grid": [2, 9000]}}, r"^trial 2: data.streams=9000: an epoch has 280 positions, fewer "),
+        ({"softmax.negatives": {"grid": [4, 64]}}, r"^trial 2: softmax.negatives=64: must be below the number of wor"),
+    ):
+        config = SweepConfig.from_dict({**values, "sweep": {**values["sweep"], "space": space}})
+        with pytest.raises(ConfigError, match=problem):
+            run(config, Flags(dry_run=True))
+    assert not (tmp_path / "runs" / "sweep").exists()
 
 
 def write_metrics(folder: Path, perplexities: list[float], total: int = 40) -> None:

@@ -45,6 +45,21 @@ def test_memory_beside_that_of_the_machine(caplog: pytest.LogCaptureFixture) -> 
         check_memory(config, memory, 49, "this machine")
 
 
+@pytest.mark.parametrize(
+    ("largest", "cure"),
+    [
+        ("softmax", "set data.max_vocab, or lower model.lstm.projection_dim=8"),
+        ("lstm.1", "lower model.lstm.dim=16 or model.lstm.n_layers=2"),
+        ("highway", "lower the counts in model.char_cnn.filters=[["),
+    ],
+)
+def test_the_cure_is_about_the_largest_component(largest: str, cure: str) -> None:
+    parts = {"softmax": 1, "lstm.0": 1, "lstm.1": 1, "char_cnn": 1, "highway": 1, largest: 9}
+    with pytest.raises(ConfigError) as caught:
+        check_memory(tiny_config(), WorkerMemory(parts, {"parameters": 100}), 1, "this machine")
+    assert cure in str(caught.value)
+
+
 def test_small_blocks_need_less_memory() -> None:
     config = tiny_config(data__streams=100, data__block_bytes=131072)
     large, small = worker_memory(config, 50), worker_memory(config, 50, 1000)

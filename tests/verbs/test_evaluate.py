@@ -299,12 +299,15 @@ def test_numbers_that_say_little_come_with_a_warning(
     shutil.copytree(run_folder / "best", run_folder / "checkpoints" / "step-00000007-attempt-001")
     Corpus.from_shards([index_shard(str(long_texts[0]), 4096)]).save(run_folder / "train.npz")
     known, other = tmp_path / "known.txt", tmp_path / "other.txt"
+    marked = tmp_path / "marked.txt"
     known.write_text("the old garden .\n" * 20)
+    marked.write_text("<s> the old garden . </s>\n" * 20)
     other.write_text("THE OLD GARDEN .\n" * 20)
     messages = {}
     for name, texts in {
         "known": [known],
         "other": [other],
+        "marked": [marked],
         "all": long_texts[:1],
         "part": [known, *long_texts[:1]],
     }.items():
@@ -313,6 +316,9 @@ def test_numbers_that_say_little_come_with_a_warning(
         messages[name] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert messages["known"] == []
     assert len(messages["other"]) == 1 and "75 % of the words are unknown" in messages["other"][0]
+    assert messages["marked"][0].startswith(
+        "data.test: 20 of 20 sentences spell <s>: training adds sentence markers it"
+    )
     trained = {name: [m for m in each if "trained on" in m] for name, each in messages.items()}
     assert "long-0.txt: the run was trained on all of the text" in trained["all"][0]
     assert "trained on a part of the text" in trained["part"][0] and trained["other"] == []

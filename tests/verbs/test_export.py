@@ -141,6 +141,26 @@ def test_a_file_that_reads_back_otherwise_does_not_take_its_name(
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_folders_with_files_of_others_stay(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "vocab.txt").write_text("<S>\n</S>\n<UNK>\nmine\n")
+    for out, message in (
+        (tmp_path / "run", "is a run or a checkpoint; name a folder for the export alone, such as .*/run/export"),
+        (checkpoint, "is a run or a checkpoint"),
+        (tmp_path / "text", "has a vocab.txt of its own, which would be replaced; name a new folder"),
+        (tmp_path / "weights.hdf5", "OUT is a folder, into which weights.hdf5 and other files are written; name a fol"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        for write in (export_model, export.export_hub_folder):
+            if (write, out) != (export.export_hub_folder, checkpoint):  # which is the SOURCE itself
+                with pytest.raises(ConfigError, match=message):
+                    write(checkpoint, out)
+        assert sorted(tmp_path.rglob("*")) == before
+    export_model(checkpoint, tmp_path / "run" / "export")
+    export_model(checkpoint, tmp_path / "run" / "export")
+
+
 def test_a_folder_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match=r"out=.*file.*: cannot be written"):

@@ -362,9 +362,27 @@ def test_sentence_markers_in_the_text_are_told(folder: Path, caplog: pytest.LogC
     text = folder / "marked.text"
     text.write_text("<s> the cat sees <unk> </s>\n" * 50, "utf-8")
     prepare.run(configure(folder, data__train=str(text)))
-    markers, unknown = warnings_of(caplog)
+    unknown, markers = warnings_of(caplog)
     assert "data.train: 50 of 50 sentences spell <s>: training adds sentence markers itself" in markers
     assert "data.train: spells <unk> 50 times" in unknown
+    # The same with a vocabulary that is given, which makes unknown words of them.
+    vocabulary = folder / "given.txt"
+    vocabulary.write_text(
+        "<S>\n</S>\n<UNK>\n" + "".join(f"{word}\n" for word in "the cat sees a b c d".split()), "utf-8"
+    )
+    caplog.clear()
+    prepare.run(configure(folder, data__train=str(text), data__vocab=str(vocabulary)))
+    assert warnings_of(caplog)[0] == markers
+
+
+def test_lines_of_one_word_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = folder / "words.list"
+    words.write_text("".join(f"word{number}\n" for number in range(200)), "utf-8")
+    prepare.run(configure(folder, data__train=[str(folder / "*.txt"), str(words)]))
+    (told,) = [message for message in warnings_of(caplog) if "single words" in message]
+    assert told.startswith(
+        f"data.train: the lines of {words} are single words: is it a list of words, or text without "
+    )
 
 
 @pytest.mark.parametrize(

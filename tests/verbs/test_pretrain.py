@@ -178,7 +178,7 @@ def test_dry_run_shows_what_would_be_and_writes_no_run(config: Path, capsys: pyt
     [
         ("data.streams=100000", "data.streams=100000: an epoch has 5,"),
         ("softmax.negatives=5000", "softmax.negatives=5000: must be below the number of words"),
-        ("data.valid={folder}/train-2.txt.copy", "data.valid={folder}/train-2.txt.copy: no sentence in 1 files"),
+        ("data.valid={folder}/train-2.txt.copy", "data.valid={folder}/train-2.txt.copy: no words in 1 files"),
         ("data.valid={folder}/train-0.txt", "both name {folder}/train-0.txt"),
         ("data.min_count=100000", "data.min_count=100000: no word of data.train is seen so often"),
         ("train.unroll=65536 model.lstm.dim=65536", "this machine has"),

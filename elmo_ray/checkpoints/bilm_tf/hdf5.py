@@ -195,6 +195,8 @@ def _what_it_is(head: bytes, path: str) -> str:
         return "is a safetensors file; name the folder of the run or of the checkpoint that it belongs to"
     if b"git-lfs" in head:
         return "is a pointer of Git LFS and not the weights; git lfs pull gets them"
+    if head.lstrip()[:1] == b"<":
+        return "is a page in HTML or XML, which some servers send in place of a file; get the file again"
     return "is no HDF5 file; is it the right file, and whole?"
 
 

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _MAX_BYTES = 1 << 20
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _SECTIONS = {
+    "": ("lstm", "char_cnn", "bidirectional"),
     "lstm": ("use_skip_connections", "projection_dim", "cell_clip", "proj_clip", "dim", "n_layers"),
     "char_cnn": (
         "activation", "filters", "n_highway", "embedding", "n_characters", "max_characters_per_token",
@@ -50,6 +51,12 @@ def read_options(path: str | Path) -> dict[str, Any]:
             raise FormatError(f"{path}: is an HDF5 file and no options.json; are options and weights swapped?")
         if len(data) > _MAX_BYTES:
             raise FormatError(f"{path}: is larger than {_MAX_BYTES >> 20} MiB, which no options are")
+        if b"git-lfs" in data[:200]:
+            raise FormatError(f"{path}: is a pointer of Git LFS and no options.json; git lfs pull gets the file")
+        if data.lstrip()[:1] == b"<":
+            raise FormatError(
+                f"{path}: is a page in HTML or XML, which some servers send in place of a file; get the file again"
+            )
         options = json.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
@@ -140,13 +147,20 @@ def _note(source: str, key: str, value: Any, default: str) -> None:
 def _check_spelling(options: Mapping[str, Any], source: str) -> None:
     """Raise FormatError for a key that is not known and is almost the name of a key that is not there."""
     for section, known in _SECTIONS.items():
-        given = options.get(section)
+        given = options.get(section) if section else options
         if not isinstance(given, Mapping):
             continue
+        missing = {_plain(name): name for name in known if name not in given}
         for key in given.keys() - set(known):
-            near = difflib.get_close_matches(str(key), [name for name in known if name not in given], n=1, cutoff=0.85)
+            near = difflib.get_close_matches(_plain(str(key)), missing, n=1, cutoff=0.85)
             if near:
-                raise FormatError(f"{source}: {section}.{_short(key)} is not known; did you mean {near[0]}?")
+                place = f"{section}." if section else ""
+                raise FormatError(f"{source}: {place}{_short(key)} is not known; did you mean {missing[near[0]]}?")
+
+
+def _plain(key: str) -> str:
+    """Return a key without case and signs, as charCNN and char-cnn are char_cnn."""
+    return "".join(letter for letter in key.lower() if letter.isalnum())
 
 
 def to_options(
