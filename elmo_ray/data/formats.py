@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 
-from elmo_ray.errors import DataError
+from elmo_ray.errors import DataError, short
 
 # Bytes of a file's start that `check_text` looks at.
 HEAD_BYTES = 1 << 16
@@ -52,7 +52,9 @@ _FASTTEXT_LABEL = b"__label__"
 _CSV_HEADER = re.compile(rb"\"?\w+\"?(?:[,;]\"?\w+\"?)+")
 _CHECKED_LINES = 50
 # Fewer lines with the same tabs may be chance.
-_LINES_OF_TWO_COLUMNS, _LINES_OF_COLUMNS = 5, 3
+_LINES_OF_TWO_COLUMNS, _LINES_OF_COLUMNS, _LINES_OF_BLANK_COLUMNS = 5, 3, 20
+_DOCUMENT = re.compile(rb"<doc( [^<>]*)?>")
+_ZERO_SHARE = 5
 
 
 def check_magic(head: bytes, name: str) -> None:
@@ -79,6 +81,9 @@ def check_text(head: bytes, name: str) -> None:
     if head[257:262] == _TAR:
         raise DataError(f"{name}: is a tar archive; unpack it first")
     head = head.removeprefix(b"\xef\xbb\xbf")
+    # Letters of Latin and Cyrillic scripts have a zero byte or a few high ones in UTF-16.
+    if _ZERO_SHARE * head.count(b"\0") > len(head):
+        raise DataError(f"{name}: is UTF-16 or UTF-32, or no text, by its zero bytes; convert it to UTF-8 first")
     if head.lstrip().lower().startswith(_MARKUP):
         raise DataError(f"{name}: is XML or HTML; {_TAKE_OUT} first")
     lines = head.splitlines()
@@ -94,6 +99,13 @@ def check_text(head: bytes, name: str) -> None:
         raise DataError(
             f"{name}: begins every line with a label ({_FASTTEXT_LABEL.decode()}); take the labels out first"
         )
+    if len(full) >= _LINES_OF_COLUMNS and _DOCUMENT.fullmatch(full[0].strip()):
+        raise DataError(
+            f"{name}: has a line {short(full[0].strip().decode('utf-8', 'replace'), 40)} before each document, as "
+            "WikiExtractor writes; take these lines out first"
+        )
+    if any(not line.strip() for line in lines):
+        _check_blank_columns(full, name)
     _check_columns([line for line in full if not line.startswith(b"#")], name)
 
 
@@ -123,6 +135,13 @@ def _check_csv(lines: list[bytes], name: str) -> None:
     is_csv = name.removesuffix(".gz").removesuffix(".zst").lower().endswith(".csv")
     if is_csv and lines and _CSV_HEADER.fullmatch(lines[0].strip()):
         raise DataError(f"{name}: is a CSV file; {_TAKE_OUT} first")
+
+
+def _check_blank_columns(lines: list[bytes], name: str) -> None:
+    """Raise DataError if all lines of a file with empty lines have as many words, as a word and its tags have."""
+    counts = {len(line.split()) for line in lines}
+    if len(lines) >= _LINES_OF_BLANK_COLUMNS and len(counts) == 1 and 2 <= (count := counts.pop()) <= 10:
+        raise DataError(f"{name}: has {count} columns with blanks between them in every line; {_TAKE_OUT} first")
 
 
 def _check_columns(lines: list[bytes], name: str) -> None:

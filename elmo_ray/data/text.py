@@ -41,7 +41,9 @@ def decode(data: bytes, on_error: OnError, path: str, offset: int) -> tuple[str,
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         if on_error == "fail":
-            raise DataError(_bad_byte_message(path, offset + error.start, "not UTF-8")) from None
+            raise DataError(
+                _bad_byte_message(path, offset + error.start, "not UTF-8", "convert the file to UTF-8 (iconv)")
+            ) from None
         text = data.decode("utf-8", "replace")
         replaced = text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
     if "\0" in text:
@@ -192,6 +194,6 @@ def _became_shorter(file: BinaryIO) -> DataError:
     return DataError(f"{file.name}: became shorter while it was read; run prepare again")
 
 
-def _bad_byte_message(path: str, offset: int, problem: str) -> str:
+def _bad_byte_message(path: str, offset: int, problem: str, cure: str = "correct the file") -> str:
     where = f"{path}, line {line_number(path, offset)}" if storage.exists(path) else path
-    return f"{where}: {problem}; correct the file or set data.on_error=replace"
+    return f"{where}: {problem}; {cure}, or where only a few bytes are damaged, set data.on_error=replace"

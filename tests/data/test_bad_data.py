@@ -48,13 +48,25 @@ def link_to_nothing(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
-NOT_TEXT = "correct the file or set data.on_error=replace"
+NOT_TEXT = "or where only a few bytes are damaged, set data.on_error=replace"
 # What stands beside good text: its name's end, how it is made, and what the user reads after the file's name.
 REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "latin-1": (".txt", bytes_of(GOOD + b"caf\xe9 .\n" + GOOD), f", line 31: not UTF-8; {NOT_TEXT}"),
-    "a NUL": (".txt", bytes_of(GOOD + b"\na \0 .\n"), f", line 32: a NUL byte; {NOT_TEXT}"),
-    "cut in a character": (".txt", bytes_of(GOOD + "é".encode()[:1]), f", line 31: not UTF-8; {NOT_TEXT}"),
-    "latin-1 in gzip": (".txt.gz", bytes_of(gzip.compress(GOOD + b"\xe9\n")), f", line 31: not UTF-8; {NOT_TEXT}"),
+    "latin-1": (
+        ".txt",
+        bytes_of(GOOD + b"caf\xe9 .\n" + GOOD),
+        f", line 31: not UTF-8; convert the file to UTF-8 (iconv), {NOT_TEXT}",
+    ),
+    "a NUL": (".txt", bytes_of(GOOD + b"\na \0 .\n"), f", line 32: a NUL byte; correct the file, {NOT_TEXT}"),
+    "cut in a character": (
+        ".txt",
+        bytes_of(GOOD + "é".encode()[:1]),
+        f", line 31: not UTF-8; convert the file to UTF-8 (iconv), {NOT_TEXT}",
+    ),
+    "latin-1 in gzip": (
+        ".txt.gz",
+        bytes_of(gzip.compress(GOOD + b"\xe9\n")),
+        f", line 31: not UTF-8; convert the file to UTF-8 (iconv), {NOT_TEXT}",
+    ),
     "UTF-16": (".txt", bytes_of(GOOD.decode().encode("utf-16")), ": is UTF-16 or UTF-32; convert it to UTF-8 first"),
     "bzip2": (".txt.bz2", bytes_of(bz2.compress(GOOD)), ": is a bzip2 file; unpack it first"),
     "truncated gzip": (".gz", bytes_of(gzip.compress(GOOD)[:-20]), ": is truncated; get the whole file again"),

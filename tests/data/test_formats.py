@@ -46,6 +46,12 @@ OTHERS = {
     "word and tag": (b"the\tDET\ncat\tNOUN\n" * 3, "has 2 columns with tabs between them"),
     "CoNLL 2003": (b"-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\n", "is a CoNLL file with a word a line; "),
     "XML": (b'<?xml version="1.0"?>\n<text>\n', "is XML or HTML; "),
+    "UTF-16 without a mark": ("the cat sees a dog .\n".encode("utf-16-le"), "is UTF-16 or UTF-32, or no text, by its"),
+    "a word and its tags": (b"the DT O\ncat NN O\n\n" * 12, "has 3 columns with blanks between them in every line; "),
+    "WikiExtractor": (
+        b'<doc id="1" url="x">\nthe cat\n</doc>\n',
+        'has a line <doc id="1" url="x"> before each document',
+    ),
     "fastText labels": (b"__label__a the cat\n" * 3, "begins every line with a label (__label__); take"),
     "a vocabulary": (b"<S>\n</S>\n<UNK>\nthe\n", "is a vocabulary "),
 }
@@ -68,6 +74,9 @@ TEXTS = {
     "tabs between words": "the\tcat\tsees .\nthe\tdog .\n\tthe ship sinks\t.\n",
     "Chinese": "今天 天气 很 好 。\n我们 去 公园 。\n" * 5,
     "Thai": "วันนี้ อากาศ ดี\nเรา ไป สวน\n" * 5,
+    "a few zero bytes": "the cat\0 sees .\n" * 9,
+    "lines of two words": "the cat\na dog\n" * 30,
+    "a mark in a sentence": "the <doc> is a mark .\n<doc> too\n" * 5,
     "words of a list": "the\ncat\nsees\n",
 }
 
