@@ -209,8 +209,8 @@ def on_hosts(arguments: argparse.Namespace) -> int:
             whole.finish()
         except (RunEnded, SoakError, AssertionError) as error:
             problem, seconds = str(error), time.monotonic() - start
-        compare = other_text if elastic else differences
-        found = [problem] if problem else compare(whole.watch.folder, broken.watch.folder)
+        ends = whole.watch.folder, broken.watch.folder
+        found = [problem] if problem else other_text(*ends) if elastic else differences(*ends, planned=False)
     print(json.dumps(summary(arguments, results, found, seconds)), flush=True)
     return 1 if found else 0
 

@@ -17,16 +17,21 @@ SHOWN = 8
 """More differences than these of the last checkpoint, of the best and of the metrics are only counted."""
 
 
-def differences(left: Path, right: Path) -> list[str]:
+def differences(left: Path, right: Path, planned: bool = True) -> list[str]:
     """What differs between the ends of two runs, times apart; empty if nothing does.
 
     Compared are the newest checkpoints, the best ones, and what the metrics say of each step (of the newest attempt
-    that did it). Files are hashed first: CheckpointError where one is damaged.
+    that did it). Files are hashed first: CheckpointError where one is damaged. planned: whether both were
+    started with the same number of steps before them.
     """
     last = [newest_checkpoint(run / "checkpoints") for run in (left, right)]
     best = [open_checkpoint(run / "best") if (run / "best").is_dir() else None for run in (left, right)]
-    metrics = [f"metrics: {text}" for text in _of_records(records(left), records(right))]
+    metrics = [f"metrics: {text}" for text in _of_records(*(_records(run, planned) for run in (left, right)))]
     return [*_short(_of_checkpoints("last", *last)), *_short(_of_checkpoints("best", *best)), *_short(metrics)]
+
+
+def _records(run: Path, planned: bool) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if planned or k != "total_steps"} for record in records(run)]
 
 
 def other_text(left: Path, right: Path) -> list[str]:
