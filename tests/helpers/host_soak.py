@@ -140,14 +140,15 @@ class HostSoak(Soak):
         self.start_ray()  # a node that Ray has given up ends when it hears of it
         if self.watch.starts == starts:
             return goes_on and self.watch.step >= step + _MARGIN
-        return self.watch.trained
+        # An elastic run takes a host that is back by itself.
+        return self.watch.trained and all(workers_of(host) for host in (self.head, *self.others))
 
     def _lose_host(self, host: Host) -> dict[str, Any]:
+        starts, began = self.watch.starts, time.monotonic()
         host.kill()
-        starts = self.watch.starts
         if self.elastic:
             self._until(lambda: self.watch.starts > starts and self.watch.trained, f"no training without {host.name}")
-            return {"away": "until training"}
+            return {"away": "until training", "seconds_until_training_without": round(time.monotonic() - began, 1)}
         away = self.random.uniform(1, 30)
         time.sleep(away)
         return {"away": round(away, 1)}
