@@ -36,7 +36,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers.hosts import REPOSITORY, Host, Hosts, child_of, lines_of, wait_for
+from helpers.hosts import Host, Hosts, child_of, lines_of, recommended, wait_for, workers_of
 from helpers.soak_runs import Watch
 from helpers.tiny_runs import newest, sentences, tiny_values
 
@@ -56,12 +56,6 @@ def main() -> int:
             result = fault(kind, arguments, Path(folder))
         print(json.dumps(result, ensure_ascii=False), flush=True)
     return 0
-
-
-def recommended() -> dict[str, str]:
-    """Return the settings of `cluster/slurm.sbatch` by which Ray notices a lost host."""
-    text = (REPOSITORY / "cluster" / "slurm.sbatch").read_text()
-    return dict(re.findall(r"(RAY_health_check_\w+)=(\d+)", text))
 
 
 def fault(kind: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -188,18 +182,6 @@ def aftermath(
         if waited > LONGEST_S:
             return result | {"gave_up": waited}
         time.sleep(0.1)
-
-
-def workers_of(host: Host) -> list[int]:
-    """Return the process ids of the training workers on a host."""
-    found = []
-    for pid in host.processes():
-        try:
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-                found.append(pid)
-        except OSError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

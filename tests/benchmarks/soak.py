@@ -8,6 +8,13 @@ SIGINT to the driver (sigterm, sigint), kill -9 of one of them while a checkpoin
 in, an end cut off or a file deleted from the newest checkpoint while nothing runs (damage), kill -9 while starting
 (start). After a worker's death the run goes on by itself, after the others the command is given again with --resume.
 
+With --hosts the run is on so many test hosts (see `tests/helpers/hosts.py`; needs root), and its text, run and all else
+are in an S3 store on one more host. Drawn are then: a host without head killed, and back later (host), its cable out
+(cable), kill -9 of a worker (worker) or of the driver (driver), the head's processes killed (head), the cable of the
+store's host out (storage). --workers 2: the run waits for the host, and ends in the same bits. --workers '[1, 2]': it
+goes on with one worker meanwhile, and ends at the same text (cursors and audits of the streams). The run is interrupted
+first, so that --steps is not needed.
+
 One JSON line for each interruption: steps that were done again, seconds from the kill until a record of training (with
 the wait for the end of Ray's own processes, where the driver was killed). A last line sums up and tells whether model,
 slots, states, cursors, audits, best checkpoint and metrics are equal to the last bit; exit code 1 if not. Progress is
@@ -17,9 +24,11 @@ on stderr. Linux only; touches only processes that it has started itself.
 from __future__ import annotations
 
 import argparse
+import glob
 import itertools
 import json
 import logging
+import os
 import random
 import signal
 import statistics
@@ -33,9 +42,14 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers.same_runs import differences
+from helpers.host_soak import HOST_KINDS, HostSoak
+from helpers.hosts import Hosts, recommended
+from helpers.same_runs import differences, other_text
 from helpers.soak_runs import KINDS, RunEnded, Soak, SoakError
+from helpers.store_host import BUCKET, StoreHost
 
+from elmo_ray import storage
+from elmo_ray.data.sample import write_sample
 from elmo_ray.machine import available_cores
 
 REQUIRED = ("worker", "driver", "sigterm", "save", "damage")
@@ -65,6 +79,8 @@ CONFIG: dict[str, Any] = {
 
 def main() -> int:
     arguments = parse()
+    if arguments.hosts:
+        return on_hosts(arguments)
     logging.getLogger("elmo_ray").setLevel(logging.ERROR)  # that a damaged checkpoint is skipped is no news here
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # the run's processes are ended first
     out = Path(arguments.out or tempfile.mkdtemp(prefix="elmo-soak-")).resolve()
@@ -100,10 +116,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--corpus", metavar="GLOB", help="training text; default: the sample corpus")
     parser.add_argument("--vocab", metavar="FILE", help="default: counted from the text")
     parser.add_argument("--valid", metavar="FILE", help="held-out text; default: a part of the corpus")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=yaml.safe_load, default=2, help="with --hosts also '[1, 2]'")
+    parser.add_argument("--hosts", type=int, default=0, help="2 or more: on test hosts, with an object store")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each worker")
     parser.add_argument("--interruptions", type=int, default=20)
-    parser.add_argument("--kinds", help=f"in turn, separated by commas, out of {','.join(KINDS)}; default: all")
+    parser.add_argument("--kinds", help="in turn, separated by commas; default: all")
     parser.add_argument("--seed", type=int, default=1, help="of moments and kinds")
     gap = "mean steps between two of them; not below some seconds, in which a signal must be seen before the end"
     parser.add_argument("--gap", type=int, default=150, help=gap)
@@ -112,8 +129,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", metavar="DIR", help="for runs and logs; default: a new temporary folder")
     arguments = parser.parse_args()
     arguments.kinds = arguments.kinds.split(",") if arguments.kinds else []
-    if unknown := sorted({kind.split(":")[0] for kind in arguments.kinds} - set(KINDS)):
-        parser.error(f"--kinds: {unknown} are none of {KINDS}")
+    kinds = HOST_KINDS if arguments.hosts else KINDS
+    if unknown := sorted({kind.split(":")[0] for kind in arguments.kinds} - set(kinds)):
+        parser.error(f"--kinds: {unknown} are none of {kinds}")
+    if arguments.hosts == 1 or (not arguments.hosts and not isinstance(arguments.workers, int)):
+        parser.error("--hosts: 2 or more; '[1, 2]' for --workers is for them")
     if arguments.out and Path(arguments.out, "unbroken").exists():
         parser.error(f"--out: {arguments.out} has a soak already")
     return arguments
@@ -152,6 +172,74 @@ def command_line(arguments: argparse.Namespace, out: Path) -> list[str]:
     return settings
 
 
+def on_hosts(arguments: argparse.Namespace) -> int:
+    """The soak on hosts: the interrupted run, and then one of as many steps that nobody disturbs."""
+    out = Path(arguments.out or tempfile.mkdtemp(prefix="elmo-soak-")).resolve()
+    say(f"everything is in {out}")
+    chance, results, problem = random.Random(arguments.seed), list[dict[str, Any]](), None
+    elastic = not isinstance(arguments.workers, int)
+    with Hosts(out / "hosts", arguments.hosts + 1, network=f"10.{100 + os.getpid() % 100}.0") as hosts:
+        hosts.environment |= recommended()
+        *machines, store = hosts.all
+        os.environ.update(StoreHost(store).environment)  # for the watch, and to compare
+        settings = host_settings(arguments, out)
+        kinds = [kind for _ in range(arguments.interruptions) for kind in arguments.kinds or HOST_KINDS]
+        kinds = kinds[: arguments.interruptions]
+        chance.shuffle(kinds)
+        broken, whole = (
+            HostSoak(machines, store, [*settings, f"run.name={name}"], f"{BUCKET}/runs/{name}", arguments.seed, elastic)
+            for name in ("broken", "unbroken")
+        )
+        broken.start_ray()
+        start = time.monotonic()
+        try:
+            broken.start()
+            broken.trains(0)
+            for kind in kinds:
+                time.sleep(chance.uniform(0, 8))
+                results.append({"number": len(results) + 1, **broken.interrupt(kind)})
+                print(json.dumps(results[-1]), flush=True)
+            broken.stop()
+            steps = f"train.duration={broken.watch.step // 100 * 100 + 200} steps"
+            broken.start(steps)
+            broken.finish()
+            seconds = time.monotonic() - start
+            say(f"interrupted: {steps} in {seconds:.0f} s; now the run that nobody disturbs")
+            whole.start(steps)
+            whole.finish()
+        except (RunEnded, SoakError, AssertionError) as error:
+            problem, seconds = str(error), time.monotonic() - start
+        ends = whole.watch.folder, broken.watch.folder
+        found = [problem] if problem else other_text(*ends) if elastic else differences(*ends, planned=False)
+    print(json.dumps(summary(arguments, results, found, seconds)), flush=True)
+    return 1 if found else 0
+
+
+def host_settings(arguments: argparse.Namespace, out: Path) -> list[str]:
+    """What both runs on hosts are started with; the text is sent to the store."""
+    config = Path(arguments.config) if arguments.config else out / "soak.yaml"
+    if not arguments.config:
+        values = CONFIG | {"train": {**CONFIG["train"], "checkpoint_every": "40 steps"}}
+        config.write_text(yaml.safe_dump(values))
+    texts = sorted(glob.glob(arguments.corpus)) if arguments.corpus else write_sample(out / "sample").train
+    for text in texts:
+        storage.upload(Path(text), f"{BUCKET}/text/{Path(text).name}")
+    return [
+        str(config),
+        f"run.storage_path={BUCKET}/runs",
+        f"data.prepared_dir={BUCKET}/prepared",
+        f"data.train={BUCKET}/text/*",
+        "data.holdout=0.02",
+        "run.export=false",
+        "train.duration=1000000 steps",
+        f"cluster.workers={arguments.workers}",
+        "cluster.cpus_per_worker=1.2",  # one worker a host
+        f"cluster.threads={arguments.threads}",
+        f"cluster.max_failures={arguments.interruptions * TRIES}",
+        *(["cluster.resize_every_s=5"] if isinstance(arguments.workers, list) else []),
+    ]
+
+
 def planned(n: int, kinds: list[str], chance: random.Random) -> list[str]:
     """`n` kinds in random order: the given ones in turn; else the required ones up to 3 times each, then all."""
     given = itertools.cycle(kinds) if kinds else itertools.chain(REQUIRED * 3, KINDS[::-1], itertools.cycle(KINDS))
@@ -187,6 +275,7 @@ def summary(
         times.setdefault(result["kind"], []).append(result["seconds"])
     return {
         "workers": arguments.workers,
+        "hosts": arguments.hosts,
         "threads": arguments.threads,
         "seed": arguments.seed,
         "planned": arguments.interruptions,
@@ -198,6 +287,7 @@ def summary(
             for kind, values in sorted(times.items())
         },
         "seconds": round(seconds),
+        "compared": "text" if isinstance(arguments.workers, list) else "bits",
         "identical": not found,
         "differences": found,
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -130,6 +132,12 @@ class Host:
             if process is not None:
                 process.wait()
         self.ray = self._first = None
+
+    def kill_ray(self) -> None:
+        """End the processes of Ray, with workers and tasks, but not what was started beside it."""
+        ray = psutil.Process(self.ray.pid) if self.ray else None
+        for process in [*ray.children(recursive=True), ray] if ray else []:
+            with_suppress(os.kill, process.pid, signal.SIGKILL)
 
     def cable(self, plugged: bool) -> None:
         """Pull the host's network cable, or plug it in."""
@@ -257,6 +265,24 @@ def with_suppress(function: Callable[..., Any], *arguments: Any) -> None:
 def _ip(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+
+
+def recommended() -> dict[str, str]:
+    """Return the settings of `cluster/slurm.sbatch` by which Ray notices a lost host."""
+    text = (REPOSITORY / "cluster" / "slurm.sbatch").read_text()
+    return dict(re.findall(r"(RAY_health_check_\w+)=(\d+)", text))
+
+
+def workers_of(host: Host) -> list[int]:
+    """Return the process ids of the training workers on a host."""
+    found = []
+    for pid in host.processes():
+        try:
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
+                found.append(pid)
+        except OSError:
+            continue
+    return found
 
 
 def lines_of(output: str) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,18 +74,33 @@ def test_a_wrong_argument_ends_the_job_with_its_exit_code(slurm: Slurm, config: 
     assert "train.duration" in log(config)
 
 
-def test_near_its_end_a_job_saves_and_is_queued_again(slurm: Slurm, config: Path) -> None:
+def restarts(slurm: Slurm, number: int, times: int) -> None:
+    """Wait until the job was queued again so often, and let it start."""
+    wait_for(
+        lambda: slurm.job(number).get("Restarts") == str(times), lambda: f"queued again: {slurm.state(number)}", 120
+    )
+    # Slurm waits two minutes before it starts a job again; at once would be too early for the nodes
+    slurm.command("scontrol", "update", f"jobid={number}", "starttime=now+10")
+
+
+def test_a_job_is_queued_again_near_its_end_and_when_a_node_is_taken_away(slurm: Slurm, config: Path) -> None:
+    run = config.parent / "runs" / "queued"
     never = ("train.duration=1000000 steps", "train.checkpoint_every=900000 steps")
     number = submit(slurm, config, *never)
     wait_for_training(config, 1)
     # what Slurm sends before the end of the time, by --signal=B:USR1@600
     slurm.command("scancel", "--batch", "--signal=USR1", str(number))
-    wait_for(lambda: slurm.job(number).get("Restarts") == "1", lambda: f"queued again: {slurm.state(number)}", 120)
-    saved = newest(config.parent / "runs" / "queued").step
+    restarts(slurm, number, 1)
+    saved = newest(run).step
     assert saved > 0
-    # Slurm waits two minutes before it starts a job again; at once would be too early for the nodes
-    slurm.command("scontrol", "update", f"jobid={number}", "starttime=now+10")
     wait_for_training(config, 2)
     assert f"resume from step {saved} of" in log(config)
+
+    slurm.command("scontrol", "update", "nodename=nodeb", "state=down", "reason=test")
+    restarts(slurm, number, 2)
+    slurm.command("scontrol", "update", "nodename=nodeb", "state=resume")
+    wait_for_training(config, 3)
+    starts = re.findall(r"resume from step (\d+) of", log(config))
+    assert len(starts) == 2 and int(starts[1]) == newest(run).step >= saved
     slurm.command("scancel", str(number))
     assert slurm.wait(number, "CANCELLED", "COMPLETED", "FAILED")["JobState"] == "CANCELLED"

@@ -11,48 +11,29 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.hosts import REPOSITORY, Hosts, lines_of, need_hosts, wait_for
+from helpers.hosts import Hosts, lines_of, need_hosts, wait_for
+from helpers.store_host import StoreHost
 from helpers.tiny_runs import sentences, tiny_values
 
 pytestmark = [pytest.mark.slow, pytest.mark.hosts]
 
-KEY = {
-    "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}  # fmt: skip
 
-
-class Store:
-    """The server on a host of its own. tell: changes how it behaves, see `helpers.faulty_s3`."""
-
-    def __init__(self, hosts: Hosts) -> None:
-        self.host, self.control = hosts.all[1], hosts.folder / "s3"
-        self.held, ready = (hosts.folder / f"s3.{name}" for name in ("held", "ready"))
-        self.tell("well")
-        hosts.environment |= {**KEY, "AWS_ENDPOINT_URL": f"http://{self.host.address}:9000"}
-        hosts.environment["PYTHONPATH"] += f":{REPOSITORY / 'tests'}"
-        self.host.start(sys.executable, "-m", "helpers.faulty_s3", self.host.address, "9000", str(self.control))
-        wait_for(ready.exists, f"the server: {self.host.log}", 120)
-
-    def tell(self, word: str) -> None:
-        new = self.control.with_name("s3.new")
-        new.write_text(word)
-        new.rename(self.control)  # the server never reads half a word
+Behaviour = Callable[[StoreHost], object]
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreHost]:
     need_hosts()
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     with Hosts(tmp_path_factory.mktemp("store"), network="10.85.0") as hosts:
-        yield Store(hosts)
+        yield StoreHost(hosts.all[1])
 
 
 class Run:
     """A `pretrain` command on the first host, with its run in the store."""
 
-    def __init__(self, store: Store, folder: Path, name: str) -> None:
+    def __init__(self, store: StoreHost, folder: Path, name: str) -> None:
         self.store, self.host, self.log, self.name = store, store.host.hosts.all[0], folder / "log.txt", name
         (folder / "train.txt").write_text("".join(f"{line}\n" for line in sentences(400)))
         values = tiny_values(
@@ -95,7 +76,11 @@ class Run:
     ],
 )
 def test_a_store_that_is_away_while_a_checkpoint_is_sent(
-    store: Store, tmp_path: Path, name: str, broken: Callable[[Store], None], mended: Callable[[Store], None]
+    store: StoreHost,
+    tmp_path: Path,
+    name: str,
+    broken: Callable[[StoreHost], None],
+    mended: Callable[[StoreHost], None],
 ) -> None:
     run = Run(store, tmp_path, name)
     store.held.unlink(missing_ok=True)
@@ -113,7 +98,7 @@ def test_a_store_that_is_away_while_a_checkpoint_is_sent(
     assert re.search(r"trying again in \d+\.\d s", run.said())
 
 
-def test_a_third_of_the_requests_is_refused(store: Store, tmp_path: Path) -> None:
+def test_a_third_of_the_requests_is_refused(store: StoreHost, tmp_path: Path) -> None:
     run = Run(store, tmp_path, "slow")
     store.tell("slow")
     try:
@@ -123,7 +108,7 @@ def test_a_third_of_the_requests_is_refused(store: Store, tmp_path: Path) -> Non
     assert re.search(r"the object store does not answer well \(.*503.*\): trying again", run.said()), run.said()
 
 
-def test_a_wrong_key_is_one_line(store: Store, tmp_path: Path) -> None:
+def test_a_wrong_key_is_one_line(store: StoreHost, tmp_path: Path) -> None:
     run = Run(store, tmp_path, "denied")
     store.tell("denied")
     try:
