@@ -78,7 +78,14 @@ class WandbTracker:
             folder = self._run_dir / "wandb" / self._held[0]
             if folder.is_dir():
                 command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(folder)]
-                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+                done = subprocess.run(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    env={**os.environ, "WANDB_DIR": str(self._run_dir)},  # its logs would go to the working folder
+                )
                 if done.returncode:
                     raise OSError(f"wandb sync {folder}: {done.stderr.strip()}")
             self._held.pop(0)

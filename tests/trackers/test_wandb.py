@@ -118,6 +118,8 @@ def test_what_a_server_did_not_take_is_sent_by_the_next_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     server, run_dir = WandbServer(), tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text("optim: {lr: 0.25}\n")
@@ -153,6 +155,7 @@ def test_what_a_server_did_not_take_is_sent_by_the_next_start(
         write(4, 50)
     assert received() == [10, 20, 30, 40, 50] and not server.problems
     server.close()
+    assert not list((tmp_path / "here").iterdir()), "nothing is written outside of the run"
 
 
 @pytest.mark.slow
