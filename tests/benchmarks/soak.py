@@ -53,6 +53,7 @@ from elmo_ray.data.sample import write_sample
 from elmo_ray.machine import available_cores
 
 REQUIRED = ("worker", "driver", "sigterm", "save", "damage")
+GAP = 150
 TRIES = 4
 """To hit a save before it is done, or to find two whole checkpoints of which one can be damaged."""
 
@@ -79,10 +80,10 @@ CONFIG: dict[str, Any] = {
 
 def main() -> int:
     arguments = parse()
-    if arguments.hosts:
-        return on_hosts(arguments)
     logging.getLogger("elmo_ray").setLevel(logging.ERROR)  # that a damaged checkpoint is skipped is no news here
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # the run's processes are ended first
+    if arguments.hosts:
+        return on_hosts(arguments)
     out = Path(arguments.out or tempfile.mkdtemp(prefix="elmo-soak-")).resolve()
     settings = command_line(arguments, out)
     say(f"everything is in {out}")
@@ -123,7 +124,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kinds", help="in turn, separated by commas; default: all")
     parser.add_argument("--seed", type=int, default=1, help="of moments and kinds")
     gap = "mean steps between two of them; not below some seconds, in which a signal must be seen before the end"
-    parser.add_argument("--gap", type=int, default=150, help=gap)
+    parser.add_argument("--gap", type=int, help=f"{gap}; default: {GAP}")
     parser.add_argument("--steps", type=int, help="default: --gap for each interruption, and two more")
     parser.add_argument("--config", metavar="YAML", help="settings of the run instead of the small ones of this file")
     parser.add_argument("--out", metavar="DIR", help="for runs and logs; default: a new temporary folder")
@@ -134,7 +135,10 @@ def parse() -> argparse.Namespace:
         parser.error(f"--kinds: {unknown} are none of {kinds}")
     if arguments.hosts == 1 or (not arguments.hosts and not isinstance(arguments.workers, int)):
         parser.error("--hosts: 2 or more; '[1, 2]' for --workers is for them")
-    if arguments.out and Path(arguments.out, "unbroken").exists():
+    if arguments.hosts and (unused := [k for k in ("vocab", "valid", "steps", "gap") if getattr(arguments, k)]):
+        parser.error(f"--hosts: --{unused[0]} is not for it")
+    arguments.gap = arguments.gap or GAP
+    if arguments.out and any(Path(arguments.out, name).exists() for name in ("unbroken", "hosts")):
         parser.error(f"--out: {arguments.out} has a soak already")
     return arguments
 
