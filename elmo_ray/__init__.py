@@ -29,7 +29,7 @@ __all__ = [
     "batch_to_ids",
     "tokenize",
 ]
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 _MODULES = {
     "Elmo": "elmo.layer",
