@@ -33,7 +33,7 @@ _EMPTY = """
 import ray, ray.train
 from ray.train.torch import TorchTrainer
 def loop(): pass
-ray.init(include_dashboard=True, logging_level="ERROR", log_to_driver=False)
+ray.init("local", include_dashboard=True, logging_level="ERROR", log_to_driver=False)
 TorchTrainer(loop, scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}),
              run_config=ray.train.RunConfig(storage_path=STORAGE)).fit()
 """
