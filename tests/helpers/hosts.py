@@ -169,7 +169,8 @@ class Host:
 
     def mount(self, *arguments: str) -> None:
         """Mount something that only the Ray of this host sees."""
-        subprocess.run(["nsenter", "--mount", "--pid", f"--target={child_of(self.ray)}", "mount", *arguments], check=True)
+        enter = ["nsenter", "--mount", "--pid", f"--target={child_of(self.ray)}"]
+        subprocess.run([*enter, "mount", *arguments], check=True)
 
     def unmount(self, place: str | Path) -> None:
         enter = ["nsenter", "--mount", "--pid", f"--target={child_of(self.ray)}"]

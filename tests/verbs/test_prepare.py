@@ -478,8 +478,8 @@ def test_ray_tasks_find_the_same(
     assert found.train.fingerprint == here.train.fingerprint
     assert found.vocabulary_sha256 == here.vocabulary_sha256
     assert todo(config) == 0
-    (folder / "2.txt").write_bytes(b"a\n\0\n")
-    with pytest.raises(DataError, match=r"^\S+/2\.txt, line 2: a NUL byte; "):
+    (folder / "2.txt").write_bytes(b"some words\n" * 100 + b"\0\n")
+    with pytest.raises(DataError, match=r"^\S+/2\.txt, line 101: a NUL byte; "):
         prepare.run(config)
 
 
