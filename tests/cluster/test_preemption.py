@@ -72,10 +72,10 @@ def test_a_node_is_taken_away_with_a_notice(tmp_path: Path) -> None:
         seen("step +25")
         assert not saved()
         drain = ["ray", "drain-node", f"--address={cluster.address}", f"--node-id={spot.node_id}"]
-        drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=20"]
+        drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=30"]
         program = Path(sys.executable).parent / "ray"
         subprocess.run([program, *drain[1:]], check=True, capture_output=True, env=environment)
-        wait_for(saved, written, 15)
+        wait_for(saved, written, 25)
         at_once = newest(run).step
         seen("announced to be taken away in [0-9]+ s, with worker [01]: ")
         seen("resume from step [0-9]+ of")
