@@ -4,6 +4,7 @@ from elmo_ray.config.training import (
     COUNTED,
     SAMPLE,
     CharCnnConfig,
+    CheckpointName,
     ClusterConfig,
     ComputeConfig,
     DataConfig,
@@ -34,6 +35,7 @@ from elmo_ray.config.training import (
 __all__ = [
     "COUNTED",
     "CharCnnConfig",
+    "CheckpointName",
     "ClusterConfig",
     "ComputeConfig",
     "DataConfig",

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from elmo_ray.config.model import CharCnnConfig, LstmConfig, ModelConfig
 from elmo_ray.config.schema import Section, show
-from elmo_ray.config.training import COUNTED, SAMPLE, InitConfig, PretrainConfig
+from elmo_ray.config.training import COUNTED, SAMPLE, CheckpointName, InitConfig, PretrainConfig
 from elmo_ray.errors import ConfigError
 
 SOFTMAX_FIRST = 1000
@@ -57,9 +57,7 @@ class FinetuneConfig(PretrainConfig):
 
     model: SourceModelConfig = SourceModelConfig()
     init: FinetuneInitConfig = FinetuneInitConfig()
-    checkpoint: str = Field(
-        "best", min_length=1, description="Which checkpoint of a run to use: best, last, or its name."
-    )
+    checkpoint: CheckpointName = "best"
 
     def _contradictions(self) -> Iterator[str]:
         yield from super()._contradictions()

@@ -459,6 +459,11 @@ class EvalConfig(Section):
         return {"streams": "evaluate.reset=sentence depends on no stream"} if self.reset == "sentence" else {}
 
 
+CheckpointName = Annotated[
+    str, Field(min_length=1, description="Which checkpoint of a run to use: best, last, or its name.")
+]
+
+
 class InitConfig(Section):
     """Section `init`: where the weights come from. The key of `source` is `init.from`."""
 
@@ -549,9 +554,7 @@ class EvaluateConfig(Root):
     evaluate: EvalConfig = EvalConfig()
     cluster: ComputeConfig = ComputeConfig()
     init: InitConfig = InitConfig()
-    checkpoint: str = Field(
-        "best", min_length=1, description="Which checkpoint of a run to use: best, last, or its name."
-    )
+    checkpoint: CheckpointName = "best"
 
     def required(self) -> dict[str, str]:
         return {} if self.data.test else {"data.test": "set it to a glob of text files, or to `sample`"}
@@ -577,9 +580,7 @@ class ExportConfig(Root):
 
     cluster: TaskConfig = TaskConfig()
     init: InitConfig = InitConfig()
-    checkpoint: str = Field(
-        "best", min_length=1, description="Which checkpoint of a run to use: best, last, or its name."
-    )
+    checkpoint: CheckpointName = "best"
     out: str | None = Field(None, description="OUT: the folder to write.")
     export: FormatConfig = FormatConfig()
 

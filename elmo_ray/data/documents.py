@@ -20,7 +20,7 @@ from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
 from elmo_ray.data.text import BYTE_ORDER_MARK, MAX_LINE_BYTES, REPLACEMENT, OnError
 from elmo_ray.data.unpack import compression, read_pieces, unpacked_pieces
 from elmo_ray.errors import ConfigError, DataError, short
-from elmo_ray.text.tokenizers import NONE, describe_tokenizer, make_tokenizer
+from elmo_ray.text.tokenizers import NONE, Tokenizer, describe_tokenizer, remembered_tokenizer
 from elmo_ray.text.unspaced import UNSPACED_ADVICE, find_unspaced
 
 _JSONL_NAMES = (".jsonl", ".ndjson")
@@ -62,6 +62,14 @@ class TextForm:
     def converts(self, source: str) -> bool:
         """Return whether another text is made of the file before it is read as sentences."""
         return self.kind(source) != "text" or self.tokenizer not in (None, NONE) or bool(self.normalize)
+
+    def must_look_tokenised(self, source: str) -> bool:
+        """Return whether the file has documents, and no setting says how they are divided into words."""
+        return self.tokenizer is None and self.kind(source) != "text"
+
+    def make_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the texts, the same one for each file. Raises ConfigError as its making does."""
+        return remembered_tokenizer(self.tokenizer or NONE, self.language, self.normalize)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - it loads spaCy, and it is asked for every file
     def describe(self) -> dict[str, str]:
@@ -136,10 +144,9 @@ def tokenised_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterato
     `make_tokenizer` does.
     """
     source = piece.source
-    tokenizer = _tokenizer(form.tokenizer or NONE, form.language, form.normalize)
+    tokenizer = form.make_tokenizer()
     # The start of a file tells how it is written; so a file is judged alike, however it is cut.
-    is_checked = form.kind(source) != "text" and form.tokenizer is None and piece.start == 0
-    check = TokenisedCheck(source) if is_checked else None
+    check = TokenisedCheck(source) if form.must_look_tokenised(source) and piece.start == 0 else None
     for batch in _batches(read_documents(piece, form, counts), counts):
         found = tokenizer(batch)
         if check is not None:
@@ -149,10 +156,6 @@ def tokenised_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterato
         yield [text.encode() for text in texts if text]
     if check is not None:
         check.finish()
-
-
-# A tokenizer of spaCy takes a quarter of a second to make, and there may be thousands of files.
-_tokenizer = functools.lru_cache(maxsize=8)(make_tokenizer)
 
 
 def _batches(documents: Iterable[str | None], counts: Counts) -> Iterator[list[str]]:

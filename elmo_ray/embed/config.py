@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from elmo_ray.config import ComputeConfig, FormConfig, InitConfig
+from elmo_ray.config import CheckpointName, ComputeConfig, FormConfig, InitConfig
 from elmo_ray.config.model import Layers
 from elmo_ray.config.schema import Globs, Int, Names, Root, Section
 
@@ -82,9 +82,7 @@ class EmbedConfig(Root):
     embed: EmbedOptions = EmbedOptions()
     cluster: ComputeConfig = ComputeConfig()
     init: InitConfig = InitConfig()
-    checkpoint: str = Field(
-        "best", min_length=1, description="Which checkpoint of a run to use: best, last, or its name."
-    )
+    checkpoint: CheckpointName = "best"
     texts: Globs = Field(
         (), alias="in", description="IN: text with one sentence in each line, or .jsonl or .parquet files, or raw text."
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import collections
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -25,7 +24,7 @@ from elmo_ray.data.documents import Counts, TextForm, TokenisedCheck
 from elmo_ray.embed.documents import Documents, json_array, read_kept_documents
 from elmo_ray.errors import DataError, short
 from elmo_ray.storage.files import write_json
-from elmo_ray.text.tokenizers import NONE, SPACY, make_tokenizer
+from elmo_ray.text.tokenizers import SPACY
 from elmo_ray.text.unspaced import UNSPACED_ADVICE, find_unspaced
 
 logger = logging.getLogger("elmo_ray.embed")
@@ -36,8 +35,6 @@ _LOOKED_AT = 2000
 _LONGEST_KEPT = 1 << 20
 # Metadata of a schema whose values are JSON, as text.
 _JSON = {b"values": b"json"}
-
-_tokenizer = functools.lru_cache(maxsize=4)(make_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -133,9 +130,8 @@ def _add_documents(
     source: str, form: TextForm, keep: Sequence[str], unit_bytes: int, counts: Counts, writer: _Writer
 ) -> None:
     """Add all sentences of a file to a writer, and count its documents."""
-    tokenizer = _tokenizer(form.tokenizer or NONE, form.language, form.normalize)
-    is_checked = form.kind(source) != "text" and form.tokenizer is None
-    check = TokenisedCheck(source) if is_checked else None
+    tokenizer = form.make_tokenizer()
+    check = TokenisedCheck(source) if form.must_look_tokenised(source) else None
     looked_at: collections.Counter[str] = collections.Counter()
     for documents in read_kept_documents(source, form, keep, counts):
         writer.keep(documents, source)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from elmo_ray.config import DeviceConfig, InitConfig
+from elmo_ray.config import CheckpointName, DeviceConfig, InitConfig
 from elmo_ray.config.model import Layers
 from elmo_ray.config.schema import Int, Root, Section
 
@@ -55,6 +55,4 @@ class ServeConfig(Root):
     serve: ServeOptions = ServeOptions()
     cluster: ServeClusterConfig = ServeClusterConfig()
     init: InitConfig = InitConfig()
-    checkpoint: str = Field(
-        "best", min_length=1, description="Which checkpoint of a run to use: best, last, or its name."
-    )
+    checkpoint: CheckpointName = "best"

@@ -159,7 +159,7 @@ def tokenize(
     The arguments are the settings `data.language`, `data.tokenizer` and `data.normalize`; a tokenizer other than
     `spacy` needs `language=None`. Raises ConfigError for settings that cannot be used and for a missing library.
     """
-    return _remembered_tokenizer(tokenizer, language, tuple(normalize))([text])[0]
+    return remembered_tokenizer(tokenizer, language, tuple(normalize))([text])[0]
 
 
 def cut_document(text: str, size: int = _PIECE) -> Iterator[str]:
@@ -186,7 +186,8 @@ def cut_document(text: str, size: int = _PIECE) -> Iterator[str]:
         yield text[start:]
 
 
-_remembered_tokenizer = functools.lru_cache(maxsize=8)(make_tokenizer)
+remembered_tokenizer = functools.lru_cache(maxsize=8)(make_tokenizer)
+"""`make_tokenizer` that returns the same one again: spaCy's takes a quarter of a second to make."""
 
 
 def _normalize_and_split(

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.saved_models import random_model, save_checkpoint
+from helpers.saved_models import WORDS, random_model, save_checkpoint
 from helpers.tiny_runs import WORDS_UNTIED, sentences, tiny_config
 
 from elmo_ray import embed, evaluate, kernels
@@ -36,22 +36,6 @@ from elmo_ray.model.bilm import BiLM
 GOLDEN = Path(__file__).parents[1] / "golden"
 WEIGHTS = GOLDEN / "model" / "weights.hdf5"
 TEXT = GOLDEN / "own_text" / "text.txt"
-WORDS = ["<S>", "</S>", "<UNK>", "the", "dog", "cat", "sees", "house", ".", "old", "hears", "in", "garden"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the tests' own process
-
-
-@pytest.fixture(scope="module")
-def model() -> BiLM:
-    return random_model(tiny_config(), len(WORDS))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, model: BiLM) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("source") / "checkpoint", tiny_config(), WORDS, model)
 
 
 def here(source: Path, texts: Any, out: Path, **settings: Any) -> EmbedResult:

@@ -14,34 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import zstandard
-from helpers.saved_models import random_model, save_checkpoint
+from helpers.saved_models import WORDS, save_checkpoint
 from helpers.tiny_runs import sentences, tiny_config
 
 from elmo_ray.elmo.encoder import embed_sentences
 from elmo_ray.embed import main
 from elmo_ray.model.bilm import BiLM
 
-WORDS = ["<S>", "</S>", "<UNK>", "the", "dog", "cat", "sees", "house", ".", "old", "hears", "in", "garden"]
 RAW = ["The dog sees the cat. The cat hears!\n\nThe old house.", "It sleeps."]
 SPLIT = [["The dog sees the cat .", "The cat hears !", "The old house ."], ["It sleeps ."]]
 DAY = datetime.datetime(2024, 5, 17, 12, tzinfo=datetime.timezone.utc)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # of the tests' own process
-
-
-@pytest.fixture(scope="module")
-def model() -> BiLM:
-    return random_model(tiny_config(), len(WORDS))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, model: BiLM) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("source") / "checkpoint", tiny_config(), WORDS, model)
 
 
 def jsonl(path: Path, records: list[Any]) -> Path:

@@ -13,6 +13,9 @@ from elmo_ray.checkpoints.write import commit, write_rank_files
 from elmo_ray.config import PretrainConfig
 from elmo_ray.model.bilm import BiLM
 
+WORDS = ["<S>", "</S>", "<UNK>", "the", "dog", "cat", "sees", "house", ".", "old", "hears", "in", "garden"]
+"""Words of small models."""
+
 
 def random_model(config: PretrainConfig, n_words: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> BiLM:
     """All parameters are random, biases too, so that nothing is zero by chance."""
