@@ -10,7 +10,7 @@ same name in YAML, overrides, errors and `--help`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -274,11 +274,6 @@ class OptimConfig(Section):
     momentum: float = Field(0.0, ge=0, lt=1, description="The momentum of sgd: how much of a step goes on in the next.")
     schedule: ScheduleConfig = ScheduleConfig()
     part_lr: PartRates = PartRates()
-
-    @property
-    def n_slots(self) -> int:
-        """Number of values that the optimizer keeps for each parameter, at most."""
-        return {"adagrad": 1, "adamw": 2, "sgd": 1 if self.momentum else 0}[self.name]
 
     def _unused(self) -> dict[str, str]:
         unused = {}
@@ -609,10 +604,6 @@ class ReportConfig(Root):
         for name in self.to:
             if name not in SENT_TO:
                 yield f"to={show(name)}: must be among {', '.join(SENT_TO)}"
-
-
-if TYPE_CHECKING:
-    pass
 
 _TABLE_PARTS = ("word_embedding", "softmax")
 
