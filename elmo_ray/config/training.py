@@ -605,6 +605,7 @@ class ReportConfig(Root):
             if name not in SENT_TO:
                 yield f"to={show(name)}: must be among {', '.join(SENT_TO)}"
 
+
 _TABLE_PARTS = ("word_embedding", "softmax")
 
 
