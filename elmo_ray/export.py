@@ -36,9 +36,10 @@ from elmo_ray.cluster.session import check_room, in_cluster
 from elmo_ray.cluster.tasks import run_tasks
 from elmo_ray.config import ExportConfig, PretrainConfig
 from elmo_ray.config.command_line import Flags, run_verb
+from elmo_ray.config.schema import flatten, show
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.encoder import embed_sentences
-from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError
+from elmo_ray.errors import CheckpointError, ConfigError, DataError, FormatError, short
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.storage import absolute, absolute_or_none
 from elmo_ray.storage.files import write_json
@@ -404,7 +405,9 @@ def _compare(source: Source, folder: Path) -> float:
     if different:
         raise FormatError(f"{folder}: read back, {', '.join(different)} differ from the model; not exported")
     if back.config != source.config:
-        raise FormatError(f"{folder}: read back, {OPTIONS} describes another model; not exported")
+        read, wanted = (flatten(model.to_dict(), "model.") for model in (back.config, source.config))
+        lost = short(", ".join(f"{key}={show(value)}" for key, value in wanted.items() if read.get(key) != value), 200)
+        raise FormatError(f"{folder}: read back, {OPTIONS} describes another model, without {lost}; not exported")
     if back.vocabulary.sha256 != source.vocabulary.sha256:
         raise FormatError(f"{folder}: read back, {VOCABULARY} has other words; not exported")
     ours, theirs = (_embed(model, source.vocabulary) for model in (source.model, back.model))

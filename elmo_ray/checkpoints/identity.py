@@ -14,6 +14,7 @@ import torch
 from elmo_ray import __version__, kernels
 from elmo_ray.checkpoints.read import Checkpoint
 from elmo_ray.config import PretrainConfig
+from elmo_ray.config.model import ModelConfig
 from elmo_ray.config.schema import flatten, show
 from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.errors import CheckpointError, ConfigError, short
@@ -35,20 +36,14 @@ def identity(config: PretrainConfig, corpus_fingerprint: str, vocabulary_sha256:
         "softmax.tied": config.softmax.tied,
         # the kinds with a table of words have the same parameters, and may follow each other
         **({"softmax.kind": config.softmax.kind} if config.softmax.kind == "adaptive" else {}),
-        **_model_settings(config),
+        **flatten(config.model.to_dict(), "model."),
     }
-
-
-def _model_settings(config: PretrainConfig) -> dict[str, Any]:
-    found = flatten(config.model.to_dict(), "model.")
-    # checkpoints from before there was this setting do not have it, and are models with the projection
-    if found.get("model.char_cnn.projection") is True:
-        del found["model.char_cnn.projection"]
-    return found
 
 
 TEXT_KEYS = ("data.train", "data.vocab")
 """Keys of `identity` whose values are known only when the text is prepared."""
+
+_MODEL_DEFAULTS = flatten(ModelConfig().to_dict(), "model.")
 
 
 def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without: Collection[str] = ()) -> None:
@@ -60,6 +55,8 @@ def check_identity(checkpoint: Checkpoint, expected: Mapping[str, Any], without:
     saved = checkpoint.manifest.get("identity")
     if not isinstance(saved, dict):
         raise CheckpointError(f"{checkpoint.place}: its manifest does not say of which run it is")
+    # checkpoints from before there was a setting of the model do not have it, and are models with its default
+    saved = {**{key: value for key, value in _MODEL_DEFAULTS.items() if key in expected}, **saved}
     keys = [key for key in dict.fromkeys([*expected, *map(str, saved)]) if saved.get(key) != expected.get(key)]
     keys = [key for key in keys if key not in without]
     if "data.train" in keys and "data.vocab" in keys:

@@ -26,6 +26,7 @@ from elmo_ray.config.schema import REMOVED, RENAMED, Key, Root, is_null, keys, s
 from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.errors import ConfigError, ElmoRayError, short
 from elmo_ray.storage.files import write_json
+from elmo_ray.text.records import FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ RootT = TypeVar("RootT", bound=Root)
 
 _OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_.]*)=(.*)$", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_TEXT_ENDS = (".txt", ".gz", ".zst", ".jsonl", ".parquet")
+_TEXT_ENDS = (".txt", ".gz", ".zst", *(ending for each in FORMATS.values() for ending in each.endings))
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """Folder of the configurations that come with the package; in a checkout it is a link to configs/."""
 

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field
 from elmo_ray.config.model import LARGE, CharCnnConfig, DropoutRates, LstmConfig, ModelConfig, PartRates, Reset, Workers
 from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, Section, as_names, show
 from elmo_ray.errors import ConfigError
+from elmo_ray.text.records import FORMATS
 from elmo_ray.text.tokenizers import NORMALIZATIONS
 
 __all__ = [
@@ -90,6 +91,10 @@ class RunConfig(StorageConfig):
                 yield f"run.report_to={show(name)}: must be among {', '.join(TRACKERS)}"
 
 
+# mypy takes no names that are computed
+FormatName = str if TYPE_CHECKING else Literal[("auto", *FORMATS)]
+_FORMAT_ENDINGS = [ending for each in FORMATS.values() for ending in each.endings]
+
 _TOKENIZERS = "none, spacy, package.module:function, or null"
 
 
@@ -100,8 +105,8 @@ class FormConfig(Section):
     on_error: Literal["fail", "replace"] = Field(
         "fail", description="What happens at bytes that are not UTF-8 and at NULs: an error, or a replacement."
     )
-    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
-        "auto", description="Format of the texts; auto: by their names (.jsonl, .ndjson, .parquet)."
+    format: FormatName = Field(
+        "auto", description=f"Format of the texts; auto: by their names ({', '.join(_FORMAT_ENDINGS)})."
     )
     column: str = Field(
         "text", min_length=1, description="The column of JSONL and Parquet files with the text; a.b is one inside a."
@@ -274,11 +279,6 @@ class OptimConfig(Section):
     momentum: float = Field(0.0, ge=0, lt=1, description="The momentum of sgd: how much of a step goes on in the next.")
     schedule: ScheduleConfig = ScheduleConfig()
     part_lr: PartRates = PartRates()
-
-    @property
-    def n_slots(self) -> int:
-        """Number of values that the optimizer keeps for each parameter, at most."""
-        return {"adagrad": 1, "adamw": 2, "sgd": 1 if self.momentum else 0}[self.name]
 
     def _unused(self) -> dict[str, str]:
         unused = {}
@@ -610,9 +610,6 @@ class ReportConfig(Root):
             if name not in SENT_TO:
                 yield f"to={show(name)}: must be among {', '.join(SENT_TO)}"
 
-
-if TYPE_CHECKING:
-    pass
 
 _TABLE_PARTS = ("word_embedding", "softmax")
 

@@ -20,11 +20,10 @@ from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
 from elmo_ray.data.text import BYTE_ORDER_MARK, MAX_LINE_BYTES, REPLACEMENT, OnError
 from elmo_ray.data.unpack import compression, read_pieces, unpacked_pieces
 from elmo_ray.errors import ConfigError, DataError, short
+from elmo_ray.text.records import FORMATS, format_of
 from elmo_ray.text.tokenizers import NONE, Tokenizer, describe_tokenizer, remembered_tokenizer
 from elmo_ray.text.unspaced import UNSPACED_ADVICE, find_unspaced
 
-_JSONL_NAMES = (".jsonl", ".ndjson")
-_PARQUET_NAMES = (".parquet", ".parq")
 _READ_BYTES = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Rows of a Parquet file that are read at a time; a row may be a book.
@@ -51,13 +50,8 @@ class TextForm:
     on_error: OnError = "fail"
 
     def kind(self, source: str) -> str:
-        """Return `text`, `jsonl` or `parquet`."""
-        if self.format != "auto":
-            return self.format
-        name = storage.base_name(source).removesuffix(".gz").removesuffix(".zst").lower()
-        if name.endswith(_JSONL_NAMES):
-            return "jsonl"
-        return "parquet" if name.endswith(_PARQUET_NAMES) else "text"
+        """Return which one of `FORMATS` the file has."""
+        return format_of(storage.base_name(source)) if self.format == "auto" else self.format
 
     def converts(self, source: str) -> bool:
         """Return whether another text is made of the file before it is read as sentences."""
@@ -127,14 +121,14 @@ class Counts:
 def read_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterator[str | None]:
     """Yield the documents of a piece of a file in their order, None for null.
 
-    A document is a line of text, the column of a JSON object, or that of a row of Parquet. Raises DataError, with the
+    A document is a line of text, the column of a record, or that of a row of Parquet. Raises DataError, with the
     file and the line or row, for what cannot be read. counts: `bad` and `replaced` are counted here.
     """
     reader = DocumentReader(piece, form, counts)
     kind = form.kind(piece.source)
     if kind == "parquet":
         return reader.parquet()
-    return reader.jsonl() if kind == "jsonl" else reader.text()
+    return reader.text() if kind == "text" else reader.columns()
 
 
 def tokenised_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterator[list[bytes]]:
@@ -230,8 +224,8 @@ class DocumentReader:
         for number, line in self.lines():
             yield self.checked(line, number)
 
-    def jsonl(self) -> Iterator[str | None]:
-        """Yield the texts of the objects of JSONL, None for null."""
+    def columns(self) -> Iterator[str | None]:
+        """Yield the texts of the records, None for null."""
         setting = f"data.column={self.form.column}"
         for number, record in self.records():
             value = value_at(record, self.names)
@@ -266,25 +260,18 @@ class DocumentReader:
                 yield number, self._decoded(line, number)
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the objects of JSONL with the numbers of their lines in the piece, from 0; empty lines are none."""
-        for number, line in self.lines():
-            text = line.strip()
-            if not text:
-                continue
-            try:
-                record = json.loads(text)
-                if not isinstance(record, dict):
-                    raise ValueError(f"is {short(text, 40)} and no object")
-            except (ValueError, RecursionError) as error:
-                if self.form.on_error == "replace":
-                    self.counts.bad += 1
-                    continue
-                what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        """Yield the records, as of JSONL, with the numbers of their lines in the piece, from 0."""
+        make = FORMATS[self.form.kind(self.source)].records
+        assert make is not None
+        for number, record in make(self.lines()):
+            if not isinstance(record, ValueError):
+                yield number, record
+            elif self.form.on_error == "replace":
+                self.counts.bad += 1
+            else:
                 raise DataError(
-                    f"{self.place(number)}: is not JSON ({what}); mend it, or leave such lines out with "
-                    "data.on_error=replace"
-                ) from None
-            yield number, record
+                    f"{self.place(number)}: {record}; mend it, or leave such lines out with data.on_error=replace"
+                )
 
     def _lines(self) -> Iterator[bytes | None]:
         """Yield the lines without their ends, None for one that is too long and left out."""

@@ -25,6 +25,7 @@ from elmo_ray.data.documents import Counts, Piece, TextForm, row_group_bytes, to
 from elmo_ray.data.text import file_status
 from elmo_ray.data.unpack import check_format, compression, estimate, read_note, write_text
 from elmo_ray.errors import DataError
+from elmo_ray.text.records import FORMATS
 
 # Size of the pieces of a file. With spaCy it is some fifteen seconds of work.
 UNIT_BYTES = 16 << 20
@@ -103,8 +104,8 @@ def cut_units(sources: Sequence[str], form: TextForm) -> list[Unit]:
 def _pieces(source: str, size: int, form: TextForm) -> list[Piece]:
     if size <= UNIT_BYTES:
         return [Piece(source)]
-    if form.kind(source) != "parquet":
-        if compression(source) is not None:
+    if (kind := form.kind(source)) != "parquet":
+        if compression(source) is not None or not FORMATS[kind].any_line:
             return [Piece(source)]
         return [Piece(source, start, min(start + UNIT_BYTES, size)) for start in range(0, size, UNIT_BYTES)]
     pieces: list[Piece] = []

@@ -166,10 +166,10 @@ class PackedLstm:
 
     def current(self, x: Tensor) -> Any:
         """Return a stack that runs on the device and in the dtype of x; None where only the plain model can."""
-        inference = kernels.lstm_inference(x)
-        if inference is None:
-            return None
         lstm = self.model.lstm
+        inference = kernels.lstm_inference(x)
+        if inference is None or not lstm.has_original_cells:
+            return None
         made_of = parameter_versions(lstm.parameters())
         if made_of != self._made_of:
             layers = [layer.weights for layer in lstm.layers]

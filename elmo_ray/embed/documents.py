@@ -54,8 +54,8 @@ def read_kept_documents(source: str, form: TextForm, keep: Sequence[str], counts
     kind = form.kind(source)
     if kind == "parquet":
         yield from _parquet(reader, keep)
-    elif kind == "jsonl":
-        yield from _jsonl(reader, keep)
+    elif kind != "text":
+        yield from _records(reader, keep)
     else:
         batch: list[Content] = []
         size = 0
@@ -69,7 +69,7 @@ def read_kept_documents(source: str, form: TextForm, keep: Sequence[str], counts
             yield Documents(batch, [], [])
 
 
-def _jsonl(reader: DocumentReader, keep: Sequence[str]) -> Iterator[Documents]:
+def _records(reader: DocumentReader, keep: Sequence[str]) -> Iterator[Documents]:
     paths = [name.split(".") for name in keep]
     seen: set[str] = set()
     batch: list[Content] = []
@@ -98,7 +98,7 @@ def _jsonl(reader: DocumentReader, keep: Sequence[str]) -> Iterator[Documents]:
 def _json_batch(
     source: str, batch: list[Content], kept: dict[str, list[Any]], seen: set[str], last: dict[str, Any]
 ) -> Documents:
-    """Return a batch of JSONL. Raises DataError for a column that no object so far has, as one that is misspelt."""
+    """Return a batch of records. Raises DataError for a column that no object so far has, as one that is misspelt."""
     import pyarrow as pa
 
     for name in kept:

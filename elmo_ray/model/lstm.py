@@ -7,6 +7,7 @@ input, P output of a cell (its projection), H memory of a cell, L layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,11 +78,18 @@ def cell(x: Tensor, hidden: Tensor, memory: Tensor, w: Weights, clips: Clips) ->
 
 
 def window(
-    x_DTBI: Tensor, hidden_DBP: Tensor, memory_DBH: Tensor, w: Weights, clips: Clips, dtype: torch.dtype | None
+    x_DTBI: Tensor,
+    hidden_DBP: Tensor,
+    memory_DBH: Tensor,
+    w: Weights,
+    clips: Clips,
+    dtype: torch.dtype | None,
+    step: Callable[[Tensor, Tensor, Tensor, Weights, Clips], tuple[Tensor, Tensor]] = cell,
 ) -> tuple[Tensor, Tensor]:
     """Run a layer over a window and return all hidden states [D, T, B, P] and all memories [D, T, B, H].
 
-    dtype: of the products; None stands for the weights' own. The loop is over time, all directions at once.
+    dtype: of the products; None stands for the weights' own. step: the cell. The loop is over time, all directions at
+    once.
     """
     projection = None if w.projection is None else w.projection.to(dtype or w.projection.dtype)
     # converted once for a window, and the bias as a row to be added to every row of the batch
@@ -89,7 +97,7 @@ def window(
     hiddens, memories = [], []
     hidden, memory = hidden_DBP, memory_DBH
     for x in x_DTBI.unbind(1):
-        hidden, memory = cell(x, hidden, memory, w, clips)
+        hidden, memory = step(x, hidden, memory, w, clips)
         hiddens.append(hidden)
         memories.append(memory)
     return torch.stack(hiddens, 1), torch.stack(memories, 1)
@@ -97,7 +105,11 @@ def window(
 
 class LstmLayer(nn.Module):
     """One layer of all directions. Parameters: input_kernel [D, I, 4H], hidden_kernel [D, P, 4H], bias [D, 4H], and,
-    unless `dim == projection_dim`, projection [D, H, P]. bilm-tf's kernel is the first two below each other."""
+    unless `dim == projection_dim`, projection [D, H, P]. bilm-tf's kernel is the first two below each other.
+
+    This is the seam for other cells: a subclass whose `forward` calls `window` with its own step, chosen in `BiLstm` by
+    a setting of `LstmConfig`. Kernels, in training and after it, serve this class alone.
+    """
 
     def __init__(self, config: LstmConfig, directions: int, input_dim: int):
         super().__init__()
@@ -144,6 +156,11 @@ class BiLstm(nn.Module):
         sizes = [config.projection_dim if word_dim is None else word_dim]
         sizes += [config.projection_dim] * (config.n_layers - 1)
         self.layers = nn.ModuleList(LstmLayer(config, directions, size) for size in sizes)
+
+    @property
+    def has_original_cells(self) -> bool:
+        """Return whether all layers compute `cell`, as kernels for the whole stack do."""
+        return all(type(layer) is LstmLayer for layer in self.layers)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         for layer in self.layers:

@@ -140,7 +140,7 @@ class _Shape:
     def update(self, number: int) -> tuple[Tensor, Tensor]:
         """Update the parameters by these gradients in the step with this number; return norm and whether finite."""
         step, optimizer = self._step, self._step.optimizer
-        if optimizer.adamw is not None:
+        if not optimizer.can_be_captured:
             rows = step.touched_rows(self._input)
             return optimizer.apply(*self._by_kind(rows), number, step.total_steps)
         self._captured.rate.fill_(optimizer.rate_at(1.0, number, step.total_steps))

@@ -15,6 +15,7 @@ from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.streams import StreamPlan
 from elmo_ray.machine import available_cores
 from elmo_ray.storage import is_uri
+from elmo_ray.training.optimizer import METHODS, count_slots
 from elmo_ray.training.sizes import check_streams, show_bytes, worker_memory
 
 
@@ -61,8 +62,9 @@ class DryRun:
             + ("in an object store" if self.disk_free is None else f"free {show_bytes(self.disk_free)}"),
             f"devices seen: {', '.join(self.devices)}",
         ]
-        if config.optim.name == "adamw":
-            lines.append("optim.name=adamw trains the dense parameters; the word tables keep Adagrad (optim.table_lr)")
+        if not METHODS[config.optim.name].trains_tables:
+            rest = "trains the dense parameters; the word tables keep Adagrad (optim.table_lr)"
+            lines.append(f"optim.name={config.optim.name} {rest}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def dry_run(config: PretrainConfig, corpus: Corpus | None, positions: int, n_wor
     memory = worker_memory(config, n_words, largest_block(corpus))
     total = sum(memory.parameters.values())
     width = 8 if config.train.precision == "fp64" else 4
-    slots = config.optim.n_slots
+    slots = count_slots(config.optim)
     lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
     state = streams * directions * lstm.n_layers * (lstm.dim + lstm.projection_dim) * width
     return DryRun(

@@ -71,12 +71,9 @@ class FlopCounter:
     def __init__(self, model: BiLM, config: PretrainConfig) -> None:
         self._characters = config.model.char_cnn if model.char_cnn is not None else None
         self._word_dim = config.model.word_dim
-        lstm = config.model.lstm
-        inputs = [config.model.word_dim, *[lstm.projection_dim] * (lstm.n_layers - 1)]
-        layers = sum(2 * (width + lstm.projection_dim) * 4 * lstm.dim for width in inputs)
-        if lstm.projection_dim != lstm.dim:
-            layers += lstm.n_layers * 2 * lstm.dim * lstm.projection_dim
-        self.per_position = 3.0 * model.directions * (layers + _softmax(model, config))
+        # a position is multiplied once with each matrix of its direction; the matrices are [D, inputs, outputs]
+        layers = 2 * sum(weight.numel() for weight in model.lstm.parameters() if weight.ndim == 3)
+        self.per_position = 3.0 * (layers + model.directions * _softmax(model, config))
 
     def of_words(self, batch: StepInput) -> float:
         """Return the operations for the distinct words of a worker's batch, 0 where words are not made of characters.

@@ -30,6 +30,7 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import CheckpointError, ConfigError
 from elmo_ray.model.bilm import TABLES, BiLM
 from elmo_ray.storage import Place
+from elmo_ray.training.optimizer import methods_of
 from elmo_ray.training.snapshot import Progress, Snapshot
 from elmo_ray.training.step import DTYPES
 
@@ -106,27 +107,24 @@ def initial_slots(
     kept: the source's slots, of which the rows of new words begin anew; None: all slots begin anew. rows: as for
     `initial_model`. Raises ConfigError where `kept` comes from another optimizer.
     """
-    optim, parameters = config.optim, dict(model.named_parameters())
-    dense_kinds, table_kinds, first = {
-        "adagrad": ({"accumulator"}, {"accumulator"}, optim.initial_accumulator),
-        "adamw": ({"exp_avg", "exp_avg_sq", "step"}, {"accumulator"}, optim.initial_accumulator),
-        "sgd": ({"velocity"}, {"velocity"}, 0.0) if optim.momentum else (set(), set(), 0.0),
-    }[optim.name]
+    parameters = dict(model.named_parameters())
+    of_dense, of_tables = methods_of(config.optim)
+    kinds = {name: (of_tables if name in TABLES else of_dense).slots for name in parameters}
     slots = {
-        f"{kind}.{name}": torch.full_like(parameter, first).detach()
-        for name, parameter in parameters.items()
-        for kind in (table_kinds if name in TABLES else dense_kinds)
-        if optim.name != "adamw" or name in TABLES  # AdamW makes its slots in its first step
+        f"{kind}.{name}": torch.full_like(parameters[name], first).detach()
+        for name, firsts in kinds.items()
+        for kind, first in firsts.items()
+        if first is not None  # the optimizer makes these in its first step
     }
     if kept is None:
         return slots
     for name, parameter in parameters.items():
         in_table = name in TABLES
-        for kind in table_kinds if in_table else dense_kinds:
+        for kind, first in kinds[name].items():
             key = f"{kind}.{name}"
             slot = kept.get(key)
             if slot is None:
-                if optim.name != "adamw" and not in_table:
+                if first is not None and not in_table:
                     raise ConfigError(
                         f"init.optimizer=keep: the source has no slots of optim.name={config.optim.name} for {name}; "
                         "set init.optimizer=reset"
@@ -137,7 +135,7 @@ def initial_slots(
             if in_table:
                 assert rows is not None
                 fresh = (rows < 0).view(-1, *[1] * (slot.ndim - 1))
-                slot = torch.where(fresh, first, slot[rows.clamp_min(0)])
+                slot = torch.where(fresh, first or 0.0, slot[rows.clamp_min(0)])
             slots[key] = slot.contiguous()
     left = sorted(kept.keys() - slots.keys())
     if left:

@@ -1,4 +1,4 @@
-"""Optimizers: Adagrad or SGD for all parameters, or AdamW for the dense ones and Adagrad for the rows of tables.
+"""The optimizer: one of `METHODS` for all parameters, or for the dense ones alone, and then Adagrad for the tables.
 
 Gradients are clipped by one global norm, as by bilm-tf's `clip_by_global_norm`. A step whose norm is not finite changes
 nothing; this is decided on the device, without waiting for it.
@@ -23,7 +23,6 @@ from elmo_ray.kernels.threads import run_parallel
 from elmo_ray.model.components import component_of
 
 TABLE_LR = 0.2
-ADAMW_SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int, plateau_factor: float = 1.0) -> float:
@@ -46,11 +45,11 @@ def learning_rate(config: OptimConfig, base: float, step: int, total_steps: int,
 
 
 def table_rate(config: OptimConfig) -> float:
-    """Return the base rate of the tables: `optim.table_lr`, or `optim.lr`, or 0.2 with AdamW."""
+    """Return the base rate of the tables: `optim.table_lr`, or `optim.lr`, or 0.2 where they keep Adagrad."""
     if config.table_lr is not None:
         return config.table_lr
-    # with AdamW the tables keep Adagrad, to which the rate of AdamW does not apply
-    return TABLE_LR if config.name == "adamw" else config.lr
+    # the rate of another method does not suit Adagrad
+    return config.lr if METHODS[config.name].trains_tables else TABLE_LR
 
 
 def component_rates(config: OptimConfig, dense: Iterable[str], tables: Iterable[str]) -> dict[str, float]:
@@ -119,16 +118,114 @@ def sgd(
         value.index_copy_(0, rows, value.index_select(0, rows).sub_(move))
 
 
+class Method:
+    """Way in which one parameter is updated: the seam for other optimizers.
+
+    Another one is a subclass with an entry in `METHODS`, and its name in `config.training.OptimConfig`, with the
+    settings that it alone has. slots: the tensors that it keeps for each parameter, of the parameter's shape, with the
+    value that they begin with.
+    """
+
+    trains_tables = True
+    """True where a row without a gradient stays as it is, so that only the touched rows of a table need an update.
+
+    Where it is False, the tables keep Adagrad, with `optim.table_lr`.
+    """
+
+    can_be_captured = True
+    """True where `update` may be captured by a GPU: it reads the rate from the device and waits for no number."""
+
+    def __init__(self, config: OptimConfig):
+        self.config = config
+        self.slots: dict[str, float | None] = {}
+
+    def update(
+        self,
+        value: Tensor,
+        slots: Mapping[str, Tensor],
+        gradient: Tensor,
+        rows: Tensor | None,
+        divisor: Tensor,
+        rate: float | Tensor,
+    ) -> None:
+        """Update a parameter and its slots in place; the other arguments are those of `adagrad`."""
+        raise NotImplementedError
+
+
+class Adagrad(Method):
+    """The method of the original."""
+
+    def __init__(self, config: OptimConfig):
+        super().__init__(config)
+        self.slots = {"accumulator": config.initial_accumulator}
+
+    def update(
+        self,
+        value: Tensor,
+        slots: Mapping[str, Tensor],
+        gradient: Tensor,
+        rows: Tensor | None,
+        divisor: Tensor,
+        rate: float | Tensor,
+    ) -> None:
+        run = kernels.adagrad(value) or adagrad
+        run(value, slots["accumulator"], gradient, rows, divisor, rate)
+
+
+class Sgd(Method):
+    """Plain descent, or descent with momentum, which the configuration allows only where steps update whole tables."""
+
+    def __init__(self, config: OptimConfig):
+        super().__init__(config)
+        self.slots = {"velocity": 0.0} if config.momentum else {}
+
+    def update(
+        self,
+        value: Tensor,
+        slots: Mapping[str, Tensor],
+        gradient: Tensor,
+        rows: Tensor | None,
+        divisor: Tensor,
+        rate: float | Tensor,
+    ) -> None:
+        sgd(value, slots.get("velocity"), gradient, rows, divisor, rate, self.config.momentum)
+
+
+class AdamW(Method):
+    """AdamW of torch, which updates all dense parameters at once (`Optimizer`) and makes its slots in its first step.
+
+    `step` is one number for each parameter.
+    """
+
+    trains_tables = False
+    can_be_captured = False
+
+    def __init__(self, config: OptimConfig):
+        super().__init__(config)
+        self.slots = {"exp_avg": None, "exp_avg_sq": None, "step": None}
+
+
+METHODS: dict[str, type[Method]] = {"adagrad": Adagrad, "sgd": Sgd, "adamw": AdamW}
+"""The methods by the values of `optim.name`."""
+
+
+def methods_of(config: OptimConfig) -> tuple[Method, Method]:
+    """Return the methods that update dense parameters and tables."""
+    method = METHODS[config.name](config)
+    return method, method if method.trains_tables else Adagrad(config)
+
+
+def count_slots(config: OptimConfig) -> int:
+    """Return how many numbers the optimizer keeps for each number of a parameter, at most."""
+    return max(len(method.slots.keys() - {"step"}) for method in methods_of(config))
+
+
 class Optimizer:
     """Optimizer of all parameters, with its slots.
 
     dense: parameters by name, updated as a whole. tables: [V, ...] tensors by name, updated by rows. Parameters that
     get no gradient keep their value and slots.
     """
-
-    # Adagrad and SGD do not move a row whose gradient is 0, so updating the touched rows equals updating the table.
-    # This is not true of AdamW: the tables keep Adagrad (with `optim.table_lr`) when AdamW trains the dense parameters.
-    # Nor is it true of momentum, which the configuration allows only where steps update whole tables.
 
     def __init__(self, config: OptimConfig, dense: Mapping[str, nn.Parameter], tables: Mapping[str, Tensor]):
         self.config = config
@@ -137,19 +234,23 @@ class Optimizer:
         self.rates = component_rates(config, self.dense, self.tables)
         self.values = {name: parameter.detach() for name, parameter in {**self.dense, **self.tables}.items()}
         self.rate_factor = 1.0  # of schedule.kind=plateau; the training loop sets it
-        with_adagrad = {"adagrad": self.values, "adamw": self.tables, "sgd": {}}[config.name]
-        self.accumulators = {
-            name: torch.full_like(self.values[name], config.initial_accumulator) for name in with_adagrad
+        of_dense, of_tables = methods_of(config)
+        self.methods = {**dict.fromkeys(self.dense, of_dense), **dict.fromkeys(self.tables, of_tables)}
+        self.can_be_captured = of_dense.can_be_captured and of_tables.can_be_captured
+        self.slots = {
+            name: {slot: torch.full_like(self.values[name], x) for slot, x in method.slots.items() if x is not None}
+            for name, method in self.methods.items()
         }
-        self.velocities = {name: torch.zeros_like(value) for name, value in self.values.items() if config.momentum}
         self._many: tuple[tuple[str, ...], Callable[..., None]] | None = None
-        self.adamw: torch.optim.AdamW | None = None
+        self._adamw: torch.optim.AdamW | None = None
         if config.name == "adamw":
             groups: dict[float, list[nn.Parameter]] = {}
             for name, parameter in self.dense.items():
                 groups.setdefault(self.rates[name], []).append(parameter)
             parameter_groups = [{"params": members, "base": rate} for rate, members in groups.items()]
-            self.adamw = torch.optim.AdamW(parameter_groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+            self._adamw = torch.optim.AdamW(
+                parameter_groups, lr=config.lr, weight_decay=config.weight_decay, fused=True
+            )
 
     def apply(
         self,
@@ -175,24 +276,19 @@ class Optimizer:
             return self.rate_at(self.rates[name], step, total_steps) if rates is None else rates[name]
 
         def update(name: str) -> None:
-            value, gradient, some = self.values[name], gradients[name], rows.get(name)
-            if self.config.name == "sgd":
-                velocity = self.velocities.get(name)
-                return sgd(value, velocity, gradient, some, divisor, rate(name), self.config.momentum)
-            run = kernels.adagrad(value) or adagrad
-            run(value, self.accumulators[name], gradient, some, divisor, rate(name))
+            value, slots, some = self.values[name], self.slots[name], rows.get(name)
+            self.methods[name].update(value, slots, gradients[name], some, divisor, rate(name))
 
-        one_by_one = [name for name in gradients if name in self.accumulators]
-        if many := self._many_at_once(tuple(name for name in one_by_one if name in dense_gradients)):
+        one_by_one = [name for name in gradients if not isinstance(self.methods[name], AdamW)]
+        dense_adagrad = [name for name in dense_gradients if isinstance(self.methods[name], Adagrad)]
+        if many := self._many_at_once(tuple(dense_adagrad)):
             names, update_many = many
             update_many([gradients[name] for name in names], divisor, [rate(name) for name in names])
-            one_by_one = [name for name in one_by_one if name not in dense_gradients]
-        if self.config.name == "sgd":
-            one_by_one = list(gradients)
+            one_by_one = [name for name in one_by_one if name not in names]
         # largest first, so that both threads end at about the same time
         one_by_one.sort(key=lambda name: -gradients[name].numel())
         waiting = deque(partial(update, name) for name in one_by_one)
-        if self.adamw is not None and dense_gradients:
+        if self._adamw is not None and dense_gradients:
             waiting.appendleft(partial(self._update_by_adamw, dense_gradients, divisor, finite, step, total_steps))
 
         def take(_: int) -> None:
@@ -212,35 +308,30 @@ class Optimizer:
         if not names or (at_once := kernels.dense_adagrad(self.values[names[0]])) is None:
             return None
         if self._many is None or self._many[0] != names:
-            values, slots = [self.values[name] for name in names], [self.accumulators[name] for name in names]
+            values, slots = [self.values[name] for name in names], [self.slots[name]["accumulator"] for name in names]
             self._many = names, at_once(values, slots)
         return self._many
 
     def _update_by_adamw(
         self, gradients: Mapping[str, Tensor], divisor: Tensor, finite: Tensor, step: int, total_steps: int
     ) -> None:
-        assert self.adamw is not None
+        assert self._adamw is not None
         for name, gradient in gradients.items():
             self.dense[name].grad = gradient
-        self.adamw.grad_scale = torch.where(finite, divisor, 1.0).to(torch.float32)  # type: ignore[attr-defined]
-        self.adamw.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
-        for group in self.adamw.param_groups:
+        self._adamw.grad_scale = torch.where(finite, divisor, 1.0).to(torch.float32)  # type: ignore[attr-defined]
+        self._adamw.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+        for group in self._adamw.param_groups:
             group["lr"] = self.rate_at(group["base"], step, total_steps)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the slots by `<slot>.<parameter>`.
-
-        They are `accumulator.*` for Adagrad, `exp_avg.*`, `exp_avg_sq.*` and `step.*` for AdamW, and `velocity.*` for
-        SGD with momentum.
-        """
-        state = {f"accumulator.{name}": slot for name, slot in self.accumulators.items()}
-        state |= {f"velocity.{name}": slot for name, slot in self.velocities.items()}
-        if self.adamw is not None:
+        """Return the slots, as `<slot>.<parameter>`: `accumulator.*` for Adagrad, `velocity.*` for SGD with momentum,
+        and `exp_avg.*`, `exp_avg_sq.*` and `step.*` for AdamW."""
+        state = {f"{slot}.{name}": tensor for name, slots in self.slots.items() for slot, tensor in slots.items()}
+        if self._adamw is not None:
             for name, parameter in self.dense.items():
-                adamw_slots = self.adamw.state[parameter]
-                state.update({f"{slot}.{name}": adamw_slots[slot] for slot in ADAMW_SLOTS if slot in adamw_slots})
+                state.update({f"{slot}.{name}": tensor for slot, tensor in self._adamw.state[parameter].items()})
         return state
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
@@ -248,17 +339,17 @@ class Optimizer:
 
         For AdamW a parameter may lack all of its slots, if it was never updated.
         """
-        for name, slot in self.accumulators.items():
-            slot.copy_(state[f"accumulator.{name}"])
-        for name, slot in self.velocities.items():
-            slot.copy_(state[f"velocity.{name}"])
-        if self.adamw is None:
+        for name, slots in self.slots.items():
+            for slot, tensor in slots.items():
+                tensor.copy_(state[f"{slot}.{name}"])
+        if self._adamw is None:
             return
         for name, parameter in self.dense.items():
-            target = self.adamw.state[parameter]
-            if not any(f"{slot}.{name}" in state for slot in ("accumulator", *ADAMW_SLOTS)):
+            target = self._adamw.state[parameter]
+            kinds = self.methods[name].slots
+            if not any(f"{slot}.{name}" in state for slot in ("accumulator", *kinds)):
                 target.clear()
                 continue
-            for slot_name in ADAMW_SLOTS:
+            for slot in kinds:
                 # `step` as well: the fused kernels need it on the parameter's device
-                target[slot_name] = state[f"{slot_name}.{name}"].to(parameter.device, copy=True)
+                target[slot] = state[f"{slot}.{name}"].to(parameter.device, copy=True)

@@ -11,6 +11,7 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import ConfigError
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.components import component_of
+from elmo_ray.training.optimizer import count_slots
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def worker_memory(config: PretrainConfig, n_words: int, block_bytes: int | None 
     total = sum(parameters.values())
     dense = sum(count for component, count in parameters.items() if component not in ("softmax", "word_embedding"))
     width = 8 if config.train.precision == "fp64" else 4
-    slots = config.optim.n_slots
+    slots = count_slots(config.optim)
     rows = -(-config.data.streams // max(1, config.cluster.fewest_workers))
     lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
     window = -(-rows // config.train.accumulate) * config.train.unroll * directions

@@ -86,7 +86,7 @@ class Problem:
     def run(self, steps: range, total: int = 20) -> None:
         for step in steps:
             dense, rows, some = self.gradients(step)
-            if self.optimizer.velocities:  # whole tables
+            if self.optimizer.config.momentum:  # whole tables
                 some = {k: torch.zeros_like(self.tables[k]).index_copy_(0, rows[k], g) for k, g in some.items()}
                 rows = {}
             self.optimizer.apply(dense, rows, some, step, total)
