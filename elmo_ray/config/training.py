@@ -448,8 +448,11 @@ class EvalConfig(Section):
         "never",
         description="sentence starts each sentence from a zero state, in evaluate and for the final test text.",
     )
-    rows: Int = Field(
-        128, ge=1, le=1 << 20, description="This many streams are computed at a time; the result does not change."
+    rows: Int | None = Field(
+        None,
+        ge=1,
+        le=1 << 20,
+        description="Streams at a time, without effect on the result; null: 128, or as a GPU bears.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16 computes products in bfloat16, in evaluate and for the test text after training."

@@ -315,20 +315,24 @@ class StreamLoader:
         if close is not None:
             close()
 
+    def next_block(self) -> tuple[tuple[int, BlockShare], EncodedBlock] | None:
+        """Return the next block of the source, with the window and the share that need it; None at its end."""
+        self.is_waiting = True
+        block = next(self._blocks, None)
+        self.is_waiting = False
+        return None if block is None else (self._requested.popleft(), block)
+
     def _fetch_pieces(self) -> None:
         """Take every share of the current window from the source. Raises RuntimeError when it ends too early."""
         while True:
             if self._pending is None:
-                self.is_waiting = True
-                block = next(self._blocks, None)
-                self.is_waiting = False
-                if block is None:
+                found = self.next_block()
+                if found is None:
                     # Without this check all windows from here on would be empty, without an error.
                     if self._is_missing_positions():
                         raise RuntimeError("the source of encoded blocks ended before the last block")
                     return
-                self._pending = self._requested.popleft()
-                self._block = block
+                self._pending, self._block = found
             window, share = self._pending
             if window > self._window:
                 return

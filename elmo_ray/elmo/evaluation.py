@@ -9,6 +9,7 @@ Shapes: D directions, B rows, T window.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -26,13 +27,17 @@ from elmo_ray.data.sentences import sentence_groups
 from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan, split_evenly
 from elmo_ray.data.text import OnError
 from elmo_ray.data.vocabulary import Vocabulary
+from elmo_ray.elmo.batch_size import positions_at_a_time, rows_for
 from elmo_ray.elmo.scoring import FixedModel, character_table, stream_losses
 from elmo_ray.errors import CheckpointError
 from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
 
-POSITIONS_PER_BATCH = 4096
-"""Approximate number of positions computed at a time in one direction: enough for speed, few enough for memory."""
+logger = logging.getLogger(__name__)
+
+POSITIONS_PER_BATCH, ROWS = 4096, 128
+"""Approximate numbers of positions in one direction, and of streams, that are computed at a time on a CPU: enough for
+speed, few enough for memory."""
 
 _LOOK_AHEAD = 4
 _MAX_WINDOW = 256
@@ -112,9 +117,18 @@ class EvaluationJob:
         keep_freed_memory()
         dtype = torch.bfloat16 if self.settings.precision == "bf16" else None
         scorer = Scorer(model, vocabulary, self.corpus, self.on_error, dtype)
+        rows = self.settings.rows or rows_for(scorer.positions, ROWS, scorer.device)
         if self.settings.reset == "sentence":
-            return scorer.sentences(share, self.settings.rows)
-        return scorer.streams(share, self.settings.streams, self.settings.rows)
+            return scorer.sentences(share, rows)
+        if len(share) < rows // 2 and scorer.device.type == "cuda":
+            logger.info(
+                "evaluate.streams=%d gives this GPU %d streams at a time, and it can take %d: more of them are "
+                "measured faster, and give a perplexity of their own",
+                self.settings.streams,
+                len(share),
+                rows,
+            )
+        return scorer.streams(share, self.settings.streams, rows)
 
 
 def measure_share(job: EvaluationJob, share: range, device: str) -> LossTotals:
@@ -131,7 +145,7 @@ def measure_share(job: EvaluationJob, share: range, device: str) -> LossTotals:
 class Scorer:
     """Scorer of a text with a model, which must have a softmax and is used as it is, on its device.
 
-    dtype: of the matrix products.
+    dtype: of the matrix products. positions: about how many are computed at a time; None: as many as suit the device.
     """
 
     def __init__(
@@ -141,8 +155,11 @@ class Scorer:
         corpus: Corpus,
         on_error: OnError = "fail",
         dtype: torch.dtype | None = None,
+        positions: int | None = None,
     ):
         self.model, self.vocabulary, self.corpus, self.on_error = model, vocabulary, corpus, on_error
+        self.device = next(model.parameters()).device
+        self.positions = positions or positions_at_a_time(self.device, model.config, POSITIONS_PER_BATCH)
         self.characters = character_table(model, vocabulary)
         self.counter = PositionCounter(vocabulary)
         self.fixed = FixedModel(model, dtype)
@@ -170,7 +187,7 @@ class Scorer:
 
         try:
             for group in sentence_groups(labelled(), self.vocabulary, rows):
-                window = window_of(len(group.lengths))
+                window = window_of(len(group.lengths), self.positions)
                 batches = group.windows(window, self.vocabulary, self.characters, self.model.directions)
                 for batch, losses in stream_losses(self.fixed, batches):
                     valid = np.arange(batch.targets.shape[2]) < batch.lengths[:, None]
@@ -188,7 +205,7 @@ class Scorer:
 
     def _stream_group(self, plan: StreamPlan, streams: range) -> LossTotals:
         totals = self._zero()
-        window = window_of(len(streams))
+        window = window_of(len(streams), self.positions)
         start = StreamCursors.start(len(streams))
         labels: list[deque[NDArray[np.int64]]] = [deque() for _ in streams]
 
@@ -224,9 +241,9 @@ class Scorer:
         totals.add_losses(labels_BT[valid_BT], values[:, valid_BT])
 
 
-def window_of(rows: int) -> int:
-    """Return the positions of a window for so many rows."""
-    return max(16, min(_MAX_WINDOW, POSITIONS_PER_BATCH // rows))
+def window_of(rows: int, positions: int) -> int:
+    """Return the positions of a window for so many rows, in batches of about so many positions."""
+    return max(16, min(_MAX_WINDOW, positions // rows))
 
 
 def _take_labels(batch: Batch, labels: list[deque[NDArray[np.int64]]]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:

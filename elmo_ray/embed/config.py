@@ -42,7 +42,9 @@ class EmbedOptions(Section):
         (), description="Columns of JSONL or Parquet input that stand beside the vectors, as [id, title]."
     )
     k: Int = Field(10, ge=1, le=10000, description="How many words embed.output=substitutes lists at each position.")
-    batch_positions: Int = Field(2048, ge=1, le=1 << 24, description="This many positions are computed at a time.")
+    batch_positions: Int | None = Field(
+        None, ge=1, le=1 << 24, description="Positions computed at a time; null: 2048, or what a GPU's memory bears."
+    )
     tokens: str | None = Field(
         None,
         min_length=1,

@@ -29,6 +29,9 @@ _COLUMNS_VERSION = 2
 # The same of the columns of documents, and of the rules by which these become sentences.
 _DOCUMENTS_VERSION = 1
 
+BATCH_POSITIONS = 2048
+"""Positions that a CPU computes at a time."""
+
 Output = Literal["vectors", "means", "substitutes", "surprisal"]
 
 
@@ -56,7 +59,7 @@ class EmbedJob:
     carry: bool
     keep: tuple[str, ...]
     k: int
-    batch_positions: int
+    batch_positions: int | None
     on_error: Literal["fail", "replace"]
     device: str
     form: dict[str, str]
@@ -68,7 +71,9 @@ class EmbedJob:
         names = ("fingerprint", "is_hdf5", "output", "layers", "dtype", "precision", "carry", "k", "on_error")
         values = asdict(self)
         # Batches of another size give other last bits.
-        fixed = {name: values[name] for name in (*names, "batch_positions")}
+        fixed = {name: values[name] for name in names}
+        # As the kind of device does, which is not recorded either.
+        fixed["batch_positions"] = self.batch_positions or BATCH_POSITIONS
         if self.output in ("substitutes", "surprisal"):
             fixed["columns"] = _COLUMNS_VERSION
         if self.has_documents:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from elmo_ray.checkpoints.source import Source, open_source
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
+from elmo_ray.elmo.batch_size import positions_at_a_time
 from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
 from elmo_ray.elmo.language_model import LanguageModel
 from elmo_ray.elmo.layer_choice import batches_by_length, choose_layers, layer_factors
-from elmo_ray.embed.record import EmbedJob
+from elmo_ray.embed.record import BATCH_POSITIONS, EmbedJob
 from elmo_ray.embed.sentences import read_kinds
 from elmo_ray.embed.shards import Row, shard_writer
 from elmo_ray.embed.units import Unit, read_columns, read_sentences
@@ -43,6 +44,8 @@ _OF_LAYERS = ("vectors", "means")
 _WORDS_AT_A_TIME = 4096
 _WINDOW_POSITIONS = 1 << 14
 """Positions that are read before their sentences are sorted by length; they are written together."""
+_MOST_POSITIONS = 1 << 14
+"""Positions that a GPU computes at a time at most: their vectors go through the memory of its host."""
 
 
 class Progress:
@@ -119,6 +122,11 @@ class EmbedWorker:
             source = open_source(job.source, job.checkpoint, job.options, job.vocab, verify=False)
         self.vocabulary = source.words
         self.model = source.model.to(job.device)
+        self._positions, self._window = job.batch_positions or BATCH_POSITIONS, _WINDOW_POSITIONS
+        if job.batch_positions is None:
+            most = positions_at_a_time(torch.device(job.device), source.config, BATCH_POSITIONS)
+            self._positions = min(most, _MOST_POSITIONS)
+            self._window = max(_WINDOW_POSITIONS, 4 * self._positions)
         self.language_model = (
             LanguageModel(self.model, source.vocabulary) if job.output in ("substitutes", "surprisal") else None
         )
@@ -144,13 +152,13 @@ class EmbedWorker:
 
     def _rows(self, sentences: Iterator[list[str]]) -> Iterator[tuple[list[list[str]], list[Row]]]:
         state = None
-        for window in _windows(sentences):
+        for window in _windows(sentences, self._window):
             rows: list[Row] = [np.zeros(0)] * len(window)
             if self.job.carry:
                 for number, words in enumerate(window):
                     (rows[number],), state = self._batch([words], state)
             else:
-                for numbers in batches_by_length(window, self.job.batch_positions):
+                for numbers in batches_by_length(window, self._positions):
                     found, _ = self._batch([window[number] for number in numbers], None)
                     for number, row in zip(numbers, found, strict=True):
                         rows[number] = row
@@ -186,14 +194,14 @@ def check_layers(job: EmbedJob, source: Source) -> None:
         layer_factors(job.layers, source.config, "embed.layers")
 
 
-def _windows(sentences: Iterator[list[str]]) -> Iterator[list[list[str]]]:
+def _windows(sentences: Iterator[list[str]], most: int) -> Iterator[list[list[str]]]:
     while True:
         window: list[list[str]] = []
         positions = 0
         for words in sentences:
             window.append(words)
             positions += len(words) + 2
-            if positions >= _WINDOW_POSITIONS:
+            if positions >= most:
                 break
         if not window:
             return

@@ -36,10 +36,11 @@ from elmo_ray.errors import CheckpointError, ElmoRayError, TrainingError
 from elmo_ray.machine import keep_freed_memory, memory_in_use
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.storage.local_copy import local_copy_of
+from elmo_ray.training.assembler import StepAssembler
 from elmo_ray.training.capacities import Capacities
 from elmo_ray.training.captured_step import captured_by
 from elmo_ray.training.cuda_graphs import record_for
-from elmo_ray.training.feeding import Feeder, ReadyBatch, StepAssembler
+from elmo_ray.training.feeding import Feeder, ReadyBatch
 from elmo_ray.training.flops import FlopCounter, peak_tflops
 from elmo_ray.training.metrics import MetricsWriter, not_finite, sinks_of, train_record, valid_record
 from elmo_ray.training.plan import TrainPlan, Worker
@@ -252,7 +253,11 @@ class _Run:
         assembler = StepAssembler(config, self.vocabulary.size, self.streams, Exchange(self.ranks))
         steps, n_words = range(progress.step, self.total_steps), self.vocabulary.size
         capacities = Capacities.of(config, n_words, characters, len(self.streams)) if self.step.captured else None
-        feeder = Feeder(loader, assembler, steps, self._flags, self.worker.device, capacities=capacities)
+        device, own_process = self.worker.device, self.worker.feed_process
+        if own_process is None:
+            # there the training thread only launches; on a CPU it computes, and a process more takes a core from it
+            own_process = device.type == "cuda" and capacities is not None
+        feeder = Feeder(loader, assembler, steps, self._flags, device, capacities=capacities, own_process=own_process)
         validate_every = self._steps(config.train.validate_every) if config.train.validate_every else 0
         checkpoint_every = self._steps(config.train.checkpoint_every)
         stopped, first = False, True

@@ -8,6 +8,7 @@ Shapes: D directions, B rows, T window, K negatives, R touched rows, V vocabular
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,22 @@ class NoiseSampler:
         # steps take about as many as each other
         self._draws = 4 * (int(0.255 * tries.max()) + 16)
         return Noise(ids, tries)
+
+
+class NoiseAhead:
+    """The noise of a sampler, drawn in a thread a step ahead of need, as it depends on no text."""
+
+    def __init__(self, sampler: NoiseSampler):
+        self._sampler, self._pool = sampler, ThreadPoolExecutor(1, "elmo-noise")
+        self._next: tuple[int, Future[Noise]] | None = None
+
+    def __call__(self, step: int) -> Noise:
+        """Return the noise of a step, and begin with that of the next one."""
+        if self._next is None or self._next[0] != step:
+            self._next = step, self._pool.submit(self._sampler, step)
+        noise = self._next[1].result()
+        self._next = step + 1, self._pool.submit(self._sampler, step + 1)
+        return noise
 
 
 @dataclass(frozen=True)

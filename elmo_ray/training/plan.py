@@ -39,7 +39,8 @@ class Worker:
 
     source: encodes blocks in order. register: called on every rank with (step, path, metrics) of a committed
     checkpoint. stop_requested: returns True once a stop was requested. save_requested: returns True where rank 0 is to
-    save now, once for each request. record: captures the training steps; None: as the device allows.
+    save now, once for each request. record: captures the training steps; None: as the device allows. feed_process: a
+    process of its own makes the inputs of steps; None: where a GPU repeats captured steps.
     """
 
     rank: int
@@ -50,3 +51,4 @@ class Worker:
     stop_requested: Callable[[], bool]
     record: Record | None = None
     save_requested: Callable[[], bool] = lambda: False
+    feed_process: bool | None = None

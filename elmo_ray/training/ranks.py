@@ -217,13 +217,31 @@ _ERROR, _INTERRUPTED = 1, 2
 
 
 class Exchange:
-    """All-gather of one message for each step, over a group that only the loader thread uses."""
+    """All-gather of one message for each step, over a group that only the loader thread uses.
+
+    is_waiting: True while other ranks are waited for.
+    """
 
     HEADER = 8
 
     def __init__(self, ranks: Ranks | None = None):
         self.ranks = ranks or Ranks()
         self.rank, self.world, self.group = self.ranks.rank, self.ranks.world, self.ranks.exchange
+        self.is_waiting = False
+
+    @contextlib.contextmanager
+    def telling_others(self, capacity: int, flags: Callable[[], Flags], step: int) -> Iterator[None]:
+        """Tell the other ranks, which wait in `gather`, of an error or a stop that ends this context, and raise it."""
+        no_ids = np.zeros(0, np.int64)
+        try:
+            yield
+        except ElmoRayError as error:
+            self.gather(no_ids, capacity, 0, 0, flags(), error, step)
+            raise
+        except WaitInterrupted:
+            # no rank trains on this step, so that all stop after the same one
+            self.gather(no_ids, capacity, 0, 0, flags(), None, step, interrupted=True)
+            raise
 
     def gather(
         self,
@@ -267,8 +285,10 @@ class Exchange:
         if self.world > 1:
             mine = torch.from_numpy(message)
             received = torch.empty(self.world, len(message), dtype=torch.int64)
+            self.is_waiting = True
             with self.ranks.waiting("the exchange of target words", step):
                 dist.all_gather(list(received.unbind(0)), mine, group=self.group)
+            self.is_waiting = False
             everything = received.numpy()
         if (everything[:, 4] == _ERROR).any():
             self._raise(error)

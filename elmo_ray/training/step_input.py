@@ -18,6 +18,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -92,28 +93,53 @@ class StepInput:
 
     def to(self, device: torch.device) -> StepInput:
         """Return a packed copy on `device`, sent by one copy which does not block this thread."""
-        inputs = (self, *(micro for _, micro in self.micro_batches))
-        sizes = [_packed_size(each) for each in inputs]
-        host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        for each, block in zip(inputs, host.split(sizes), strict=True):
-            packed = each.over(block)
-            for name, tensor in each.tensors().items():
-                getattr(packed, name).copy_(tensor)
+        host = torch.empty(self.packed_size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.copy_to(self.unpacked(host))
         # torch keeps pinned memory until the copies out of it are done
-        blocks = host.to(device, non_blocking=True).split(sizes)
-        sent, *micros = (each.over(block) for each, block in zip(inputs, blocks, strict=True))
-        sent.micro_batches = tuple((rows, m) for (rows, _), m in zip(self.micro_batches, micros, strict=True))
-        return sent
+        return self.unpacked(host.to(device, non_blocking=True))
+
+    @property
+    def packed_size(self) -> int:
+        """Bytes of all tensors, packed, with those of the micro-batches."""
+        return sum(self._sizes())
+
+    def copy_to(self, other: StepInput) -> None:
+        """Write all numbers into another input of the same shapes."""
+        for each, into in zip(self._parts(), other._parts(), strict=True):
+            for name, tensor in each.tensors().items():
+                getattr(into, name).copy_(tensor)
+
+    def unpacked(self, memory: Tensor) -> StepInput:
+        """Return an input of the same shapes whose tensors are views of `memory` [packed_size]."""
+        blocks = memory.split(self._sizes())
+        result, *micros = (each.over(block) for each, block in zip(self._parts(), blocks, strict=True))
+        result.micro_batches = tuple((rows, m) for (rows, _), m in zip(self.micro_batches, micros, strict=True))
+        return result
+
+    def _parts(self) -> list[StepInput]:
+        return [self, *(micro for _, micro in self.micro_batches)]
+
+    def _sizes(self) -> list[int]:
+        return [sum(_aligned(tensor.nbytes) for tensor in each.tensors().values()) for each in self._parts()]
 
     def over(self, block: Tensor) -> StepInput:
         """Return an input of the same shapes whose tensors are views of the block, in an order that all inputs have."""
         result = copy.copy(self)
-        result.block, start = block, 0
+        result.block, start, of_dtype = block, 0, {torch.uint8: block}
         for name, tensor in self.tensors().items():
-            view = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            setattr(result, name, view)
+            if (whole := of_dtype.get(tensor.dtype)) is None:
+                whole = of_dtype[tensor.dtype] = block.view(tensor.dtype)
+            # one call for each tensor, as there are fifteen of them in every step
+            place = whole.storage_offset() + start // tensor.itemsize
+            setattr(result, name, whole.as_strided(tensor.shape, _strides(tensor.shape), place))
             start += _aligned(tensor.nbytes)
         return result
+
+
+@lru_cache(maxsize=1024)
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """Return the strides of a tensor of this shape without gaps."""
+    return tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
 _ALIGNMENT = 256
@@ -122,10 +148,6 @@ _ALIGNMENT = 256
 
 def _aligned(size: int) -> int:
     return math.ceil(size / _ALIGNMENT) * _ALIGNMENT
-
-
-def _packed_size(batch: StepInput) -> int:
-    return sum(_aligned(tensor.nbytes) for tensor in batch.tensors().values())
 
 
 def _sorted(order: Tensor | None, starts: Tensor | None) -> SortedPositions | None:
@@ -173,6 +195,27 @@ def micro_batches_of(batch: StepInput, count: int) -> Iterator[tuple[range, Step
         yield share, micro
 
 
+@dataclass(frozen=True)
+class PackedInput:
+    """A step input that another process has packed. shapes: an input whose tensors have shapes and no numbers.
+
+    packed: the bytes [packed_size], which change when the next one is asked for.
+    """
+
+    shapes: StepInput
+    step: int
+    positions: int
+    packed: Tensor
+
+    def to(self, device: torch.device) -> StepInput:
+        """Return the input on `device`, sent by one copy which does not block this thread."""
+        host = torch.empty(len(self.packed), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        result = self.shapes.unpacked(host.copy_(self.packed).to(device, non_blocking=True))
+        for each in (result, *(micro for _, micro in result.micro_batches)):
+            each.step, each.positions = self.step, self.positions
+        return result
+
+
 device_lock = threading.Lock()
 """Lock for being alone with the GPU: memory that another thread asks for would break the capture of a graph."""
 
@@ -184,13 +227,13 @@ class Transfer:
         self.device = device
         self._stream: torch.cuda.Stream | None = None
 
-    def __call__(self, batch: StepInput) -> tuple[StepInput, torch.cuda.Event | None]:
+    def __call__(self, batch: StepInput | PackedInput) -> tuple[StepInput, torch.cuda.Event | None]:
         """Return the input on the device, and the event of its arrival on a GPU, which may be still to come.
 
         The arrival is to be waited for by `wait_for_arrival`.
         """
         if self.device.type != "cuda":
-            return batch, None
+            return batch if isinstance(batch, StepInput) else batch.to(self.device), None
         with device_lock, torch.cuda.device(self.device):  # a new thread begins with device 0
             if self._stream is None:
                 self._stream = torch.cuda.Stream()

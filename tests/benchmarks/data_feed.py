@@ -41,8 +41,12 @@ from elmo_ray.data.streams import BlockSource, StreamCursors, StreamLoader, Stre
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.machine import keep_freed_memory
-from elmo_ray.training.feeding import SWITCH_INTERVAL_S, Feeder, ReadyBatch, StepAssembler
+from elmo_ray.training.assembler import StepAssembler
+from elmo_ray.training.capacities import Capacities
+from elmo_ray.training.feed_process import SWITCH_INTERVAL_S
+from elmo_ray.training.feeding import Feeder, ReadyBatch
 from elmo_ray.training.ranks import Exchange, Flags
+from elmo_ray.training.step_input import PackedInput, StepInput, Transfer
 
 
 def encoding(corpus: Corpus, vocabulary: Vocabulary) -> Run:
@@ -93,8 +97,8 @@ def cases(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
         yield {"streams": arguments.streams, "words": vocabulary.size, **record}
 
 
-def whole_feed(text: Path, streams: int) -> Iterator[ReadyBatch]:
-    """Inputs of steps at the original's sizes, without end, from a thread."""
+def whole_feed(text: Path, streams: int, own_process: bool) -> Iterator[ReadyBatch]:
+    """Inputs of captured steps at the original's sizes, without end, padded and packed, from a process or a thread."""
     vocabulary = Vocabulary.read(text / "vocab.txt")
     config = our_config(SIZES["original"], "bf16", streams)
     plan = StreamPlan(read_corpus(str(text / "train-*.txt")), streams, seed=1)
@@ -104,7 +108,19 @@ def whole_feed(text: Path, streams: int) -> Iterator[ReadyBatch]:
     start = StreamCursors.start(streams)
     loader = StreamLoader(plan, range(streams), start, source, vocabulary, config.train.unroll, table)
     assembler = StepAssembler(config, vocabulary.size, range(streams), Exchange())
-    return iter(Feeder(loader, assembler, range(1 << 40), Flags, torch.device("cpu")))
+    capacities = Capacities.of(config, vocabulary.size, table, streams)
+    device, steps = torch.device("cpu"), range(1 << 40)
+    feeder = Feeder(loader, assembler, steps, Flags, device, capacities=capacities, own_process=own_process)
+    if not own_process:
+        feeder.transfer = Packing(device)
+    return iter(feeder)
+
+
+class Packing(Transfer):
+    """What a thread does to an input on its way to a GPU, as far as a CPU goes."""
+
+    def __call__(self, batch: StepInput | PackedInput) -> tuple[StepInput, None]:
+        return batch.to(self.device), None
 
 
 def small_calls(count: int) -> None:
@@ -128,7 +144,7 @@ def whole(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
         made_up_text(text)
     keep_freed_memory()  # as the verbs do
     sys.setswitchinterval(SWITCH_INTERVAL_S)  # as training on a GPU does
-    feed = whole_feed(text, arguments.streams)
+    feed = whole_feed(text, arguments.streams, not arguments.thread)
     for _ in range(100):  # the blocks of all streams, and what is compiled
         next(feed)
     speeds, per_cpu = [], []
@@ -149,7 +165,7 @@ def whole(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
         beside.append(milliseconds(steps, calls, feed))
     feed.close()  # type: ignore[attr-defined]
     return {
-        "case": "whole",
+        "case": "whole, " + ("thread" if arguments.thread else "process"),
         "streams": arguments.streams,
         "positions_per_second": round(statistics.median(speeds)),
         "positions_per_cpu_second": round(statistics.median(per_cpu)),
@@ -167,6 +183,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=50_000, help="of the vocabulary")
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--whole", action="store_true", help="files to the inputs of steps, on a text of its own")
+    parser.add_argument("--thread", action="store_true", help="--whole by a thread, in place of a process of its own")
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="of the text of --whole, to keep it")
     arguments = parser.parse_args()
     arguments.streams = arguments.streams or (128 if arguments.whole else 32)

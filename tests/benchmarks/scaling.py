@@ -49,7 +49,8 @@ from elmo_ray.elmo.scoring import character_table
 from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.training import step as step_module
-from elmo_ray.training.feeding import Feeder, StepAssembler
+from elmo_ray.training.assembler import StepAssembler
+from elmo_ray.training.feeding import Feeder
 from elmo_ray.training.ranks import Exchange, Flags, Ranks
 from elmo_ray.training.step import TrainStep
 

@@ -31,7 +31,8 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.scoring import character_table
 from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.training.feeding import Feeder, StepAssembler
+from elmo_ray.training.assembler import StepAssembler
+from elmo_ray.training.feeding import Feeder
 from elmo_ray.training.ranks import Exchange, Flags
 from elmo_ray.training.step import TrainStep
 
