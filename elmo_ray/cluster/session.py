@@ -95,20 +95,22 @@ def ensure_ray() -> None:
 
 _LOST_HEAD = """
 import select, socket, sys
-host, _, port = sys.argv[1].rpartition(":")
-lost = False
-while not select.select([sys.stdin], [], [], 10)[0]:
+address, every, warning, error = sys.argv[1:]
+host, _, port = address.rpartition(":")
+def is_silent():
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        lost = False
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
     except OSError:
-        if not lost:
-            print(sys.argv[2], file=sys.stderr)
-        lost = True
-if lost and not sys.stdin.buffer.read(1):
-    print(sys.argv[3], file=sys.stderr)
+        return True
+silent = False
+while not select.select([sys.stdin], [], [], float(every))[0]:
+    before, silent = silent, is_silent()
+    if silent and not before:
+        print(warning, file=sys.stderr, flush=True)
+if not sys.stdin.buffer.read(1) and (silent or is_silent()):
+    print(error, file=sys.stderr)
 """
-"""Program that looks every ten seconds whether the head answers, until its parent ends.
+"""Program that looks every some seconds whether the head answers, until its parent ends.
 
 A byte on stdin says that the parent ends by itself.
 """
@@ -118,13 +120,13 @@ def _report_lost_head(address: str) -> None:
     """Let a small process say what happened if the Ray head at `address` takes this process with it."""
     # Ray ends a process that has not reached the head for a minute, within C++: no Python code can run there any more.
     # The lines are written before that and at once, as a container or a batch job ends with its command.
-    silent = f"warning: the Ray head at {address} does not answer; Ray ends this command where that lasts for a minute"
-    lost = (
+    warning = f"warning: the Ray head at {address} does not answer; Ray ends this command where that lasts for a minute"
+    error = (
         f"error: the Ray head at {address} is lost, and this command with it; when Ray runs again, give the same "
         "command with --resume, if it has this flag"
     )
     watcher = subprocess.Popen(
-        [sys.executable, "-S", "-c", _LOST_HEAD, address, silent, lost],
+        [sys.executable, "-S", "-c", _LOST_HEAD, address, "10", warning, error],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for this process alone
