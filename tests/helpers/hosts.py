@@ -106,7 +106,7 @@ class Host:
             "--object-store-memory=100000000",
             "--block",
         ]
-        for last in (False, True):  # Ray gives itself 30 s for its start, which a loaded machine may exceed
+        for last in (False, False, True):  # Ray gives itself 30 s for its start, which a loaded machine may exceed
             seen = self.log.stat().st_size if self.log.exists() else 0
             ray = self.ray = self.start(str(Path(sys.executable).parent / "ray"), "start", *place, *options)
 
@@ -116,7 +116,7 @@ class Host:
             def ended(ray: subprocess.Popen[bytes] = ray) -> bool:
                 return "Ray runtime started" in written() or ray.poll() is not None
 
-            wait_for(ended, f"Ray on {self.name}: {self.log}")
+            wait_for(ended, f"Ray on {self.name}: {self.log}", 240)
             if ray.poll() is None:
                 return
             assert not last and "timed out during startup" in written(), written()[-2000:]
