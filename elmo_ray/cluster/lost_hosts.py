@@ -62,7 +62,7 @@ class LostHosts(ControllerCallback):  # type: ignore[misc]
             self._open_log()
             waited = now - self._waiting_since
             logger.warning(
-                "%s: no room for %.0f s; the Ray cluster has %s CPUs",
+                "%s: not started for %.0f s; the Ray cluster has %s CPUs",
                 self.request,
                 waited,
                 describe_cpus(alive_nodes()),

@@ -94,26 +94,39 @@ def ensure_ray() -> None:
 
 
 _LOST_HEAD = """
-import socket, sys
-if not sys.stdin.buffer.read(1):
-    host, _, port = sys.argv[1].rpartition(":")
+import select, socket, sys
+address, every, warning, error = sys.argv[1:]
+host, _, port = address.rpartition(":")
+def is_silent():
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
     except OSError:
-        print(sys.argv[2], file=sys.stderr)
+        return True
+silent = False
+while not select.select([sys.stdin], [], [], float(every))[0]:
+    before, silent = silent, is_silent()
+    if silent and not before:
+        print(warning, file=sys.stderr, flush=True)
+if not sys.stdin.buffer.read(1) and (silent or is_silent()):
+    print(error, file=sys.stderr)
 """
-"""Program that waits for the end of its parent. A byte on stdin says that it ends by itself."""
+"""Program that looks every some seconds whether the head answers, until its parent ends.
+
+A byte on stdin says that the parent ends by itself.
+"""
 
 
 def _report_lost_head(address: str) -> None:
     """Let a small process say what happened if the Ray head at `address` takes this process with it."""
     # Ray ends a process that has not reached the head for a minute, within C++: no Python code can run there any more.
-    line = (
+    # The lines are written before that and at once, as a container or a batch job ends with its command.
+    warning = f"warning: the Ray head at {address} does not answer; Ray ends this command where that lasts for a minute"
+    error = (
         f"error: the Ray head at {address} is lost, and this command with it; when Ray runs again, give the same "
         "command with --resume, if it has this flag"
     )
     watcher = subprocess.Popen(
-        [sys.executable, "-S", "-c", _LOST_HEAD, address, line],
+        [sys.executable, "-S", "-c", _LOST_HEAD, address, "10", warning, error],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for this process alone

@@ -75,7 +75,7 @@ def fault(kind: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
                 driver_host.command(sys.executable, "-m", "elmo_ray.pretrain", str(config)),
                 stdout=out,
                 stderr=out,
-                env=hosts.environment | {"RAY_ADDRESS": f"{head.address}:6379"},
+                env=hosts.environment | {"RAY_ADDRESS": head.at(6379)},
             )
         watch = Watch(run_dir)
         trains(watch, driver, log, 0)

@@ -11,9 +11,9 @@ in, an end cut off or a file deleted from the newest checkpoint while nothing ru
 With --hosts the run is on so many test hosts (see `tests/helpers/hosts.py`; needs root), and its text, run and all else
 are in an S3 store on one more host. Drawn are then: a host without head killed, and back later (host), its cable out
 (cable), kill -9 of a worker (worker) or of the driver (driver), the head's processes killed (head), the cable of the
-store's host out (storage). --workers 2: the run waits for the host, and ends in the same bits. --workers '[1, 2]': it
-goes on with one worker meanwhile, and ends at the same text (cursors and audits of the streams). The run is interrupted
-first, so that --steps is not needed.
+store's host out (storage). --driver other: the command is on the second host, and Ray's head on the first. --workers 2:
+the run waits for the host, and ends in the same bits. --workers '[1, 2]': it goes on with one worker meanwhile, and
+ends at the same text (cursors and audits of the streams). The run is interrupted first, so that --steps is not needed.
 
 One JSON line for each interruption: steps that were done again, seconds from the kill until a record of training (with
 the wait for the end of Ray's own processes, where the driver was killed). A last line sums up and tells whether model,
@@ -119,6 +119,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--valid", metavar="FILE", help="held-out text; default: a part of the corpus")
     parser.add_argument("--workers", type=yaml.safe_load, default=2, help="with --hosts also '[1, 2]'")
     parser.add_argument("--hosts", type=int, default=0, help="2 or more: on test hosts, with an object store")
+    parser.add_argument("--driver", choices=("head", "other"), default="head", help="with --hosts: its host")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each worker")
     parser.add_argument("--interruptions", type=int, default=20)
     parser.add_argument("--kinds", help="in turn, separated by commas; default: all")
@@ -191,7 +192,15 @@ def on_hosts(arguments: argparse.Namespace) -> int:
         kinds = kinds[: arguments.interruptions]
         chance.shuffle(kinds)
         broken, whole = (
-            HostSoak(machines, store, [*settings, f"run.name={name}"], f"{BUCKET}/runs/{name}", arguments.seed, elastic)
+            HostSoak(
+                machines,
+                machines[1 if arguments.driver == "other" else 0],
+                store,
+                [*settings, f"run.name={name}"],
+                f"{BUCKET}/runs/{name}",
+                arguments.seed,
+                elastic,
+            )
             for name in ("broken", "unbroken")
         )
         broken.start_ray()
@@ -280,6 +289,7 @@ def summary(
     return {
         "workers": arguments.workers,
         "hosts": arguments.hosts,
+        "driver": arguments.driver,
         "threads": arguments.threads,
         "seed": arguments.seed,
         "planned": arguments.interruptions,

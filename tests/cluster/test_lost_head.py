@@ -28,9 +28,19 @@ def test_what_the_watching_process_says(word: bytes, is_there: bool, said: str) 
         address = f"127.0.0.1:{server.getsockname()[1]}"
         if not is_there:
             server.close()
-        command = [sys.executable, "-S", "-c", _LOST_HEAD, address, "line"]
+        command = [sys.executable, "-S", "-c", _LOST_HEAD, address, "60", "silent", "line"]
         done = subprocess.run(command, input=word, capture_output=True, timeout=60, check=True)
     assert (done.stdout.decode(), done.stderr.decode()) == ("", said)
+
+
+def test_the_watching_process_speaks_while_the_head_is_silent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        command = [sys.executable, "-S", "-c", _LOST_HEAD, address, "0.1", "silent", "line"]
+        watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        server.accept()[0].close()
+    assert watcher.stderr is not None and watcher.stderr.readline() == b"silent\n"
+    assert watcher.communicate(timeout=60)[1] == b"line\n"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,7 +33,7 @@ class HostCommand(Command):
                 host.command(sys.executable, "-m", "elmo_ray.pretrain", *arguments),
                 stdout=out,
                 stderr=out,
-                env=host.hosts.environment | {"RAY_ADDRESS": f"{head.address}:6379"},
+                env=host.hosts.environment | {"RAY_ADDRESS": head.at(6379)},
             )
 
     @property
@@ -63,18 +64,27 @@ class StoreWatch(Watch):
 
 
 class HostSoak(Soak):
-    """A run in the store and its interruptions. machines: the hosts with Ray, of which the first has head and driver.
+    """A run in the store and its interruptions. machines: the hosts with Ray, of which the first has the head.
 
-    elastic: whether the run goes on with fewer workers while a host is away. The hosts outlive the soak.
+    driver: the host of the command. elastic: whether the run goes on with fewer workers while a host is away. The hosts
+    outlive the soak.
     """
 
     watch: StoreWatch
     commands: list[HostCommand]
 
     def __init__(
-        self, machines: Sequence[Host], store: Host, arguments: Sequence[str], run: str, seed: int, elastic: bool
+        self,
+        machines: Sequence[Host],
+        driver: Host,
+        store: Host,
+        arguments: Sequence[str],
+        run: str,
+        seed: int,
+        elastic: bool,
     ) -> None:
-        self.head, self.others, self.store, self.elastic = machines[0], list(machines[1:]), store, elastic
+        self.head, self.others, self.driver, self.store = machines[0], list(machines[1:]), driver, store
+        self.elastic = elastic
         super().__init__(arguments, store.hosts.folder / Path(run).name, seed)
         self.watch = StoreWatch(run)
 
@@ -94,7 +104,7 @@ class HostSoak(Soak):
         """Start the command, with --resume from the second time on; `arguments` are added to its own."""
         flags = ["--resume"] if self.commands else []
         log = self.logs / f"start-{len(self.commands) + 1:03d}.log"
-        self.commands.append(HostCommand(self.head, self.head, [*self.arguments, *arguments, *flags], log))
+        self.commands.append(HostCommand(self.driver, self.head, [*self.arguments, *arguments, *flags], log))
 
     def finish(self) -> None:
         """Wait for the end of the run and copy it from the store to `watch.folder`."""
@@ -120,7 +130,8 @@ class HostSoak(Soak):
         host: all processes of a host without head are killed, and later it comes back. cable: its cable is out for up
         to 45 seconds. worker: kill -9 of one. driver: kill -9; the command is given again. head: all processes of the
         head's host but the driver, which must end with 1 and a line; Ray and the command are started again. storage:
-        the cable of the store's host is out for up to 30 seconds.
+        the cable of the store's host is out for up to 30 seconds. Where the driver is on the host that is killed, or
+        whose cable is out for so long that Ray gives it up, the command is given again as well.
         """
         self.watch.poll()
         host, began = self.random.choice(self.others), time.monotonic()
@@ -146,15 +157,31 @@ class HostSoak(Soak):
     def _lose_host(self, host: Host) -> dict[str, Any]:
         starts, began = self.watch.starts, time.monotonic()
         host.kill()
-        if self.elastic:
+        if self.elastic and host is not self.driver:
             self._until(lambda: self.watch.starts > starts and self.watch.trained, f"no training without {host.name}")
             return {"away": "until training", "seconds_until_training_without": round(time.monotonic() - began, 1)}
         away = self.random.uniform(1, 30)
         time.sleep(away)
+        if host is self.driver:
+            self.command.process.wait()
+            self.start_ray()
+            self.start()
         return {"away": round(away, 1)}
 
     def _lose_cable(self, host: Host) -> dict[str, Any]:
-        return self._unplugged(host, self.random.choice([self.random.uniform(2, 12), self.random.uniform(30, 45)]))
+        starts, step, process = self.watch.starts, self.watch.step, self.command.process
+        seconds = self.random.choice([self.random.uniform(2, 12), self.random.uniform(30, 45)])
+        result = self._unplugged(host, seconds)
+        if host is self.driver:
+            self._until(
+                lambda: process.poll() is not None or self._trains_after(starts, step, True), "neither training nor end"
+            )
+            if process.poll() is not None:
+                self._check_lost()
+                self.start_ray()
+                self.start()
+                result["command"] = "ended with 1"
+        return result
 
     def _lose_storage(self, _: Host) -> dict[str, Any]:
         return {"victim": "store", **self._unplugged(self.store, self.random.uniform(3, 30))}
@@ -177,17 +204,27 @@ class HostSoak(Soak):
         machines = (self.head, *self.others)
         wait_for(lambda: not any(workers_of(host) for host in machines), "the end of the workers without a driver")
         self.start()
-        return {"victim": self.head.name}
+        return {"victim": self.driver.name}
 
     def _lose_head(self, _: Host) -> dict[str, Any]:
         began = time.monotonic()
-        self.head.kill_ray()
-        code = self.command.process.wait(self.patience_s)
-        said, waited = self.command.tail(), round(time.monotonic() - began, 1)
-        if code != 1 or "--resume" not in said or "Traceback" in said:
-            raise SoakError(f"without the head the command ended with {code} and said:\n{said}")
+        if self.driver is self.head:
+            self.head.kill_ray()
+        else:
+            self.head.kill()
+        self.command.process.wait(self.patience_s)
+        waited = round(time.monotonic() - began, 1)
+        self._check_lost()
         for host in (self.head, *self.others):
             host.kill()
         self.start_ray()
         self.start()
         return {"victim": self.head.name, "seconds_until_end": waited}
+
+    def _check_lost(self) -> None:
+        """Check that the command, which has lost the head, ended with 1 and a line that says how to go on."""
+        with contextlib.suppress(AssertionError):  # the line is another process's, and may come a moment later
+            wait_for(lambda: "error: " in self.command.tail(), "the line", 5)
+        code, said = self.command.process.poll(), self.command.tail()
+        if code != 1 or "--resume" not in said or "Traceback" in said:
+            raise SoakError(f"without the head the command ended with {code} and said:\n{said}")

@@ -57,7 +57,8 @@ class Host:
     def __init__(self, hosts: Hosts, name: str, number: int) -> None:
         self.hosts, self.name, self.number = hosts, name, number
         self.namespace, self.link = f"{hosts.prefix}-{name}", f"{hosts.prefix}{number}"
-        self.address, self.apart = f"{hosts.network}.{number}", f"10.99.0.{number}"
+        self.address = hosts.address(number)
+        self.apart = f"fd00:99::{number}" if hosts.ipv6 else f"10.99.0.{number}"
         self.ray: subprocess.Popen[bytes] | None = None
         self._first: subprocess.Popen[bytes] | None = None
         self.log, self.ray_folder = hosts.folder / f"{name}.log", hosts.folder / f"{name}-ray"
@@ -90,12 +91,14 @@ class Host:
             check=False,
         )
 
+    def at(self, port: int) -> str:
+        """Return the host's address with a port, as in URLs."""
+        return f"[{self.address}]:{port}" if self.hosts.ipv6 else f"{self.address}:{port}"
+
     def start_ray(self, head: Host | None = None, cpus: int = 2) -> None:
         """Start a node of Ray, as the head or with the head's address, and wait until it has joined."""
         place = (
-            ["--head", "--port=6379", "--include-dashboard=false"]
-            if head is None
-            else [f"--address={head.address}:6379"]
+            ["--head", "--port=6379", "--include-dashboard=false"] if head is None else [f"--address={head.at(6379)}"]
         )
         options = [
             f"--node-ip-address={self.address}",
@@ -103,7 +106,7 @@ class Host:
             "--object-store-memory=100000000",
             "--block",
         ]
-        for last in (False, True):  # Ray gives itself 30 s for its start, which a loaded machine may exceed
+        for last in (False, False, True):  # Ray gives itself 30 s for its start, which a loaded machine may exceed
             seen = self.log.stat().st_size if self.log.exists() else 0
             ray = self.ray = self.start(str(Path(sys.executable).parent / "ray"), "start", *place, *options)
 
@@ -113,7 +116,7 @@ class Host:
             def ended(ray: subprocess.Popen[bytes] = ray) -> bool:
                 return "Ray runtime started" in written() or ray.poll() is not None
 
-            wait_for(ended, f"Ray on {self.name}: {self.log}")
+            wait_for(ended, f"Ray on {self.name}: {self.log}", 240)
             if ray.poll() is None:
                 return
             assert not last and "timed out during startup" in written(), written()[-2000:]
@@ -181,11 +184,12 @@ class Hosts:
     """Some hosts, from `with` on until its end.
 
     debian: each host's own name is 127.0.1.1 to itself, as Debian and Ubuntu install it. Each host also has an
-    interface `eth1` that nothing joins to the others, with the address 10.99.0.NUMBER.
+    interface `eth1` that nothing joins to the others, with the address 10.99.0.NUMBER. network: the first three numbers
+    of the addresses, or such a one as fd00:83 for hosts that have IPv6 only.
     """
 
     def __init__(self, folder: Path, count: int = 2, debian: bool = True, network: str = "10.83.0") -> None:
-        self.folder, self.network, self.debian = folder, network, debian
+        self.folder, self.network, self.debian, self.ipv6 = folder, network, debian, ":" in network
         # A letter for each set of hosts: the kernel takes the links of ended ones away some time after their end.
         self.prefix = f"er{os.getpid() % 100000}{next(_LETTERS)}"
         self.environment = {
@@ -200,26 +204,31 @@ class Hosts:
         }
         self.all = [Host(self, f"node{'abcdef'[n]}", n + 2) for n in range(count)]
 
+    def address(self, number: int) -> str:
+        return f"{self.network}{'::' if self.ipv6 else '.'}{number}"
+
     def __enter__(self) -> Hosts:
         for folder in (Path(self.environment["RAY_TMPDIR"]), *(host.ray_folder for host in self.all)):
             folder.mkdir(parents=True)
         bridge = f"{self.prefix}br"
         _ip("link", "add", bridge, "type", "bridge")
-        _ip("addr", "add", f"{self.network}.1/24", "dev", bridge)
+        # without `nodad` an IPv6 address may be used a second later only
+        mask, at_once = ("64", ["nodad"]) if self.ipv6 else ("24", [])
+        _ip("addr", "add", f"{self.address(1)}/{mask}", "dev", bridge, *at_once)
         _ip("link", "set", bridge, "up")
         for host in self.all:
             _ip("netns", "add", host.namespace)
             _ip("link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
             _ip("link", "set", host.link, "master", bridge, "up")
             inside = ("-n", host.namespace)
-            _ip(*inside, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            _ip(*inside, "addr", "add", f"{host.address}/{mask}", "dev", "eth0", *at_once)
             _ip(*inside, "link", "set", "eth0", "up")
             _ip(*inside, "link", "set", "lo", "up")
             _ip(*inside, "link", "add", "eth1", "type", "veth", "peer", "name", "eth1-end")
-            _ip(*inside, "addr", "add", f"{host.apart}/24", "dev", "eth1")
+            _ip(*inside, "addr", "add", f"{host.apart}/{mask}", "dev", "eth1", *at_once)
             _ip(*inside, "link", "set", "eth1", "up")
             _ip(*inside, "link", "set", "eth1-end", "up")
-            _ip(*inside, "route", "add", "default", "via", f"{self.network}.1")
+            _ip(*inside, "route", "add", "default", "via", self.address(1))
             names = [f"{o.address} {o.name}" for o in self.all if o is not host or not self.debian]
             own = [f"127.0.1.1 {host.name}"] if self.debian else []
             folder = Path("/etc/netns") / host.namespace  # which `ip netns exec` lays over /etc

@@ -46,7 +46,7 @@ def config(tmp_path: Path) -> Path:
 
 def pretrain(host: Host, config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "elmo_ray.pretrain", str(config), *arguments]
-    return host.run(*command, RAY_ADDRESS=f"{host.hosts.all[0].address}:6379")
+    return host.run(*command, RAY_ADDRESS=host.hosts.all[0].at(6379))
 
 
 def test_workers_of_two_hosts_train(hosts: Hosts, config: Path) -> None:
