@@ -27,7 +27,7 @@ Tokenizer = Callable[[list[str]], list[list[list[str]]]]
 NONE = "none"
 SPACY = "spacy"
 
-RULES_VERSION = "1"
+RULES_VERSION = "2"
 """Version of the rules of this file. Raise it when the same text becomes other words or other sentences."""
 
 WITHOUT_SPACES = {
@@ -333,14 +333,14 @@ class SpacyTokenizer:
         new = [chunk for chunk in set(chunks).difference(self._chunks) if len(chunk) <= _LONGEST_CHUNK]
         words: list[str] = []
         at = iter(new)
-        # One call for all: a call costs as much as some ten words.
-        for token in self._rules(" ".join(new)):
-            words.append(token.text)
-            if token.whitespace_:
+        # One call for all: a call costs as much as some ten words. Two blanks make a token between two chunks; else
+        # spaCy would look for special cases such as '' across the blank, and words would depend on their neighbours.
+        for token in self._rules("".join([f"{chunk}  " for chunk in new])) if new else ():
+            if token.is_space:
                 self._remember(next(at), words)
                 words = []
-        if words:
-            self._remember(next(at), words)
+            else:
+                words.append(token.text)
 
     def _remember(self, chunk: str, words: list[str]) -> None:
         """Remember the words of a chunk, how a sentence may end after it, and where sentences end within it."""
