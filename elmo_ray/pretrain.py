@@ -182,9 +182,10 @@ def check_room_for(config: PretrainConfig, n_words: int, corpus: Corpus | None, 
     """Compare the memory of the workers with that of this machine, unless other machines may do the work."""
     if in_cluster() and config.cluster.workers != 0:
         return
-    memory = worker_memory(config, n_words, largest_block(corpus))
     workers = max(1, config.cluster.fewest_workers)
-    if config.cluster.device != "cpu" and torch.cuda.device_count() >= workers:
+    on_gpu = config.cluster.device != "cpu" and torch.cuda.device_count() >= workers
+    memory = worker_memory(config, n_words, largest_block(corpus), on_gpu)
+    if on_gpu:
         # The text stays in the memory of the machine, and the rest is on the GPU.
         gpu = {use: count for use, count in memory.uses.items() if use != "text"}
         if looks_at_gpus:

@@ -452,7 +452,7 @@ class EvalConfig(Section):
         None,
         ge=1,
         le=1 << 20,
-        description="Streams at a time, without effect on the result; null: 128, or as a GPU bears.",
+        description="Streams at a time; the result does not change. null: as suits the device.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16 computes products in bfloat16, in evaluate and for the test text after training."

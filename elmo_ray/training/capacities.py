@@ -69,6 +69,11 @@ class Capacities:
             n_words,
         )
 
+    def usual_sizes(self) -> tuple[int, int, int]:
+        """Return the padded numbers of distinct words, of touched rows and of input rows of most batches."""
+        words, rows, input_rows = _next_size((self._of_words[0], *self._of_rows), (0, 0, 0))
+        return words, min(self._n_words, rows), min(self._n_words, input_rows)
+
     def __call__(self, batch: StepInput) -> StepInput:
         """Return a padded copy, with the sorted positions that kernels sum gradients by."""
         rows, input_rows = (

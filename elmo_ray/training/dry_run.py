@@ -89,7 +89,7 @@ def dry_run(config: PretrainConfig, corpus: Corpus | None, positions: int, n_wor
         per_epoch, steps = -(-positions // (streams * unroll)), None
     if steps is None:
         steps = config.train.duration.steps(streams * unroll, positions)
-    memory = worker_memory(config, n_words, largest_block(corpus))
+    memory = worker_memory(config, n_words, largest_block(corpus), trains_on_gpu(config))
     total = sum(memory.parameters.values())
     width = 8 if config.train.precision == "fp64" else 4
     slots = count_slots(config.optim)
@@ -108,6 +108,12 @@ def dry_run(config: PretrainConfig, corpus: Corpus | None, positions: int, n_wor
         _free(config.run.storage_path),
         _devices(),
     )
+
+
+def trains_on_gpu(config: PretrainConfig) -> bool:
+    """Return whether workers have a GPU each, as far as this machine tells."""
+    device = config.cluster.device
+    return device == "gpu" or (device == "auto" and torch.cuda.device_count() >= max(1, config.cluster.fewest_workers))
 
 
 def largest_block(corpus: Corpus | None) -> int | None:

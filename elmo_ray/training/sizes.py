@@ -11,6 +11,7 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import ConfigError
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.components import component_of
+from elmo_ray.training.capacities import Capacities
 from elmo_ray.training.optimizer import count_slots
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,13 @@ def check_streams(config: PretrainConfig, positions: int, exact: bool = True) ->
         )
 
 
-def worker_memory(config: PretrainConfig, n_words: int, block_bytes: int | None = None) -> WorkerMemory:
+def worker_memory(
+    config: PretrainConfig, n_words: int, block_bytes: int | None = None, on_gpu: bool = False
+) -> WorkerMemory:
     """Return an estimate of the memory of one worker.
 
-    block_bytes: size of the largest block of text; None takes data.block_bytes.
+    block_bytes: size of the largest block of text; None takes data.block_bytes. on_gpu: all but the text is in a GPU's
+    memory, where steps are captured if they can be.
     """
     with torch.device("meta"):
         model = BiLM(config.model, config.softmax, n_words)
@@ -79,14 +83,69 @@ def worker_memory(config: PretrainConfig, n_words: int, block_bytes: int | None 
     # tensors kept for backward: gates, their gradients, cells and outputs; logits and their gradient
     activations = window * lstm.n_layers * (10 * lstm.dim + 4 * lstm.projection_dim) + 3 * window * negatives
     block = config.data.block_bytes if block_bytes is None else block_bytes
+    gradient_bytes, activation_bytes = dense * width, activations * width
+    if on_gpu and config.train.kernels == "auto" and width == 4 and config.softmax.kind == "sampled":
+        of_tables, activation_bytes = captured_step_memory(config, n_words, rows)
+        gradient_bytes += of_tables
     uses = {
         "parameters": total * width,
         "optimizer": total * slots * width,
-        "gradients": dense * width,
-        "activations": activations * width,
+        "gradients": gradient_bytes,
+        "activations": activation_bytes,
         "text": n_words * (2 * config.model.char_cnn.max_characters + 150) + rows * 3 * block * 6,
     }
     return WorkerMemory(parameters, uses)
+
+
+_WINDOWS_OF_WORD = 9.5
+"""Windows of characters of a distinct word, as batches of English have them."""
+
+_PRODUCTS_BYTES = 4 << 25
+"""Memory that cuBLAS asks for: 32 MiB for each of some streams."""
+
+
+def captured_step_memory(config: PretrainConfig, n_words: int, rows: int) -> tuple[int, int]:
+    """Return the bytes that a captured step of a GPU takes: the gradients of touched rows, and all that is kept from
+    the forward pass until the gradients of the softmax, which is when most is there. rows: streams of the worker.
+
+    The tensors are those of `kernels/gpu`; the test of this function counts them in real steps.
+    """
+    model, train, low = config.model, config.train, 2 if config.train.precision == "bf16" else 4
+    lstm, cnn, directions = model.lstm, model.char_cnn, 2 if model.bidirectional else 1
+    words, touched, read = Capacities.of(config, n_words, None, rows).usual_sizes()
+    converted = low if low < 4 else 0  # what float32 products read as it is
+    b = -(-rows // train.accumulate)
+    p, h, k = lstm.projection_dim, lstm.dim, min(config.softmax.negatives or 0, n_words)
+    n = directions * b * train.unroll  # positions of both directions
+    of_tables = 4 * touched * (p + 1)
+    kept = 0
+    if model.input == "characters":
+        f, windows = cnn.n_filters, int(_WINDOWS_OF_WORD * words)
+        unfolded = 1 << (max(16, max(width for width, _ in cnn.filters) * cnn.embedding_dim) - 1).bit_length()
+        kept += windows * low * (unfolded + f) + words * f * 5  # unfolded, their products; largest and where
+        # of each highway: its input in the products' type, both products, its output; both weights
+        kept += cnn.n_highway * (words * f * (converted + 2 * low + 4) + 2 * f * f * low)
+        if cnn.projection:
+            kept += words * (f * converted + p * (low + 4)) + f * p * converted
+    else:
+        of_tables += 0 if config.softmax.tied else 4 * read * p
+        kept += 2 * 4 * read * p
+    dropped = 1 if train.dropout else 0
+    width = model.word_dim
+    for layer in range(lstm.n_layers):
+        kept += n * width * 4 * (1 + dropped)  # the input, and after dropout
+        kept += directions * converted * ((width + p) * 4 * h + (h * p if h != p else 0))  # weights, converted
+        # input, gates, gated and outputs in the products' type; memory cells in float32; the outputs once more
+        kept += n * (converted * width + low * (4 * h + (h if h != p else 0) + p) + 4 * (h + p))
+        kept += directions * b * (low * p + 4 * h)  # the state before the window
+        kept += n * p * 4 if layer and lstm.use_skip_connections else 0
+        width = p
+    kept += 5 * 4 * lstm.n_layers * directions * b * (h + p)  # states: kept, with resets, of layers, new
+    # output after dropout and by stream; its gradient, and both in the products' type
+    kept += n * p * (4 * (2 + dropped) + converted + low)
+    # logits; rows of negatives, the rows twice and their gradient, and that of the negatives
+    kept += n * k * low + directions * k * p * (low + 4) + 3 * 4 * touched * p
+    return of_tables, kept + _PRODUCTS_BYTES
 
 
 def check_memory(config: PretrainConfig, memory: WorkerMemory, available: int, whose: str) -> None:

@@ -11,7 +11,9 @@ cores; the first batches, while Ray starts, are left out. A word here is a posit
 The whole feed of the original's sizes in one process without Ray: files to the inputs of training steps, on the text of
 `gpu_check.py` (made in FOLDER, or found there). ELMO_RAY_KERNELS=off leaves the compiled loops out. One line, with
 medians of the rounds: `positions_per_second`, as fast as the feed can; `step_ms` of steps of small PyTorch calls in the
-main thread, some 6 ms, `with_feed_ms` of the same with a new input for each step, and `longer`, their ratio less one.
+main thread, some 6 ms, `with_feed_ms` of the same with a new input for each step, and `longer`, their ratio less one;
+`blocked_ms` of a step with the feed the main thread waited for Python's lock or for its input, which other programs on
+the machine change less.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -130,13 +133,24 @@ def small_calls(count: int) -> None:
         x = (x + 1.0).mul_(0.5)
 
 
-def milliseconds(steps: int, calls: int, feed: Iterator[ReadyBatch] | None) -> float:
-    start = time.perf_counter()
+def milliseconds(steps: int, calls: int, feed: Iterator[ReadyBatch] | None) -> tuple[float, float]:
+    """Of a step: in all; and neither running nor waiting for a core, so waiting for Python's lock or for input."""
+    start, start_blocked = time.perf_counter(), blocked_seconds()
     for _ in range(steps):
         if feed is not None:
             next(feed)
         small_calls(calls)
-    return (time.perf_counter() - start) / steps * 1e3
+    in_all, blocked = time.perf_counter() - start, blocked_seconds() - start_blocked
+    return in_all / steps * 1e3, blocked / steps * 1e3
+
+
+def blocked_seconds() -> float:
+    """Of this thread so far, from any beginning; as far as the last tick of the clock. NaN where not Linux tells it."""
+    try:
+        running, waiting = Path("/proc/thread-self/schedstat").read_text().split()[:2]
+    except OSError:
+        return math.nan
+    return time.perf_counter() - (int(running) + int(waiting)) / 1e9
 
 
 def whole(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
@@ -157,12 +171,14 @@ def whole(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
         per_cpu.append(positions / timed.cpu_seconds)
     time.sleep(0.5)  # the feeder has its steps ahead
     milliseconds(100, 1000, None)  # the clock and the caches
-    calls = round(1000 * 6.0 / milliseconds(200, 1000, None))
-    steps = round(arguments.seconds * 1000 / 6.0)
-    alone, beside = [], []
+    calls = round(1000 * arguments.step_ms / milliseconds(200, 1000, None)[0])
+    steps = round(arguments.seconds * 1000 / arguments.step_ms)
+    alone, beside, blocked = [], [], []
     for _ in range(arguments.rounds):
-        alone.append(milliseconds(steps, calls, None))
-        beside.append(milliseconds(steps, calls, feed))
+        alone.append(milliseconds(steps, calls, None)[0])
+        in_all, of_it_blocked = milliseconds(steps, calls, feed)
+        beside.append(in_all)
+        blocked.append(of_it_blocked)
     feed.close()  # type: ignore[attr-defined]
     return {
         "case": "whole, " + ("thread" if arguments.thread else "process"),
@@ -173,6 +189,7 @@ def whole(arguments: argparse.Namespace, text: Path) -> dict[str, Any]:
         "step_ms": round(statistics.median(alone), 3),
         "with_feed_ms": round(statistics.median(beside), 3),
         "longer": round(statistics.median(np.divide(beside, alone)) - 1, 4),
+        "blocked_ms": round(statistics.median(blocked), 3),
         "rounds_longer": np.round(np.divide(beside, alone) - 1, 4).tolist(),
     }
 
@@ -184,6 +201,7 @@ def main() -> None:
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--whole", action="store_true", help="files to the inputs of steps, on a text of its own")
     parser.add_argument("--thread", action="store_true", help="--whole by a thread, in place of a process of its own")
+    parser.add_argument("--step-ms", type=float, default=6.0, help="of the training thread's step in --whole")
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="of the text of --whole, to keep it")
     arguments = parser.parse_args()
     arguments.streams = arguments.streams or (128 if arguments.whole else 32)

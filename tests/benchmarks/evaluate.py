@@ -26,7 +26,7 @@ from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.encode import thread_source
 from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.elmo.evaluation import window_of
+from elmo_ray.elmo.evaluation import POSITIONS_PER_BATCH, window_of
 from elmo_ray.elmo.scoring import FixedModel, character_table, stream_losses
 from elmo_ray.machine import keep_freed_memory
 from elmo_ray.model.bilm import BiLM
@@ -44,7 +44,7 @@ def model_of(vocabulary: Vocabulary) -> BiLM:
 
 
 def batches(model: BiLM, corpus: Corpus, vocabulary: Vocabulary, rows: int) -> Iterator[Batch]:
-    window = window_of(rows)
+    window = window_of(rows, POSITIONS_PER_BATCH)
     plan = StreamPlan(corpus, rows, shuffle=False)
     source = partial(thread_source, vocabulary=vocabulary)
     table = character_table(model, vocabulary)

@@ -1,16 +1,20 @@
 """What a few minutes on a GPU should tell: whether everything runs there, and what it costs.
 
-    python tests/benchmarks/gpu_check.py [--out FOLDER] [--only env tests capture parts step train ray]
+    python tests/benchmarks/gpu_check.py [--out FOLDER] [--only env tests capture parts step evaluate embed train ray]
         [--device cuda] [--small]
 
 Sections run in processes of their own with time limits, so that one that breaks or hangs takes no other with it:
 
     env      versions, and what the device reaches with a large product in bf16 and with a copy
     tests    the tests that want a GPU
-    capture  the original's step: is it captured, what does the log say if not, its memory, and does that grow
+    capture  the original's step: is it captured, what does the log say if not, its memory beside `--dry-run`'s count,
+             and does that grow
     parts    PyTorch's operations that such a step is made of, each alone
     step     `gpu_step.py` in bf16, three short rounds
-    train    the quickstart and `gpu_original.yaml` on a made-up text, without Ray: speed with the feed
+    evaluate positions/s of held-out text at the original's sizes over 793,471 words, with 32 and with 1,024 streams
+    embed    words/s through all layers at the original's sizes
+    train    the quickstart and `gpu_original.yaml` on a made-up text, without Ray: speed with the feed, and
+             memory beside `--dry-run`'s count
     ray      the quickstart on Ray with one worker, then `evaluate` and `export`
 
 FOLDER/gpu_check.json is written after each section: what it found, its exit status, seconds and the end of its log.
@@ -32,19 +36,35 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from elmo_ray.config import PretrainConfig
+    from elmo_ray.data.corpus import Corpus
+    from elmo_ray.data.vocabulary import Vocabulary
+    from elmo_ray.model.bilm import BiLM
+
 # The project's own modules are imported by the sections that use them, so that one which is broken breaks only those.
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-LIMITS = {"env": 40, "tests": 110, "capture": 60, "parts": 60, "step": 150, "train": 75, "ray": 150}
+LIMITS = {
+    "env": 40,
+    "tests": 110,
+    "capture": 60,
+    "parts": 60,
+    "step": 150,
+    "evaluate": 90,
+    "embed": 60,
+    "train": 75,
+    "ray": 150,
+}
 """Seconds that a command of a section may take."""
 
 GPU_TESTS = ("tests/kernels", "tests/training/test_gpu_captured_step.py", "tests/training/test_transfer.py")
@@ -158,6 +178,7 @@ def capture(device: torch.device, small: bool) -> dict[str, Any]:
     }
     if on_gpu:
         found["memory_GB"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+        found["dry_run_GB"] = dry_run_gigabytes(step.config, words)
         found["reserved_GB"] = round(torch.cuda.max_memory_reserved(device) / 1e9, 2)
     send = Transfer(device)  # as training hands over its batches
     before, steps = torch.cuda.memory_allocated(device) if on_gpu else 0, 2 if small else 200
@@ -169,6 +190,88 @@ def capture(device: torch.device, small: bool) -> dict[str, Any]:
     if on_gpu:
         found[f"grown_MB_in_{steps}_steps"] = round((torch.cuda.memory_allocated(device) - before) / 1e6, 1)
     return found
+
+
+def dry_run_gigabytes(config: PretrainConfig, words: int) -> float:
+    """The memory of a GPU by the count of `--dry-run`."""
+    from elmo_ray.training.sizes import worker_memory
+
+    memory = worker_memory(config, words, on_gpu=True)
+    return round((memory.total - memory.uses["text"]) / 1e9, 2)
+
+
+def text_and_model(folder: Path, small: bool, device: torch.device) -> tuple[BiLM, Vocabulary, Corpus]:
+    """A random model of the original's sizes, and 500,000 tokens of text over its vocabulary."""
+    from cases import SIZES, our_config, read_corpus
+
+    from elmo_ray.data.vocabulary import Vocabulary
+    from elmo_ray.model.bilm import BiLM
+
+    text = folder / "text"
+    made_up_text(text, *((2000, 4000, 1) if small else (793_471, 500_000, 1)))
+    vocabulary = Vocabulary.read(text / "vocab.txt")
+    config = our_config(SIZES["small" if small else "original"], "fp32", 32)
+    model = BiLM(config.model, config.softmax, vocabulary.size).to(device).requires_grad_(False)
+    model.reset_parameters(1)
+    return model, vocabulary, read_corpus(str(text / "train-*.txt"))
+
+
+def evaluate(device: torch.device, small: bool) -> dict[str, Any]:
+    from elmo_ray.elmo.evaluation import ROWS, Scorer, rows_for
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model, vocabulary, corpus = text_and_model(Path(folder), small, device)
+        for streams in (4, 16) if small else (32, 1024):
+            for dtype in (None,) if small else (None, torch.bfloat16):
+                scorer = Scorer(model, vocabulary, corpus, dtype=dtype)
+                rows = rows_for(scorer.positions, ROWS, device)
+                seconds = []
+                for _ in range(1 if small else 2):  # the first compiles
+                    start = time.perf_counter()
+                    totals = scorer.streams(range(streams), streams, rows)
+                    seconds.append(time.perf_counter() - start)
+                name = f"{streams} streams, {'bf16' if dtype else 'fp32'}"
+                positions = int(totals.positions.sum())
+                found[name] = {
+                    "positions_per_second": round(positions / seconds[-1]),
+                    "nats": float(totals.nats.sum() / model.directions / positions),
+                }
+        found |= {"positions_at_a_time": scorer.positions} | memory_of(device)
+    return found
+
+
+def embed(device: torch.device, small: bool) -> dict[str, Any]:
+    from elmo_ray.elmo.batch_size import positions_at_a_time
+    from elmo_ray.elmo.encoder import SentenceEncoder, encode_sentences
+    from elmo_ray.elmo.layer_choice import batches_by_length
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model, vocabulary, _ = text_and_model(Path(folder), small, device)
+        lines = (Path(folder) / "text" / "train-0.txt").read_text().splitlines()
+    sentences = [line.split() for line in lines]
+    most = min(1 << 14, positions_at_a_time(device, model.config, 2048))
+    # few CPUs have products in bf16
+    for name, dtype in {"fp32": None, **({} if small else {"bf16": torch.bfloat16})}.items():
+        encoder, rates = SentenceEncoder(model, dtype), []
+        for _ in range(2):  # the first compiles, and fills the memory of word vectors
+            start = time.perf_counter()
+            with torch.no_grad():
+                for numbers in batches_by_length(sentences, most):
+                    layers, _ = encoder.layers(
+                        *encode_sentences(encoder, vocabulary, [sentences[number] for number in numbers])
+                    )
+            float(layers[-1].sum())  # waits for the device
+            rates.append(round(sum(map(len, sentences)) / (time.perf_counter() - start)))
+        found[f"words_per_second, {name}"] = rates
+    return found | {"positions_at_a_time": most} | memory_of(device)
+
+
+def memory_of(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    return {"memory_GB": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)}
 
 
 def parts(device: torch.device, small: bool) -> dict[str, Any]:
@@ -247,7 +350,13 @@ def microseconds_of_parts(device: torch.device, small: bool, rows: int) -> dict[
     return {name: round(milliseconds(function, device) * 1e3, 1) for name, function in cases.items()}
 
 
-MEASURES: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {"env": env, "capture": capture, "parts": parts}
+MEASURES: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {
+    "env": env,
+    "capture": capture,
+    "parts": parts,
+    "evaluate": evaluate,
+    "embed": embed,
+}
 
 
 # ---------------------------------------------------------------- sections
@@ -295,6 +404,8 @@ class Sections:
         found = {"quickstart": self.pretrain("train-quickstart", limit, quickstart, 0, f"train.duration={steps}")}
         if self.small:
             return found
+        from cases import SIZES, our_config
+
         corpus = self.folder / "text"
         made_up_text(corpus)
         for streams in (128, 512):
@@ -302,7 +413,8 @@ class Sections:
             got = self.pretrain(name, limit, HERE / "gpu_original.yaml", 0, more, ELMO_CORPUS=str(corpus))
             metrics = sorted((self.folder / "runs" / name / "metrics").glob("*.jsonl"))
             records = [record for file in metrics for record in json_lines(file) if record.get("kind") == "train"]
-            found[f"original, {streams} streams"] = got | {"records": records[-4:]}
+            counted = {"dry_run_GB": dry_run_gigabytes(our_config(SIZES["original"], "bf16", streams), 793_471)}
+            found[f"original, {streams} streams"] = got | {"records": records[-4:]} | counted
         return found
 
     def ray(self) -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.tiny_runs import tiny_config
 
 from elmo_ray import machine
 from elmo_ray.errors import ConfigError
+from elmo_ray.training.capacities import Capacities
 from elmo_ray.training.sizes import WorkerMemory, check_memory, check_streams, worker_memory
 
 
@@ -69,3 +75,52 @@ def test_small_blocks_need_less_memory() -> None:
 
 def test_memory_of_this_machine() -> None:
     assert 1 << 28 < machine.total_memory() < 1 << 50
+
+
+ORIGINAL: dict[str, Any] = {
+    "model__char_cnn": {
+        "filters": [[1, 32], [2, 32], [3, 64], [4, 128], [5, 256], [6, 512], [7, 1024]],
+        "n_highway": 2,
+    },
+    "model__lstm": {"dim": 4096, "projection_dim": 512},
+    "softmax__negatives": 8192,
+    "train__unroll": 20,
+    "train__precision": "bf16",
+    "train__dropout": 0.1,
+    "data__streams": 128,
+}
+STEPS: dict[str, tuple[int, dict[str, Any]]] = {
+    "original": (793_471, ORIGINAL),
+    "512 streams": (793_471, {**ORIGINAL, "data__streams": 512}),
+    "accumulated": (793_471, {**ORIGINAL, "data__streams": 512, "train__accumulate": 4}),
+    "float32, no dropout": (50_000, {**ORIGINAL, "train__precision": "fp32", "train__dropout": 0.0}),
+    "one direction": (100_000, {**ORIGINAL, "model__bidirectional": False, "data__streams": 256}),
+    "one layer": (20_000, {**ORIGINAL, "model__lstm": {"dim": 2048, "projection_dim": 512, "n_layers": 1}}),
+}
+
+
+@pytest.mark.slow
+def test_memory_of_a_captured_step_is_that_of_its_tensors() -> None:
+    """Within 10 %, at sizes that no machine of the tests could hold."""
+    lines, counted = [], []
+    for n_words, changes in STEPS.values():
+        config = tiny_config(**changes)
+        words, rows, _ = Capacities.of(config, n_words, None, config.data.streams).usual_sizes()
+        windows = int(9.5 * words)
+        values = {"values": config.to_dict(), "n_words": n_words, "words": words, "windows": windows, "rows": rows}
+        lines.append(json.dumps(values))
+        uses = worker_memory(config, n_words, on_gpu=True).uses
+        counted.append(sum(uses.values()) - uses["text"] - (4 << 25))
+    program = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "step_memory.py")]
+    done = subprocess.run(program, input="\n".join(lines), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [int(line) for line in done.stdout.split()]
+    ratios = {name: ours / real for name, ours, real in zip(STEPS, counted, found, strict=True)}
+    assert all(0.9 < ratio < 1.1 for ratio in ratios.values()), ratios
+
+
+def test_memory_on_an_h200() -> None:
+    """The figures are of a trial of these kernels (gpu, tests/benchmarks/README.md)."""
+    for streams, measured in ((128, 6.5e9), (512, 9.7e9)):
+        uses = worker_memory(tiny_config(**{**ORIGINAL, "data__streams": streams}), 793_471, on_gpu=True).uses
+        assert sum(uses.values()) - uses["text"] == pytest.approx(measured, rel=0.1)

@@ -38,6 +38,7 @@ _CRC = _crc_tables()
 _pointer: Any = None
 _high_product: Any = None
 _carray: Any = None
+_lowest_bit: Any = None
 
 if numba is not None:
     _carray = numba.carray  # type: ignore[attr-defined]
@@ -67,6 +68,18 @@ if numba is not None:
         return signature, generate
 
     _high_product = _upper_half
+
+    @intrinsic
+    def _zeros_below(typingctx, value):  # type: ignore[no-untyped-def]
+        """Return the number of zeros below the lowest bit of a uint64, which is not 0."""
+        signature = numba.types.uint64(numba.types.uint64)
+
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            return builder.cttz(arguments[0], context.get_constant(numba.types.boolean, True))
+
+        return signature, generate
+
+    _lowest_bit = _zeros_below
 
 
 @compiled
@@ -150,38 +163,53 @@ def mark_sentences(ids: Any, lengths: Any, unknown_base: Any, bos: Any, eos: Any
     return tokens
 
 
+_ONE, _LOW_6, _6 = np.uint64(1), np.uint64(63), np.uint64(6)
+
+
 @compiled
-def _mark(ids: Any, marks: Any) -> Any:
+def _is_new(id_: Any, bits: Any) -> Any:
+    """Mark an id; return whether it had no mark.
+
+    A mark is a bit of the first eighth of the `eights`, which a core's own cache holds where it does not hold bytes.
+    """
+    id_ = np.uint64(id_)
+    word, bit = bits[id_ >> _6], _ONE << (id_ & _LOW_6)
+    bits[id_ >> _6] = word | bit
+    return (word & bit) == np.uint64(0)
+
+
+@compiled
+def _mark(ids: Any, bits: Any) -> Any:
     """Mark the ids that are not negative; return how many had no mark."""
     count = 0
     for i in range(len(ids)):
-        if ids[i] >= 0 and marks[ids[i]] == 0:
-            marks[ids[i]] = 1
+        if ids[i] >= 0 and _is_new(ids[i], bits):
             count += 1
     return count
 
 
 @compiled
-def _take_marked(eights: Any, count: Any, index_of: Any) -> Any:
+def _take_marked(bits: Any, count: Any, index_of: Any) -> Any:
     """Return the `count` marked ids in order, without their marks, and number them in `index_of`."""
-    marks = eights.view(np.uint8)
     found = np.empty(count, np.int64)
     n = 0
-    for group in range(len(eights)):
-        if eights[group] != 0:
-            for at in range(8 * group, 8 * group + 8):
-                if marks[at] != 0:
-                    marks[at] = 0
-                    found[n] = at
-                    index_of[at] = n
-                    n += 1
+    for place in range((len(index_of) + 63) // 64):
+        word = np.uint64(bits[place])
+        if word != np.uint64(0):
+            bits[place] = np.uint64(0)
+        while word != np.uint64(0):
+            at = 64 * place + np.int64(_lowest_bit(word))
+            word &= word - _ONE
+            found[n] = at
+            index_of[at] = n
+            n += 1
     return found
 
 
 @compiled
 def distinct_ids(ids: Any, eights: Any, index_of: Any) -> Any:
     """Counterpart of `data.word_types.UniqueIndex.unique`. eights: a byte for each id, all 0, as uint64."""
-    return _take_marked(eights, _mark(ids, eights.view(np.uint8)), index_of)
+    return _take_marked(eights, _mark(ids, eights), index_of)
 
 
 @compiled
@@ -261,22 +289,20 @@ def keep_first_distinct(draws_DN: Any, n_words: Any, eights: Any, ids_DK: Any, k
 
     draws: float64, whose whole part is an id. tries: the draws that were looked at.
     """
-    marks = eights.view(np.uint8)
     for d in range(len(draws_DN)):
         kept, tries, ids = kept_D[d], tries_D[d], ids_DK[d]
         for i in range(kept):
-            marks[ids[i]] = 1
+            _is_new(ids[i], eights)
         for i in range(draws_DN.shape[1]):
             if kept == len(ids):
                 break
             tries += 1
             word = min(np.int64(draws_DN[d, i]), n_words - 1)
-            if marks[word] == 0:
-                marks[word] = 1
+            if _is_new(word, eights):
                 ids[kept] = word
                 kept += 1
         for i in range(kept):
-            marks[ids[i]] = 0
+            eights[np.uint64(ids[i]) >> _6] = np.uint64(0)
         kept_D[d], tries_D[d] = kept, tries
 
 
@@ -293,10 +319,9 @@ def touched_rows(
 ) -> Any:
     """Counterpart of `training.noise.touched_rows`."""
     directions, negatives = negatives_DK.shape
-    marks = eights.view(np.uint8)
-    count = _mark(touched, marks) + _mark(more, marks)
+    count = _mark(touched, eights) + _mark(more, eights)
     for d in range(directions):
-        count += _mark(negatives_DK[d], marks)
+        count += _mark(negatives_DK[d], eights)
     rows = _take_marked(eights, count, index_of)
     index_of[0] = 0
     target_rows, negative_rows = np.empty(targets_DBT.shape, np.int64), np.empty(negatives_DK.shape, np.int64)
