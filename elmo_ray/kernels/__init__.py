@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from elmo_ray.kernels.positions import SortedPositions
+from elmo_ray.kernels.hints import SortedPositions
 
 Setting = Literal["auto", "off"]
 Function = Callable[..., Any]
@@ -220,7 +220,7 @@ def uniform() -> Function | None:
 
 
 def keep_first_distinct() -> Function | None:
-    """Function that picks the distinct ones among draws; the plain counterpart is in `model.softmax.draw_negatives`."""
+    """Function that picks the distinct ones among draws; the plain form is in `training.noise.draw_negatives`."""
     return _of_feed("keep_first_distinct")
 
 
