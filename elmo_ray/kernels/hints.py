@@ -10,7 +10,8 @@ from torch import Tensor
 class SortedPositions(NamedTuple):
     """Places of ids by row: those of row r are order[starts[r] : starts[r + 1]], in rising order.
 
-    Kernels sum the gradients of a table row by row, in the order of the places. order: [N] int32 places in the flat tensor of ids; starts: [R + 1] int32.
+    Kernels sum the gradients of a table row by row, in the order of the places. order: [N] int32 places in the flat
+    tensor of ids; starts: [R + 1] int32.
     """
 
     order: Tensor
