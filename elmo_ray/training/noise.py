@@ -32,7 +32,7 @@ class Negatives:
 def draw_negatives(
     seed: int, step: int, direction: int, n_words: int, count: int, table: NDArray[np.int64] | None = None
 ) -> Negatives:
-    """Log-uniform negatives without replacement, a pure function of its arguments.
+    """Draw log-uniform negatives without replacement, by a pure function of the arguments.
 
     As TensorFlow's log_uniform_candidate_sampler(unique=True): draw ids with p(k) = log((k+2)/(k+1)) / log(V+1) one
     after another, keep the first `count` distinct ones; `tries` is the index of the last of them plus one. Needs
@@ -57,7 +57,7 @@ def draw_negatives(
 
 
 def log_expected_count(ids: NDArray[np.int64], tries: int, n_words: int) -> NDArray[np.float32]:
-    """log(-expm1(tries * log1p(-p(id)))): the log of how often an id is expected among the distinct draws."""
+    """Return log(-expm1(tries * log1p(-p(id)))): the log of how often an id is expected among the distinct draws."""
     probability = np.log1p(1.0 / (ids + 1.0)) / math.log1p(n_words)
     return np.log(-np.expm1(tries * np.log1p(-probability))).astype(np.float32)
 
