@@ -10,9 +10,9 @@ same name in YAML, overrides, errors and `--help`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainValidator
 
 from elmo_ray.config.model import LARGE, CharCnnConfig, DropoutRates, LstmConfig, ModelConfig, PartRates, Reset, Workers
 from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, Section, as_names, show
@@ -91,11 +91,17 @@ class RunConfig(StorageConfig):
                 yield f"run.report_to={show(name)}: must be among {', '.join(TRACKERS)}"
 
 
-# mypy takes no names that are computed
-FormatName = str if TYPE_CHECKING else Literal[("auto", *FORMATS)]
+_FORMATS = ("auto", *FORMATS)
 _FORMAT_ENDINGS = [ending for each in FORMATS.values() for ending in each.endings]
 
 _TOKENIZERS = "none, spacy, package.module:function, or null"
+
+
+def _format(value: Any) -> str:
+    """Return the name of a format; raise ValueError for anything else."""
+    if value in _FORMATS:
+        return str(value)
+    raise ValueError("no format")
 
 
 class FormConfig(Section):
@@ -105,7 +111,7 @@ class FormConfig(Section):
     on_error: Literal["fail", "replace"] = Field(
         "fail", description="What happens at bytes that are not UTF-8 and at NULs: an error, or a replacement."
     )
-    format: FormatName = Field(
+    format: Annotated[str, PlainValidator(_format), Allowed(" or ".join(_FORMATS))] = Field(
         "auto", description=f"Format of the texts; auto: by their names ({', '.join(_FORMAT_ENDINGS)})."
     )
     column: str = Field(

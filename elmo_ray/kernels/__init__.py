@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from elmo_ray.kernels.positions import SortedPositions
+from elmo_ray.kernels.hints import SortedPositions
 
 Setting = Literal["auto", "off"]
 Function = Callable[..., Any]
@@ -46,7 +46,7 @@ def using(setting: Setting) -> Iterator[None]:
 
 
 def lstm_window(x: Tensor) -> Function | None:
-    """Counterpart of `model.lstm.window`."""
+    """Return the counterpart of `model.lstm.window`."""
     if _on_cpu(x):
         from elmo_ray.kernels.cpu.lstm import window
 
@@ -60,7 +60,7 @@ def lstm_window(x: Tensor) -> Function | None:
 
 
 def largest_windows(embedding: Tensor) -> Function | None:
-    """Counterpart of `model.char_cnn.largest_windows`."""
+    """Return the counterpart of `model.char_cnn.largest_windows`."""
     if _on_cpu(embedding):
         from elmo_ray.kernels.cpu.char_cnn import largest_windows
 
@@ -69,8 +69,10 @@ def largest_windows(embedding: Tensor) -> Function | None:
 
 
 def word_features(embedding: Tensor, filters: Sequence[Tensor]) -> Function | None:
-    """Largest windows with bias and activation, for all words at once; the counterpart is what `model.char_cnn.CharCnn`
-    does up to its highways."""
+    """Return the function for largest windows with bias and activation, for all words at once.
+
+    Its counterpart is what `model.char_cnn.CharCnn` does up to its highways.
+    """
     if _on_gpu(embedding):
         from elmo_ray.kernels.gpu import char_cnn
 
@@ -79,7 +81,7 @@ def word_features(embedding: Tensor, filters: Sequence[Tensor]) -> Function | No
 
 
 def gather_rows(table: Tensor) -> Function | None:
-    """Counterpart of `torch.nn.functional.embedding(ids, table)`, as (table, ids, sorted positions or None)."""
+    """Return the counterpart of `F.embedding(ids, table)`, as (table, ids, sorted positions or None)."""
     if _on_gpu(table):
         from elmo_ray.kernels.gpu.rows import gather_rows as on_gpu
 
@@ -88,7 +90,7 @@ def gather_rows(table: Tensor) -> Function | None:
 
 
 def highway(x: Tensor) -> Function | None:
-    """Counterpart of `model.char_cnn.highway`."""
+    """Return the counterpart of `model.char_cnn.highway`."""
     if _on_cpu(x):
         from elmo_ray.kernels.cpu.char_cnn import highway
 
@@ -101,7 +103,7 @@ def highway(x: Tensor) -> Function | None:
 
 
 def dropout(x: Tensor) -> Function | None:
-    """Counterpart of `model.dropout.drop`."""
+    """Return the counterpart of `model.dropout.drop`."""
     if _on_cpu(x):
         from elmo_ray.kernels.cpu.dropout import drop
 
@@ -110,7 +112,7 @@ def dropout(x: Tensor) -> Function | None:
 
 
 def keyed_dropout(x: Tensor) -> Function | None:
-    """Dropout whose mask is a function of a number on the device, as (x, key, use, keep); it has no plain form."""
+    """Return dropout with masks by a key in the device's memory, as (x, key, use, keep); it has no plain form."""
     if _on_gpu(x):
         from elmo_ray.kernels.gpu.dropout import dropout as on_gpu
 
@@ -119,7 +121,10 @@ def keyed_dropout(x: Tensor) -> Function | None:
 
 
 def sampled_losses(x: Tensor, negatives: Tensor, positions: SortedPositions | None = None) -> Function | None:
-    """Counterpart of the plain form of `model.softmax.sampled_losses`. positions: of the targets, if they are known."""
+    """Return the counterpart of the plain form of `model.softmax.sampled_losses`.
+
+    positions: of the targets, if they are known.
+    """
     if _on_cpu(x):
         from elmo_ray.kernels.cpu.softmax import sampled_losses
 
@@ -132,8 +137,10 @@ def sampled_losses(x: Tensor, negatives: Tensor, positions: SortedPositions | No
 
 
 def lstm_inference(x: Tensor) -> Function | None:
-    """Class of the LSTM stack without gradients, over packed positions; the plain counterpart is `model.lstm.BiLstm`
-    over padded rows."""
+    """Return the class of the LSTM stack without gradients, over packed positions.
+
+    The plain counterpart is `model.lstm.BiLstm` over padded rows.
+    """
     if _on_cpu(x):
         from elmo_ray.kernels.cpu.lstm_inference import LstmInference
 
@@ -142,7 +149,7 @@ def lstm_inference(x: Tensor) -> Function | None:
 
 
 def fixed_char_cnn(embedding: Tensor, filters: Sequence[Tensor]) -> Function | None:
-    """Class of the char CNN without gradients; the plain counterpart is `model.char_cnn.CharCnn`."""
+    """Return the class of the char CNN without gradients; the plain counterpart is `model.char_cnn.CharCnn`."""
     if _setting == "auto" and embedding.device.type == "cpu":
         from elmo_ray.kernels.cpu.char_cnn_inference import FixedCharCnn
 
@@ -151,7 +158,7 @@ def fixed_char_cnn(embedding: Tensor, filters: Sequence[Tensor]) -> Function | N
 
 
 def full_losses(weight: Tensor) -> Function | None:
-    """Class of losses over the whole vocabulary without gradients; the plain form is
+    """Return the class of losses over the whole vocabulary without gradients; the plain form is
     `model.softmax.ExactLosses`."""
     if _setting == "auto" and weight.dtype == torch.float32:
         from elmo_ray.kernels.full_softmax import FullSoftmax
@@ -168,7 +175,7 @@ def compiler_version() -> str | None:
 
 
 def adagrad(value: Tensor) -> Function | None:
-    """Counterpart of `training.optimizer.adagrad`."""
+    """Return the counterpart of `training.optimizer.adagrad`."""
     if _on_cpu(value):
         from elmo_ray.kernels.cpu.adagrad import adagrad
 
@@ -181,7 +188,7 @@ def adagrad(value: Tensor) -> Function | None:
 
 
 def dense_adagrad(value: Tensor) -> Function | None:
-    """Class of the update of many whole tensors at once; the counterpart is `training.optimizer.adagrad` of each."""
+    """Return the class of the update of many whole tensors at once: of each as `training.optimizer.adagrad` does it."""
     if _on_gpu(value):
         from elmo_ray.kernels.gpu.dense_adagrad import DenseAdagrad
 
@@ -195,42 +202,42 @@ def has_gpu_kernels(x: Tensor) -> bool:
 
 
 def next_window() -> Function | None:
-    """Counterpart of what `data.streams.StreamLoader._next_window` does without it."""
+    """Return the counterpart of what `data.streams.StreamLoader._next_window` does without it."""
     return _of_feed("next_window")
 
 
 def mark_sentences() -> Function | None:
-    """Counterpart of `data.streams.inputs_and_targets`, which takes the arrays of a block."""
+    """Return the counterpart of `data.streams.inputs_and_targets`, which takes the arrays of a block."""
     return _of_feed("mark_sentences")
 
 
 def distinct_ids() -> Function | None:
-    """Counterpart of `data.word_types.UniqueIndex.unique`, which takes the tables of the index."""
+    """Return the counterpart of `data.word_types.UniqueIndex.unique`, which takes the tables of the index."""
     return _of_feed("distinct_ids")
 
 
 def types_by_class() -> Function | None:
-    """Counterpart of `data.word_types.TypeTable.types_of`, which takes the tables."""
+    """Return the counterpart of `data.word_types.TypeTable.types_of`, which takes the tables."""
     return _of_feed("types_by_class")
 
 
 def uniform() -> Function | None:
-    """Function for the draws of NumPy's Philox generators."""
+    """Return the function for the draws of NumPy's Philox generators."""
     return _of_feed("uniform")
 
 
 def keep_first_distinct() -> Function | None:
-    """Function that picks the distinct ones among draws; the plain counterpart is in `model.softmax.draw_negatives`."""
+    """Return the function that picks distinct draws; the plain form is in `training.noise.draw_negatives`."""
     return _of_feed("keep_first_distinct")
 
 
 def touched_rows() -> Function | None:
-    """Counterpart of `training.noise.touched_rows`."""
+    """Return the counterpart of `training.noise.touched_rows`."""
     return _of_feed("touched_rows")
 
 
 def sort_positions() -> Function | None:
-    """Counterpart of `training.capacities.sorted_positions`, for flat ids."""
+    """Return the counterpart of `training.capacities.sorted_positions`, for flat ids."""
     return _of_feed("sort_positions")
 
 

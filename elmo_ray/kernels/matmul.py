@@ -29,7 +29,7 @@ class PackedWeight(NamedTuple):
 
 
 def pack(weight: Tensor, rows: int, transposed: bool = False) -> PackedWeight:
-    """`weight` [K, N] or [D, K, N], or its transpose where `transposed`, for products of so many rows."""
+    """Pack `weight` [K, N] or [D, K, N], or its transpose where `transposed`, for products of so many rows."""
     enough = _WORTH_PACKING_FLOAT32 if weight.dtype == torch.float32 else _WORTH_PACKING
     if weight.numel() >= enough and can_pack(weight):
         # A linear layer's weight, which is what is packed, is the transpose of the factor. From a view it would take
@@ -66,7 +66,7 @@ def _packs(device: str, dtype: torch.dtype) -> bool:
 
 
 def matmul(x_MK: Tensor, factor: PackedWeight) -> Tensor:
-    """x @ factor, in its dtype; without gradients."""
+    """Compute x @ factor, in its dtype; without gradients."""
     if factor.packed:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, factor.matrix, None, "none", [], "")
         return result
@@ -76,7 +76,7 @@ def matmul(x_MK: Tensor, factor: PackedWeight) -> Tensor:
 
 
 def linear(x_MK: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """x @ weight + bias, in the dtype of x and the weight; without gradients.
+    """Compute x @ weight + bias, in the dtype of x and the weight; without gradients.
 
     On some CPUs oneDNN's float32 products are a tenth faster than those of torch.mm, but the first one of a shape takes
     half a millisecond more.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from elmo_ray import kernels
 from elmo_ray.config import SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
-from elmo_ray.kernels.positions import SortedPositions
-from elmo_ray.model.char_cnn import CharCnn, WindowCounts
+from elmo_ray.kernels.hints import SortedPositions, WindowCounts
+from elmo_ray.model.char_cnn import CharCnn
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import BiLstm, LstmState
 from elmo_ray.model.softmax import KINDS

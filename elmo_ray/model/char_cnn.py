@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +16,10 @@ from torch import Tensor, nn
 from elmo_ray import kernels
 from elmo_ray.config.model import CharCnnConfig
 from elmo_ray.data.characters import N_CHARACTERS
+from elmo_ray.kernels.hints import WindowCounts
 from elmo_ray.model.product import affine, product
 
 CARRY_BIAS = -2.0
-
-
-class WindowCounts(NamedTuple):
-    """Number of windows of each word, [U] int32, and a fixed number that is not less than their sum.
-
-    Kernels look at a window for each character of a word and at one of padding; a word with 0 windows fills up a fixed
-    shape and has no meaning.
-    """
-
-    counts_U: Tensor
-    capacity: int
 
 
 def highway(

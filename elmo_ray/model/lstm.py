@@ -149,7 +149,7 @@ class BiLstm(nn.Module):
     """The stack of layers."""
 
     def __init__(self, config: LstmConfig, directions: int, word_dim: int | None = None):
-        """word_dim: size of the first layer's input; None: the same as that of the other layers, P."""
+        """Make the layers. word_dim: size of the first one's input; None: that of the other layers, P."""
         super().__init__()
         self.config = config
         self.directions = directions

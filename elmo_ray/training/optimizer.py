@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from elmo_ray import kernels
 from elmo_ray.config import OptimConfig
 from elmo_ray.kernels.threads import run_parallel
-from elmo_ray.model.components import component_of
+from elmo_ray.training.components import component_of
 
 TABLE_LR = 0.2
 

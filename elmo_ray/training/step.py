@@ -20,10 +20,10 @@ from elmo_ray import kernels
 from elmo_ray.config import PretrainConfig
 from elmo_ray.kernels.threads import threads_for_branches
 from elmo_ray.model.bilm import TABLES, BiLM
-from elmo_ray.model.components import trained_at
 from elmo_ray.model.dropout import Dropout
 from elmo_ray.model.lstm import LstmState
 from elmo_ray.model.softmax import Drawn
+from elmo_ray.training.components import trained_at
 from elmo_ray.training.optimizer import Optimizer
 from elmo_ray.training.step_input import StepInput, micro_batches_of
 

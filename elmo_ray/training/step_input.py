@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from elmo_ray.data.streams import split_evenly
-from elmo_ray.kernels.positions import SortedPositions
-from elmo_ray.model.char_cnn import WindowCounts
+from elmo_ray.kernels.hints import SortedPositions, WindowCounts
 
 
 @dataclass

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 from helpers.saved_models import random_model
 from helpers.tiny_runs import tiny_config
 from torch import Tensor
 
 from elmo_ray import kernels
+from elmo_ray.checkpoints.bilm_tf.hdf5 import write_weights
 from elmo_ray.elmo.encoder import SentenceEncoder
+from elmo_ray.errors import FormatError
 from elmo_ray.model.lstm import Clips, LstmLayer, Weights, window
 from elmo_ray.model.product import product
 
@@ -29,7 +34,7 @@ class Coupled(LstmLayer):
         return window(x_DTBI, hidden_DBP, memory_DBH, self.weights, self.clips, dtype, coupled)
 
 
-def test_another_cell_is_computed_by_itself_with_kernels_and_without() -> None:
+def test_another_cell_is_computed_by_itself_and_not_exported_as_the_originals(tmp_path: Path) -> None:
     model = random_model(tiny_config(), 12)
     vectors, lengths = torch.randn(5, model.config.word_dim), np.array([4, 2, 3])
     indices = torch.randint(5, (3, 4))
@@ -44,3 +49,5 @@ def test_another_cell_is_computed_by_itself_with_kernels_and_without() -> None:
         layer.__class__ = Coupled
     torch.testing.assert_close(top("auto"), top("off"))
     assert not torch.allclose(top("auto"), original, atol=1e-3)
+    with pytest.raises(FormatError, match="cells are not the original's"):
+        write_weights(tmp_path / "weights.hdf5", model)

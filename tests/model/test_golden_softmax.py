@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from elmo_ray.model.softmax import draw_negatives, log_expected_count, sampled_losses
+from elmo_ray.model.softmax import sampled_losses
+from elmo_ray.training.noise import draw_negatives, log_expected_count
 
 FOLDER = Path(__file__).parents[1] / "golden" / "softmax"
 LOSSES = np.load(FOLDER / "sampled_softmax.npz")

@@ -11,7 +11,8 @@ from helpers import naive_bilm
 from helpers.naive_bilm import close
 
 from elmo_ray.kernels.full_softmax import CHUNK, FullSoftmax
-from elmo_ray.model.softmax import draw_negatives, full_losses, log_expected_count, sampled_losses
+from elmo_ray.model.softmax import full_losses, sampled_losses
+from elmo_ray.training.noise import draw_negatives, log_expected_count
 
 
 def one_direction(x, weight, bias, targets, target_logs, negatives, negative_logs, *more):

@@ -86,10 +86,13 @@ def obstacles(model: ModelConfig) -> dict[str, list[str]]:
 def write_weights(path: str | os.PathLike[str], model: BiLM) -> None:
     """Write a model without its softmax, in float32, without attributes, to a temporary path that the caller renames.
 
-    Raises FormatError for a forward-only model, which no other program loads, and where the file cannot be written.
+    Raises FormatError for a forward-only model and for one with other LSTM cells, which no other program loads, and
+    where the file cannot be written.
     """
     if model.directions != 2:
         raise FormatError(f"{path}: a forward-only model has no place in bilm-tf's HDF5 form")
+    if not model.lstm.has_original_cells:
+        raise FormatError(f"{path}: the model's LSTM cells are not the original's and have no place in bilm-tf's form")
     parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax")}
     try:
         with h5py.File(path, "w") as file:

@@ -145,7 +145,7 @@ def next_window(
 
 @compiled
 def mark_sentences(ids: Any, lengths: Any, unknown_base: Any, bos: Any, eos: Any, unk: Any) -> Any:
-    """Counterpart of `data.streams.inputs_and_targets`."""
+    """Do what `data.streams.inputs_and_targets` does."""
     tokens = np.empty((4, len(ids) + len(lengths)), np.int64)
     first_word = start = 0
     for sentence in range(len(lengths)):
@@ -208,8 +208,13 @@ def _take_marked(bits: Any, count: Any, index_of: Any) -> Any:
 
 @compiled
 def distinct_ids(ids: Any, eights: Any, index_of: Any) -> Any:
+<<<<<<< HEAD
     """Counterpart of `data.word_types.UniqueIndex.unique`. eights: a byte for each id, all 0, as uint64."""
     return _take_marked(eights, _mark(ids, eights), index_of)
+=======
+    """Do what `data.word_types.UniqueIndex.unique` does. eights: a byte for each id, all 0, as uint64."""
+    return _take_marked(eights, _mark(ids, eights.view(np.uint8)), index_of)
+>>>>>>> house
 
 
 @compiled
@@ -229,7 +234,7 @@ def types_by_class(
     eights: Any,
     index_of: Any,
 ) -> Any:
-    """Counterpart of `data.word_types.TypeTable.types_of`."""
+    """Do what `data.word_types.TypeTable.types_of` does."""
     words = distinct_ids(ids, eights, index_of)
     known = len(words) - len(unknown_UC)
     counts = np.zeros(n_classes, np.int64)
@@ -317,7 +322,7 @@ def touched_rows(
     eights: Any,
     index_of: Any,
 ) -> Any:
-    """Counterpart of `training.noise.touched_rows`."""
+    """Do what `training.noise.touched_rows` does."""
     directions, negatives = negatives_DK.shape
     count = _mark(touched, eights) + _mark(more, eights)
     for d in range(directions):

@@ -58,7 +58,7 @@ def _powers(logits: Any, top: Any) -> Any:
 
 @compiled
 def _to_powers(logits_NK: Any, top_N: Any, total_N: Any) -> None:
-    """exp(logit - top) in place of the logits, and their sums."""
+    """Put exp(logit - top) in place of the logits, and compute their sums."""
     for n in range(len(logits_NK)):
         total_N[n] = _powers(logits_NK[n], top_N[n])
 

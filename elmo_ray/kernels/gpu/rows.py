@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elmo_ray.kernels.gpu.arithmetic import rows_at_once
-from elmo_ray.kernels.positions import SortedPositions
+from elmo_ray.kernels.hints import SortedPositions
 
 
 def sort_positions(ids: Tensor, count: int) -> SortedPositions:

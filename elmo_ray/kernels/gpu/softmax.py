@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from elmo_ray.kernels.gpu.arithmetic import product_float32, rows_at_once
 from elmo_ray.kernels.gpu.rows import sort_positions
-from elmo_ray.kernels.positions import SortedPositions
+from elmo_ray.kernels.hints import SortedPositions
 
 _MOST_NEGATIVES = 65536
 """Logits of a position that fit into one program's registers."""

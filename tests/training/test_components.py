@@ -14,7 +14,7 @@ from elmo_ray.checkpoints.read import Checkpoint, open_checkpoint
 from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import ConfigError
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.model.components import component_of
+from elmo_ray.training.components import component_of
 from elmo_ray.training.loop import train
 from elmo_ray.training.metrics import read_metrics
 
