@@ -10,12 +10,8 @@ import torch
 from elmo_ray.config import PretrainConfig
 from elmo_ray.errors import ConfigError
 from elmo_ray.model.bilm import BiLM
-<<<<<<< HEAD
-from elmo_ray.model.components import component_of
 from elmo_ray.training.capacities import Capacities
-=======
 from elmo_ray.training.components import component_of
->>>>>>> house
 from elmo_ray.training.optimizer import count_slots
 
 logger = logging.getLogger(__name__)

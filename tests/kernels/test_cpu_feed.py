@@ -17,14 +17,8 @@ from elmo_ray.data.streams import Batch, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.data.word_types import TypeTable, UniqueIndex
 from elmo_ray.kernels.cpu import feed, loops
-<<<<<<< HEAD
-from elmo_ray.model.softmax import draw_negatives, log_expected_count
 from elmo_ray.training.assembler import StepAssembler
-from elmo_ray.training.noise import NoiseSampler, RowFinder
-=======
-from elmo_ray.training.feeding import StepAssembler
 from elmo_ray.training.noise import NoiseSampler, RowFinder, draw_negatives, log_expected_count
->>>>>>> house
 from elmo_ray.training.ranks import Exchange, Flags
 
 pytestmark = pytest.mark.skipif(loops.numba is None, reason="Numba is not installed")

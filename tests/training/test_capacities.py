@@ -20,15 +20,9 @@ from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.elmo.scoring import character_table
 from elmo_ray.model.bilm import TABLES, BiLM
-<<<<<<< HEAD
-from elmo_ray.model.softmax import draw_negatives
 from elmo_ray.training.assembler import StepAssembler
 from elmo_ray.training.capacities import Capacities, sorted_positions
-=======
-from elmo_ray.training.capacities import Capacities, sorted_positions
-from elmo_ray.training.feeding import StepAssembler
 from elmo_ray.training.noise import draw_negatives
->>>>>>> house
 from elmo_ray.training.ranks import Exchange, Flags
 from elmo_ray.training.step import DTYPES, TrainStep
 from elmo_ray.training.step_input import StepInput, with_micro_batches

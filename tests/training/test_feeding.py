@@ -22,13 +22,9 @@ from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import DataError
 from elmo_ray.training import feeding
-<<<<<<< HEAD
 from elmo_ray.training.assembler import StepAssembler, reset_rows
 from elmo_ray.training.feeding import Feeder
-=======
-from elmo_ray.training.feeding import Feeder, StepAssembler, reset_rows
 from elmo_ray.training.noise import draw_negatives, log_expected_count
->>>>>>> house
 from elmo_ray.training.ranks import Exchange, Flags
 
 CPU = torch.device("cpu")

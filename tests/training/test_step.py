@@ -18,13 +18,8 @@ from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.model.bilm import BiLM
 from elmo_ray.model.dropout import Dropout
-<<<<<<< HEAD
-from elmo_ray.model.softmax import draw_negatives, log_expected_count
 from elmo_ray.training.assembler import StepAssembler
-=======
-from elmo_ray.training.feeding import StepAssembler
 from elmo_ray.training.noise import draw_negatives, log_expected_count
->>>>>>> house
 from elmo_ray.training.ranks import Exchange, Flags
 from elmo_ray.training.step import DTYPES, TrainStep
 

@@ -208,13 +208,8 @@ def _take_marked(bits: Any, count: Any, index_of: Any) -> Any:
 
 @compiled
 def distinct_ids(ids: Any, eights: Any, index_of: Any) -> Any:
-<<<<<<< HEAD
-    """Counterpart of `data.word_types.UniqueIndex.unique`. eights: a byte for each id, all 0, as uint64."""
-    return _take_marked(eights, _mark(ids, eights), index_of)
-=======
     """Do what `data.word_types.UniqueIndex.unique` does. eights: a byte for each id, all 0, as uint64."""
-    return _take_marked(eights, _mark(ids, eights.view(np.uint8)), index_of)
->>>>>>> house
+    return _take_marked(eights, _mark(ids, eights), index_of)
 
 
 @compiled
