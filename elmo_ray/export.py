@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from elmo_ray import __version__
 from elmo_ray.checkpoints.bilm_tf.hdf5 import obstacles, same_weights, write_weights
 from elmo_ray.checkpoints.bilm_tf.options import to_options
-from elmo_ray.checkpoints.hub import CARD, HUB_CONFIG, HUB_WEIGHTS, MODEL_TYPE
+from elmo_ray.checkpoints.hub import CARD, HUB_CONFIG, HUB_WEIGHTS, MODEL_TYPE, read_hub_config
 from elmo_ray.checkpoints.identity import identity
 from elmo_ray.checkpoints.manifest import MANIFEST
 from elmo_ray.checkpoints.model_card import model_card
@@ -237,8 +237,8 @@ def export_hub_folder(
     """Write a folder for the Hub: model.safetensors, config.json, vocab.txt and README.md, a model card.
 
     The arguments are those of `export_model`. The files are written aside, read back and compared before they take
-    their names. A README.md that is there is kept. Raises FormatError if the
-    comparison fails, DataError if the files cannot be written, and the errors of `open_source`.
+    their names. A README.md that is there is kept. Raises ConfigError if `out_dir` holds a model of another program,
+    FormatError if the comparison fails, DataError if the files cannot be written, and the errors of `open_source`.
     """
     if out_dir is None:
         raise ConfigError("out is empty: name the folder to write")
@@ -249,6 +249,9 @@ def export_hub_folder(
     if opened.path.parent == target:
         raise ConfigError(f"out={out_dir}: is the SOURCE itself")
     _check_target(target, out_dir)
+    theirs = [name for name in (HUB_WEIGHTS, HUB_CONFIG) if (target / name).exists()]
+    if theirs and not _is_ours(target):
+        raise ConfigError(f"out={out_dir}: has {' and '.join(theirs)} of another program; name a new folder")
     about = {
         "model_type": MODEL_TYPE,
         "elmo_ray_version": __version__,
@@ -299,6 +302,14 @@ def _check_target(target: Path, out: str | os.PathLike[str]) -> None:
         raise ConfigError(
             f"out={out}: is a run or a checkpoint; name a folder for the export alone, such as {out}/export"
         )
+
+
+def _is_ours(target: Path) -> bool:
+    """Return True for a folder for the Hub that an earlier export has written, whole or stopped at its end."""
+    try:
+        return read_hub_config(target).get("model_type") == MODEL_TYPE
+    except FormatError:
+        return False
 
 
 def _check_vocabulary_there(target: Path, aside: Path, beside: Sequence[str]) -> None:

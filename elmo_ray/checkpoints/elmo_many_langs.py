@@ -14,6 +14,7 @@ Shapes: H memory of a cell, P its output, F filters, E character embedding, W wo
 from __future__ import annotations
 
 import logging
+import os
 import posixpath
 import warnings
 from collections.abc import Iterator, Mapping
@@ -104,14 +105,14 @@ def _configuration(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Return the configuration that config.json names, and the path that it came from."""
     outer = folder / CONFIG
     named = read_options(outer).get("config_path")
-    if not isinstance(named, str) or not named or "\0" in named:
-        raise FormatError(f"{outer}: has no config_path; it is no config.json of ELMoForManyLangs")
     # by a path inside of the folder, or else by the name alone: the path is often one of the machine that trained
-    name = posixpath.basename(named.replace("\\", "/"))
+    name = posixpath.basename(named.replace("\\", "/")) if isinstance(named, str) else ""
+    if not isinstance(named, str) or not name or "\0" in named:
+        raise FormatError(f"{outer}: has no config_path; it is no config.json of ELMoForManyLangs")
     inside = posixpath.normpath(named)
     tries = [] if posixpath.isabs(inside) or inside.startswith("..") else [folder / inside]
     for path in (*tries, folder / name):
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file() raises OSError for a path that is too long
             return path, read_options(path)
     if name == PUBLISHED:
         return outer, _PUBLISHED

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from elmo_ray import __version__
 from elmo_ray.checkpoints.source import Source
 from elmo_ray.config.yaml_reader import dump_yaml
+from elmo_ray.errors import short
 from elmo_ray.storage import base_name, join, read_json
+
+_MARKDOWN = re.compile(r"[\\|`<\[]")
+"""Characters that mean something in a cell of a table. A * stays: it stands in globs."""
 
 
 def model_card(source: Source) -> str:
@@ -24,11 +29,13 @@ def model_card(source: Source) -> str:
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _facts(source, result)), ""]
     lines += ["```python", "from elmo_ray import Elmo", "", 'elmo = Elmo.from_pretrained("hf://OWNER/NAME")', "```", ""]
     if training is not None:
-        settings = _shareable(training.to_dict())
+        settings = dump_yaml(_shareable(training.to_dict())).rstrip()
+        # a name may hold the marks that end the block
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
         # A fine-tuning started from another model, so its settings alone do not make this one.
         command = "" if result.get("initial") else ", for `python -m elmo_ray.pretrain SETTINGS.yaml`"
         lines += [f"Settings of the training{command}:", ""]
-        lines += ["```yaml", dump_yaml(settings).rstrip(), "```", ""]
+        lines += [f"{fence}yaml", settings, fence, ""]
     return "---\n" + dump_yaml(_metadata(result)) + "---\n" + "\n".join(lines)
 
 
@@ -61,7 +68,8 @@ def _facts(source: Source, result: dict[str, Any]) -> list[tuple[str, str]]:
     if source.step is not None:
         facts.append(("step", f"{source.step:,}"))
     if source.training is not None:
-        facts.append(("text", ", ".join(base_name(text) for text in source.training.data.train)))
+        names = ", ".join(base_name(text) for text in source.training.data.train)
+        facts.append(("text", _MARKDOWN.sub(r"\\\g<0>", short(names, 1000))))
     if result.get("positions"):
         facts.append(("positions trained on", f"{result['positions']:,}"))
     if result.get("initial"):

@@ -414,6 +414,11 @@ def _from_hub_folder(folder: Path, options: str | None, vocab: str | None) -> So
     needs_words = any(name.startswith("softmax") for name in tensors) or config.model.input == "words"
     vocabulary = Vocabulary.read(folder / VOCABULARY, SPECIAL_WORDS if needs_words else ())
     model = _model(tensors, config, vocabulary.size, str(weights))
+    if values.get("vocabulary_sha256", vocabulary.sha256) != vocabulary.sha256:
+        raise FormatError(
+            f"{folder / VOCABULARY}: has other words than the vocabulary_sha256 in {HUB_CONFIG} says: it is another "
+            "model's or was changed"
+        )
     step = values.get("step")
     return Source(
         weights, model, config.softmax, vocabulary, step if isinstance(step, int) else None, file_hash(weights)

@@ -158,6 +158,8 @@ BAD: dict[str, tuple[str, bytes | None, str]] = {
     "config is no JSON": ("config.json", b"{", "config.json: is not JSON"),
     "config without a path": ("config.json", b"{}", "config.json: has no config_path"),
     "a path that leads out": ("config.json", b'{"config_path": "../../secret"}', "and secret is not in"),
+    "a path that is no file's": ("config.json", b'{"config_path": "a/"}', "config.json: has no config_path"),
+    "a path that is too long": ("config.json", b'{"config_path": "%s"}' % (b"long" * 2000), "put it there"),
     "another encoder": ("model.json", _changed("encoder", name="lstm"), "encoder.name is lstm; only models with elmo"),
     "characters by LSTM": ("model.json", _changed("token_embedder", name="lstm"), "token_embedder.name is lstm"),
     "a size that is none": ("model.json", _changed("encoder", dim="10"), "model.json: dim: "),

@@ -82,6 +82,26 @@ def test_a_card_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
     assert (folder / "README.md").read_text() == "mine" and open_source(folder).step == 7
 
 
+def test_names_of_texts_do_not_break_the_card(tmp_path: Path) -> None:
+    name = 'a|b "c": [d](e)\n```\n---\n.txt'
+    run = saved_run(tmp_path / "run", tiny_config(data__train=f"/data/{name}"))
+    export.export_hub_folder(run, tmp_path / "hub")
+    text = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+    assert r'| text | a\|b "c": \[d](e) \`\`\` --- .txt |' in text.splitlines()
+    settings = parse_yaml(text.split("````yaml\n")[1].split("\n````\n")[0], "README.md")
+    assert settings["data"]["train"] == [name]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_model_of_another_program_is_not_replaced(tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "bert" / name
+    theirs.parent.mkdir()
+    theirs.write_text('{"model_type": "bert", "model": {}, "softmax": {}}')
+    with pytest.raises(ConfigError, match=f"bert: has {name} of another program"):
+        export.export_hub_folder(saved_run(tmp_path / "run"), theirs.parent)
+    assert "bert" in theirs.read_text() and os.listdir(theirs.parent) == [name]
+
+
 @pytest.mark.parametrize("changes", [{}, WORDS_TIED])
 def test_the_layer_gives_the_same_vectors(tmp_path: Path, changes: dict[str, object]) -> None:
     config = tiny_config(**changes)
@@ -101,6 +121,7 @@ def test_the_layer_gives_the_same_vectors(tmp_path: Path, changes: dict[str, obj
         ("config.json", '{"model_type": "bert"}', ConfigError, "no run"),
         ("model.safetensors", "xx", FormatError, "is not a readable safetensors file"),
         ("vocab.txt", "<S>\n</S>\n<UNK>\na\n", CheckpointError, "ask for"),
+        ("vocab.txt", "\n".join([*WORDS[:-1], "another"]) + "\n", FormatError, "vocab.txt: has other words than"),
         ("vocab.txt", None, DataError, "vocab.txt"),
     ],
 )
