@@ -181,6 +181,8 @@ def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdigit():
         return
+    if ":" in host and not host.startswith("["):
+        raise ConfigError(f"RAY_ADDRESS={address}: an IPv6 address stands in brackets, as in [{host}]:{port}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
     except (OSError, OverflowError) as error:
