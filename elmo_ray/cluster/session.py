@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Literal
 import torch
 
 from elmo_ray.config import ClusterConfig, DeviceConfig, WorkersConfig
-from elmo_ray.errors import ConfigError, short
+from elmo_ray.errors import ConfigError, TrainingError, short
 from elmo_ray.machine import starting_in_background
 
 logger = logging.getLogger(__name__)
@@ -82,15 +83,33 @@ def ensure_ray() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     options = {"address": "local", "object_store_memory": min(1 << 30, memory // 5)}
-    with starting_in_background():
-        try:
-            ray.init(**options, logging_level="ERROR", log_to_driver=False)
-        except Exception as error:
-            # Ray gives its own processes 30 s, which a busy machine may need for their imports alone.
-            logger.warning("Ray did not start (%s); trying once more", last_line(error))
-            ray.shutdown()
-            ray.init(**options, logging_level="ERROR", log_to_driver=False)
+    with starting_in_background(), _without_sigterm():
+        for tries_left in (2, 1, 0):
+            try:
+                ray.init(**options, logging_level="ERROR", log_to_driver=False)
+                break
+            except Exception as error:
+                # Ray gives its own processes 30 s, which a busy machine may need for their imports alone.
+                ray.shutdown()
+                if not tries_left:
+                    raise TrainingError(
+                        f"Ray did not start on this machine in three tries: {last_line(error)}; try again when the "
+                        "machine is less busy, or see the logs in /tmp/ray/session_latest/logs"
+                    ) from None
+                logger.warning("Ray did not start (%s); trying once more", last_line(error))
     _report_lost_head(ray.get_runtime_context().gcs_address)
+
+
+@contextlib.contextmanager
+def _without_sigterm() -> Iterator[None]:
+    """Let the processes that start in this context, and all that they start, never receive SIGTERM."""
+    # Batch systems and `kill -- -PGID` send it to all processes of a run at once. Ray would end by it before the last
+    # checkpoint is written; this process, which handles it, ends Ray afterwards. Ctrl-C is kept from Ray by Ray itself.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _LOST_HEAD = """
@@ -162,6 +181,8 @@ def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdigit():
         return
+    if ":" in host and not host.startswith("["):
+        raise ConfigError(f"RAY_ADDRESS={address}: an IPv6 address stands in brackets, as in [{host}]:{port}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
     except (OSError, OverflowError) as error:

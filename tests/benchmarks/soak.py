@@ -3,10 +3,11 @@
     python tests/benchmarks/soak.py [--corpus GLOB --vocab FILE --valid FILE] [--interruptions 20] [--workers 2] ...
 
 Without --corpus the text is the sample corpus. The same command is run twice, as a user does, on Ray: once to its end,
-and once interrupted at random moments (by --seed): kill -9 of a worker (worker) or of the driver (driver), SIGTERM and
-SIGINT to the driver (sigterm, sigint), kill -9 of one of them while a checkpoint is being written (save), a bit flipped
-in, an end cut off or a file deleted from the newest checkpoint while nothing runs (damage), kill -9 while starting
-(start). After a worker's death the run goes on by itself, after the others the command is given again with --resume.
+and once interrupted at random moments (by --seed): kill -9 of a worker (worker) or of the driver (driver), SIGTERM to
+all processes at once (sigterm), SIGINT to the driver (sigint), kill -9 of one of them while a checkpoint is being
+written (save), a bit flipped in, an end cut off or a file deleted from the newest checkpoint while nothing runs
+(damage), kill -9 while starting (start). After a worker's death the run goes on by itself, after the others the command
+is given again with --resume.
 
 With --hosts the run is on so many test hosts (see `tests/helpers/hosts.py`; needs root), and its text, run and all else
 are in an S3 store on one more host. Drawn are then: a host without head killed, and back later (host), its cable out

@@ -6,6 +6,7 @@ hands on to all of its own. Linux only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -208,10 +209,11 @@ class Soak:
     def interrupt(self, kind: str) -> dict[str, Any]:
         """Interrupt the run in training, start it again where it has to be, wait until it trains: what happened.
 
-        worker: kill -9 of one of them. driver: kill -9. sigterm, sigint: to the driver, which must end well. save:
-        kill -9 of a worker or the driver (`save:worker`, `save:driver`: of that) while a checkpoint is being written.
-        damage: while the driver is down after one of the others (or `damage:driver` and so on), a file of the newest
-        checkpoint is damaged. start: kill -9 of the driver, and again while it is starting.
+        worker: kill -9 of one of them. driver: kill -9. sigterm: to all processes at once, as batch systems send it.
+        sigint: to the driver. Both must end well. save: kill -9 of a worker or the driver (`save:worker`,
+        `save:driver`: of that) while a checkpoint is being written. damage: while the driver is down after one of the
+        others (or `damage:driver` and so on), a file of the newest checkpoint is damaged. start: kill -9 of the driver,
+        and again while it is starting.
 
         `kind` of the result may be another one: what a `save` or `damage` that did not come about has been. Raises
         SoakError where the run does not go on, or goes on from anything but its newest whole checkpoint.
@@ -225,7 +227,9 @@ class Soak:
             time.sleep(self.random.uniform(0, 0.03))
         result = {"kind": kind, "step": self.watch.step, "victim": f"worker {rank}" if how == "worker" else how}
         repeated, starts, killed = self.watch.repeated, self.watch.starts, time.monotonic()
-        os.kill(pid, SIGNALS.get(how, signal.SIGKILL))
+        for each in self.command.processes() if how == "sigterm" else [pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, SIGNALS.get(how, signal.SIGKILL))
         if saving is not None and (saving / MANIFEST).exists():
             result["kind"] = how
         if how != "worker":

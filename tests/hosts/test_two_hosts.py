@@ -58,6 +58,23 @@ def test_workers_of_two_hosts_train(hosts: Hosts, config: Path) -> None:
     assert steps[-1] == 24
 
 
+def test_hosts_that_have_ipv6_only(tmp_path: Path, config: Path) -> None:
+    need_hosts()
+    with Hosts(tmp_path / "hosts", network="fd00:83") as both:
+        head, other = both.all
+        head.start_ray()
+        other.start_ray(head)
+        done = pretrain(other, config, "cluster.network=fd00:83::/64")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "2 workers" in done.stderr and "step 24/24" in done.stderr
+        wrong = other.run(
+            sys.executable, "-m", "elmo_ray.pretrain", str(config), "--resume", "train.duration=25 steps",
+            RAY_ADDRESS=f"{head.address}:6379",
+        )  # fmt: skip
+    assert wrong.returncode == 2
+    assert "an IPv6 address stands in brackets, as in [fd00:83::2]:6379" in lines_of(wrong.stderr)[-1]
+
+
 def test_the_network_is_chosen_by_its_address(hosts: Hosts, config: Path) -> None:
     done = pretrain(hosts.all[0], config, "cluster.network=10.83.0.0/16")
     assert done.returncode == 0, done.stderr[-3000:]
