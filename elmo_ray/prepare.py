@@ -212,7 +212,7 @@ def run(
     """
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
-    indexer = Indexer(directory, data.block_bytes, data.on_error, _make_runner(config.cluster), fresh, text_form(data))
+    indexer = Indexer(directory, data.block_bytes, _make_runner(config.cluster), fresh, text_form(data))
     files = _files(data, directory)
     _check_vocabulary(data, is_models_vocabulary)
     _warn_of_missing_files(directory)
@@ -334,7 +334,7 @@ def plan(config: PretrainConfig, is_models_vocabulary: bool = False) -> PrepareP
     """
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
-    indexer = Indexer(directory, data.block_bytes, data.on_error, run_locally, form=text_form(data))
+    indexer = Indexer(directory, data.block_bytes, run_locally, form=text_form(data))
     files = _files(data, directory)
     _check_vocabulary(data, is_models_vocabulary)
     todo: list[Task] = []
@@ -375,7 +375,7 @@ def measure(config: PretrainConfig, todo: PreparePlan, is_models_vocabulary: boo
             folder = Path(scratch)
             for name in ("state", "text"):
                 (folder / name).mkdir()
-            indexer = Indexer(folder, data.block_bytes, data.on_error, run_locally, form=text_form(data))
+            indexer = Indexer(folder, data.block_bytes, run_locally, form=text_form(data))
             found = _index(config, files, indexer)
             _checks(found, config, folder, is_models_vocabulary=is_models_vocabulary)
         train = found.corpora["train"]
@@ -386,7 +386,7 @@ def measure(config: PretrainConfig, todo: PreparePlan, is_models_vocabulary: boo
     vocabulary = directory / "vocab.txt" if data.vocab is None else Path(data.vocab)
     if todo.tasks == 0 and (directory / "train.npz").exists() and (data.vocab is not None or vocabulary.exists()):
         train = Corpus.load(directory / "train.npz")
-        indexer = Indexer(directory, data.block_bytes, data.on_error, run_locally, form=text_form(data))
+        indexer = Indexer(directory, data.block_bytes, run_locally, form=text_form(data))
         if {shard.path for shard in train.shards} == set(indexer.texts(files["train"], data.deduplicate)):
             return Sizes(train, train.positions, Vocabulary.read(os.fspath(data.vocab or vocabulary)).size, True)
     positions = max(1, int(sum(sizes["train"]) / BYTES_PER_POSITION))
@@ -415,7 +415,7 @@ def index_texts(
     else:
         paths = expand_paths(globs, key)
     form.check_column(paths)
-    return Indexer(directory, block_bytes, form.on_error, run_locally, form=form).index(paths, key)
+    return Indexer(directory, block_bytes, run_locally, form=form).index(paths, key)
 
 
 def prepared_dir(storage_path: str, configured: str | None) -> Path:

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from elmo_ray import storage
 from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
@@ -147,7 +147,10 @@ def tokenised_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterato
             for sentences in found:
                 check.look(sentences)
         texts = ("".join([" ".join(words) + "\n" for words in sentences]) for sentences in found)
-        yield [text.encode() for text in texts if text]
+        made = [text.encode() for text in texts if text]
+        if any(len(text) > MAX_LINE_BYTES and max(map(len, text.split(b"\n"))) > MAX_LINE_BYTES for text in made):
+            raise DataError(f"{source}: has a sentence longer than {MAX_LINE_BYTES >> 20} MiB; divide it")
+        yield made
     if check is not None:
         check.finish()
 
@@ -245,19 +248,37 @@ class DocumentReader:
         with parquet_file(self.source) as table:
             kind = column_type(table.schema_arrow, self.names, self.source, f"data.column={column}")
             if not is_text_type(kind):
-                raise DataError(f"{self.source}: data.column={column} has values of {kind} and no text; name another")
+                raise DataError(
+                    f"{self.source}: data.column={column} has values of {kind} and no text; name another, or write it "
+                    "as strings"
+                )
             groups = range(self.piece.start, table.num_row_groups if self.piece.end is None else self.piece.end)
             number = 0
             for batch in table.iter_batches(_ROWS, row_groups=list(groups), columns=[column]):
-                for value in column_of(batch, self.names).to_pylist():
+                for value in self.values(column_of(batch, self.names), number):
                     yield value if value is None else self.checked(value, number)
                     number += 1
+
+    def values(self, array: Any, number: int) -> list[Any]:
+        """Return the values of an Arrow array, the first of which is in row `number` of the piece."""
+        import pyarrow as pa
+
+        try:
+            return cast(list[Any], array.to_pylist())
+        except UnicodeDecodeError as error:  # nothing checks the bytes of a file's text before
+            if not is_text_type(array.type):
+                raise DataError(f"{self.place(number)} or after it: not UTF-8 ({error.reason}); mend it") from None
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        found = array.cast(pa.large_string()).view(pa.large_binary()).to_pylist()
+        return [None if value is None else self._decoded(value, row) for row, value in enumerate(found, number)]
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Yield the lines, without their ends and those that are left out, with their numbers in the piece from 0."""
         for number, line in enumerate(self._lines()):
             if line is not None:
-                yield number, self._decoded(line, number)
+                marked = number == 0 and self.piece.start == 0
+                yield number, self._decoded(line.removeprefix(BYTE_ORDER_MARK) if marked else line, number)
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the records, as of JSONL, with the numbers of their lines in the piece, from 0."""
@@ -299,8 +320,6 @@ class DocumentReader:
             raise DataError(f"{self.source}: {error.strerror or error}") from None
 
     def _decoded(self, line: bytes, number: int) -> str:
-        if number == 0 and self.piece.start == 0:
-            line = line.removeprefix(BYTE_ORDER_MARK)
         try:
             return line.decode()
         except UnicodeDecodeError as error:
@@ -390,7 +409,9 @@ def parquet_file(source: str) -> Iterator[Any]:
             "set data.format to what it is"
         ) from None
     except OSError as error:
-        raise DataError(f"{source}: {error.strerror or error}") from None
+        # Arrow has an OSError without a number for pages that are damaged.
+        what = error.strerror or f"is damaged ({short(str(error), 120)}); get the file again"
+        raise DataError(f"{source}: {what}") from None
 
 
 def column_type(schema: Any, names: Sequence[str], source: str, setting: str) -> Any:

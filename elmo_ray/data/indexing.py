@@ -50,7 +50,7 @@ from elmo_ray.data.scan import (
     segment_count,
 )
 from elmo_ray.data.sentence_sample import SentenceSample
-from elmo_ray.data.text import OnError, file_status
+from elmo_ray.data.text import file_status
 from elmo_ray.data.units import (
     Unit,
     check_unit,
@@ -278,16 +278,15 @@ class Indexer:
         self,
         directory: Path,
         block_bytes: int,
-        on_error: OnError,
         runner: Runner,
         fresh: bool = False,
         form: TextForm | None = None,
     ):
         self.directory = directory
-        self.form = form or TextForm(on_error=on_error)
+        self.form = form or TextForm()
         self.texts_place = storage.join(uri_of(directory), "text")  # Tasks on other machines write and read there.
         self.block_bytes = block_bytes
-        self.on_error = on_error
+        self.on_error = self.form.on_error
         self.runner = runner
         self.fresh = fresh
 

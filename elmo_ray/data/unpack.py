@@ -21,6 +21,8 @@ from elmo_ray.errors import DataError
 from elmo_ray.storage import Place, Status, is_uri
 
 _MAGIC = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd"}
+# Bytes 1 to 3 of a frame without text, with which pzstd begins its files; byte 0 is 0x50 to 0x5f.
+_SKIPPABLE = b"\x2a\x4d\x18"
 _READ_BYTES = 1 << 18
 # Bytes to leave free on the disk, and bytes to write before the free space is looked at again.
 _SPARE_BYTES = 64 << 20
@@ -55,6 +57,8 @@ def _compression_of(head: bytes, path: str) -> str | None:
     for kind, magic in _MAGIC.items():
         if head.startswith(magic):
             return kind
+    if suffix == "zst" and head[1:4] == _SKIPPABLE and head[0] >> 4 == 5:
+        return "zst"
     if suffix in _MAGIC:
         what = f"it begins with {head[:4]!r}" if head else "it is empty"
         raise DataError(f"{path}: is no .{suffix} file ({what}); rename or replace it")
@@ -132,8 +136,7 @@ def unpack(source: str, target: Place) -> int:
         status = storage.status(source)
         with storage.open_read(source) as packed:
             kind = compression(source)
-            pieces = read_pieces(packed) if kind is None else unpacked_pieces(packed, source, kind)
-            return write_text(source, target, pieces, fields)
+            return write_text(source, target, unpacked_pieces(packed, source, kind), fields)
     except OSError as error:
         raise DataError(f"{source}: {error.strerror or error}") from None
 
@@ -207,15 +210,19 @@ def read_pieces(file: BinaryIO) -> Iterator[bytes]:
         yield piece
 
 
-def unpacked_pieces(packed: BinaryIO, source: str, kind: str) -> Iterator[bytes]:
-    """Yield the text of a compressed file. Raises DataError when it is truncated or damaged."""
-    pieces = _zst_pieces(packed, source) if kind == "zst" else _gz_pieces(packed)
+def unpacked_pieces(packed: BinaryIO, source: str, kind: str | None) -> Iterator[bytes]:
+    """Yield the text of a file that is compressed as `kind` says. Raises DataError when it is truncated or damaged."""
+    pieces = read_pieces(packed)
+    if kind is not None:
+        pieces = _zst_pieces(packed, source) if kind == "zst" else _gz_pieces(packed)
     try:
         yield from pieces
     except EOFError:
         raise DataError(f"{source}: is truncated; get the whole file again") from None
     except (zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{source}: is damaged ({error}); get the file again") from None
+    except OSError as error:  # here, where it cannot be taken for one of the text that is written
+        raise DataError(f"{source}: {error.strerror or error}") from None
 
 
 def _gz_pieces(packed: BinaryIO) -> Iterator[bytes]:

@@ -158,7 +158,7 @@ def _parquet(reader: DocumentReader, keep: Sequence[str]) -> Iterator[Documents]
             )
         rows = 0
         for batch in table.iter_batches(_ROWS, columns=list(dict.fromkeys([column, *keep]))):
-            values = column_of(batch, reader.names).to_pylist()
+            values = reader.values(column_of(batch, reader.names), rows)
             contents = [_content(value, reader, number) for number, value in enumerate(values, start=rows)]
             rows += len(contents)
             kept = [_plain(column_of(batch, path)) for path in paths]

@@ -39,12 +39,13 @@ def json_records(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Record
             continue
         try:
             record = json.loads(text)
+            what = "" if isinstance(record, dict) else f"is {short(text, 40)} and no object"
         except (ValueError, RecursionError) as error:
             what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            yield number, ValueError(f"is not JSON ({what})")
-            continue
-        if not isinstance(record, dict):
-            record = ValueError(f"is not JSON (is {short(text, 40)} and no object)")
+        if what:
+            is_list = number == 0 and text[0] == "["
+            cure = "; write the objects of a list as one line each, as jq -c '.[]' does" if is_list else ""
+            record = ValueError(f"is not JSON ({what}){cure}")
         yield number, record
 
 
@@ -58,5 +59,5 @@ FORMATS = {
 
 def format_of(name: str) -> str:
     """Return the format of a file by its name: `text` where no other one has its ending."""
-    name = name.removesuffix(".gz").removesuffix(".zst").lower()
+    name = name.lower().removesuffix(".gz").removesuffix(".zst")
     return next((key for key, each in FORMATS.items() if name.endswith(each.endings)), "text")

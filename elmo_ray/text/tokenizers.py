@@ -14,6 +14,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
+import traceback
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -78,6 +79,8 @@ _INVISIBLE = re.compile("[\u00ad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u20
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 _LINE_END = re.compile("\r\n?|[\x0b\x0c\x85\u2028]|\x1c|\x1d|\x1e")
 _BLANK = re.compile(r"[^\S\n]+")
+# NUL and halves of surrogate pairs.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def _nfc(text: str) -> str:
@@ -210,7 +213,7 @@ class _UserTokenizer:
 
     def __init__(self, name: str) -> None:
         module_name, _, function_name = name.partition(":")
-        if not module_name or not function_name:
+        if not module_name or module_name.startswith(".") or not function_name:
             raise ConfigError(
                 f"data.tokenizer={short(name)}: no such tokenizer; use {NONE}, {SPACY} or package.module:function of "
                 "your own"
@@ -222,13 +225,20 @@ class _UserTokenizer:
                 f"data.tokenizer={short(name)}: cannot import {module_name} ({short(str(error))}); install it or put "
                 "its folder into PYTHONPATH, on all hosts"
             ) from None
+        except Exception as error:  # code of the user's own may raise anything
+            raise ConfigError(
+                f"data.tokenizer={short(name)}: {module_name} cannot be imported: {_told(error)}"
+            ) from None
         function = getattr(module, function_name, None)
         if not callable(function):
             raise ConfigError(f"data.tokenizer={short(name)}: {module_name} has no function {function_name}")
         self._name, self._function = name, function
 
     def __call__(self, documents: list[str]) -> list[list[list[str]]]:
-        found = self._function(list(documents))
+        try:
+            found = self._function(list(documents))
+        except Exception as error:
+            raise self._wrong(f"raised {_told(error)}") from None
         if not isinstance(found, Sequence) or len(found) != len(documents):
             raise self._wrong(f"returned {_size(found)} for {len(documents)} documents; return one list for each")
         for sentences in found:
@@ -240,9 +250,13 @@ class _UserTokenizer:
                 if not all(isinstance(word, str) for word in words):
                     raise self._wrong("returned a word that is no str")
                 # A blank within a word would make two words of it in the shard.
-                if " ".join(words).split() != list(words):
+                sentence = " ".join(words)
+                if sentence.split() != list(words):
                     wrong = next(word for word in words if word.split() != [word])
                     raise self._wrong(f"returned the word {short(repr(wrong))}; a word has characters and no blanks")
+                if _NO_TEXT.search(sentence):
+                    wrong = next(word for word in words if _NO_TEXT.search(word))
+                    raise self._wrong(f"returned the word {short(repr(wrong))}, which UTF-8 text cannot have")
         return [[list(words) for words in sentences if words] for sentences in found]
 
     def _wrong(self, problem: str) -> DataError:
@@ -403,6 +417,13 @@ def _load_spacy(language: str) -> tuple[Any, frozenset[str]]:
         infixes = [str(rule).replace("(?:-|–|", "(?:–|") for rule in pipeline.Defaults.infixes or ()]
         rules.infix_finditer = spacy.util.compile_infix_regex(infixes).finditer
     return rules, frozenset(Sentencizer.default_punct_chars).union(_MORE_ENDERS.get(language, ""))
+
+
+def _told(error: Exception) -> str:
+    """Return an error of the user's code in a few words, with the line that raised it."""
+    *_, last = [None, *traceback.extract_tb(error.__traceback__)]
+    place = f" ({last.filename}, line {last.lineno})" if last and not isinstance(error, SyntaxError) else ""
+    return short(f"{type(error).__name__}: {error}", 200) + place
 
 
 def _size(found: object) -> str:

@@ -1,6 +1,7 @@
-"""Peak private memory of a whole `pretrain` on Ray, on corpora of different sizes: it must not grow with the corpus.
+"""Peak private memory of a `pretrain` or `prepare` on Ray, on corpora of several sizes: it must not grow with them.
 
     python tests/benchmarks/memory.py --vocab VOCAB --config configs/small.yaml --steps 300 GLOB [GLOB ...]
+    python tests/benchmarks/memory.py --prepare --config CONFIG GLOB [GLOB ...] [--set key=value ...]
 
 One JSON line for each GLOB: bytes of text, peak of the sum of RssAnon over all processes of the run (driver, Ray's own,
 workers, data tasks), the peak of each kind of process, and the ratio to the first GLOB's peak. Linux only.
@@ -46,18 +47,18 @@ def private_bytes(root: int) -> dict[str, int]:
     return result
 
 
-def peak_of_run(arguments: list[str], log: Path) -> tuple[int, dict[str, int]]:
-    """Run `pretrain` and sample it twice a second; returns the largest sum and what it was made of."""
+def peak_of_run(verb: str, arguments: list[str], log: Path) -> tuple[int, dict[str, int]]:
+    """Run a command and sample it twice a second; returns the largest sum and what it was made of."""
     peak, parts = 0, {}
     with open(log, "wb") as out:
-        process = subprocess.Popen([sys.executable, "-m", "elmo_ray.pretrain", *arguments], stdout=out, stderr=out)
+        process = subprocess.Popen([sys.executable, "-m", f"elmo_ray.{verb}", *arguments], stdout=out, stderr=out)
         while process.poll() is None:
             now = private_bytes(process.pid)
             if sum(now.values()) > peak:
                 peak, parts = sum(now.values()), now
             time.sleep(0.5)
     if process.returncode:
-        raise SystemExit(f"pretrain ended with {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
+        raise SystemExit(f"{verb} ended with {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
     return peak, parts
 
 
@@ -65,19 +66,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("corpora", nargs="+", metavar="GLOB")
     parser.add_argument("--config", required=True)
-    parser.add_argument("--vocab", required=True)
+    parser.add_argument("--vocab")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     first = None
     for corpus in arguments.corpora:
         size = sum(os.path.getsize(path) for path in glob.glob(corpus))
         with tempfile.TemporaryDirectory() as folder:
-            settings = [
-                arguments.config, f"run.storage_path={folder}", "run.name=memory", "run.export=false",
-                f"data.train={corpus}", f"data.vocab={arguments.vocab}", f"train.duration={arguments.steps} steps",
-            ]  # fmt: skip
+            settings = [arguments.config, f"run.storage_path={folder}", f"data.train={corpus}", *arguments.set]
+            if arguments.vocab:
+                settings.append(f"data.vocab={arguments.vocab}")
+            if not arguments.prepare:
+                settings += ["run.name=memory", "run.export=false", f"train.duration={arguments.steps} steps"]
             start = time.monotonic()
-            peak, parts = peak_of_run(settings, Path(folder, "log"))
+            peak, parts = peak_of_run("prepare" if arguments.prepare else "pretrain", settings, Path(folder, "log"))
             seconds = time.monotonic() - start
         first = first or peak
         largest = dict(sorted(parts.items(), key=lambda item: -item[1])[:6])

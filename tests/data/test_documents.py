@@ -27,7 +27,7 @@ def text_of(folder: Path, sources: list[Path], **form: Any) -> list[str]:
     """Return the lines that are trained on."""
     for name in ("state", "text"):
         make_folder(folder / name)
-    indexer = Indexer(folder, 4096, form.get("on_error", "fail"), run_locally, form=TextForm(**form))
+    indexer = Indexer(folder, 4096, run_locally, form=TextForm(**form))
     corpus, _ = indexer.index([str(source) for source in sources], "data.train")
     return [line for shard in corpus.shards for line in Path(shard.path).read_text().splitlines()]
 
@@ -40,9 +40,10 @@ def jsonl(path: Path, records: list[Any]) -> Path:
 def test_every_format_gives_the_same_text(tmp_path: Path) -> None:
     records = [{"id": 1, "text": DOCUMENTS[0]}, {"id": 2, "text": None}, {"text": " "}, {"text": DOCUMENTS[1]}]
     plain = jsonl(tmp_path / "d.jsonl", records)
-    packed, small = tmp_path / "d.jsonl.gz", tmp_path / "d.ndjson.zst"
+    packed, small = tmp_path / "d.JSONL.GZ", tmp_path / "d.ndjson.zst"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
-    small.write_bytes(zstandard.compress(plain.read_bytes()))
+    # pzstd begins with a frame without text
+    small.write_bytes(b"\x50\x2a\x4d\x18\4\0\0\0abcd" + zstandard.compress(plain.read_bytes()))
     marked = tmp_path / "marked.jsonl"
     marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
     table = tmp_path / "d.parquet"
@@ -96,6 +97,34 @@ def test_bad_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(DataError, match="is a Parquet file; name it .parquet or set data.format=parquet"):
         text_of(tmp_path / "out", [renamed])
     assert text_of(tmp_path / "out", [renamed], format="parquet") == LINES
+
+
+def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+    column = pa.array([b"the cat .", None, b"a \xff ."]).view(pa.string())  # Arrow looks at no bytes
+    for number, values in enumerate((column, column.cast(pa.large_string()), column.dictionary_encode())):
+        source = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.table({"text": values}), source, row_group_size=1)
+        with pytest.raises(DataError, match=rf"{number}.parquet, row 3: not UTF-8 \(byte 0xff\)"):
+            text_of(tmp_path / "out", [source])
+        assert text_of(tmp_path / "out", [source], on_error="replace") == ["the cat .", "a \ufffd ."]
+
+
+def test_a_list_in_json_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "list.jsonl"
+    for indent in (None, 1):
+        source.write_text(json.dumps([{"text": "a ."}], indent=indent))
+        with pytest.raises(
+            DataError, match=r"list.jsonl, line 1: is not JSON .*write the objects of a list as one line"
+        ):
+            text_of(tmp_path / "out", [source])
+
+
+def test_a_sentence_that_is_too_long_names_the_users_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "long.parquet"
+    pq.write_table(pa.table({"text": ["a b .\n" * 5000, "dog " * 5000]}), source)
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 10_000)
+    with pytest.raises(DataError, match="long.parquet: has a sentence longer than"):
+        text_of(tmp_path / "out", [source])
 
 
 def test_bad_characters_and_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

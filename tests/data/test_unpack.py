@@ -71,6 +71,15 @@ def test_damaged_files_leave_nothing(tmp_path: Path, name: str, packed: bytes, w
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
+def test_an_error_of_reading_names_the_source(tmp_path: Path) -> None:
+    with open(tmp_path / "written", "wb") as file:  # cannot be read
+        for kind in ("gz", "zst", None):
+            with pytest.raises(DataError, match=r"^far.gz: (not readable|read)"):
+                unpack.write_text(
+                    "far.gz", tmp_path / "t.txt", unpack.unpacked_pieces(file, "far.gz", kind), lambda _: {}
+                )
+
+
 def test_kind_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "text.gz"
     path.write_bytes(b"")

@@ -22,7 +22,7 @@ def index(folder: Path, sources: Sequence[Path], deduplicate: Any = "off", **mor
     for name in ("state", "text"):
         make_folder(folder / name)
     form = TextForm(**{"tokenizer": "none", **more.pop("form", {})})
-    indexer = Indexer(folder, 4096, "fail", more.pop("runner", run_locally), form=form, **more)
+    indexer = Indexer(folder, 4096, more.pop("runner", run_locally), form=form, **more)
     return indexer.index([str(source) for source in sources], "data.train", deduplicate=deduplicate)
 
 

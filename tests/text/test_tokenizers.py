@@ -180,6 +180,9 @@ def test_function_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (4, "[[['a b']]]", "returned the word 'a b'"),
         (5, "[[['a', '']]]", "returned the word ''"),
         (6, "[[[1]]]", "returned a word that is no str"),
+        (7, "[[['a', 'b\\ud800']]]", r"returned the word 'b\\ud800', which UTF-8 text cannot have"),
+        (8, "[[['b\\0']]]", r"returned the word 'b\\x00', which UTF-8 text cannot have"),
+        (9, "documents[7]", r"raised IndexError: list index out of range \(.*wrong_words_9.py, line \d+\)$"),
     ],
 )
 def test_wrong_results_of_a_function(
@@ -188,6 +191,18 @@ def test_wrong_results_of_a_function(
     name = user_function(tmp_path, monkeypatch, f"wrong_words_{number}", body)
     with pytest.raises(DataError, match=f"data.tokenizer={name}: the function {message}"):
         make_tokenizer(name)(["text"])
+
+
+@pytest.mark.parametrize(("number", "source"), [(0, "def cut(:"), (1, "raise RuntimeError('no')")])
+def test_code_that_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, source: str
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / f"no_words_{number}.py").write_text(source)
+    with pytest.raises(ConfigError, match=rf"no_words_{number} cannot be imported: \w+Error: .*line 1\)$"):
+        make_tokenizer(f"no_words_{number}:cut")
+    with pytest.raises(ConfigError, match="no such tokenizer"):
+        make_tokenizer(".relative:cut")
 
 
 def test_normalization_is_by_choice_and_step_by_step() -> None:
