@@ -34,7 +34,8 @@ def test_bytes_give_what_strings_give(known: set[str], pieces: list[str]) -> Non
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_any_text(text: str) -> None:
     vocabulary = Vocabulary.from_words([*SPECIAL_WORDS, "a", "é"])
-    assert same(encode_block(text.encode(), vocabulary), encode_text(text, vocabulary))
+    # a mark of the byte order is no part of a file's text
+    assert same(encode_block(text.encode(), vocabulary), encode_text(text.removeprefix("\ufeff"), vocabulary))
 
 
 def test_many_words_and_their_neighbours() -> None:
