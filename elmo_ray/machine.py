@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,3 +107,13 @@ def _change_policy(policy: str, instead_of: str) -> bool:
             os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
             return True
     return False
+
+
+@contextlib.contextmanager
+def signals_blocked(*signals: signal.Signals) -> Iterator[None]:
+    """Let the processes that start in this context, and all that they start, never receive these signals."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

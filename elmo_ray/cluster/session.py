@@ -21,7 +21,7 @@ import torch
 
 from elmo_ray.config import ClusterConfig, DeviceConfig, WorkersConfig
 from elmo_ray.errors import ConfigError, TrainingError, short
-from elmo_ray.machine import starting_in_background
+from elmo_ray.machine import signals_blocked, starting_in_background
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,9 @@ def ensure_ray() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     options = {"address": "local", "object_store_memory": min(1 << 30, memory // 5)}
-    with starting_in_background(), _without_sigterm():
+    # Batch systems and `kill -- -PGID` send SIGTERM to all processes of a run at once. Ray would end by it before the
+    # last checkpoint is written; this process, which handles it, ends Ray afterwards. Ray keeps Ctrl-C from itself.
+    with starting_in_background(), signals_blocked(signal.SIGTERM):
         for tries_left in (2, 1, 0):
             try:
                 ray.init(**options, logging_level="ERROR", log_to_driver=False)
@@ -98,18 +100,6 @@ def ensure_ray() -> None:
                     ) from None
                 logger.warning("Ray did not start (%s); trying once more", last_line(error))
     _report_lost_head(ray.get_runtime_context().gcs_address)
-
-
-@contextlib.contextmanager
-def _without_sigterm() -> Iterator[None]:
-    """Let the processes that start in this context, and all that they start, never receive SIGTERM."""
-    # Batch systems and `kill -- -PGID` send it to all processes of a run at once. Ray would end by it before the last
-    # checkpoint is written; this process, which handles it, ends Ray afterwards. Ctrl-C is kept from Ray by Ray itself.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _LOST_HEAD = """

@@ -42,7 +42,7 @@ from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import ElmoRayError
-from elmo_ray.machine import keep_freed_memory
+from elmo_ray.machine import keep_freed_memory, signals_blocked
 from elmo_ray.training.assembler import StepAssembler, step_inputs
 from elmo_ray.training.capacities import Capacities
 from elmo_ray.training.ranks import Exchange, Flags, Gathered
@@ -155,17 +155,13 @@ def _start(memory: int) -> tuple[subprocess.Popen[bytes], Connection]:
     paths = [str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Ctrl-C, and the end that a cluster announces to all processes of a job, are for the worker: a process inherits
     # which signals are blocked, and so it is never without that
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
+    with contextlib.closing(theirs), signals_blocked(signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(
             [sys.executable, "-m", "elmo_ray.training.feed_process", str(theirs.fileno()), str(memory)],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             pass_fds=(theirs.fileno(), memory),
         )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        theirs.close()
     return process, Connection(ours.detach())
 
 
