@@ -52,13 +52,15 @@ def log(config: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
-def wait_for_training(config: Path, attempt: int) -> None:
+def wait_for_training(slurm: Slurm, number: int, config: Path, attempt: int) -> None:
+    """Wait until Slurm has started the job, and then until the run's attempt has written a step."""
+    slurm.wait(number, "RUNNING", timeout_s=300)
     metrics = config.parent / "runs" / "queued" / "metrics" / f"attempt-{attempt:03d}.jsonl"
 
     def trains() -> bool:
         return metrics.exists() and '"train"' in metrics.read_text()
 
-    wait_for(trains, lambda: f"training: {log(config)[-3000:]}", 240)
+    wait_for(trains, lambda: f"training: {slurm.state(number)}", 300)
 
 
 def test_a_run_on_two_nodes(slurm: Slurm, config: Path) -> None:
@@ -87,19 +89,19 @@ def test_a_job_is_queued_again_near_its_end_and_when_a_node_is_taken_away(slurm:
     run = config.parent / "runs" / "queued"
     never = ("train.duration=1000000 steps", "train.checkpoint_every=900000 steps")
     number = submit(slurm, config, *never)
-    wait_for_training(config, 1)
+    wait_for_training(slurm, number, config, 1)
     # what Slurm sends before the end of the time, by --signal=B:USR1@600
     slurm.command("scancel", "--batch", "--signal=USR1", str(number))
     restarts(slurm, number, 1)
     saved = newest(run).step
     assert saved > 0
-    wait_for_training(config, 2)
+    wait_for_training(slurm, number, config, 2)
     assert f"resume from step {saved} of" in log(config)
 
     slurm.command("scontrol", "update", "nodename=nodeb", "state=down", "reason=test")
     restarts(slurm, number, 2)
     slurm.command("scontrol", "update", "nodename=nodeb", "state=resume")
-    wait_for_training(config, 3)
+    wait_for_training(slurm, number, config, 3)
     starts = re.findall(r"resume from step (\d+) of", log(config))
     assert len(starts) == 2 and int(starts[1]) == newest(run).step >= saved
     slurm.command("scancel", str(number))
