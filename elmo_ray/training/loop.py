@@ -93,7 +93,7 @@ class _Run:
         self.metrics: MetricsWriter | None = None
         if worker.rank == 0:
             self.metrics = MetricsWriter(self.files.folder, self.attempt, sinks_of(self.config.run.report_to))
-            self.peak = peak_tflops(worker.device, self.config.train.precision)
+            peak_tflops(worker.device, self.config.train.precision)  # measured before the first step is timed
         self.flops = FlopCounter(self.model, self.config)
         self.speeds: list[tuple[float, float]] = []  # TFLOP/s of a worker and share of its peak, of each record
         self.saver = Saver(plan.run_dir, self.attempt, self.ranks, self.config.train.keep_last, worker.register)
@@ -444,7 +444,8 @@ class _Run:
         )
         if self.metrics is not None:
             record["tflops"] = self.flops.tflops(batch, record["positions_per_second"], self.ranks.world)
-            record["mfu"] = record["tflops"] / self.peak
+            peak = peak_tflops(self.worker.device, self.config.train.precision, record["tflops"])
+            record["mfu"] = record["tflops"] / peak
             self.speeds.append((record["tflops"], record["mfu"]))
         self._write(record)
         progress.window_positions = 0

@@ -133,3 +133,9 @@ def test_a_bad_range_is_refused(profile: Any) -> None:
     with pytest.raises(ConfigError, match=r"^train\.profile") as caught:
         PretrainConfig.from_dict({"train": {"profile": profile}})
     assert "\n" not in str(caught.value)
+
+
+def test_no_share_is_above_the_whole() -> None:
+    """A peak that was measured on a busy machine is at least what training has reached."""
+    assert peak_tflops(torch.device("cpu"), "fp64", reached=99.0) == 99.0
+    assert peak_tflops(torch.device("cpu"), "fp64") == 99.0
