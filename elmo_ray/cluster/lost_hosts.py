@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.controller.state import PreemptingState, R
 from elmo_ray.cluster.logs import log_to_run
 from elmo_ray.cluster.network import unreachable
 from elmo_ray.cluster.preemption import describe
-from elmo_ray.cluster.session import alive_nodes, describe_cpus
+from elmo_ray.cluster.session import alive_nodes, describe_cpus, describe_host, lost_hosts
 
 logger = logging.getLogger(__name__)
 
@@ -60,19 +60,20 @@ class LostHosts(ControllerCallback):  # type: ignore[misc]
         elif now - self._told >= _MESSAGE_EVERY_S:
             self._told = now
             self._open_log()
-            waited = now - self._waiting_since
+            lost = lost_hosts()
             logger.warning(
-                "%s: not started for %.0f s; the Ray cluster has %s CPUs",
+                "%s: not started for %.0f s; the Ray cluster has %s CPUs%s",
                 self.request,
-                waited,
+                now - self._waiting_since,
                 describe_cpus(alive_nodes()),
+                f" and has lost {', '.join(lost)}" if lost else "",
             )
 
     def _tell(self, info: Any) -> None:
         """Log each announcement once."""
         if info.preempted_node_ids != self._announced:
             self._announced = info.preempted_node_ids
-            hosts = {node["NodeID"]: _host(node) for node in ray.nodes()}
+            hosts = {node["NodeID"]: describe_host(node) for node in ray.nodes()}
             self._open_log()
             logger.warning("%s", describe(info, hosts))
 
@@ -106,11 +107,7 @@ def _silent_hosts() -> dict[str, str]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     targets = [(node["NodeManagerAddress"], int(node["NodeManagerPort"])) for node in nodes]
     silent = [nodes[number] for number, _ in unreachable(targets, _CONNECT_S)]
-    return {node["NodeID"]: _host(node) for node in silent}
-
-
-def _host(node: dict[str, Any]) -> str:
-    return f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+    return {node["NodeID"]: describe_host(node) for node in silent}
 
 
 def _refresh_reservations() -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -197,6 +197,20 @@ def alive_nodes() -> list[Node]:
 
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(node.get("CPU", 0.0), int(node.get("GPU", 0.0))) for node in resources]
+
+
+def lost_hosts() -> list[str]:
+    """Return the names and addresses of hosts that had a node in this cluster and have none any more."""
+    import ray
+
+    nodes = ray.nodes()
+    here = {node["NodeManagerAddress"] for node in nodes if node["Alive"]}
+    return sorted({describe_host(node) for node in nodes if node["NodeManagerAddress"] not in here})
+
+
+def describe_host(node: dict[str, Any]) -> str:
+    """Return the name and address of a node of `ray.nodes()`, such as `host nodeb (10.1.0.3)`."""
+    return f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
 def free_cpus() -> float:

@@ -18,7 +18,15 @@ from elmo_ray import errors, storage
 from elmo_ray.cluster.hosts import RunFiles, versions
 from elmo_ray.cluster.logs import LogFollower, log_to_run
 from elmo_ray.cluster.preemption import SaveRequests, announced_end
-from elmo_ray.cluster.session import TORCH_NAMES, Device, check_cluster, last_line, set_environment, shown_workers
+from elmo_ray.cluster.session import (
+    TORCH_NAMES,
+    Device,
+    check_cluster,
+    last_line,
+    lost_hosts,
+    set_environment,
+    shown_workers,
+)
 from elmo_ray.cluster.stopping import STOP_FILE, for_seconds, in_thread, make_stop_file, stop_check, stop_on_signals
 from elmo_ray.config import ClusterConfig
 from elmo_ray.data.encode import thread_source
@@ -171,9 +179,12 @@ def _training_error(error: Exception, cluster: ClusterConfig) -> ElmoRayError:
             f"workers failed more than cluster.max_failures={cluster.max_failures} times; last, worker {rank}: "
             f"{last_line(failure)}; --resume goes on from the newest checkpoint"
         )
+    lost = lost_hosts()
+    after = f" after it lost {', '.join(lost)}" if lost else ""
     return TrainingError(
         f"Ray could not run cluster.workers={shown_workers(cluster)} with "
-        f"cluster.cpus_per_worker={cluster.cpus_per_worker}: {last_line(getattr(error, 'controller_failure', error))}"
+        f"cluster.cpus_per_worker={cluster.cpus_per_worker}{after}: "
+        f"{last_line(getattr(error, 'controller_failure', error))}"
     )
 
 
