@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -93,8 +94,23 @@ def facts(node: str, files: RunFiles, expected: dict[str, str]) -> Facts:
         problem = f"host {host} does not see what the driver sees: {one_line(str(error))}"
     if problem is not None:
         problem += "; put the run, the text and the vocabulary on a file system that all hosts share, or in a store"
+    elif not storage.is_uri(files.run_dir):
+        problem = _write_problem(host, files.run_dir)
     bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return Facts(host, problem, versions(), bf16, time.time(), _warnings(host))
+
+
+def _write_problem(host: str, run_dir: str) -> str | None:
+    """Return what is wrong if this process cannot write a file to the run's folder."""
+    try:
+        with tempfile.TemporaryFile(dir=run_dir) as file:
+            file.write(b"elmo_ray")
+    except OSError as error:
+        return (
+            f"host {host} cannot write to {run_dir}: {error.strerror}; each worker writes its part of a checkpoint "
+            "there: mount it for writing, and let the user that runs Ray write to it"
+        )
+    return None
 
 
 def compare(found: Sequence[Facts], here: dict[str, str], asked_at: float, answered_at: float) -> list[str]:

@@ -56,7 +56,7 @@ def run(form: str, folder: Path) -> dict[str, Any]:
     runs.mkdir()
     mounted = form == "full-disk"
     if mounted:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(runs)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", str(runs)], check=True)
     try:
         with Hosts(folder / "hosts", network="10.85.0") as hosts:
             head, other = hosts.all

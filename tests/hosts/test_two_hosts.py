@@ -75,11 +75,6 @@ def test_hosts_that_have_ipv6_only(tmp_path: Path, config: Path) -> None:
     assert "an IPv6 address stands in brackets, as in [fd00:83::2]:6379" in lines_of(wrong.stderr)[-1]
 
 
-def test_the_network_is_chosen_by_its_address(hosts: Hosts, config: Path) -> None:
-    done = pretrain(hosts.all[0], config, "cluster.network=10.83.0.0/16")
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
@@ -108,6 +103,21 @@ def test_a_host_that_does_not_see_the_files(hosts: Hosts, config: Path, hidden: 
     last = lines_of(done.stderr)[-1]
     assert "host nodeb (10.83.0.3) does not see what the driver sees" in last and str(place) in last
     assert "Traceback" not in done.stderr
+
+
+def test_a_host_that_cannot_write_to_the_runs(hosts: Hosts, config: Path) -> None:
+    runs = config.parent / "runs"
+    runs.mkdir()
+    hosts.all[1].mount("--bind", str(runs), str(runs))
+    hosts.all[1].mount("-o", "remount,ro,bind", str(runs))
+    try:
+        done = pretrain(hosts.all[0], config)
+    finally:
+        hosts.all[1].unmount(runs)
+    assert done.returncode == 2, done.stderr[-3000:]
+    last = lines_of(done.stderr)[-1]
+    assert f"host nodeb (10.83.0.3) cannot write to {runs}" in last and "Read-only file system" in last
+    assert "failure" not in done.stderr
 
 
 def test_a_host_with_another_version(hosts: Hosts, config: Path) -> None:
