@@ -21,7 +21,9 @@ from elmo_ray.cluster.preemption import SaveRequests, announced_end
 from elmo_ray.cluster.session import (
     TORCH_NAMES,
     Device,
+    alive_nodes,
     check_cluster,
+    describe_cpus,
     last_line,
     lost_hosts,
     set_environment,
@@ -179,12 +181,14 @@ def _training_error(error: Exception, cluster: ClusterConfig) -> ElmoRayError:
             f"workers failed more than cluster.max_failures={cluster.max_failures} times; last, worker {rank}: "
             f"{last_line(failure)}; --resume goes on from the newest checkpoint"
         )
-    lost = lost_hosts()
+    failure, lost = getattr(error, "controller_failure", error), lost_hosts()
+    # what Ray says of it is a list of possible causes
+    reason = "no room was found" if "StartupTimeout" in type(failure).__name__ else last_line(failure)
     after = f" after it lost {', '.join(lost)}" if lost else ""
     return TrainingError(
         f"Ray could not run cluster.workers={shown_workers(cluster)} with "
-        f"cluster.cpus_per_worker={cluster.cpus_per_worker}{after}: "
-        f"{last_line(getattr(error, 'controller_failure', error))}"
+        f"cluster.cpus_per_worker={cluster.cpus_per_worker}{after}: {reason}; the cluster has "
+        f"{describe_cpus(alive_nodes())} CPUs; --resume starts where the run stopped"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,16 @@ def need_slurm() -> None:
 
 
 class Slurm:
-    """Slurm of some hosts, in a folder of its own; it ends with the hosts."""
+    """Slurm of some hosts, in a folder of its own; it ends with the hosts. cpus: the number of CPUs of each host."""
 
-    def __init__(self, hosts: Hosts) -> None:
+    def __init__(self, hosts: Hosts, cpus: Sequence[int] = (2, 2), task_plugin: str = "task/none") -> None:
         self.hosts, self.folder = hosts, hosts.folder / "slurm"
         for name in ("state", "run", *(f"spool/{host.name}" for host in hosts.all)):
             (self.folder / name).mkdir(parents=True)
         head = hosts.all[0]
         nodes = "".join(
-            f"NodeName={host.name} NodeAddr={host.address} CPUs=2 RealMemory=4000 State=UNKNOWN\n" for host in hosts.all
+            f"NodeName={host.name} NodeAddr={host.address} CPUs={count} RealMemory=4000 State=UNKNOWN\n"
+            for host, count in zip(hosts.all, cpus, strict=True)
         )
         settings = f"""ClusterName=test
 SlurmctldHost={head.name}({head.address})
@@ -43,7 +45,7 @@ SlurmUser=root
 AuthInfo=socket={self.folder}/run/munge.socket
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={task_plugin}
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=20
