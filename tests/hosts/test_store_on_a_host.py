@@ -117,3 +117,35 @@ def test_a_wrong_key_is_one_line(store: StoreHost, tmp_path: Path) -> None:
         store.tell("well")
     last = lines_of(run.said())[-1]
     assert last.startswith("error: ") and "s3://elmo-test/runs" in last and "Traceback" not in run.said()
+
+
+_READ = """
+import sys, zlib
+from elmo_ray.storage import write_bytes
+from elmo_ray.data.corpus import Block
+from elmo_ray.data.encode import read_block
+place, text = "s3://elmo-test/text.txt", b"a sentence\\n" * 100
+write_bytes(place, text)
+print("written", file=sys.stderr, flush=True)
+sys.stdin.read(1)
+assert read_block(Block(place, 11, 33, 4, zlib.crc32(text[11:33]))) == text[11:33]
+"""
+
+
+def test_text_is_read_again_until_the_store_answers(store: StoreHost, tmp_path: Path) -> None:
+    """The store's library gives up after some tries; a block of text waits for longer."""
+    host, log = store.host.hosts.all[0], tmp_path / "log.txt"
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            host.command(sys.executable, "-c", _READ), stdin=subprocess.PIPE, stdout=out, stderr=out,
+            env=host.hosts.environment,
+        )  # fmt: skip
+    try:
+        wait_for(lambda: "written" in log.read_text(), f"the text: {log}", 60)
+        store.host.cable(plugged=False)
+        assert process.stdin is not None
+        process.stdin.close()  # it waits for this
+        wait_for(lambda: "reading it again" in log.read_text(), f"a line: {log}", 240)
+    finally:
+        store.host.cable(plugged=True)
+    assert process.wait(120) == 0, log.read_text()[-3000:]
