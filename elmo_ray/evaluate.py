@@ -139,24 +139,14 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
     # Absolute, as processes with another working folder open the files again.
     options, vocab = map(absolute_or_none, (config.init.options, config.init.vocab))
     source = open_source(config.init.source, config.checkpoint, options, vocab)
-    if not source.has_softmax:
-        raise FormatError(
-            f"{source.path}: holds no softmax, so it gives no word a probability; evaluate the run or the checkpoint "
-            "that it was exported from"
-        )
-    _ = source.vocabulary  # raises an error where there is none, before the text is indexed
-    directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
-    data, cluster = config.data, config.cluster
-    form = prepare.text_form(source.recorded_form(data))
-    corpus, found = prepare.index_texts(data.test, "data.test", directory, data.block_bytes, form)
-    if not corpus.positions:
-        raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
+    _check_gives_probabilities(source)
+    corpus, replaced = _index_text(config, source)
     if flags is not None and flags.dry_run:
         return EvaluatePlan(source.describe(), config, corpus)
     # The test text is read in whole anyway; a sample tells whether it is of the form that a model was trained on.
     if (marker := sentence_marker(read_sample(corpus))) is not None:
         logger.warning("%s", marker.warning("data.test"))
-    how = config.evaluate
+    how, cluster = config.evaluate, config.cluster
     if how.reset == "never":
         if (note := fewer_streams_note("the text has", corpus.positions, how.streams)) is not None:
             logger.info("%s", note)
@@ -168,6 +158,46 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
     seconds = time.monotonic() - start
     logger.info("%s positions in %.1f s, %s/s", f"{corpus.positions:,}", seconds, f"{corpus.positions / seconds:,.0f}")
     values = all_measures(totals, corpus)
+    _warn_of_doubtful(values, source, corpus)
+    about = {
+        "source": str(source.path),
+        "step": source.step,
+        "vocabulary": source.vocabulary.size,
+        "directions": source.model.directions,
+        "vocabulary_sha256": source.vocabulary.sha256,
+        "text_sha256": hashlib.sha256("".join(shard.sha256 for shard in corpus.shards).encode()).hexdigest(),
+        "streams": how.streams if how.reset == "never" else None,
+        "reset": how.reset,
+        "precision": how.precision,
+        "replaced": replaced,
+        "seconds": seconds,
+        "note": NOTE,
+    }
+    return EvaluateResult(source.describe(), {**values, **about})
+
+
+def _check_gives_probabilities(source: Source) -> None:
+    """Raise FormatError for a SOURCE without a softmax, ConfigError for one without a vocabulary."""
+    if not source.has_softmax:
+        raise FormatError(
+            f"{source.path}: holds no softmax, so it gives no word a probability; evaluate the run or the checkpoint "
+            "that it was exported from"
+        )
+    _ = source.vocabulary  # raises the error, before the text is indexed
+
+
+def _index_text(config: EvaluateConfig, source: Source) -> tuple[Corpus, int]:
+    """Return the text of data.test, and the number of sequences in it that U+FFFD replaces."""
+    directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
+    form = prepare.text_form(source.recorded_form(config.data))
+    corpus, found = prepare.index_texts(config.data.test, "data.test", directory, config.data.block_bytes, form)
+    if not corpus.positions:
+        raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
+    return corpus, found.replaced
+
+
+def _warn_of_doubtful(values: dict[str, Any], source: Source, corpus: Corpus) -> None:
+    """Warn of measures that say little: infinite ones, of many unknown words, or of the training text."""
     if values["perplexity"] is None:
         logger.warning("%s: the loss is not finite", source.path)
     if values["oov_rate"] is not None and values["oov_rate"] > MANY_UNKNOWN:
@@ -183,21 +213,6 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
             short(", ".join(trained_on), 300),
             "a part" if len(trained_on) < len(corpus.shards) else "all",
         )
-    about = {
-        "source": str(source.path),
-        "step": source.step,
-        "vocabulary": source.vocabulary.size,
-        "directions": source.model.directions,
-        "vocabulary_sha256": source.vocabulary.sha256,
-        "text_sha256": hashlib.sha256("".join(shard.sha256 for shard in corpus.shards).encode()).hexdigest(),
-        "streams": how.streams if how.reset == "never" else None,
-        "reset": how.reset,
-        "precision": how.precision,
-        "replaced": found.replaced,
-        "seconds": seconds,
-        "note": NOTE,
-    }
-    return EvaluateResult(source.describe(), {**values, **about})
 
 
 def _trained_on(source: Source, corpus: Corpus) -> list[str]:

@@ -134,14 +134,7 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
 
     Raises an ElmoRayError for a mistake of the user, before Ray starts if the mistake can be known by then.
     """
-    if is_uri(config.run.storage_path):
-        raise ConfigError(
-            f"run.storage_path={config.run.storage_path}: a sweep keeps its trials in a folder; name a path that all "
-            "machines see (the SOURCE and the texts may be URIs)"
-        )
-    if config.sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise ConfigError("sweep.search=optuna: Optuna is not installed: pip install 'elmo-ray[optuna]'")
-    check_trackers(config.run.report_to)
+    _check_settings(config)
     source = open_init(config) if config.init.source is not None else None
     base = _trial_settings(config, {}, source)
     plain = config.trial({})
@@ -184,6 +177,18 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
         if interrupted:
             return _stop(config, folder.path, wall_seconds)
         return _finish(config, folder, wall_seconds)
+
+
+def _check_settings(config: SweepConfig) -> None:
+    """Raise ConfigError for a place that a sweep cannot be in, or for a program that is not installed."""
+    if is_uri(config.run.storage_path):
+        raise ConfigError(
+            f"run.storage_path={config.run.storage_path}: a sweep keeps its trials in a folder; name a path that all "
+            "machines see (the SOURCE and the texts may be URIs)"
+        )
+    if config.sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise ConfigError("sweep.search=optuna: Optuna is not installed: pip install 'elmo-ray[optuna]'")
+    check_trackers(config.run.report_to)
 
 
 def _given_values(config: SweepConfig, base: PretrainConfig) -> dict[str, Any]:

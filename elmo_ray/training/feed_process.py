@@ -88,27 +88,14 @@ def inputs_of_process(
 
     The loader itself is at its start, and stays there. Raises RuntimeError where the process ends before its work.
     """
-    plan, exchange = loader.plan, assembler.exchange
-    work = _Work(
-        assembler.config,
-        (plan.corpus, plan.n_streams, plan.seed, plan.shuffle, plan.epochs),
-        loader.streams,
-        loader.cursors,
-        loader.vocabulary,
-        loader.unroll,
-        loader.characters,
-        loader.directions,
-        exchange.world,
-        steps,
-        capacities,
-    )
+    exchange = assembler.exchange
     memory = os.memfd_create("elmo_ray_step")
     process, connection = _start(memory)
     step, of_all = steps.start, Flags()
     shapes: StepInput | None = None
     packed = torch.empty(0, dtype=torch.uint8)
     try:
-        connection.send(work)
+        connection.send(_work_of(loader, assembler, steps, capacities))
         while True:
             kind, *values = connection.recv()
             if kind == "block":
@@ -142,11 +129,34 @@ def inputs_of_process(
     finally:
         connection.close()
         os.close(memory)
-        try:
-            process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
+
+
+def _work_of(loader: StreamLoader, assembler: StepAssembler, steps: range, capacities: Capacities | None) -> _Work:
+    """Return what the process needs to make a loader and an assembler like these."""
+    plan = loader.plan
+    return _Work(
+        assembler.config,
+        (plan.corpus, plan.n_streams, plan.seed, plan.shuffle, plan.epochs),
+        loader.streams,
+        loader.cursors,
+        loader.vocabulary,
+        loader.unroll,
+        loader.characters,
+        loader.directions,
+        assembler.exchange.world,
+        steps,
+        capacities,
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the process, which ends when its connection is closed; kill it if it does not."""
+    try:
+        process.wait(_CLOSE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _start(memory: int) -> tuple[subprocess.Popen[bytes], Connection]:

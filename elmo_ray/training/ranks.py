@@ -281,31 +281,32 @@ class Exchange:
             flags.save,
         ]
         message[self.HEADER : self.HEADER + len(ids)] = ids
-        everything = message[None]
-        if self.world > 1:
-            mine = torch.from_numpy(message)
-            received = torch.empty(self.world, len(message), dtype=torch.int64)
-            self.is_waiting = True
-            with self.ranks.waiting("the exchange of target words", step):
-                dist.all_gather(list(received.unbind(0)), mine, group=self.group)
-            self.is_waiting = False
-            everything = received.numpy()
-        if (everything[:, 4] == _ERROR).any():
+        received = self._send_to_all(message, step)
+        if (received[:, 4] == _ERROR).any():
             self._raise(error)
-        if (everything[:, 4] == _INTERRUPTED).any():
+        if (received[:, 4] == _INTERRUPTED).any():
             raise WaitInterrupted
-        hashes = everything[:, 1]
+        hashes = received[:, 1]
         if (hashes != hashes[0]).any():
             raise RuntimeError(
                 f"ranks drew different negatives (hashes {hashes.tolist()}): their seeds or versions differ"
             )
-        committed, cleaned, save = everything[0, 5:8].tolist()
-        combined = Flags(bool(everything[:, 2].any()), everything[:, 3].tolist(), committed, cleaned, bool(save))
-        return Gathered(everything[:, self.HEADER :], int(everything[:, 0].sum()), combined)
+        committed, cleaned, save = received[0, 5:8].tolist()
+        combined = Flags(bool(received[:, 2].any()), received[:, 3].tolist(), committed, cleaned, bool(save))
+        return Gathered(received[:, self.HEADER :], int(received[:, 0].sum()), combined)
+
+    def _send_to_all(self, message: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+        """Return [W, n] the messages of all ranks, of which this rank's is one."""
+        received = torch.empty(self.world, len(message), dtype=torch.int64)
+        self.is_waiting = True
+        with self.ranks.waiting("the exchange of target words", step):
+            dist.all_gather(list(received.unbind(0)), torch.from_numpy(message), group=self.group)
+        self.is_waiting = False
+        return received.numpy()
 
     def _raise(self, error: ElmoRayError | None) -> None:
-        mine = b"" if error is None else str(error).encode()
-        messages = [mine] if self.world == 1 else gather_bytes(mine, self.world, self.group)
+        """Raise this rank's error, or if it has none that of another rank."""
+        messages = gather_bytes(b"" if error is None else str(error).encode(), self.world, self.group)
         if error is not None:
             raise error
         raise DataError(next(m for m in messages if m).decode())
