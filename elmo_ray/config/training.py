@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, PlainValidator
 
 from elmo_ray.config.model import LARGE, CharCnnConfig, DropoutRates, LstmConfig, ModelConfig, PartRates, Reset, Workers
 from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, Section, as_names, show
-from elmo_ray.errors import ConfigError
+from elmo_ray.config.softmax import SoftmaxConfig
 from elmo_ray.text.records import FORMATS
 from elmo_ray.text.tokenizers import NORMALIZATIONS
 
@@ -196,44 +196,6 @@ class DataConfig(TextConfig):
             globs = getattr(self, key)
             if SAMPLE in globs and len(globs) > 1:
                 yield f"data.{key} mixes `sample` with other text; the embedded corpus stands alone"
-
-
-ADAPTIVE_WORDS = 20
-"""Fewest words of a vocabulary that an adaptive softmax divides."""
-
-
-class SoftmaxConfig(Section):
-    """Section `softmax`."""
-
-    path: ClassVar[str] = "softmax."
-    kind: Literal["sampled", "full", "adaptive"] = Field(
-        "sampled", description="The loss in training; evaluation is exact. adaptive needs words in falling count."
-    )
-    negatives: Int = Field(
-        1024, ge=1, le=1 << 24, description="Words sampled per step and direction; all positions share them."
-    )
-    tied: bool = Field(False, description="Use the word table of model.input=words as the weights of the softmax.")
-
-    def _unused(self) -> dict[str, str]:
-        unused = {"negatives": f"softmax.kind={self.kind} samples no words; remove one of them"}
-        return unused if self.kind != "sampled" else {}
-
-    def _contradictions(self) -> Iterator[str]:
-        if self.kind == "adaptive" and self.tied:
-            yield "softmax.kind=adaptive has no table for all words, so softmax.tied=true has nothing to share"
-
-    def check_vocabulary(self, n_words: int) -> None:
-        """Raise ConfigError if the vocabulary of `n_words` words is too small for this kind of softmax."""
-        if self.kind == "sampled" and self.negatives >= n_words:
-            raise ConfigError(
-                f"softmax.negatives={self.negatives}: must be below the number of words in the vocabulary, {n_words}; "
-                "lower it, or set softmax.kind=full, which suits a small vocabulary"
-            )
-        if self.kind == "adaptive" and n_words < ADAPTIVE_WORDS:
-            raise ConfigError(
-                f"softmax.kind=adaptive needs a vocabulary of {ADAPTIVE_WORDS} words or more to cut into clusters, and "
-                f"there are {n_words}; use softmax.kind=full"
-            )
 
 
 class ScheduleConfig(Section):
@@ -519,10 +481,11 @@ class PretrainConfig(Root):
                 f"data.streams={self.data.streams} times train.unroll={self.train.unroll} makes steps of {positions} "
                 f"positions: must be <= {_MOST_POSITIONS}"
             )
-        if self.optim.momentum and self.softmax.kind == "sampled":
+        if self.optim.momentum and self.softmax.facts.samples_words:
             yield (
                 f"optim.momentum={self.optim.momentum} moves all rows of the word tables in every step, and "
-                "softmax.kind=sampled only the rows that a step touches; set softmax.kind=full or optim.momentum=0"
+                f"softmax.kind={self.softmax.kind} only the rows that a step touches; set softmax.kind=full or "
+                "optim.momentum=0"
             )
         if self.optim.schedule.kind == "plateau" and self.train.validate_every is None:
             yield "optim.schedule.kind=plateau follows the validations, but train.validate_every=null never validates"

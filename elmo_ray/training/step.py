@@ -113,7 +113,7 @@ class TrainStep:
         self.config, self.model, self.rank, self.world, self.total_steps = config, model, rank, world, total_steps
         self.device = next(model.parameters()).device
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-        self.sampled = config.softmax.kind == "sampled"
+        self.sampled = config.softmax.facts.samples_words
         tables = {name: p.detach() for name, p in model.named_parameters() if name in TABLES}
         kernels.use(config.train.kernels)
         self.optimizer = Optimizer(config.optim, model.dense_parameters(), tables)

@@ -194,7 +194,7 @@ def to_options(
         "unroll_steps": unroll,
         "batch_size": rows,
         "all_clip_norm_val": 10.0,
-        "sample_softmax": softmax.kind == "sampled",
+        "sample_softmax": softmax.facts.samples_words,
         "n_negative_samples_batch": softmax.negatives,
     }
     if model.input == "characters":
