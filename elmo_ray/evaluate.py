@@ -151,8 +151,8 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
         if (note := fewer_streams_note("the text has", corpus.positions, how.streams)) is not None:
             logger.info("%s", note)
         how = how.model_copy(update={"streams": held_out_streams(corpus.positions, how.streams)})
-    origin = source.uri or str(source.path)
-    job = EvaluationJob(origin, source.fingerprint, corpus, how, config.data.on_error, options, vocab)
+    place = source.uri or str(source.path)
+    job = EvaluationJob(place, source.fingerprint, corpus, how, config.data.on_error, options, vocab)
     start = time.monotonic()
     totals = _measure_here(job, source, cluster) if cluster.workers == 0 else _measure_on_ray(job, cluster)
     seconds = time.monotonic() - start
@@ -277,30 +277,30 @@ def measures(nats: np.ndarray, positions: int, characters: int) -> dict[str, Any
 
 def _measure_here(job: EvaluationJob, source: Source, cluster: ComputeConfig) -> LossTotals:
     with in_this_process(cluster) as device:
-        (part,) = job.shares(1)
-        return job.measure(part, source.model.to(device), source.vocabulary)
+        (share,) = job.shares(1)
+        return job.measure(share, source.model.to(device), source.vocabulary)
 
 
 def _measure_on_ray(job: EvaluationJob, cluster: ComputeConfig) -> LossTotals:
-    parts = job.shares(cluster.workers)
-    if len(parts) < cluster.workers:
-        logger.info("the text has %d parts, so %d workers are used", len(parts), len(parts))
-    # Parts can wait for one another, so one place is enough; but a GPU is used unasked only where each part gets one.
-    device = device_for(cluster, 1 if cluster.device == "gpu" else len(parts))
+    shares = job.shares(cluster.workers)
+    if len(shares) < cluster.workers:
+        logger.info("the text has work for %d workers only", len(shares))
+    # Shares can wait for one another, so one place is enough; but a GPU is used unasked only where each gets one.
+    device = device_for(cluster, 1 if cluster.device == "gpu" else len(shares))
     check_room(cluster, 1, device)
-    tallies = dict(
+    totals = dict(
         run_tasks(
             functools.partial(measure_share, job, device=TORCH_NAMES[device]),
-            parts,
-            workers=len(parts),
+            shares,
+            workers=len(shares),
             cpus=cluster.cpus_per_worker,
             device=device,
             threads=cluster.threads,
             max_failures=cluster.max_failures,
         )
     )
-    # in the order of the parts: a sum of floats depends on its order
-    return functools.reduce(operator.add, (tallies[number] for number in range(len(parts))))
+    # in the order of the shares: a sum of floats depends on its order
+    return functools.reduce(operator.add, (totals[number] for number in range(len(shares))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -198,7 +198,7 @@ def check_room_for(config: PretrainConfig, n_words: int, corpus: Corpus | None, 
 
 @dataclass(frozen=True)
 class FromSource:
-    """What a training takes from a trained model.
+    """Things that a training takes from a trained model.
 
     initialize: called for a new run with its plan, to write the checkpoint that it starts from. fit: returns the
     settings for a vocabulary of so many words. has_vocabulary: the vocabulary is the model's, and is taken as it is.

@@ -45,8 +45,7 @@ from elmo_ray.config.model import ModelConfig
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import CheckpointError, ConfigError, DataError, ElmoRayError, FormatError, short
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.storage import absolute, base_name, download, exists, is_uri, join, matches
-from elmo_ray.storage.files import file_hash
+from elmo_ray.storage import absolute, base_name, download, exists, file_hash, is_uri, join, matches
 from elmo_ray.storage.local_copy import scratch
 
 logger = logging.getLogger(__name__)

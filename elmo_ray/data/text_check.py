@@ -232,14 +232,12 @@ def read_sample(corpus: Corpus) -> Sample:
 
     Raises DataError when a file of the corpus is gone.
     """
-    chosen = np.unique(np.linspace(0, len(corpus) - 1, min(len(corpus), SAMPLE_BLOCKS)).astype(np.int64))
     whole = int((corpus.block_end - corpus.block_start).sum()) <= SAMPLE_BYTES
-    if whole:
-        chosen = np.arange(len(corpus))
+    chosen = range(len(corpus)) if whole else corpus.spread(SAMPLE_BLOCKS)
     each = SAMPLE_BYTES // max(1, len(chosen))
     counts: collections.Counter[str] = collections.Counter()
     sentences, n_sentences = SentenceSampler(), 0
-    for index in chosen.tolist():
+    for index in chosen:
         block = corpus.block(index)
         end = block.end if whole else min(block.end, block.start + each)
         data = _read(block.path, block.start, end)

@@ -98,12 +98,11 @@ def unpacked_path(source: str, directory: Place) -> str:
 
 def is_unpacked(source: str, target: Place) -> bool:
     """Return whether `target` is the whole text of `source`, and neither of them has changed since it was unpacked."""
+    note = read_note(target)
     try:
-        note = json.loads(storage.read_bytes(_note_path(target)))
-        status, text = storage.status(source), storage.status(target)
-    except (OSError, ValueError):
+        return note is not None and note.items() >= _note_fields(storage.status(source), storage.status(target)).items()
+    except OSError:
         return False
-    return isinstance(note, dict) and note.items() >= _note_fields(status, text).items()
 
 
 def check_space(sources: Sequence[str], directory: Path) -> None:
@@ -303,12 +302,16 @@ def _note_path(target: Place) -> str:
     return os.fspath(target).removesuffix(".txt") + ".unpacked.json"
 
 
+def text_fields(text: Status | os.stat_result) -> dict[str, int]:
+    """Return the fields of a note by which it belongs to a text of this status."""
+    return {"text_size": text.st_size, "text_mtime_ns": text.st_mtime_ns}
+
+
 def _note_fields(source: Status | os.stat_result, text: Status | os.stat_result) -> dict[str, int]:
     return {
         "source_size": source.st_size,
         "source_mtime_ns": source.st_mtime_ns,
-        "text_size": text.st_size,
-        "text_mtime_ns": text.st_mtime_ns,
+        **text_fields(text),
     }
 
 

@@ -31,7 +31,7 @@ _BATCH_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Documents:
-    """Some documents in their order.
+    """Batch of documents in their order.
 
     kept: for each name of `embed.keep` an Arrow array with a value for each document. kinds: for each name the Arrow
     type of the values. is_json: the arrays hold the values as JSON, as text, because other batches of the file may have

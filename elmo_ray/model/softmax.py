@@ -83,7 +83,7 @@ class ExactLosses:
 
 
 class Drawn(NamedTuple):
-    """What is drawn for a step of the sampled softmax: the arguments of `sampled_losses`."""
+    """Draws of a step of the sampled softmax: arguments of `sampled_losses`."""
 
     rows_RP: Tensor
     bias_R: Tensor

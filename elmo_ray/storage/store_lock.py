@@ -15,10 +15,10 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
+from elmo_ray.background import repeating
 from elmo_ray.errors import ConfigError
 from elmo_ray.storage import places as storage
 
@@ -46,20 +46,15 @@ def store_lock(place: str) -> Iterator[None]:
         storage.write_bytes(lock, text(), only_new=True)
     except FileExistsError:
         raise _taken(name, lock) from None
-    ended = threading.Event()
 
     def renew() -> None:
-        while not ended.wait(RENEW_S):
-            with contextlib.suppress(OSError):  # it is renewed the next time
-                storage.write_bytes(lock, text())
+        with contextlib.suppress(OSError):  # it is renewed the next time
+            storage.write_bytes(lock, text())
 
-    thread = threading.Thread(target=renew, name="store-lock", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(renew, RENEW_S, "store-lock", patience_s=RENEW_S):
+            yield
     finally:
-        ended.set()
-        thread.join(timeout=RENEW_S)
         with contextlib.suppress(OSError):
             storage.remove(lock)
 

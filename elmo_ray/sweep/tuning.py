@@ -5,16 +5,16 @@ The state that lasts is on the disk (`trials`); a session that was killed is fol
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from elmo_ray.background import repeating
 from elmo_ray.cluster.session import Device, alive_nodes, check_cluster, describe_cpus, fits
 from elmo_ray.cluster.stopping import STOP_FILE, in_thread, make_stop_file, stop_on_signals
 from elmo_ray.errors import ConfigError
@@ -91,7 +91,11 @@ def run_session(
     def seconds() -> float:
         return before + time.monotonic() - start
 
-    with _shown(config, sweep_dir, seconds), stop_on_signals(str(stop_file)) as asked:
+    def note() -> None:
+        write_json(sweep_dir / SESSION, {"seconds": seconds()})
+        logger.info("%s so far\n%s", clock(seconds()), table(read_trials(sweep_dir)))
+
+    with repeating(note, config.sweep.show_every_s, "table"), stop_on_signals(str(stop_file)) as asked:
         in_thread(tuner.fit, lambda: None)
     write_json(sweep_dir / SESSION, {"seconds": seconds()})
     ended = sum(trial.status in (FINISHED, STOPPED, FAILED) for trial in read_trials(sweep_dir))
@@ -136,27 +140,8 @@ def _tuner(
     )
 
 
-@contextlib.contextmanager
-def _shown(config: SweepConfig, sweep_dir: Path, seconds: Callable[[], float]) -> Iterator[None]:
-    """Keep the seconds of the sweep in its folder, and log the table of its trials, while this context lasts."""
-    done = threading.Event()
-
-    def show() -> None:
-        while not done.wait(config.sweep.show_every_s):
-            write_json(sweep_dir / SESSION, {"seconds": seconds()})
-            logger.info("%s so far\n%s", clock(seconds()), table(read_trials(sweep_dir)))
-
-    thread = threading.Thread(target=show, name="table", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def report_while(work: Callable[[], None], trial: Trial, stop_file: Path) -> float:
-    """Do the work in a thread and report each validation to Tune; return the seconds that the trial has taken.
+def report_until(done: Future[Any], trial: Trial, stop_file: Path) -> float:
+    """Report each validation of a trial to Tune until it is done; return the seconds that the trial has taken.
 
     stop_file: the sweep's; once it is there, the training of this trial is asked to stop. Called in the trial's
     process. Tune may end this process at any report.
@@ -165,12 +150,10 @@ def report_while(work: Callable[[], None], trial: Trial, stop_file: Path) -> flo
 
     start = time.monotonic()
     before = (read_json(trial.folder / SESSION) or {}).get("seconds", 0.0)
-    thread = threading.Thread(target=work, name="trial", daemon=True)
-    thread.start()
     reported, alive, seconds = 0, True, 0.0
     while alive:
-        thread.join(1.0)
-        alive = thread.is_alive()
+        wait([done], 1.0)
+        alive = not done.done()
         if alive and stop_file.exists():
             make_stop_file(str(trial.folder / STOP_FILE))  # again and again, as training removes it when it starts
         trial.read()

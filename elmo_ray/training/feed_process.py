@@ -58,8 +58,7 @@ SWITCH_INTERVAL_S = 5e-4
 
 @dataclass(frozen=True)
 class _Work:
-    """All that the process begins with. plan: arguments of the StreamPlan; the others are those of the loader and the
-    assembler, with the steps."""
+    """Arguments with which the process begins: those of the StreamPlan (plan), of the loader and of the assembler."""
 
     config: PretrainConfig
     plan: tuple[Corpus, int, int, bool, int | None]

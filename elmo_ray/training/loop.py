@@ -317,7 +317,7 @@ class _Run:
             self._save()
 
     def _note_early_end(self) -> None:
-        """Tell of the end before the last step, if there is one."""
+        """Log that training ends before the last step, if it does."""
         progress = self.progress
         if self._is_over() and progress.step < self.total_steps:
             self._event(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from elmo_ray.background import start_thread
 from elmo_ray.data.encode import WaitInterrupted
 from elmo_ray.errors import DataError, ElmoRayError, TrainingError
 
@@ -97,25 +97,13 @@ class Ranks:
         """
         if self.world == 1:
             return work()
-        results: list[T] = []
-        problems: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                results.append(work())
-            except BaseException as error:
-                problems.append(error)
-
-        thread: threading.Thread | None = None
-        if self.rank == 0:
-            thread = threading.Thread(target=run, name="rank-zero", daemon=True)
-            thread.start()
-        self.wait_until(lambda: thread is None or not thread.is_alive())
-        error = problems[0] if problems else None
+        future = start_thread(work, "rank-zero") if self.rank == 0 else None
+        self.wait_until(lambda: future is None or future.done())
+        error = None if future is None else future.exception()
         if error is not None and not isinstance(error, ElmoRayError):
             raise error
         self.agree(error)
-        return self.broadcast(results[0] if results else None)
+        return self.broadcast(None if future is None else future.result())
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """Wait until `ready` returns True on every rank, for hours if necessary."""
@@ -217,7 +205,7 @@ _ERROR, _INTERRUPTED = 1, 2
 
 
 class Exchange:
-    """All-gather of one message for each step, over a group that only the loader thread uses.
+    """Exchange of one message of each rank in each step, over a group that only the loader thread uses.
 
     is_waiting: True while other ranks are waited for.
     """

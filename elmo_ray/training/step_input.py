@@ -29,7 +29,7 @@ from elmo_ray.kernels.hints import SortedPositions, WindowCounts
 
 @dataclass
 class StepInput:
-    """All data that a step needs, on the device.
+    """Data of a step, on the device.
 
     types [U, C] (for word input [U]: indices into `input_rows`, or ids with a full softmax), type_classes, inputs
     [D, B, T], targets [D, B, T], lengths [B]: as in `streams.Batch`. reset: [B] rows that start from zero state.
