@@ -1,4 +1,4 @@
-"""Identity of a run: the settings that a checkpoint and the run that resumes it must share, and those that may change.
+"""Identity of a run: the settings that a checkpoint and a resumed run must share, and those that may change.
 
 `start_messages` are the log's lines about the three kinds of start: fresh, initialised from a SOURCE, or resumed from a
 checkpoint.

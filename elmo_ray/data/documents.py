@@ -369,7 +369,7 @@ def value_at(record: Any, names: Sequence[str]) -> Any:
 
 
 def no_column(place: str, setting: str, names: Sequence[str], record: Any) -> str:
-    """Return the message for a column that a record does not have, with those that it has at that depth.
+    """Return the message for a missing column of a record, with the columns that are there at the same depth.
 
     place: the file, or its line. setting: the setting that names the column, with its value.
     """
@@ -417,7 +417,7 @@ def parquet_file(source: str) -> Iterator[Any]:
 def column_type(schema: Any, names: Sequence[str], source: str, setting: str) -> Any:
     """Return the Arrow type of a column, `names` from the outside to the inside.
 
-    Raises DataError, with the setting that names it and the columns that are there, where there is none.
+    Raises DataError if there is no such column, with the setting that names it and the columns that are there.
     """
     import pyarrow as pa
 

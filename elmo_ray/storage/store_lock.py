@@ -1,7 +1,7 @@
 """Lock of a run in an object store: an object beside the run, which its holder renews.
 
-No store has a lock that ends with its holder. So the lock is an object that is made only where there is none, is
-renewed every 20 s, and is valid for 60 s after that. A second start waits that long for the lock of a process that was
+No store has a lock that ends with its holder. So the lock is an object: it is made only if there is none, renewed every
+20 s, and valid for 60 s after that. A second start waits that long for the lock of a process that was
 killed, and is refused if the lock is renewed meanwhile. S3 tells two starts at the same moment apart. They can both
 succeed in a store that cannot make an object "only if it is new", and in any store where a holder sleeps for more than
 a minute and wakes up again. Even then no checkpoint is written by two: every start writes to names of its own attempt.

@@ -54,8 +54,6 @@ class StepResult(NamedTuple):
         return {**found, **self.gradients.dense, **self.gradients.tables}
 
 
-__all__ = ["DTYPES", "Gradients", "StepInput", "StepOutput", "TrainStep"]
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Type of parameters, states and sums by `train.precision`; bf16 is the type of matrix products only."""
 
