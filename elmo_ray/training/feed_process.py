@@ -216,10 +216,10 @@ def _make_inputs(work: _Work, connection: Connection, memory: int) -> None:
     )
     exchange = _WorkersExchange(connection, work.world)
     assembler = StepAssembler(work.config, work.vocabulary.size, work.streams, exchange, noise_ahead=True)
-    last: tuple[Any, ...] = ()
+    last: list[tuple[Any, ...]] = []
     packed: StepInput | None = None
     for batch, cursors, _ in step_inputs(loader, assembler, work.steps, Flags, work.capacities):
-        shapes, without_numbers = _shape(batch), None
+        shapes, without_numbers = [each.shape_key for each in batch.all_inputs], None
         if packed is None or shapes != last:
             last, without_numbers = shapes, _without_numbers(batch)
             os.ftruncate(memory, max(os.fstat(memory).st_size, batch.packed_size))
@@ -228,15 +228,6 @@ def _make_inputs(work: _Work, connection: Connection, memory: int) -> None:
         batch.copy_to(packed)
         connection.send(("input", without_numbers, batch.positions, cursors))
     connection.send(("end",))
-
-
-def _shape(batch: StepInput) -> tuple[Any, ...]:
-    """Return what differs between inputs of different shapes."""
-    parts = [batch, *(micro for _, micro in batch.micro_batches)]
-    return tuple(
-        (part.type_classes, part.n_windows, [(name, x.shape, x.dtype) for name, x in part.tensors().items()])
-        for part in parts
-    )
 
 
 def _without_numbers(batch: StepInput) -> StepInput:
