@@ -16,10 +16,8 @@ from pydantic import BeforeValidator, Field, PlainValidator
 
 from elmo_ray.config.model import (
     LARGE,
-    CharCnnConfig,
     ComponentRates,
     DropoutRates,
-    LstmConfig,
     ModelConfig,
     Reset,
     Workers,
@@ -28,13 +26,6 @@ from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, S
 from elmo_ray.config.softmax import SoftmaxConfig
 from elmo_ray.text.records import FORMATS
 from elmo_ray.text.tokenizers import NORMALIZATIONS
-
-__all__ = [
-    "SAMPLE", "CharCnnConfig", "ClusterConfig", "ComputeConfig", "DataConfig", "Duration", "EvalConfig",
-    "EvaluateConfig", "ExportConfig", "FormConfig", "FormatConfig", "InitConfig", "LstmConfig", "ModelConfig",
-    "OptimConfig", "PrepareConfig", "PretrainConfig", "ReportConfig", "RunConfig", "ScheduleConfig", "SoftmaxConfig",
-    "StorageConfig", "TaskConfig", "TextConfig", "TrainConfig",
-]  # fmt: skip
 
 SAMPLE = "sample"  # data.train: the built-in corpus
 COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and not the SOURCE's
