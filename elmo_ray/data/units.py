@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from elmo_ray import storage
-from elmo_ray.data.documents import Counts, Piece, TextForm, row_group_bytes, tokenised_documents
+from elmo_ray.data.documents import Counts, Piece, TextForm, tokenised_documents
+from elmo_ray.data.parquet import row_group_bytes
 from elmo_ray.data.text import file_status
 from elmo_ray.data.unpack import check_format, compression, estimate, read_note, text_fields, write_text
 from elmo_ray.errors import DataError
