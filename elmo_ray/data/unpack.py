@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from elmo_ray import storage
-from elmo_ray.data.formats import HEAD_BYTES, check_magic, check_parquet, check_text
+from elmo_ray.data.foreign_formats import HEAD_BYTES, check_magic, check_parquet, check_text
 from elmo_ray.errors import DataError
 from elmo_ray.storage import Place, Status, is_uri
 
@@ -67,7 +67,7 @@ def _compression_of(head: bytes, path: str) -> str | None:
 
 
 def check_format(source: str) -> None:
-    """Raise DataError when the text of a shard, compressed or plain, is another format (see `formats.check_text`).
+    """Raise DataError when the text of a shard, compressed or plain, is another format (see `foreign_formats.check_text`).
 
     Reads the start of the file. Raises DataError also when it cannot be read or unpacked.
     """
