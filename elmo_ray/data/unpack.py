@@ -67,7 +67,7 @@ def _compression_of(head: bytes, path: str) -> str | None:
 
 
 def check_format(source: str) -> None:
-    """Raise DataError when the text of a shard, compressed or plain, is another format (see `foreign_formats.check_text`).
+    """Raise DataError when the text of a shard, compressed or plain, is another format, as `check_text` does.
 
     Reads the start of the file. Raises DataError also when it cannot be read or unpacked.
     """
