@@ -41,6 +41,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def reason(error: BaseException, limit: int = 240) -> str:
+    """Return why something failed, on one line: the system's words of an OSError, else the message, else the class."""
+    return short(getattr(error, "strerror", None) or str(error) or type(error).__name__, limit)
+
+
 def short(text: str, limit: int = 200) -> str:
     """Return the text on one line, cut to `limit` characters."""
     line = one_line(text)

@@ -139,35 +139,65 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
     # Absolute, as processes with another working folder open the files again.
     options, vocab = map(absolute_or_none, (config.init.options, config.init.vocab))
     source = open_source(config.init.source, config.checkpoint, options, vocab)
-    if not source.has_softmax:
-        raise FormatError(
-            f"{source.path}: holds no softmax, so it gives no word a probability; evaluate the run or the checkpoint "
-            "that it was exported from"
-        )
-    _ = source.vocabulary  # raises an error where there is none, before the text is indexed
-    directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
-    data, cluster = config.data, config.cluster
-    form = prepare.text_form(source.recorded_form(data))
-    corpus, found = prepare.index_texts(data.test, "data.test", directory, data.block_bytes, form)
-    if not corpus.positions:
-        raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
+    _check_gives_probabilities(source)
+    corpus, replaced = _index_text(config, source)
     if flags is not None and flags.dry_run:
         return EvaluatePlan(source.describe(), config, corpus)
     # The test text is read in whole anyway; a sample tells whether it is of the form that a model was trained on.
     if (marker := sentence_marker(read_sample(corpus))) is not None:
         logger.warning("%s", marker.warning("data.test"))
-    how = config.evaluate
+    how, cluster = config.evaluate, config.cluster
     if how.reset == "never":
         if (note := fewer_streams_note("the text has", corpus.positions, how.streams)) is not None:
             logger.info("%s", note)
         how = how.model_copy(update={"streams": held_out_streams(corpus.positions, how.streams)})
-    origin = source.uri or str(source.path)
-    job = EvaluationJob(origin, source.fingerprint, corpus, how, config.data.on_error, options, vocab)
+    place = source.uri or str(source.path)
+    job = EvaluationJob(place, source.fingerprint, corpus, how, config.data.on_error, options, vocab)
     start = time.monotonic()
     totals = _measure_here(job, source, cluster) if cluster.workers == 0 else _measure_on_ray(job, cluster)
     seconds = time.monotonic() - start
     logger.info("%s positions in %.1f s, %s/s", f"{corpus.positions:,}", seconds, f"{corpus.positions / seconds:,.0f}")
     values = all_measures(totals, corpus)
+    _warn_of_doubtful(values, source, corpus)
+    about = {
+        "source": str(source.path),
+        "step": source.step,
+        "vocabulary": source.vocabulary.size,
+        "directions": source.model.directions,
+        "vocabulary_sha256": source.vocabulary.sha256,
+        "text_sha256": hashlib.sha256("".join(shard.sha256 for shard in corpus.shards).encode()).hexdigest(),
+        "streams": how.streams if how.reset == "never" else None,
+        "reset": how.reset,
+        "precision": how.precision,
+        "replaced": replaced,
+        "seconds": seconds,
+        "note": NOTE,
+    }
+    return EvaluateResult(source.describe(), {**values, **about})
+
+
+def _check_gives_probabilities(source: Source) -> None:
+    """Raise FormatError for a SOURCE without a softmax, ConfigError for one without a vocabulary."""
+    if not source.has_softmax:
+        raise FormatError(
+            f"{source.path}: holds no softmax, so it gives no word a probability; evaluate the run or the checkpoint "
+            "that it was exported from"
+        )
+    _ = source.vocabulary  # raises the error, before the text is indexed
+
+
+def _index_text(config: EvaluateConfig, source: Source) -> tuple[Corpus, int]:
+    """Return the text of data.test, and the number of sequences in it that U+FFFD replaces."""
+    directory = prepare.prepared_dir(config.run.storage_path, config.data.prepared_dir)
+    form = prepare.text_form(source.recorded_form(config.data))
+    corpus, found = prepare.index_texts(config.data.test, "data.test", directory, config.data.block_bytes, form)
+    if not corpus.positions:
+        raise DataError(f"data.test={','.join(config.data.test)}: no sentence in {len(corpus.shards)} files")
+    return corpus, found.replaced
+
+
+def _warn_of_doubtful(values: dict[str, Any], source: Source, corpus: Corpus) -> None:
+    """Warn of measures that say little: infinite ones, of many unknown words, or of the training text."""
     if values["perplexity"] is None:
         logger.warning("%s: the loss is not finite", source.path)
     if values["oov_rate"] is not None and values["oov_rate"] > MANY_UNKNOWN:
@@ -183,21 +213,6 @@ def run(config: EvaluateConfig, flags: Flags | None = None) -> EvaluateResult | 
             short(", ".join(trained_on), 300),
             "a part" if len(trained_on) < len(corpus.shards) else "all",
         )
-    about = {
-        "source": str(source.path),
-        "step": source.step,
-        "vocabulary": source.vocabulary.size,
-        "directions": source.model.directions,
-        "vocabulary_sha256": source.vocabulary.sha256,
-        "text_sha256": hashlib.sha256("".join(shard.sha256 for shard in corpus.shards).encode()).hexdigest(),
-        "streams": how.streams if how.reset == "never" else None,
-        "reset": how.reset,
-        "precision": how.precision,
-        "replaced": found.replaced,
-        "seconds": seconds,
-        "note": NOTE,
-    }
-    return EvaluateResult(source.describe(), {**values, **about})
 
 
 def _trained_on(source: Source, corpus: Corpus) -> list[str]:
@@ -262,30 +277,30 @@ def measures(nats: np.ndarray, positions: int, characters: int) -> dict[str, Any
 
 def _measure_here(job: EvaluationJob, source: Source, cluster: ComputeConfig) -> LossTotals:
     with in_this_process(cluster) as device:
-        (part,) = job.shares(1)
-        return job.measure(part, source.model.to(device), source.vocabulary)
+        (share,) = job.shares(1)
+        return job.measure(share, source.model.to(device), source.vocabulary)
 
 
 def _measure_on_ray(job: EvaluationJob, cluster: ComputeConfig) -> LossTotals:
-    parts = job.shares(cluster.workers)
-    if len(parts) < cluster.workers:
-        logger.info("the text has %d parts, so %d workers are used", len(parts), len(parts))
-    # Parts can wait for one another, so one place is enough; but a GPU is used unasked only where each part gets one.
-    device = device_for(cluster, 1 if cluster.device == "gpu" else len(parts))
+    shares = job.shares(cluster.workers)
+    if len(shares) < cluster.workers:
+        logger.info("the text has work for %d workers only", len(shares))
+    # Shares can wait for one another, so one place is enough; but a GPU is used unasked only where each gets one.
+    device = device_for(cluster, 1 if cluster.device == "gpu" else len(shares))
     check_room(cluster, 1, device)
-    tallies = dict(
+    totals = dict(
         run_tasks(
             functools.partial(measure_share, job, device=TORCH_NAMES[device]),
-            parts,
-            workers=len(parts),
+            shares,
+            workers=len(shares),
             cpus=cluster.cpus_per_worker,
             device=device,
             threads=cluster.threads,
             max_failures=cluster.max_failures,
         )
     )
-    # in the order of the parts: a sum of floats depends on its order
-    return functools.reduce(operator.add, (tallies[number] for number in range(len(parts))))
+    # in the order of the shares: a sum of floats depends on its order
+    return functools.reduce(operator.add, (totals[number] for number in range(len(shares))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

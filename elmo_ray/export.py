@@ -243,7 +243,7 @@ def export_hub_folder(
     if out_dir is None:
         raise ConfigError("out is empty: name the folder to write")
     opened = open_source(source, checkpoint, options, vocab)
-    words = opened.vocabulary
+    _ = opened.vocabulary  # raises an error where there is none, before anything is written
     place = absolute(out_dir)
     target = local_folder(place)
     if opened.path.parent == target:
@@ -252,32 +252,12 @@ def export_hub_folder(
     theirs = [name for name in (HUB_WEIGHTS, HUB_CONFIG) if (target / name).exists()]
     if theirs and not _is_ours(target):
         raise ConfigError(f"out={out_dir}: has {' and '.join(theirs)} of another program; name a new folder")
-    about = {
-        "model_type": MODEL_TYPE,
-        "elmo_ray_version": __version__,
-        "model": opened.config.to_dict(),
-        "softmax": opened.softmax.to_dict(),
-        "vocabulary_size": words.size,
-        "vocabulary_sha256": words.sha256,
-        "step": opened.step,
-    }
     names = [VOCABULARY, CARD, HUB_CONFIG, HUB_WEIGHTS]
     if (target / CARD).exists():
         names.remove(CARD)  # somebody may have written in it
         logger.warning("%s: the model card that is there is kept; remove it for a new one", target / CARD)
     with _folder_aside(target) as aside:
-        tensors = {name: tensor.contiguous().clone() for name, tensor in opened.model.state_dict().items()}
-        save_file(tensors, aside / HUB_WEIGHTS, metadata={"format": "pt"})
-        (aside / HUB_WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-        write_json(aside / HUB_CONFIG, about, DataError)
-        words.write(aside / VOCABULARY)
-        (aside / CARD).write_text(model_card(opened), encoding="utf-8")
-        back = open_source(aside)
-        saved = back.model.state_dict()
-        if saved.keys() != tensors.keys() or not all(torch.equal(saved[name], tensors[name]) for name in tensors):
-            raise FormatError(f"{aside}: read back, the weights differ from the model; not exported")
-        if back.config != opened.config or back.vocabulary.sha256 != words.sha256:
-            raise FormatError(f"{aside}: read back, it describes another model; not exported")
+        _write_hub_files(opened, aside)
         _check_vocabulary_there(target, aside, (HUB_WEIGHTS, HUB_CONFIG))
         sizes = {name: (aside / name).stat().st_size for name in reversed(names)}
         # The weights go first and come last, so that they never stand beside the settings of another model.
@@ -290,6 +270,32 @@ def export_hub_folder(
         raise DataError(f"out={place}: cannot be written ({error.strerror})") from None
     logger.info("exported to %s, for the Hub", place)
     return HubResult(opened.describe(), place, sizes, opened.has_softmax)
+
+
+def _write_hub_files(source: Source, folder: Path) -> None:
+    """Write the files of a folder for the Hub, read them back and compare. Raises FormatError if they differ."""
+    words = source.vocabulary
+    about = {
+        "model_type": MODEL_TYPE,
+        "elmo_ray_version": __version__,
+        "model": source.config.to_dict(),
+        "softmax": source.softmax.to_dict(),
+        "vocabulary_size": words.size,
+        "vocabulary_sha256": words.sha256,
+        "step": source.step,
+    }
+    tensors = {name: tensor.contiguous().clone() for name, tensor in source.model.state_dict().items()}
+    save_file(tensors, folder / HUB_WEIGHTS, metadata={"format": "pt"})
+    (folder / HUB_WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+    write_json(folder / HUB_CONFIG, about, DataError)
+    words.write(folder / VOCABULARY)
+    (folder / CARD).write_text(model_card(source), encoding="utf-8")
+    back = open_source(folder)
+    saved = back.model.state_dict()
+    if saved.keys() != tensors.keys() or not all(torch.equal(saved[name], tensors[name]) for name in tensors):
+        raise FormatError(f"{folder}: read back, the weights differ from the model; not exported")
+    if back.config != source.config or back.vocabulary.sha256 != words.sha256:
+        raise FormatError(f"{folder}: read back, it describes another model; not exported")
 
 
 def _check_target(target: Path, out: str | os.PathLike[str]) -> None:

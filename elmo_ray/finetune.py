@@ -92,7 +92,7 @@ def fit_negatives(config: FinetuneConfig, training: PretrainConfig, n_words: int
     """
     negatives = training.softmax.negatives
     own = "negatives" in config.softmax.model_fields_set
-    if own or training.softmax.kind != "sampled" or negatives < n_words or n_words < 4:
+    if own or not training.softmax.facts.samples_words or negatives < n_words or n_words < 4:
         return training
     fewer = n_words // 2
     logger.info(

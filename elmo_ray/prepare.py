@@ -317,7 +317,7 @@ def _checks(
             cure = f"raise data.max_vocab={config.data.max_vocab}"
     elif is_models_vocabulary:
         cure = "is it the vocabulary of this text? finetune makes one of it with data.vocab=counted"
-    for message in checks.warnings(vocab, config.softmax.kind, cure):
+    for message in checks.warnings(vocab, config.softmax.kind, config.softmax.facts.order, cure):
         logger.warning("%s", message)
     return checks
 

@@ -198,7 +198,7 @@ def check_room_for(config: PretrainConfig, n_words: int, corpus: Corpus | None, 
 
 @dataclass(frozen=True)
 class FromSource:
-    """What a training takes from a trained model.
+    """Things that a training takes from a trained model.
 
     initialize: called for a new run with its plan, to write the checkpoint that it starts from. fit: returns the
     settings for a vocabulary of so many words. has_vocabulary: the vocabulary is the model's, and is taken as it is.
@@ -295,7 +295,7 @@ def _finish(
     config: PretrainConfig, run_dir: Path, prepared: prepare.PrepareResult, training: dict[str, Any]
 ) -> PretrainResult:
     """Export, evaluate and report a model that is trained; return and write the result."""
-    from elmo_ray import evaluate, export, report
+    from elmo_ray import export, report
     from elmo_ray.checkpoints.source import open_source
     from elmo_ray.data.measures import add_one_perplexity
     from elmo_ray.data.vocabulary import Vocabulary
@@ -311,27 +311,7 @@ def _finish(
         except FormatError as error:  # the model is trained nevertheless
             logger.warning("run.export: %s", error)
     if prepared.test is not None:
-        texts = config.data.test or config.data.train
-        evaluation = evaluate.run(
-            EvaluateConfig.from_dict(
-                {
-                    "run": {"storage_path": config.run.storage_path},
-                    "data": {
-                        "test": list(texts),
-                        "prepared_dir": uri_of(prepared.prepared_dir),
-                        "block_bytes": config.data.block_bytes,
-                        "on_error": config.data.on_error,
-                        **_text_settings(config.data),
-                    },
-                    "evaluate": config.evaluate.to_dict(),
-                    "cluster": {
-                        "workers": config.cluster.fewest_workers,
-                        "cpus_per_worker": config.cluster.cpus_per_worker,
-                    },
-                    "init": {"from": place},
-                }
-            )
-        ).to_dict()
+        evaluation = _evaluated(config, place, prepared.prepared_dir)
         if prepared.train.positions <= UNIGRAM_POSITIONS:
             vocabulary = Vocabulary.read(prepared.vocabulary_path)
             unigram = add_one_perplexity(prepared.train, prepared.test, vocabulary, config.data.on_error)
@@ -343,6 +323,27 @@ def _finish(
     report.run(ReportConfig(runs=(place,)))
     push_to_run(run_dir, "result.json", "export/*", "*.png", "*.html")
     return result
+
+
+def _evaluated(config: PretrainConfig, run: str, prepared_dir: Path) -> dict[str, Any]:
+    """Return the measures of a run's best model on the test text, as `evaluate` with the run's settings gives them."""
+    from elmo_ray import evaluate
+
+    data, cluster = config.data, config.cluster
+    settings = {
+        "run": {"storage_path": config.run.storage_path},
+        "data": {
+            "test": list(data.test or data.train),
+            "prepared_dir": uri_of(prepared_dir),
+            "block_bytes": data.block_bytes,
+            "on_error": data.on_error,
+            **_text_settings(data),
+        },
+        "evaluate": config.evaluate.to_dict(),
+        "cluster": {"workers": cluster.fewest_workers, "cpus_per_worker": cluster.cpus_per_worker},
+        "init": {"from": run},
+    }
+    return evaluate.run(EvaluateConfig.from_dict(settings)).to_dict()
 
 
 def _check_same_run(config: PretrainConfig, newest: Any, prepared: prepare.PrepareResult | None) -> None:

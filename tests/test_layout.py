@@ -24,7 +24,7 @@ RAY_FILES = {
 """Files that may import Ray at once; those of `cluster/` may within functions."""
 
 ROOMS = [
-    {"errors", "machine"},
+    {"errors", "machine", "background"},
     {"storage"},
     {"kernels"},
     {"text"},

@@ -71,12 +71,11 @@ def is_model_file(path: Path) -> bool:
 
 
 def read_model(folder: Path) -> tuple[BiLM, Vocabulary | None]:
-    """Return the model, without gradients, and the words of word.dic as a vocabulary, None if it is not needed and not
-    there.
+    """Return the model, without gradients, and the words of word.dic as a vocabulary.
 
     The vocabulary begins with our special words, in the place of the program's; words with a blank inside are left out.
-    Raises FormatError, which names the file, for a folder that lacks one, for a pickle of another program or one that
-    would run code, and for tensors that are not those that the configuration asks for.
+    It is None if word.dic is missing and the model does not need it. Raises FormatError naming the file: if one is
+    missing, if a pickle is another program's or would run code, or if its tensors contradict the configuration.
     """
     # in the order in which they are read; word.dic is not needed where a word is its characters alone
     for name in (CONFIG, *_NAMES):

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from elmo_ray.errors import ConfigError, FormatError, short
+from elmo_ray.errors import ConfigError, FormatError, reason, short
 
 SCHEME = "hf://"
 HUB_WEIGHTS, HUB_CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -56,7 +56,7 @@ def fetched(source: str) -> tuple[Path, str]:
     except hub.HFValidationError as error:
         raise ConfigError(f"{source}: {short(str(error))}") from None
     except Exception as error:  # the network library's own exceptions, which change with its versions
-        raise ConfigError(f"{source}: cannot be fetched: {short(str(error)) or type(error).__name__}") from None
+        raise ConfigError(f"{source}: cannot be fetched: {reason(error)}") from None
     return folder, f"{SCHEME}{name}@{folder.name}"
 
 

@@ -1,4 +1,4 @@
-"""Identity of a run: the settings that a checkpoint and the run that resumes it must share, and those that may change.
+"""Identity of a run: the settings that a checkpoint and a resumed run must share, and those that may change.
 
 `start_messages` are the log's lines about the three kinds of start: fresh, initialised from a SOURCE, or resumed from a
 checkpoint.
@@ -35,7 +35,7 @@ def identity(config: PretrainConfig, corpus_fingerprint: str, vocabulary_sha256:
         **({"optim.momentum": config.optim.momentum} if config.optim.name == "sgd" else {}),
         "softmax.tied": config.softmax.tied,
         # the kinds with a table of words have the same parameters, and may follow each other
-        **({"softmax.kind": config.softmax.kind} if config.softmax.kind == "adaptive" else {}),
+        **({} if config.softmax.facts.has_table else {"softmax.kind": config.softmax.kind}),
         **flatten(config.model.to_dict(), "model."),
     }
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from elmo_ray.errors import CheckpointError
-from elmo_ray.storage import Place, join
-from elmo_ray.storage.files import file_hash
+from elmo_ray.storage import Place, file_hash, join
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -45,8 +45,7 @@ from elmo_ray.config.model import ModelConfig
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.errors import CheckpointError, ConfigError, DataError, ElmoRayError, FormatError, short
 from elmo_ray.model.bilm import BiLM
-from elmo_ray.storage import absolute, base_name, download, exists, is_uri, join, matches
-from elmo_ray.storage.files import file_hash
+from elmo_ray.storage import absolute, base_name, download, exists, file_hash, is_uri, join, matches
 from elmo_ray.storage.local_copy import scratch
 
 logger = logging.getLogger(__name__)
@@ -185,26 +184,27 @@ def open_source(
     try:
         is_checkpoint, is_run = _is_checkpoint(place), _is_run(place)
         if is_checkpoint or is_run:
-            if not is_run and checkpoint != BEST:
-                raise _no_choice(source, checkpoint)
-            for key, value in (("init.options", options), ("init.vocab", vocab)):
-                if value is not None:
-                    raise ConfigError(f"{key}={value}: {source} has its own; leave it out")
+            if not is_run:
+                _check_no_choice(source, checkpoint)
+            _check_own_files(source, options, vocab)
             opened = _opened(place, verify) if is_checkpoint else _of_run(place, checkpoint, verify)
             return _from_checkpoint(opened)
     except StorageError as error:
         raise ConfigError(f"init.from={source}: {error}") from None
     if is_uri(place):
-        if checkpoint != BEST:
-            raise _no_choice(source, checkpoint)
+        _check_no_choice(source, checkpoint)
         return _from_weights(_fetched_weights(place), options, vocab)
-    path = Path(place)
+    return _from_path(Path(place), source, checkpoint, options, vocab)
+
+
+def _from_path(
+    path: Path, source: str | os.PathLike[str], checkpoint: str, options: str | None, vocab: str | None
+) -> Source:
+    """Open a model at a path on this machine that is no run and no checkpoint of ours. source: the path as given."""
     folder = path.parent if is_model_file(path) else path
     if is_model_folder(folder) and _only_weights(folder) is None:
-        if checkpoint != BEST:
-            raise _no_choice(source, checkpoint)
-        if options is not None:
-            raise ConfigError(f"init.options={options}: {source} has its own; leave it out")
+        _check_no_choice(source, checkpoint)
+        _check_own_files(source, options)
         model, words = read_model(folder)
         return Source(folder, model, SoftmaxConfig(), words if vocab is None else Vocabulary.read(vocab))
     if path.is_file():
@@ -216,8 +216,7 @@ def open_source(
     if is_save_folder(path):
         name = None if checkpoint in (BEST, LAST) else checkpoint
         return _from_tensorflow(find_checkpoint(path, name), options, vocab)
-    if checkpoint != BEST:
-        raise _no_choice(source, checkpoint)
+    _check_no_choice(source, checkpoint)
     if path.is_dir() and is_hub_folder(path):
         return _from_hub_folder(path, options, vocab)
     weights = path if path.is_file() else _only_weights(path)
@@ -250,8 +249,17 @@ def _hint_at(folder: Path) -> str:
     return ""
 
 
-def _no_choice(source: str | os.PathLike[str], checkpoint: str) -> ConfigError:
-    return ConfigError(f"checkpoint={checkpoint} chooses among a run's, but {source} is no run; leave it out")
+def _check_no_choice(source: str | os.PathLike[str], checkpoint: str) -> None:
+    """Raise ConfigError if a checkpoint of a SOURCE is chosen that is no run."""
+    if checkpoint != BEST:
+        raise ConfigError(f"checkpoint={checkpoint} chooses among a run's, but {source} is no run; leave it out")
+
+
+def _check_own_files(source: str | os.PathLike[str], options: str | None, vocab: str | None = None) -> None:
+    """Raise ConfigError if a file is named that the SOURCE has itself."""
+    for key, value in (("init.options", options), ("init.vocab", vocab)):
+        if value is not None:
+            raise ConfigError(f"{key}={value}: {source} has its own; leave it out")
 
 
 def _named_by_its_file(path: Path, source: str | os.PathLike[str]) -> Path:
@@ -397,9 +405,7 @@ def _model(tensors: dict[str, Tensor], config: PretrainConfig, n_words: int, pla
 
 
 def _from_hub_folder(folder: Path, options: str | None, vocab: str | None) -> Source:
-    for key, value in (("init.options", options), ("init.vocab", vocab)):
-        if value is not None:
-            raise ConfigError(f"{key}={value}: {folder} has its own; leave it out")
+    _check_own_files(folder, options, vocab)
     values = read_hub_config(folder)
     try:
         settings = {"data": {"streams": 1}, "model": values["model"], "softmax": values["softmax"]}

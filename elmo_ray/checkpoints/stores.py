@@ -40,7 +40,7 @@ _FETCHED_FOR_S = 1800.0
 
 
 class StorageError(CheckpointError):
-    """Error of storage that does not answer, which is no sign that a checkpoint is damaged."""
+    """Error of storage that does not answer. It is no sign of a damaged checkpoint."""
 
 
 class Store(abc.ABC):

@@ -30,30 +30,14 @@ from elmo_ray.checkpoints.manifest import (
     as_json,
     check_sizes,
     checked_files,
-    directory_name,
     finished_manifest,
     is_file_name,
     parse_json,
-    streams_name,
 )
-from elmo_ray.checkpoints.read import Checkpoint, listed_checkpoints, newest_checkpoint, open_checkpoint
+from elmo_ray.checkpoints.read import Checkpoint, listed_checkpoints, open_checkpoint
 from elmo_ray.checkpoints.stores import StorageError, Store, store_of
 from elmo_ray.errors import CheckpointError
 from elmo_ray.storage import Place, base_name, join
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointWriter",
-    "commit",
-    "copy_best",
-    "directory_name",
-    "discard",
-    "newest_checkpoint",
-    "open_checkpoint",
-    "prune",
-    "streams_name",
-    "write_rank_files",
-]
 
 logger = logging.getLogger(__name__)
 

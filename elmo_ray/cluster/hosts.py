@@ -31,8 +31,8 @@ _SHARED_MEMORY = "/dev/shm"
 
 
 class Facts(NamedTuple):
-    """What a host says of itself. problem: a line of what it does not see, or None. versions: by name. bf16: whether
-    its CPU has bf16 products. clock: seconds since 1970. warnings: lines."""
+    """Facts that a host tells of itself. problem: a line about what it does not see, or None. versions: by name. bf16:
+    whether its CPU has bf16 products. clock: seconds since 1970. warnings: lines."""
 
     host: str
     problem: str | None

@@ -10,11 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
 from elmo_ray import storage
+from elmo_ray.background import start_thread
 from elmo_ray.storage import is_uri, join
 
 logger = logging.getLogger(__name__)
@@ -120,21 +122,9 @@ def in_thread(run: Callable[[], T], meanwhile: Callable[[], None]) -> T:
     Raises the exception of `run`.
     """
     # In the main thread Ray Train would set a SIGINT handler of its own, which aborts training.
-    results: list[T] = []
-    problems: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            results.append(run())
-        except BaseException as error:
-            problems.append(error)
-
-    thread = threading.Thread(target=target, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)  # signals are handled between two joins
+    future = start_thread(run, "ray-train")
+    while not future.done():
+        wait([future], 0.2)  # signals are handled between two waits
         meanwhile()
     meanwhile()
-    if problems:
-        raise problems[0]
-    return results[0]
+    return future.result()

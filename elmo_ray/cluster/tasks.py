@@ -62,72 +62,130 @@ def run_tasks(
     """
     workers = min(workers, len(items))
     share = -(-workers // len(alive_nodes()))
-    import ray
-
     resources = {"num_cpus": cpus, "num_gpus": 1 if device == "gpu" else 0}
-    # Ray itself retries nothing: it would log nothing about it, and where the node of an actor is gone for good, the
-    # item would wait for that actor while others are free.
-    task = ray.remote(_perform).options(**resources, max_retries=0)
-    actor = ray.remote(_Process).options(**resources, max_restarts=0, max_task_retries=0)
-    work = ray.put(_Work(function, threads, share))  # once, and not with every task
-    running: dict[Any, tuple[int | None, Any]] = {}
-    processes: list[Any] = []
-
-    def start_process() -> None:
-        process = actor.remote(work)
-        processes.append(process)
-        # A process gets items only after it has answered: one that finds no room yet lets no item wait.
-        running[process.ready.remote()] = None, process
-
-    idle: list[Any] = []  # processes; None stands for a task that may begin
+    pool = _Pool(_Work(function, threads, share), resources, keep)
     for _ in range(workers):
-        if keep:
-            start_process()
-        else:
-            idle.append(None)
+        pool.add_place()
     failures: Counter[int | None] = Counter()
     todo, done = deque(range(len(items))), 0
     try:
         while done < len(items):
-            while todo and idle:
-                first, process = todo.popleft(), idle.pop()
-                item = items[first]
-                begun = task.remote(work, item) if process is None else process.perform.remote(item)
-                running[begun] = first, process
-            ready, _ = ray.wait(list(running), timeout=_NEWS_SECONDS)
-            if not ready:
+            while todo and pool.has_place:
+                number = todo.popleft()
+                pool.begin(number, items[number])
+            ended = pool.wait(_NEWS_SECONDS)
+            if ended is None:
                 logger.info("%d of %d tasks are done", done, len(items))
-            for reference in ready:
-                number, process = running.pop(reference)
-                try:
-                    result, mistake = ray.get(reference)
-                except ray.exceptions.RayTaskError:  # a defect of the function
-                    raise
-                except ray.exceptions.RayError as error:
-                    failures[number] += 1
-                    _log_loss(error, failures[number], max_failures, advice)
-                    if number is not None:
-                        todo.appendleft(number)
-                    if process is None:
-                        idle.append(None)
-                    else:
-                        ray.kill(process)  # it may still be alive, but out of reach
-                        start_process()
-                    continue
-                idle.append(process)
-                if mistake is not None:
-                    raise mistake
-                if number is not None:
+            elif ended.loss is not None:
+                failures[ended.number] += 1
+                _log_loss(ended.loss, failures[ended.number], max_failures, advice)
+                pool.replace(ended)
+                if ended.number is not None:
+                    todo.appendleft(ended.number)
+            else:
+                pool.free(ended)
+                if ended.mistake is not None:
+                    raise ended.mistake
+                if ended.number is not None:
                     done += 1
-                    yield number, result
+                    yield ended.number, ended.result
     finally:
-        if ray.is_initialized():  # else both calls would start it again
-            for reference, (_, process) in running.items():
-                if process is None:
-                    # by force: an interrupt can be lost while the process imports, and a long C call does not see it
-                    ray.cancel(reference, force=True)
-            for process in processes:
-                ray.kill(process)
+        pool.close()
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """Outcome of what ran in a place: a result, a user's mistake, or the loss of the process.
+
+    number: of the item; None for the start of an actor. actor: None for a task.
+    """
+
+    number: int | None
+    actor: Any
+    result: Any = None
+    mistake: ElmoRayError | None = None
+    loss: Exception | None = None
+
+
+class _Pool:
+    """Places in the Ray cluster that take one item at a time: tasks, or with `keep` actors, which stay for many items.
+
+    Ray itself retries nothing: it would log nothing about it, and where the node of an actor is gone for good, the item
+    would wait for that actor while others are free.
+    """
+
+    def __init__(self, work: _Work[Any, Any], resources: dict[str, float], keep: bool):
+        import ray
+
+        self._task = ray.remote(_perform).options(**resources, max_retries=0)
+        self._actor = ray.remote(_Process).options(**resources, max_restarts=0, max_task_retries=0)
+        self._work = ray.put(work)  # once, and not with every task
+        self._keep = keep
+        self._actors: list[Any] = []
+        self._idle: list[Any] = []  # actors; None stands for a task that may begin
+        self._running: dict[Any, tuple[int | None, Any]] = {}  # by reference: number of the item, and its actor
+
+    def add_place(self) -> None:
+        """Add a task that may begin, or start an actor."""
+        if not self._keep:
+            self._idle.append(None)
+            return
+        actor = self._actor.remote(self._work)
+        self._actors.append(actor)
+        # An actor gets items only after it has answered: one that finds no room yet lets no item wait.
+        self._running[actor.ready.remote()] = None, actor
+
+    @property
+    def has_place(self) -> bool:
+        """Return whether an item can begin."""
+        return bool(self._idle)
+
+    def begin(self, number: int, item: Any) -> None:
+        """Begin an item in an idle place."""
+        actor = self._idle.pop()
+        begun = self._task.remote(self._work, item) if actor is None else actor.perform.remote(item)
+        self._running[begun] = number, actor
+
+    def wait(self, timeout_s: float) -> _Ended | None:
+        """Return the next outcome, or None if there is none in time. A defect of the function is raised."""
+        import ray
+
+        ready, _ = ray.wait(list(self._running), timeout=timeout_s)
+        if not ready:
+            return None
+        number, actor = self._running.pop(ready[0])
+        try:
+            result, mistake = ray.get(ready[0])
+        except ray.exceptions.RayTaskError:  # a defect of the function
+            raise
+        except ray.exceptions.RayError as error:
+            return _Ended(number, actor, loss=error)
+        return _Ended(number, actor, result, mistake)
+
+    def free(self, ended: _Ended) -> None:
+        """Let the place take another item."""
+        self._idle.append(ended.actor)
+
+    def replace(self, ended: _Ended) -> None:
+        """Put a new place there for one that has lost its process."""
+        import ray
+
+        if ended.actor is not None:
+            ray.kill(ended.actor)  # it may still be alive, but out of reach
+        self.add_place()
+
+    def close(self) -> None:
+        """Cancel what still runs, and end the actors."""
+        import ray
+
+        if not ray.is_initialized():
+            return  # else both calls would start it again
+        for reference, (_, actor) in self._running.items():
+            if actor is None:
+                # by force: an interrupt can be lost while the process imports, and a long C call does not see it
+                ray.cancel(reference, force=True)
+        for actor in self._actors:
+            ray.kill(actor)
 
 
 def _log_loss(error: Exception, count: int, max_failures: int, advice: str) -> None:

@@ -98,7 +98,23 @@ def _local_worker(plan: TrainPlan, device: Device, asked: Callable[[], bool]) ->
 
 
 def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFunction) -> dict[str, Any]:
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    """Train in workers of Ray Train and return the result of rank 0."""
+    from ray.train import TrainingFailedError
+
+    trainer = _trainer(plan, run_dir, device, function)
+    try:
+        returned = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise _training_error(error, plan.config.cluster) from error
+    if "error" in returned:
+        kind = getattr(errors, returned["error"], TrainingError)
+        raise kind(returned["message"])
+    return dict(returned["result"])
+
+
+def _trainer(plan: TrainPlan, run_dir: str, device: Device, function: TrainFunction) -> Any:
+    """Return the trainer of Ray Train with the workers, checks and restarts that the plan's settings ask for."""
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from elmo_ray.cluster.backend import CheckedTorchConfig
@@ -112,7 +128,7 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
     cpus = cluster.cpus_per_worker + (cluster.data_cpus if cluster.elastic else 0.0)
     start_timeout_s = float(os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_TIMEOUT_S))
     resources = {"CPU": cpus} | ({"GPU": 1.0} if device == "gpu" else {})
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _train_worker,
         train_loop_config={
             "plan": plan.to_dict() | {"run_dir": run_dir},
@@ -146,14 +162,6 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    try:
-        returned = trainer.fit().return_value
-    except TrainingFailedError as error:
-        raise _training_error(error, cluster) from error
-    if "error" in returned:
-        kind = getattr(errors, returned["error"], TrainingError)
-        raise kind(returned["message"])
-    return dict(returned["result"])
 
 
 def _ray_storage(run_dir: str) -> dict[str, Any]:

@@ -1,30 +1,28 @@
 """Settings: typed and strict sections with defaults, read from YAML and from `key.path=value` on the command line."""
 
+from elmo_ray.config.model import CharCnnConfig, LstmConfig, ModelConfig
+from elmo_ray.config.schema import Duration
+from elmo_ray.config.softmax import SoftmaxConfig
 from elmo_ray.config.training import (
     COUNTED,
     SAMPLE,
-    CharCnnConfig,
     CheckpointName,
     ClusterConfig,
     ComputeConfig,
     DataConfig,
     DeviceConfig,
-    Duration,
     EvalConfig,
     EvaluateConfig,
     ExportConfig,
     FormatConfig,
     FormConfig,
     InitConfig,
-    LstmConfig,
-    ModelConfig,
     OptimConfig,
     PrepareConfig,
     PretrainConfig,
     ReportConfig,
     RunConfig,
     ScheduleConfig,
-    SoftmaxConfig,
     StorageConfig,
     TaskConfig,
     TextConfig,

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from elmo_ray.config.model import CharCnnConfig, LstmConfig, ModelConfig
 from elmo_ray.config.schema import Section, show
+from elmo_ray.config.softmax import SOFTMAX_KINDS
 from elmo_ray.config.training import COUNTED, SAMPLE, CheckpointName, InitConfig, PretrainConfig
 from elmo_ray.errors import ConfigError
 
@@ -64,7 +65,7 @@ class FinetuneConfig(PretrainConfig):
         if self.train.validate_every is None:
             yield "train.validate_every=null: the model is measured before and after; say how often"
 
-    def _part_problems(self) -> Iterator[str]:
+    def _component_problems(self) -> Iterator[str]:
         return iter(())  # the model is the source's: `training_config` checks them
 
     def required(self) -> dict[str, str]:
@@ -102,7 +103,8 @@ class FinetuneConfig(PretrainConfig):
             del values[key]
         values["model"] = model
         values["softmax"] = {**softmax, **own}
-        if values["softmax"].get("kind") == "full" and "negatives" not in own:
+        samples_words = SOFTMAX_KINDS[values["softmax"].get("kind", self.softmax.kind)].samples_words
+        if not samples_words and "negatives" not in own:
             values["softmax"].pop("negatives", None)
         values["data"]["vocab"] = vocab
         if vocab is not None:

@@ -113,7 +113,7 @@ DropoutRates = Annotated[
 ]
 
 
-class PartRates(Section):
+class ComponentRates(Section):
     """Learning rates of components that have their own; the schedule changes all of them."""
 
     path: ClassVar[str] = "optim.part_lr."
@@ -131,12 +131,12 @@ class PartRates(Section):
     lstm: LayerRates = Field(None, description="The rates of the LSTM layers, lowest first; null: optim.lr.")
     softmax: float | None = Field(None, gt=0, le=LARGE, description="The rate of the softmax; null: optim.table_lr.")
 
-    def rate(self, part: str) -> float | None:
-        """Return the rate of the component `part`, or None where it has no rate of its own."""
-        if not part.startswith("lstm."):
-            value: float | None = getattr(self, part, None)
+    def rate(self, component: str) -> float | None:
+        """Return the rate of a component, or None where it has no rate of its own."""
+        if not component.startswith("lstm."):
+            value: float | None = getattr(self, component, None)
             return value
-        layer = int(part.removeprefix("lstm."))
+        layer = int(component.removeprefix("lstm."))
         if isinstance(self.lstm, tuple):
             return self.lstm[layer] if layer < len(self.lstm) else None
         return self.lstm
@@ -245,20 +245,20 @@ class ModelConfig(Section):
 
     @property
     def unequal_layers(self) -> str | None:
-        """Why word vectors and LSTM layers cannot be stacked or mixed, in words; None where they can."""
+        """Reason why word vectors and LSTM layers cannot be stacked or mixed; None where they can."""
         if self.word_dim == self.lstm.projection_dim:
             return None
         sizes = f"word vectors of size {self.word_dim} and layers of size {self.lstm.projection_dim}"
         return f"model.char_cnn.projection=false makes {sizes}"
 
-    def parts(self) -> tuple[str, ...]:
+    def components(self) -> tuple[str, ...]:
         """Return the names of the components, which can be frozen or have their own learning rate."""
-        parts = ["word_embedding"]
+        names = ["word_embedding"]
         if self.input == "characters":
-            parts = ["char_embedding", "char_cnn"] + (["highway"] if self.char_cnn.n_highway else [])
+            names = ["char_embedding", "char_cnn"] + (["highway"] if self.char_cnn.n_highway else [])
             if self.char_cnn.n_filters != self.word_dim:
-                parts.append("projection")
-        return (*parts, *(f"lstm.{layer}" for layer in range(self.lstm.n_layers)), "softmax")
+                names.append("projection")
+        return (*names, *(f"lstm.{layer}" for layer in range(self.lstm.n_layers)), "softmax")
 
     def layer_parameters(self) -> int:
         """Return the number of parameters of the layers, without building the model.

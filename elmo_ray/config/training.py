@@ -4,7 +4,7 @@ Each verb has a root class (`PretrainConfig`, `EvaluateConfig`, ...) that is mad
 `to_dict` convert from and to plain values, and `command_line.load_config` reads YAML and overrides. A setting has the
 same name in YAML, overrides, errors and `--help`.
 
-`part_problems` checks the settings of a model's components: what is frozen and what has its own learning rate.
+`component_problems` checks the settings of a model's components: what is frozen and what has its own learning rate.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
-from elmo_ray.config.model import LARGE, CharCnnConfig, DropoutRates, LstmConfig, ModelConfig, PartRates, Reset, Workers
+from elmo_ray.config.model import (
+    LARGE,
+    ComponentRates,
+    DropoutRates,
+    ModelConfig,
+    Reset,
+    Workers,
+)
 from elmo_ray.config.schema import Allowed, Duration, Globs, Int, Names, Root, Section, as_names, show
-from elmo_ray.errors import ConfigError
+from elmo_ray.config.softmax import SoftmaxConfig
 from elmo_ray.text.records import FORMATS
 from elmo_ray.text.tokenizers import NORMALIZATIONS
-
-__all__ = [
-    "SAMPLE", "CharCnnConfig", "ClusterConfig", "ComputeConfig", "DataConfig", "Duration", "EvalConfig",
-    "EvaluateConfig", "ExportConfig", "FormConfig", "FormatConfig", "InitConfig", "LstmConfig", "ModelConfig",
-    "OptimConfig", "PrepareConfig", "PretrainConfig", "ReportConfig", "RunConfig", "ScheduleConfig", "SoftmaxConfig",
-    "StorageConfig", "TaskConfig", "TextConfig", "TrainConfig",
-]  # fmt: skip
 
 SAMPLE = "sample"  # data.train: the built-in corpus
 COUNTED = "counted"  # data.vocab of finetune: counted from the new text, and not the SOURCE's
@@ -198,44 +198,6 @@ class DataConfig(TextConfig):
                 yield f"data.{key} mixes `sample` with other text; the embedded corpus stands alone"
 
 
-ADAPTIVE_WORDS = 20
-"""Fewest words of a vocabulary that an adaptive softmax divides."""
-
-
-class SoftmaxConfig(Section):
-    """Section `softmax`."""
-
-    path: ClassVar[str] = "softmax."
-    kind: Literal["sampled", "full", "adaptive"] = Field(
-        "sampled", description="The loss in training; evaluation is exact. adaptive needs words in falling count."
-    )
-    negatives: Int = Field(
-        1024, ge=1, le=1 << 24, description="Words sampled per step and direction; all positions share them."
-    )
-    tied: bool = Field(False, description="Use the word table of model.input=words as the weights of the softmax.")
-
-    def _unused(self) -> dict[str, str]:
-        unused = {"negatives": f"softmax.kind={self.kind} samples no words; remove one of them"}
-        return unused if self.kind != "sampled" else {}
-
-    def _contradictions(self) -> Iterator[str]:
-        if self.kind == "adaptive" and self.tied:
-            yield "softmax.kind=adaptive has no table for all words, so softmax.tied=true has nothing to share"
-
-    def check_vocabulary(self, n_words: int) -> None:
-        """Raise ConfigError if the vocabulary of `n_words` words is too small for this kind of softmax."""
-        if self.kind == "sampled" and self.negatives >= n_words:
-            raise ConfigError(
-                f"softmax.negatives={self.negatives}: must be below the number of words in the vocabulary, {n_words}; "
-                "lower it, or set softmax.kind=full, which suits a small vocabulary"
-            )
-        if self.kind == "adaptive" and n_words < ADAPTIVE_WORDS:
-            raise ConfigError(
-                f"softmax.kind=adaptive needs a vocabulary of {ADAPTIVE_WORDS} words or more to cut into clusters, and "
-                f"there are {n_words}; use softmax.kind=full"
-            )
-
-
 class ScheduleConfig(Section):
     """Section `optim.schedule`: how the learning rate changes."""
 
@@ -284,7 +246,7 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.0, ge=0, le=LARGE, description="The weight decay of adamw.")
     momentum: float = Field(0.0, ge=0, lt=1, description="The momentum of sgd: how much of a step goes on in the next.")
     schedule: ScheduleConfig = ScheduleConfig()
-    part_lr: PartRates = PartRates()
+    part_lr: ComponentRates = ComponentRates()
 
     def _unused(self) -> dict[str, str]:
         unused = {}
@@ -448,7 +410,7 @@ class EvalConfig(Section):
         32,
         ge=1,
         le=1 << 20,
-        description="At most so many parts of the text, each from a zero state and of 200 positions.",
+        description="The text is read in at most this many streams, each of 200 positions or more.",
     )
     reset: Literal["never", "sentence"] = Field(
         "never",
@@ -511,7 +473,7 @@ class PretrainConfig(Root):
         if self.cluster.most_workers * self.train.accumulate > max(self.data.streams, self.cluster.most_workers):
             yield (
                 f"train.accumulate={self.train.accumulate} x cluster.workers={self.cluster.most_workers} exceeds "
-                f"data.streams={self.data.streams}; a part needs a stream at least"
+                f"data.streams={self.data.streams}; a micro-batch needs a stream at least"
             )
         positions = self.data.streams * self.train.unroll
         if positions > _MOST_POSITIONS:
@@ -519,10 +481,11 @@ class PretrainConfig(Root):
                 f"data.streams={self.data.streams} times train.unroll={self.train.unroll} makes steps of {positions} "
                 f"positions: must be <= {_MOST_POSITIONS}"
             )
-        if self.optim.momentum and self.softmax.kind == "sampled":
+        if self.optim.momentum and self.softmax.facts.samples_words:
             yield (
                 f"optim.momentum={self.optim.momentum} moves all rows of the word tables in every step, and "
-                "softmax.kind=sampled only the rows that a step touches; set softmax.kind=full or optim.momentum=0"
+                f"softmax.kind={self.softmax.kind} only the rows that a step touches; set softmax.kind=full or "
+                "optim.momentum=0"
             )
         if self.optim.schedule.kind == "plateau" and self.train.validate_every is None:
             yield "optim.schedule.kind=plateau follows the validations, but train.validate_every=null never validates"
@@ -530,10 +493,10 @@ class PretrainConfig(Root):
             yield "optim.schedule.kind=plateau follows the validations: set data.valid or data.holdout"
         if self.softmax.tied and self.model.input != "words":
             yield "softmax.tied=true needs model.input=words: there is no word table to share"
-        yield from self._part_problems()
+        yield from self._component_problems()
 
-    def _part_problems(self) -> Iterator[str]:
-        return part_problems(self)
+    def _component_problems(self) -> Iterator[str]:
+        return component_problems(self)
 
     @property
     def _has_valid_text(self) -> bool:
@@ -620,29 +583,30 @@ class ReportConfig(Root):
                 yield f"to={show(name)}: must be among {', '.join(SENT_TO)}"
 
 
-_TABLE_PARTS = ("word_embedding", "softmax")
+_TABLES = ("word_embedding", "softmax")
 
 
-def part_problems(config: PretrainConfig) -> Iterator[str]:
+def component_problems(config: PretrainConfig) -> Iterator[str]:
     """Yield a message for each value of `train.freeze`, `train.softmax_first` and `optim.part_lr` that does not fit."""
-    parts, freeze, rates = config.model.parts(), config.train.freeze, config.optim.part_lr
-    for part in freeze:
-        if part not in parts:
-            yield f"train.freeze has {part}: the model's parts are {', '.join(parts)}"
-    if set(parts) <= set(freeze):
-        yield "train.freeze has all parts of the model: nothing is left to train"
+    components, freeze, rates = config.model.components(), config.train.freeze, config.optim.part_lr
+    for component in freeze:
+        if component not in components:
+            yield f"train.freeze has {component}: the model's components are {', '.join(components)}"
+    if set(components) <= set(freeze):
+        yield "train.freeze has all components of the model: nothing is left to train"
     if config.train.softmax_first and "softmax" in freeze:
         yield f"train.softmax_first={config.train.softmax_first} trains the softmax, but train.freeze has it"
-    if config.softmax.tied and len(set(_TABLE_PARTS) & set(freeze)) == 1:
+    if config.softmax.tied and len(set(_TABLES) & set(freeze)) == 1:
         yield "train.freeze: softmax.tied=true makes word_embedding and softmax one table; freeze both or neither"
     layers = config.model.lstm.n_layers
     if isinstance(rates.lstm, tuple) and len(rates.lstm) != layers:
         yield f"optim.part_lr.lstm has {len(rates.lstm)} rates: model.lstm.n_layers={layers}"
-    for part in (*(name for name in type(rates).model_fields if name != "lstm"), *(f"lstm.{i}" for i in range(layers))):
-        if rates.rate(part) is None:
+    names = [name for name in type(rates).model_fields if name != "lstm"]
+    for component in (*names, *(f"lstm.{layer}" for layer in range(layers))):
+        if rates.rate(component) is None:
             continue
-        key = "optim.part_lr." + part.split(".")[0]
-        if part not in parts:
-            yield f"{key} is set, but the model's parts are {', '.join(parts)}"
-        elif part in freeze:
-            yield f"{key} is set, but train.freeze has {part}; remove one of them"
+        key = "optim.part_lr." + component.split(".")[0]
+        if component not in components:
+            yield f"{key} is set, but the model's components are {', '.join(components)}"
+        elif component in freeze:
+            yield f"{key} is set, but train.freeze has {component}; remove one of them"

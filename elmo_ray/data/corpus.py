@@ -125,16 +125,8 @@ class Corpus:
         empty = np.zeros(0, dtype=np.int64)
         starts = [np.concatenate((np.zeros(1, np.int64), shard.block_ends))[:-1] for shard in shards]
         numbers = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.block_ends) for shard in shards])
-        return cls(
-            shards,
-            numbers,
-            np.concatenate([empty, *starts]),
-            np.concatenate([empty, *(shard.block_ends for shard in shards)]),
-            np.concatenate([empty, *(shard.block_positions for shard in shards)]),
-            np.concatenate([empty, *(shard.block_tokens for shard in shards)]),
-            np.concatenate([empty, *(shard.block_characters for shard in shards)]),
-            np.concatenate([empty, *(shard.block_crc32 for shard in shards)]),
-        )
+        others = [[getattr(shard, name) for shard in shards] for name in _SHARD_ARRAYS]
+        return cls(shards, numbers, *(np.concatenate([empty, *arrays]) for arrays in (starts, *others)))
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -154,6 +146,12 @@ class Corpus:
         """Return an iterable over all blocks in order."""
         return map(self.block, range(len(self)))
 
+    def spread(self, count: int) -> list[int]:
+        """Return the indices of at most `count` blocks that lie evenly over the corpus."""
+        return [
+            int(index) for index in np.unique(np.linspace(0, len(self) - 1, min(len(self), count)).astype(np.int64))
+        ]
+
     @property
     def fingerprint(self) -> str:
         """Hash of the texts, their order and the blocks; it does not depend on the place of the files."""
@@ -166,16 +164,7 @@ class Corpus:
 
     def select(self, indices: Int64) -> "Corpus":
         """Return the corpus of these blocks, in this order."""
-        return Corpus(
-            self.shards,
-            self.block_shard[indices],
-            self.block_start[indices],
-            self.block_end[indices],
-            self.block_positions[indices],
-            self.block_tokens[indices],
-            self.block_characters[indices],
-            self.block_crc32[indices],
-        )
+        return Corpus(self.shards, *(getattr(self, f"block_{name}")[indices] for name in _CORPUS_ARRAYS))
 
     def split(self, holdout: float, seed: int) -> tuple["Corpus", "Corpus"]:
         """Set whole blocks aside; return the remaining corpus and the held-out one.
@@ -259,6 +248,7 @@ def _are_valid(blocks: Sequence[npt.NDArray[Any]], n_shards: int) -> bool:
     return bool(in_order and shard.min() >= 0 and shard.max() < n_shards)
 
 
+# In the order of the arguments of `Corpus`; a shard has all but the first two, with `block_ends` in place of `end`.
 _CORPUS_ARRAYS = ("shard", "start", "end", "positions", "tokens", "characters", "crc32")
 _SHARD_ARRAYS = ("block_ends", "block_positions", "block_tokens", "block_characters", "block_crc32")
 _SHARD_FIELDS = ("path", "source", "size", "mtime_ns", "sentences", "tokens", "characters", "sha256")

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from elmo_ray import storage
 from elmo_ray.data.text import file_status
-from elmo_ray.data.units import documents_path, pack_lengths, read_lengths, text_fields
-from elmo_ray.data.unpack import write_text
+from elmo_ray.data.units import documents_path, pack_lengths, read_lengths
+from elmo_ray.data.unpack import text_fields, write_text
 from elmo_ray.errors import DataError
 
 Kind = Literal["documents", "sentences"]
@@ -83,10 +83,10 @@ def hash_span(span: Span, kind: Kind) -> bytes:
 
 
 def find_repeated(files: Sequence[Path]) -> tuple[list[UInt8], list[int]]:
-    """Return for each of the files of `hash_span`, in the order of the corpus, what is repeated; and its items.
+    """Return, for each file of `hash_span` in the order of the corpus, which items are repeated, and how many it has.
 
-    What is repeated is packed as by `np.packbits`, a bit for each document or sentence: 1 where an equal one stands
-    before it. The second list has the number of documents or sentences of each file.
+    An item is a document or a sentence. Those that are repeated are packed as by `np.packbits`, a bit for each: 1 where
+    an equal one stands before it in the corpus.
     """
     tables = [np.fromfile(path, "<i8", _RANGES + 1) for path in files]
     counts = [int(table[-1]) for table in tables]
@@ -136,7 +136,7 @@ def write_unrepeated(span: Span, kind: Kind, repeated: UInt8, target: storage.Pl
 
 
 def unrepeated_path(span: Span, kind: Kind, repeated: UInt8) -> str:
-    """Return the place for a span without what is repeated; of every choice it is another one."""
+    """Return the place for a span without its repeated items; another choice of items has another place."""
     digest = hashlib.sha256(f"{span.first}-{span.last}-".encode() + repeated.tobytes()).hexdigest()[:12]
     return f"{span.text.removesuffix('.txt')}-{kind}-{digest}.txt"
 

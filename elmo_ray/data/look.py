@@ -27,7 +27,7 @@ _SHOWN_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class Look:
-    """What a sample of a text looks like.
+    """Look of a sample of a text.
 
     sentences: the words of some. unknown_words: those of them that the vocabulary lacks. sampled: the number of
     sentences of the sample. unknown: lines of the vocabulary, from the top, and the share of the text's words that are
@@ -80,9 +80,8 @@ def _marked(words: list[str]) -> str:
 
 def look_at(corpus: Corpus, vocabulary: Vocabulary, on_error: OnError) -> Look:
     """Return how a text looks, by blocks evenly over it. Raises DataError when a file of the corpus is gone."""
-    chosen = np.unique(np.linspace(0, len(corpus) - 1, min(len(corpus), _BLOCKS)).astype(np.int64))
     sentences: list[list[str]] = []
-    for number in chosen.tolist():
+    for number in corpus.spread(_BLOCKS):
         block = corpus.block(number)
         text, _ = decode(read_block(block), on_error, block.path, block.start)
         sentences += [words for line in split_lines(text) if (words := line.split())]

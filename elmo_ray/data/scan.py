@@ -42,7 +42,6 @@ MAX_WORD_CHARACTERS = 100_000
 FORMAT_VERSION = 3
 # Version 2 is read, too: it has no sentence samples, and it counts a byte order mark as part of the first word.
 READ_VERSIONS = (FORMAT_VERSION, 2)
-_HASH_BYTES = 4 << 20
 
 
 @dataclass
@@ -191,14 +190,10 @@ def scan_segment(
 
 def hash_file(path: str) -> str:
     """Return the SHA-256 of a file, hexadecimal. Raises DataError when it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with storage.open_read(path) as file:
-            while data := file.read(_HASH_BYTES):
-                digest.update(data)
+        return storage.file_hash(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 def join_segments(path: str, source: str, segments: Sequence[Segment], sha256: str | None = None) -> Shard:

@@ -166,11 +166,12 @@ class TextChecks:
         whole = all(unknown.whole for unknown in self.unknown.values())
         return f"unknown words: {shares}" + ("" if whole else " (of a sample)")
 
-    def warnings(self, vocab: str, softmax: str, cure: str | None = None) -> Iterator[str]:
+    def warnings(self, vocab: str, softmax: str, softmax_order: str, cure: str | None = None) -> Iterator[str]:
         """Yield a message for each mistake that the measures show.
 
-        vocab: the vocabulary, as messages name it. softmax: the value of softmax.kind. cure: what to do about unknown
-        words of data.train, where the vocabulary is no file that a user named.
+        vocab: the vocabulary, as messages name it. softmax: the value of softmax.kind. softmax_order: see
+        `SoftmaxKind.order`. cure: what to do about unknown words of data.train, where the vocabulary is no file that a
+        user named.
         """
         for name, marker in self.markers.items():
             yield marker.warning(f"data.{name}")
@@ -188,16 +189,14 @@ class TextChecks:
                 f"{short(repr(word), 40)}); {UNSPACED_ADVICE}"
             )
         order = self.order
-        if order is not None and order.distance > ORDER_WARNING and softmax != "full":
-            why = "draws the words of the first lines most often"
-            if softmax == "adaptive":
-                why = "gives the words of the first lines most numbers"
+        if order is not None and order.distance > ORDER_WARNING and softmax_order:
             yield (
                 f"{vocab} is far from falling count: its first {_FIRST_LINES} lines hold {100 * order.first:.1f} % of "
                 f"the words of data.train, and the {_FIRST_LINES} most frequent words {100 * order.best:.1f} %; "
-                f"softmax.kind={softmax} {why}: sort the vocabulary by falling count, or set softmax.kind=full"
+                f"softmax.kind={softmax} {softmax_order}: sort the vocabulary by falling count, or set "
+                "softmax.kind=full"
             )
-        elif self.late is not None and softmax != "full":
+        elif self.late is not None and softmax_order:
             late = self.late
             yield (
                 f"{vocab}: {late.word} stands in line {late.line:,}, and it is {100 * late.share:.1f} % of what is "
@@ -233,14 +232,12 @@ def read_sample(corpus: Corpus) -> Sample:
 
     Raises DataError when a file of the corpus is gone.
     """
-    chosen = np.unique(np.linspace(0, len(corpus) - 1, min(len(corpus), SAMPLE_BLOCKS)).astype(np.int64))
     whole = int((corpus.block_end - corpus.block_start).sum()) <= SAMPLE_BYTES
-    if whole:
-        chosen = np.arange(len(corpus))
+    chosen = range(len(corpus)) if whole else corpus.spread(SAMPLE_BLOCKS)
     each = SAMPLE_BYTES // max(1, len(chosen))
     counts: collections.Counter[str] = collections.Counter()
     sentences, n_sentences = SentenceSampler(), 0
-    for index in chosen.tolist():
+    for index in chosen:
         block = corpus.block(index)
         end = block.end if whole else min(block.end, block.start + each)
         data = _read(block.path, block.start, end)

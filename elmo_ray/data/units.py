@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from elmo_ray import storage
-from elmo_ray.data.documents import Counts, Piece, TextForm, row_group_bytes, tokenised_documents
+from elmo_ray.data.documents import Counts, Piece, TextForm, tokenised_documents
+from elmo_ray.data.parquet import row_group_bytes
 from elmo_ray.data.text import file_status
-from elmo_ray.data.unpack import check_format, compression, estimate, read_note, write_text
+from elmo_ray.data.unpack import check_format, compression, estimate, read_note, text_fields, write_text
 from elmo_ray.errors import DataError
 from elmo_ray.text.records import FORMATS
 
@@ -185,11 +186,6 @@ def is_current(target: storage.Place, made_of: str) -> bool:
         return note.items() >= text_fields(storage.status(target)).items()
     except OSError:
         return False
-
-
-def text_fields(status: Any) -> dict[str, int]:
-    """Return the fields of a note by which it belongs to a text of this status."""
-    return {"text_size": status.st_size, "text_mtime_ns": status.st_mtime_ns}
 
 
 def read_counts(target: storage.Place) -> tuple[Counts, list[str]]:

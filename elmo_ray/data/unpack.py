@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from elmo_ray import storage
-from elmo_ray.data.formats import HEAD_BYTES, check_magic, check_parquet, check_text
+from elmo_ray.data.foreign_formats import HEAD_BYTES, check_magic, check_parquet, check_text
 from elmo_ray.errors import DataError
 from elmo_ray.storage import Place, Status, is_uri
 
@@ -67,7 +67,7 @@ def _compression_of(head: bytes, path: str) -> str | None:
 
 
 def check_format(source: str) -> None:
-    """Raise DataError when the text of a shard, compressed or plain, is another format (see `formats.check_text`).
+    """Raise DataError when the text of a shard, compressed or plain, is another format, as `check_text` does.
 
     Reads the start of the file. Raises DataError also when it cannot be read or unpacked.
     """
@@ -98,12 +98,11 @@ def unpacked_path(source: str, directory: Place) -> str:
 
 def is_unpacked(source: str, target: Place) -> bool:
     """Return whether `target` is the whole text of `source`, and neither of them has changed since it was unpacked."""
+    note = read_note(target)
     try:
-        note = json.loads(storage.read_bytes(_note_path(target)))
-        status, text = storage.status(source), storage.status(target)
-    except (OSError, ValueError):
+        return note is not None and note.items() >= _note_fields(storage.status(source), storage.status(target)).items()
+    except OSError:
         return False
-    return isinstance(note, dict) and note.items() >= _note_fields(status, text).items()
 
 
 def check_space(sources: Sequence[str], directory: Path) -> None:
@@ -303,12 +302,16 @@ def _note_path(target: Place) -> str:
     return os.fspath(target).removesuffix(".txt") + ".unpacked.json"
 
 
+def text_fields(text: Status | os.stat_result) -> dict[str, int]:
+    """Return the fields of a note by which it belongs to a text of this status."""
+    return {"text_size": text.st_size, "text_mtime_ns": text.st_mtime_ns}
+
+
 def _note_fields(source: Status | os.stat_result, text: Status | os.stat_result) -> dict[str, int]:
     return {
         "source_size": source.st_size,
         "source_mtime_ns": source.st_mtime_ns,
-        "text_size": text.st_size,
-        "text_mtime_ns": text.st_mtime_ns,
+        **text_fields(text),
     }
 
 

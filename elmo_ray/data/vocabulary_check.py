@@ -20,8 +20,8 @@ _COUNTED = re.compile(r"\S*[^\s\d]\S*[,;]\d+|\d+[,;]\S*[^\s\d]\S*")
 _FEW = 1e-4
 
 
-def check_vocabulary_file(path: str, key: str = "data.vocab") -> None:
-    """Refuse a vocabulary file whose lines are not words, and warn of lines that look wrong; messages name `key`.
+def check_vocabulary_file(path: str) -> None:
+    """Refuse a file of data.vocab whose lines are not words, and warn of lines that look wrong.
 
     Raises DataError, with file and line, for a line with a blank inside, for words with counts, for an empty line, a
     word that stands twice, and a byte order mark; for JSON; and as `Vocabulary.read` does.
@@ -43,9 +43,9 @@ def check_vocabulary_file(path: str, key: str = "data.vocab") -> None:
             seen[word] = number
     for message in _marker_hints(seen, path):
         # No warning: the Penn Treebank and texts made from it have the word <unk>.
-        logger.info("%s=%s", key, message)
+        logger.info("data.vocab=%s", message)
     for message in (*_form_hints(seen, path), *_blank_hints(seen, path)):
-        logger.warning("%s=%s", key, message)
+        logger.warning("data.vocab=%s", message)
 
 
 def _check_format(lines: list[str], path: str) -> None:

@@ -24,8 +24,8 @@ LayerChoice = tuple[float, ...] | str
 def layer_factors(choice: LayerChoice, config: ModelConfig, key: str) -> tuple[float, ...] | None:
     """Return the factor of each layer in a sum, or None for all layers side by side.
 
-    Raises ConfigError, which calls the choice `key`, where the factors are not as many as the model's layers, and where
-    the layers have several sizes and are not to be had together.
+    key: the choice's name in errors. Raises ConfigError if there is another number of factors than of layers, or if the
+    layers have several sizes and cannot be combined.
     """
     count = config.lstm.n_layers + 1
     factors: tuple[float, ...] | None

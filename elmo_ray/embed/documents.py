@@ -7,19 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elmo_ray.data.documents import (
-    MISSING,
-    Counts,
-    DocumentReader,
-    Piece,
-    TextForm,
-    column_of,
-    column_type,
-    is_text_type,
-    no_column,
-    parquet_file,
-    value_at,
-)
+from elmo_ray.data.documents import MISSING, Counts, DocumentReader, Piece, TextForm, no_column, value_at
+from elmo_ray.data.parquet import column_of, column_type, is_text_type, parquet_file
 from elmo_ray.errors import DataError, short
 
 Content = str | list[str] | None
@@ -31,7 +20,7 @@ _BATCH_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Documents:
-    """Some documents in their order.
+    """Batch of documents in their order.
 
     kept: for each name of `embed.keep` an Arrow array with a value for each document. kinds: for each name the Arrow
     type of the values. is_json: the arrays hold the values as JSON, as text, because other batches of the file may have

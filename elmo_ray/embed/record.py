@@ -37,7 +37,7 @@ Output = Literal["vectors", "means", "substitutes", "surprisal"]
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """Everything that a worker must know of a job, besides the unit that it makes.
+    """Description of a job for its workers, without the unit that each makes.
 
     source, checkpoint, options, vocab: as for `open_source`, absolute. fingerprint: the hash of the model's weights and
     vocabulary. shard_folder: the folder of the finished units. device: the worker's, as PyTorch names it. form: all on

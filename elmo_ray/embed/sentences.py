@@ -81,8 +81,8 @@ def _status(source: str) -> list[int]:
 def write_sentences(source: str, place: Path, form: TextForm, keep: Sequence[str], unit_bytes: int) -> SentenceFile:
     """Write the sentences of a file of documents to a place, in batches of about `unit_bytes`.
 
-    A document without a word has one sentence without words. Raises DataError, with the file and the line, for what
-    cannot be read, for documents that are not tokenised where no tokenizer is set, and for a full disk.
+    A document without a word has one sentence without words. Raises DataError, with the file and the line, if the file
+    cannot be read, if its documents are not tokenised and no tokenizer is set, or if the disk is full.
     """
     import pyarrow as pa
 

@@ -12,7 +12,7 @@ from typing import Any
 from elmo_ray import storage
 from elmo_ray.data.corpus import expand_paths
 from elmo_ray.data.documents import Counts, TextForm
-from elmo_ray.data.formats import HEAD_BYTES
+from elmo_ray.data.foreign_formats import HEAD_BYTES
 from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
 from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_status, split_lines
 from elmo_ray.data.unpack import check_format, check_space, compression, is_unpacked, unpack, unpacked_path

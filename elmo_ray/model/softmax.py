@@ -5,6 +5,7 @@ Shapes: D directions, N positions, P projection, V vocabulary, K negatives, R to
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class ExactLosses:
 
 
 class Drawn(NamedTuple):
-    """What is drawn for a step of the sampled softmax: the arguments of `sampled_losses`."""
+    """Draws of a step of the sampled softmax: arguments of `sampled_losses`."""
 
     rows_RP: Tensor
     bias_R: Tensor
@@ -96,8 +97,8 @@ class Drawn(NamedTuple):
 class FullSoftmax:
     """A softmax with a table [V, P] and a bias [V], trained over the whole vocabulary.
 
-    This is the seam for other kinds: a class with these methods and an entry in `KINDS`. A kind has no tensors of its
-    own; parameters are the biLM's, under names that begin with `softmax`.
+    This is the seam for other kinds: a class with these methods, an entry in `KINDS`, and a row in `config/softmax.py`.
+    A kind has no tensors of its own; parameters are the biLM's, under names that begin with `softmax`.
     """
 
     def add_parameters(self, model: Any, n_words: int, width: int, tied: bool) -> None:
@@ -131,6 +132,10 @@ class FullSoftmax:
         """Return [N, V] log probabilities of all words."""
         return torch.log_softmax(torch.addmm(model.softmax_bias, x_NP, model.output_weight.t()), dim=1)
 
+    def operations(self, model: Any, negatives: int) -> float:
+        """Return the floating point operations of the products in `losses` for one position in one direction."""
+        return 2.0 * model.output_weight.numel()
+
 
 class SampledSoftmax(FullSoftmax):
     """The same parameters, trained against a few negatives that are drawn for each step."""
@@ -141,6 +146,9 @@ class SampledSoftmax(FullSoftmax):
         assert drawn is not None
         losses_DN = sampled_losses(x_DNP, *drawn[:6], dtype, positions=drawn.positions)
         return torch.where(targets_DN >= 0, losses_DN, 0.0)
+
+    def operations(self, model: Any, negatives: int) -> float:
+        return 2.0 * model.output_weight.shape[1] * (negatives + 1)
 
 
 class AdaptiveSoftmax(FullSoftmax):
@@ -173,6 +181,15 @@ class AdaptiveSoftmax(FullSoftmax):
     def log_probabilities(self, model: Any, x_NP: Tensor) -> Tensor:
         found: Tensor = model.softmax.log_prob(x_NP)
         return found
+
+    def operations(self, model: Any, negatives: int) -> float:
+        bounds = itertools.pairwise(model.softmax.cutoffs)  # the last one is the number of words
+        total = 2.0 * model.softmax.head.weight.numel()
+        for (first, last), cluster in zip(bounds, model.softmax.tail, strict=True):
+            # the share of words in the cluster, by the law of which the sampled softmax draws words
+            share = math.log((last + 1) / (first + 1)) / math.log(model.n_words + 1)
+            total += 2.0 * share * sum(part.weight.numel() for part in cluster)
+        return total
 
     def _losses(self, model: Any, x_NP: Tensor, targets_N: Tensor) -> Tensor:
         log_p_N, _ = model.softmax(x_NP, targets_N.clamp_min(0))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray.config.schema import flatten
+from elmo_ray.config.softmax import SOFTMAX_KINDS
 from elmo_ray.config.yaml_reader import parse_yaml
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.vocabulary import Vocabulary
@@ -55,7 +56,8 @@ def train_measure(folder: Path, records: Sequence[Record]) -> Measure:
         return {}
     settings = _settings(folder)
     kind, negatives = settings.get("softmax.kind"), settings.get("softmax.negatives")
-    softmax = f"{kind} with {negatives} negatives" if kind == "sampled" else kind
+    facts = SOFTMAX_KINDS.get(str(kind))
+    softmax = f"{kind} with {negatives} negatives" if facts is not None and facts.samples_words else kind
     found = {"softmax": softmax, "directions": _directions(last), **_vocabulary_of(folder)}
     return {name: value for name, value in found.items() if value is not None}
 

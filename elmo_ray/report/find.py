@@ -21,7 +21,7 @@ def find_runs(names: Sequence[str]) -> list[str]:
     """Return the absolute places of the runs and sweeps, each once, in the order of their names.
 
     names: paths, URIs and globs. A folder beside runs that is neither a run nor a sweep is left out with a warning.
-    Raises DataError for a glob that stands for no run, and for a name that is none where there is no other.
+    Raises DataError for a glob that matches no run, for a name that does not exist, and if no name is a run or a sweep.
     """
     places: list[str] = []
     others: list[str] = []

@@ -219,7 +219,7 @@ def _evaluations(names: Sequence[str], details: Sequence[RunDetails]) -> list[st
 
 
 def evaluation_differences(details: Sequence[RunDetails]) -> list[list[str]]:
-    """Return for each run in what the measure of its test text differs from that of the first run that has one."""
+    """Return for each run the `differences` of its test text's measure from that of the first run with a measure."""
     return unlike_the_first([evaluation_measure(each.result.get("evaluation")) for each in details])
 
 

@@ -35,7 +35,7 @@ logger = logging.getLogger("elmo_ray.serve")  # __name__ is __main__ as a comman
 
 @dataclass(frozen=True)
 class ServePlan:
-    """What `serve` would serve."""
+    """Model and address that `serve` would serve."""
 
     config: ServeConfig
     source: str

@@ -22,7 +22,7 @@ from elmo_ray.serve.messages import Wanted
 
 @dataclass(frozen=True)
 class ServeJob:
-    """What a replica needs, on any machine that sees the source.
+    """Description of the model for a replica, on any machine that sees the source.
 
     source, checkpoint, options, vocab: as for `open_source`, with absolute paths. fingerprint: that of a checkpoint's
     weights, or None. device: torch's name. threads: the number of torch's threads, None for a share of the machine's

@@ -1,11 +1,10 @@
-"""Local files: atomic writing (a file appears whole or not at all), hashes, and a lock between processes."""
+"""Local files: atomic writing (a file appears whole or not at all), and a lock between processes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -13,11 +12,10 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from elmo_ray.errors import ConfigError, DataError, ElmoRayError, short
+from elmo_ray.errors import ConfigError, DataError, ElmoRayError, reason
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 4 << 20
 _CURES = {
     errno.ENOSPC: "free space on that disk",
     errno.EDQUOT: "free space in your quota",
@@ -84,9 +82,8 @@ def make_folder(folder: Path) -> None:
 
 def _unwritable(path: Path, problem: Exception) -> str:
     """Return one line: the file, the reason why it cannot be written, and a cure where one is known."""
-    reason = getattr(problem, "strerror", None) or short(str(problem)) or type(problem).__name__
     cure = _CURES.get(getattr(problem, "errno", None) or 0)
-    return f"{path}: cannot be written ({reason})" + (f"; {cure}" if cure else "")
+    return f"{path}: cannot be written ({reason(problem)})" + (f"; {cure}" if cure else "")
 
 
 def _sync(path: Path) -> None:
@@ -102,15 +99,6 @@ def sync_directory(folder: Path) -> None:
     # some network file systems cannot sync a directory
     with contextlib.suppress(OSError):
         _sync(folder)
-
-
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file in hexadecimal; raises OSError. The file is read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as raw:
-        while chunk := raw.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from elmo_ray.errors import ConfigError, ElmoRayError
+from elmo_ray.errors import ConfigError, ElmoRayError, reason
 from elmo_ray.storage.files import atomic_write, make_folder
 from elmo_ray.storage.retry_log import log_retries
 
@@ -29,6 +29,7 @@ Place = str | os.PathLike[str]
 
 _URI = re.compile(r"([a-z][a-z0-9+.-]+)://")
 _READ_AHEAD = 8 << 20
+_HASH_BYTES = 4 << 20
 # Values that change with an object's content, the most reliable first; each store has some of them.
 _VERSIONS = (
     "ETag", "etag", "md5Hash", "content_settings", "checksum", "blob_id", "LastModified", "last_modified", "mtime",
@@ -180,6 +181,15 @@ def read_range(place: Place, start: int, end: int | None) -> bytes:
             raise error
 
 
+def file_hash(place: Place) -> str:
+    """Return the SHA-256 of a file, hexadecimal; it is read in pieces."""
+    digest = hashlib.sha256()
+    with open_read(place) as file:
+        while data := file.read(_HASH_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 def open_read(place: Place) -> BinaryIO:
     """Return a file, open for reading, whose `name` is the place; an object is read ahead in pieces of 8 MiB."""
     if not is_uri(place):
@@ -297,10 +307,8 @@ def file_system(place: Place) -> tuple[Any, str]:
         extra = _EXTRAS.get(match[1])
         cure = f"pip install 'elmo-ray[{extra}]'" if extra else f"see fsspec's documentation of {match[1]}://"
         raise ConfigError(f"{text}: the package that reads {match[1]}:// is not installed ({cure})") from None
-    except ValueError as error:
-        raise ConfigError(f"{text}: {_line(error)}") from None
-    except Exception as error:  # such as missing credentials, where they are needed at once
-        raise ConfigError(f"{text}: {_line(error)}") from None
+    except Exception as error:  # such as an unknown protocol, or missing credentials where they are needed at once
+        raise ConfigError(f"{text}: {reason(error)}") from None
     if "s3" in _protocols(system):
         log_retries()
     return system, system._strip_protocol(text)
@@ -327,11 +335,6 @@ def _explained(place: Place) -> Iterator[None]:
         why = next((why for sign, why in _MISSING_ON_THE_HUB.items() if sign in str(error)), "no such object or bucket")
         raise FileNotFoundError(errno.ENOENT, why, text) from None
     except PermissionError as error:
-        raise PermissionError(errno.EACCES, f"access denied ({_line(error)})", text) from None
+        raise PermissionError(errno.EACCES, f"access denied ({reason(error)})", text) from None
     except Exception as error:  # each store's library has its own exceptions for failures
-        raise OSError(errno.EIO, f"{type(error).__name__}: {_line(error)}", text) from None
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-    return text if len(text) <= 240 else text[:240] + "..."
+        raise OSError(errno.EIO, f"{type(error).__name__}: {reason(error)}", text) from None

@@ -1,7 +1,7 @@
 """Lock of a run in an object store: an object beside the run, which its holder renews.
 
-No store has a lock that ends with its holder. So the lock is an object that is made only where there is none, is
-renewed every 20 s, and is valid for 60 s after that. A second start waits that long for the lock of a process that was
+No store has a lock that ends with its holder. So the lock is an object: it is made only if there is none, renewed every
+20 s, and valid for 60 s after that. A second start waits that long for the lock of a process that was
 killed, and is refused if the lock is renewed meanwhile. S3 tells two starts at the same moment apart. They can both
 succeed in a store that cannot make an object "only if it is new", and in any store where a holder sleeps for more than
 a minute and wakes up again. Even then no checkpoint is written by two: every start writes to names of its own attempt.
@@ -15,10 +15,10 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
+from elmo_ray.background import repeating
 from elmo_ray.errors import ConfigError
 from elmo_ray.storage import places as storage
 
@@ -46,20 +46,15 @@ def store_lock(place: str) -> Iterator[None]:
         storage.write_bytes(lock, text(), only_new=True)
     except FileExistsError:
         raise _taken(name, lock) from None
-    ended = threading.Event()
 
     def renew() -> None:
-        while not ended.wait(RENEW_S):
-            with contextlib.suppress(OSError):  # it is renewed the next time
-                storage.write_bytes(lock, text())
+        with contextlib.suppress(OSError):  # it is renewed the next time
+            storage.write_bytes(lock, text())
 
-    thread = threading.Thread(target=renew, name="store-lock", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(renew, RENEW_S, "store-lock", patience_s=RENEW_S):
+            yield
     finally:
-        ended.set()
-        thread.join(timeout=RENEW_S)
         with contextlib.suppress(OSError):
             storage.remove(lock)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray import prepare
+from elmo_ray.background import start_thread
 from elmo_ray.checkpoints.source import Source
 from elmo_ray.cluster.stopping import STOP_FILE
 from elmo_ray.config import PretrainConfig
@@ -29,7 +30,7 @@ from elmo_ray.config.finetune import FinetuneConfig, explicit
 from elmo_ray.config.schema import flatten, nest
 from elmo_ray.config.yaml_reader import dump_yaml
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import ConfigError, ElmoRayError, FormatError, TrainingError, short
+from elmo_ray.errors import ConfigError, ElmoRayError, FormatError, TrainingError, reason
 from elmo_ray.finetune import (
     fit_negatives,
     from_source,
@@ -45,7 +46,7 @@ from elmo_ray.storage import absolute_or_none, is_uri, read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.sweep.config import SweepConfig
 from elmo_ray.sweep.trials import add_trial, best_of, end_trial, results, try_lost_again, write_results
-from elmo_ray.sweep.tuning import concurrent_trials, report_while, run_session
+from elmo_ray.sweep.tuning import concurrent_trials, report_until, run_session
 from elmo_ray.trackers import check_trackers
 from elmo_ray.trackers.beside import following
 from elmo_ray.training.dry_run import DryRun
@@ -134,14 +135,7 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
 
     Raises an ElmoRayError for a mistake of the user, before Ray starts if the mistake can be known by then.
     """
-    if is_uri(config.run.storage_path):
-        raise ConfigError(
-            f"run.storage_path={config.run.storage_path}: a sweep keeps its trials in a folder; name a path that all "
-            "machines see (the SOURCE and the texts may be URIs)"
-        )
-    if config.sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise ConfigError("sweep.search=optuna: Optuna is not installed: pip install 'elmo-ray[optuna]'")
-    check_trackers(config.run.report_to)
+    _check_settings(config)
     source = open_init(config) if config.init.source is not None else None
     base = _trial_settings(config, {}, source)
     plain = config.trial({})
@@ -184,6 +178,18 @@ def run(config: SweepConfig, flags: Flags = NO_FLAGS) -> SweepResult | SweepPlan
         if interrupted:
             return _stop(config, folder.path, wall_seconds)
         return _finish(config, folder, wall_seconds)
+
+
+def _check_settings(config: SweepConfig) -> None:
+    """Raise ConfigError for a place that a sweep cannot be in, or for a program that is not installed."""
+    if is_uri(config.run.storage_path):
+        raise ConfigError(
+            f"run.storage_path={config.run.storage_path}: a sweep keeps its trials in a folder; name a path that all "
+            "machines see (the SOURCE and the texts may be URIs)"
+        )
+    if config.sweep.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise ConfigError("sweep.search=optuna: Optuna is not installed: pip install 'elmo-ray[optuna]'")
+    check_trackers(config.run.report_to)
 
 
 def _given_values(config: SweepConfig, base: PretrainConfig) -> dict[str, Any]:
@@ -267,7 +273,7 @@ def _run_trials(
 
 
 def _stop(config: SweepConfig, path: Path, wall_seconds: float) -> SweepResult:
-    """Note the trials that were running, and write the results so far of a sweep that was asked to stop."""
+    """Mark the trials that were running as interrupted, and write the results so far of a sweep that was stopped."""
     for trial in read_trials(path):
         if trial.outcome is None and (trial.records or trial.seconds is not None):
             end_trial(trial, INTERRUPTED, seconds=trial.seconds)
@@ -335,38 +341,34 @@ def run_trial(values: dict[str, Any], job: dict[str, Any]) -> None:
 
     config = SweepConfig.from_dict(job["config"])
     trial = _claim_trial(config, values, Path(job["sweep_dir"]), job["given"])
-    ended: list[dict[str, Any]] = []
-    problems: list[BaseException] = []
 
-    def work() -> None:
-        try:
-            plan = _trial_plan(config, trial, job)
-            name = f"{Path(job['sweep_dir']).name}/{trial.name}"
-            with following(plan.run_dir, plan.config.run.report_to, name) as senders:
-                ended.append(fit(plan, device=job["device"]))
-                senders.outcome = "stopped" if ended[-1]["stopped"] else "finished"
-        except BaseException as error:
-            problems.append(error)
+    def work() -> dict[str, Any]:
+        plan = _trial_plan(config, trial, job)
+        name = f"{Path(job['sweep_dir']).name}/{trial.name}"
+        with following(plan.run_dir, plan.config.run.report_to, name) as senders:
+            training = fit(plan, device=job["device"])
+            senders.outcome = "stopped" if training["stopped"] else "finished"
+        return training
 
     stop_file = Path(job["sweep_dir"]) / STOP_FILE
     if stop_file.exists():
         return
-    seconds = report_while(work, trial, stop_file)
-    if problems:
+    done = start_thread(work, "trial")
+    seconds = report_until(done, trial, stop_file)
+    if (error := done.exception()) is not None:
         # When a whole sweep is killed, its workers are lost a moment before this process; this pause lets the process
         # end before it notes a failure of the trial.
         time.sleep(_FAILURE_PAUSE_S)
-        error = problems[0]
         if not isinstance(error, ElmoRayError):
             logger.error("%s", "".join(traceback.format_exception(error)))
-        message = short(str(error), 500) or type(error).__name__
+        message = reason(error, 500)
         # An error of the cluster has one of Ray's as its cause; the others are of the settings or the text.
         lost = not isinstance(error, ElmoRayError) or error.__cause__ is not None
         end_trial(trial, FAILED, seconds=seconds, message=message, lost=lost)
-    elif ended[0]["stopped"]:
+    elif (training := done.result())["stopped"]:
         end_trial(trial, INTERRUPTED, seconds=seconds)
     else:
-        end_trial(trial, FINISHED, seconds=seconds, threads=config.cluster.threads, training=ended[0])
+        end_trial(trial, FINISHED, seconds=seconds, threads=config.cluster.threads, training=training)
 
 
 def _claim_trial(config: SweepConfig, values: dict[str, Any], sweep_dir: Path, given: dict[str, Any]) -> Trial:

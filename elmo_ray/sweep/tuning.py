@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from elmo_ray.background import repeating
 from elmo_ray.cluster.session import Device, alive_nodes, check_cluster, describe_cpus, fits
 from elmo_ray.cluster.stopping import STOP_FILE, in_thread, make_stop_file, stop_on_signals
 from elmo_ray.errors import ConfigError
@@ -75,27 +76,56 @@ def run_session(
     SIGTERM asks the running ones to stop at their next step with a checkpoint, and then no other begins. run_trial:
     called in a process of each trial, with the trial's number or, for Optuna, its values.
     """
+    trials = read_trials(sweep_dir)
+    waiting = sum(trial.outcome is None for trial in trials)
+    total = max(len(trials), config.sweep.trials if config.sweep.search == "optuna" else 0)
+    left = waiting + total - len(trials)
+    before = float((read_json(sweep_dir / SESSION) or {}).get("seconds", 0.0))
+    if not left:
+        return before, False
+    stop_file = sweep_dir / STOP_FILE
+    tuner = _tuner(config, sweep_dir, trials, left, concurrent, run_trial)
+    logger.info("%d of %d trials to run, in %s", left, max(len(trials), config.sweep.trials), sweep_dir)
+    start = time.monotonic()
+
+    def seconds() -> float:
+        return before + time.monotonic() - start
+
+    def note() -> None:
+        write_json(sweep_dir / SESSION, {"seconds": seconds()})
+        logger.info("%s so far\n%s", clock(seconds()), table(read_trials(sweep_dir)))
+
+    with repeating(note, config.sweep.show_every_s, "table"), stop_on_signals(str(stop_file)) as asked:
+        in_thread(tuner.fit, lambda: None)
+    write_json(sweep_dir / SESSION, {"seconds": seconds()})
+    ended = sum(trial.status in (FINISHED, STOPPED, FAILED) for trial in read_trials(sweep_dir))
+    return seconds(), asked.is_set() and ended < total
+
+
+def _tuner(
+    config: SweepConfig,
+    sweep_dir: Path,
+    trials: Sequence[Trial],
+    left: int,
+    concurrent: int,
+    run_trial: Callable[[dict[str, Any]], None],
+) -> Any:
+    """Return Tune's tuner for the trials that are left: for Optuna so many, else those without an outcome."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables of its own at any verbosity
     from ray import tune
 
-    trials = read_trials(sweep_dir)
-    waiting = [trial for trial in trials if trial.outcome is None]
-    left = len(waiting) + (max(0, config.sweep.trials - len(trials)) if config.sweep.search == "optuna" else 0)
-    before = (read_json(sweep_dir / SESSION) or {}).get("seconds", 0.0)
-    if not left:
-        return float(before), False
-    scheduler = _scheduler(config, trials)
-    search, space = None, {"number": tune.grid_search([trial.number for trial in waiting])}
+    scheduler, session = _scheduler(config, trials), _session(sweep_dir, sweep_dir / STOP_FILE)
     if config.sweep.search == "optuna":
-        search, space = _optuna(config, trials), {}
-    stop_file = sweep_dir / STOP_FILE
-    session = _session(sweep_dir, stop_file)
-    tuner = tune.Tuner(
+        search, space, samples = _optuna(config, trials), {}, left
+    else:
+        numbers = [trial.number for trial in trials if trial.outcome is None]
+        search, space, samples = None, {"number": tune.grid_search(numbers)}, 1
+    return tune.Tuner(
         tune.with_resources(run_trial, {"CPU": DRIVER_CPUS}),
         param_space=space,
         tune_config=tune.TuneConfig(
-            num_samples=left if search is not None else 1,
+            num_samples=samples,
             search_alg=search,
             scheduler=scheduler,
             max_concurrent_trials=concurrent,
@@ -108,32 +138,10 @@ def run_session(
             stop=session,
         ),
     )
-    logger.info("%d of %d trials to run, in %s", left, max(len(trials), config.sweep.trials), sweep_dir)
-    start, done = time.monotonic(), threading.Event()
-
-    def seconds() -> float:
-        return float(before + time.monotonic() - start)
-
-    def watch() -> None:
-        while not done.wait(config.sweep.show_every_s):
-            write_json(sweep_dir / SESSION, {"seconds": seconds()})
-            logger.info("%s so far\n%s", clock(seconds()), table(read_trials(sweep_dir)))
-
-    watcher = threading.Thread(target=watch, name="table", daemon=True)
-    watcher.start()
-    try:
-        with stop_on_signals(str(stop_file)) as asked:
-            in_thread(tuner.fit, lambda: None)
-    finally:
-        done.set()
-        watcher.join()
-    write_json(sweep_dir / SESSION, {"seconds": seconds()})
-    ended = sum(trial.status in (FINISHED, STOPPED, FAILED) for trial in read_trials(sweep_dir))
-    return seconds(), asked.is_set() and ended < max(len(trials), config.sweep.trials if search is not None else 0)
 
 
-def report_while(work: Callable[[], None], trial: Trial, stop_file: Path) -> float:
-    """Do the work in a thread and report each validation to Tune; return the seconds that the trial has taken.
+def report_until(done: Future[Any], trial: Trial, stop_file: Path) -> float:
+    """Report each validation of a trial to Tune until it is done; return the seconds that the trial has taken.
 
     stop_file: the sweep's; once it is there, the training of this trial is asked to stop. Called in the trial's
     process. Tune may end this process at any report.
@@ -142,12 +150,10 @@ def report_while(work: Callable[[], None], trial: Trial, stop_file: Path) -> flo
 
     start = time.monotonic()
     before = (read_json(trial.folder / SESSION) or {}).get("seconds", 0.0)
-    thread = threading.Thread(target=work, name="trial", daemon=True)
-    thread.start()
     reported, alive, seconds = 0, True, 0.0
     while alive:
-        thread.join(1.0)
-        alive = thread.is_alive()
+        wait([done], 1.0)
+        alive = not done.done()
         if alive and stop_file.exists():
             make_stop_file(str(trial.folder / STOP_FILE))  # again and again, as training removes it when it starts
         trial.read()

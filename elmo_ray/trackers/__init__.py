@@ -1,7 +1,7 @@
 """Trackers: MLflow and Weights & Biases show the metrics, settings and results of a run.
 
-A process for each tracker stands beside the driver and follows the files of the run (`beside`, `__main__`), so that a
-tracker that is slow or away, or whose library fails, costs training nothing. What has been sent is remembered in
+A process for each tracker stands beside the driver and follows the files of the run (`beside`, `__main__`). So training
+does not wait for a tracker, and goes on without it if its library fails. What has been sent is remembered in
 RUN/trackers/NAME.json (`sender`); a resumed run goes on in the same run of the tracker. `report RUN to=NAME` sends what
 is missing. TensorBoard needs none of this: it reads files that worker 0 writes (`training.metrics`).
 """

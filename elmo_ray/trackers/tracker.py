@@ -14,7 +14,7 @@ from elmo_ray.training.metrics import Record
 
 @dataclass
 class Memory:
-    """What is remembered of a tracker, in RUN/trackers/NAME.json.
+    """Memory of a run in a tracker, in RUN/trackers/NAME.json.
 
     key: marks the run in the tracker, and is made once. name: of the run, as the tracker shows it. address: of the
     tracker that the rest is about. run: its own id of the run. steps: the last step that it has, for each kind of

@@ -60,7 +60,7 @@ class StepAssembler:
         self.capacity = rows * config.train.unroll * self.directions * (2 if self.words else 1)
         self._unique_index = UniqueIndex(n_words)
         self._noise: NoiseSampler | NoiseAhead | None = None
-        if config.softmax.kind == "sampled":
+        if config.softmax.facts.samples_words:
             negatives = config.softmax.negatives
             index = UniqueIndex(n_words) if noise_ahead else self._unique_index  # one for each thread
             sampler = NoiseSampler(config.run.seed, self.directions, n_words, negatives, index)

@@ -75,8 +75,7 @@ class CapturedStep:
 
     def _shape_of(self, batch: StepInput) -> _Shape:
         """Return what there is for inputs of this shape."""
-        tensors = batch.tensors().items()
-        key = (batch.type_classes, batch.n_windows, *((name, x.shape, x.dtype) for name, x in tensors))
+        key = batch.shape_key
         if key not in self._shapes:
             sizes = _gradient_sizes(self._step, self._step.touched_rows(batch))
             needed = sum(size.numel() for size in sizes.values())

@@ -8,7 +8,7 @@ from elmo_ray.config import PretrainConfig
 
 
 def component_of(parameter: str) -> str:
-    """Return the component that a parameter belongs to, by the names of `ModelConfig.parts`.
+    """Return the component that a parameter belongs to, by the names of `ModelConfig.components`.
 
     Examples: `char_cnn.filters.3` -> char_cnn, `lstm.layers.0.bias` -> lstm.0.
     """

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from elmo_ray.background import repeating
 from elmo_ray.training.metrics import MetricsFollower, Record, console_line, flops_text
 
 logger = logging.getLogger("elmo_ray.metrics")
@@ -20,7 +20,7 @@ LOOK_EVERY_S = 0.5
 @contextlib.contextmanager
 def show_metrics(run_dir: Path) -> Iterator[None]:
     """Show the records that rank 0 writes in `run_dir` while this context lasts."""
-    follower, done = MetricsFollower(run_dir), threading.Event()
+    follower = MetricsFollower(run_dir)
     with _bar_in_terminal() as bar:
 
         def look() -> None:
@@ -32,18 +32,14 @@ def show_metrics(run_dir: Path) -> Iterator[None]:
                 _show(record, bar)
 
         def follow() -> None:
-            while not done.wait(LOOK_EVERY_S):
-                look()
-                if bar is not None:
-                    bar.refresh()  # its clock runs between two records as well
+            look()
+            if bar is not None:
+                bar.refresh()  # its clock runs between two records as well
 
-        thread = threading.Thread(target=follow, name="console", daemon=True)
-        thread.start()
         try:
-            yield
+            with repeating(follow, LOOK_EVERY_S, "console"):
+                yield
         finally:
-            done.set()
-            thread.join()
             look()
 
 

@@ -70,8 +70,8 @@ def why_not_captured(config: PretrainConfig, model: BiLM) -> str | None:
     """Return why a model's training steps are run operation by operation; None where they can be captured."""
     if config.train.precision == "fp64":
         return "train.precision=fp64 has no kernels"
-    if config.softmax.kind == "adaptive":
-        return "softmax.kind=adaptive has shapes that depend on the words"
+    if not config.softmax.facts.has_fixed_shapes:
+        return f"softmax.kind={config.softmax.kind} has shapes that depend on the words"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if not kernels.has_gpu_kernels(next(model.parameters())):

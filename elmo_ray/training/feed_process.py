@@ -58,8 +58,7 @@ SWITCH_INTERVAL_S = 5e-4
 
 @dataclass(frozen=True)
 class _Work:
-    """All that the process begins with. plan: arguments of the StreamPlan; the others are those of the loader and the
-    assembler, with the steps."""
+    """Arguments with which the process begins: those of the StreamPlan (plan), of the loader and of the assembler."""
 
     config: PretrainConfig
     plan: tuple[Corpus, int, int, bool, int | None]
@@ -88,27 +87,14 @@ def inputs_of_process(
 
     The loader itself is at its start, and stays there. Raises RuntimeError where the process ends before its work.
     """
-    plan, exchange = loader.plan, assembler.exchange
-    work = _Work(
-        assembler.config,
-        (plan.corpus, plan.n_streams, plan.seed, plan.shuffle, plan.epochs),
-        loader.streams,
-        loader.cursors,
-        loader.vocabulary,
-        loader.unroll,
-        loader.characters,
-        loader.directions,
-        exchange.world,
-        steps,
-        capacities,
-    )
+    exchange = assembler.exchange
     memory = os.memfd_create("elmo_ray_step")
     process, connection = _start(memory)
     step, of_all = steps.start, Flags()
     shapes: StepInput | None = None
     packed = torch.empty(0, dtype=torch.uint8)
     try:
-        connection.send(work)
+        connection.send(_work_of(loader, assembler, steps, capacities))
         while True:
             kind, *values = connection.recv()
             if kind == "block":
@@ -142,11 +128,34 @@ def inputs_of_process(
     finally:
         connection.close()
         os.close(memory)
-        try:
-            process.wait(_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
+
+
+def _work_of(loader: StreamLoader, assembler: StepAssembler, steps: range, capacities: Capacities | None) -> _Work:
+    """Return what the process needs to make a loader and an assembler like these."""
+    plan = loader.plan
+    return _Work(
+        assembler.config,
+        (plan.corpus, plan.n_streams, plan.seed, plan.shuffle, plan.epochs),
+        loader.streams,
+        loader.cursors,
+        loader.vocabulary,
+        loader.unroll,
+        loader.characters,
+        loader.directions,
+        assembler.exchange.world,
+        steps,
+        capacities,
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the process, which ends when its connection is closed; kill it if it does not."""
+    try:
+        process.wait(_CLOSE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _start(memory: int) -> tuple[subprocess.Popen[bytes], Connection]:
@@ -207,10 +216,10 @@ def _make_inputs(work: _Work, connection: Connection, memory: int) -> None:
     )
     exchange = _WorkersExchange(connection, work.world)
     assembler = StepAssembler(work.config, work.vocabulary.size, work.streams, exchange, noise_ahead=True)
-    last: tuple[Any, ...] = ()
+    last: list[tuple[Any, ...]] = []
     packed: StepInput | None = None
     for batch, cursors, _ in step_inputs(loader, assembler, work.steps, Flags, work.capacities):
-        shapes, without_numbers = _shape(batch), None
+        shapes, without_numbers = [each.shape_key for each in batch.all_inputs], None
         if packed is None or shapes != last:
             last, without_numbers = shapes, _without_numbers(batch)
             os.ftruncate(memory, max(os.fstat(memory).st_size, batch.packed_size))
@@ -219,15 +228,6 @@ def _make_inputs(work: _Work, connection: Connection, memory: int) -> None:
         batch.copy_to(packed)
         connection.send(("input", without_numbers, batch.positions, cursors))
     connection.send(("end",))
-
-
-def _shape(batch: StepInput) -> tuple[Any, ...]:
-    """Return what differs between inputs of different shapes."""
-    parts = [batch, *(micro for _, micro in batch.micro_batches)]
-    return tuple(
-        (part.type_classes, part.n_windows, [(name, x.shape, x.dtype) for name, x in part.tensors().items()])
-        for part in parts
-    )
 
 
 def _without_numbers(batch: StepInput) -> StepInput:

@@ -18,11 +18,9 @@ Shapes: D directions, P projection, H cells, K negatives, V vocabulary, F filter
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +73,8 @@ class FlopCounter:
         self._word_dim = config.model.word_dim
         # a position is multiplied once with each matrix of its direction; the matrices are [D, inputs, outputs]
         layers = 2 * sum(weight.numel() for weight in model.lstm.parameters() if weight.ndim == 3)
-        self.per_position = 3.0 * (layers + model.directions * _softmax(model, config))
+        softmax = model.softmax_kind.operations(model, config.softmax.negatives)
+        self.per_position = 3.0 * (layers + model.directions * softmax)
 
     def of_words(self, batch: StepInput) -> float:
         """Return the operations for the distinct words of a worker's batch, 0 where words are not made of characters.
@@ -94,23 +93,6 @@ class FlopCounter:
         """
         positions = batch.positions / world
         return (self.per_position + self.of_words(batch) / max(1.0, positions)) * positions_per_second / world / 1e12
-
-
-def _softmax(model: BiLM, config: PretrainConfig) -> float:
-    """Return the operations of the forward pass for a position in one direction."""
-    width = config.model.lstm.projection_dim
-    if config.softmax.kind == "sampled":
-        return 2.0 * width * (config.softmax.negatives + 1)
-    if config.softmax.kind == "full":
-        return 2.0 * width * model.n_words
-    softmax: Any = model.softmax
-    bounds = itertools.pairwise(softmax.cutoffs)  # the last one is the number of words
-    total = 2.0 * softmax.head.weight.numel()
-    for (first, last), cluster in zip(bounds, softmax.tail, strict=True):
-        # the share of words in the cluster, by the law of which the sampled softmax draws words
-        share = math.log((last + 1) / (first + 1)) / math.log(model.n_words + 1)
-        total += 2.0 * share * sum(part.weight.numel() for part in cluster)
-    return total
 
 
 def _words(config: CharCnnConfig, word_dim: int, batch: StepInput) -> float:

@@ -108,18 +108,19 @@ class _Run:
         self.best_before: tuple[float | None, int | None] = None, None
 
     def _read_data(self) -> None:
+        """Open the vocabulary and the texts, and derive from them the streams and numbers of steps."""
         config, worker = self.config, self.worker
         self.vocabulary = Vocabulary.read(self.plan.vocabulary_path)
         config.softmax.check_vocabulary(self.vocabulary.size)
         corpus = Corpus.load(self.plan.corpus_path)
         corpus.check_files()
-        seed, unroll = config.run.seed, config.train.unroll
-        duration = config.train.duration
+        seed, duration = config.run.seed, config.train.duration
         whole = duration.unit == "epochs" and duration.amount == int(duration.amount)
         self.streams_plan = StreamPlan(
             corpus, config.data.streams, seed, config.data.shuffle == "blocks", int(duration.amount) if whole else None
         )
         self.total_steps = self._steps(duration)
+        self.checkpoint_every = self._steps(config.train.checkpoint_every)
         self.streams = split_evenly(config.data.streams, worker.world)[worker.rank]
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         self.valid_plan, self.valid_note = None, None
@@ -129,7 +130,7 @@ class _Run:
             positions = min(text.positions, config.train.validate_positions)
             self.valid_plan = StreamPlan(text, held_out_streams(positions, most), 0, False, 1)
             self.valid_note = fewer_streams_note("a validation reads", positions, most)
-        self.unroll = unroll
+            self.validate_every = self._steps(config.train.validate_every)
 
     def _steps(self, duration: Duration) -> int:
         if duration.unit == "epochs":
@@ -158,7 +159,7 @@ class _Run:
                 split_evenly(self.valid_plan.n_streams, worker.world)[worker.rank],
                 source,
                 self.vocabulary,
-                self.unroll,
+                config.train.unroll,
                 config.train.validate_positions,
                 self.model,
                 self.dtype,
@@ -231,7 +232,7 @@ class _Run:
     # ---------------------------------------------------------------- loop
 
     def run(self) -> dict[str, Any]:
-        config, progress = self.config, self.progress
+        """Train from where the run is to its end or to a stop, and return what `train` returns."""
         if self._is_over():
             self._close(stopped=False)
             return self._result(stopped=False)
@@ -239,6 +240,41 @@ class _Run:
             self._measure_start(self.start_checkpoint)
         if self.measured_otherwise:
             self._measure_best_again()
+        feeder, traced = self._feeder(), self._traced_steps()
+        train_on = self._train_on if traced is None else traced
+        first = True
+        for ready in feeder:
+            if self._is_over():
+                continue  # the feeder is some steps ahead on all ranks, and ends by the flag that stops it
+            if self.step.begin(self.progress.step) or first:
+                self.step.settle(ready.batch)
+            if first:
+                first = False
+                self._start_clock()
+                ready.waited = 0.0  # a wait for the start of everything, not for text
+            train_on(ready)
+            self.saver.poll(ready.flags)
+            self._note_lost_best()
+            if self._is_log_step():
+                if traced is not None:
+                    self.window_pause += traced.seconds
+                    traced.seconds = 0.0
+                self._log(ready.batch)
+            if self.validation is not None and self._is_due(self.validate_every):
+                self._validate()
+            self._save_if_due(ready.flags)
+        if traced is not None:
+            traced.close()
+        # The feeder may also end because a stop came while it waited for text.
+        stopped = not self._is_over()
+        self._save_last()
+        self._note_early_end()
+        self._close(stopped)
+        return self._result(stopped)
+
+    def _feeder(self) -> Feeder:
+        """Return the batches of all steps that are left, which are made ahead of the training."""
+        config, n_words = self.config, self.vocabulary.size
         characters = character_table(self.model, self.vocabulary)
         loader = StreamLoader(
             self.streams_plan,
@@ -246,64 +282,48 @@ class _Run:
             self.cursors,
             self.worker.source,
             self.vocabulary,
-            self.unroll,
+            config.train.unroll,
             characters,
             self.model.directions,
         )
-        assembler = StepAssembler(config, self.vocabulary.size, self.streams, Exchange(self.ranks))
-        steps, n_words = range(progress.step, self.total_steps), self.vocabulary.size
+        assembler = StepAssembler(config, n_words, self.streams, Exchange(self.ranks))
+        steps = range(self.progress.step, self.total_steps)
         capacities = Capacities.of(config, n_words, characters, len(self.streams)) if self.step.captured else None
         device, own_process = self.worker.device, self.worker.feed_process
         if own_process is None:
             # there the training thread only launches; on a CPU it computes, and a process more takes a core from it
             own_process = device.type == "cuda" and capacities is not None
-        feeder = Feeder(loader, assembler, steps, self._flags, device, capacities=capacities, own_process=own_process)
-        validate_every = self._steps(config.train.validate_every) if config.train.validate_every else 0
-        checkpoint_every = self._steps(config.train.checkpoint_every)
-        stopped, first = False, True
-        traced = self._traced_steps()
-        train_on = self._train_on if traced is None else traced
-        for ready in feeder:
-            if self._is_over():
-                continue  # the feeder is some steps ahead on all ranks, and ends by the flag that stops it
-            if self.step.begin(progress.step) or first:
-                self.step.settle(ready.batch)
-            if first:
-                first = False
-                self.started = self.window_start = time.monotonic()
-                self.window_pause = 0.0
-                ready.waited = 0.0  # a wait for the start of everything, not for text
-            train_on(ready)
-            self.saver.poll(ready.flags)
+        return Feeder(loader, assembler, steps, self._flags, device, capacities=capacities, own_process=own_process)
+
+    def _start_clock(self) -> None:
+        """Measure time from here, the first step of this start."""
+        self.started = self.window_start = time.monotonic()
+        self.window_pause = 0.0
+
+    def _is_due(self, every: int) -> bool:
+        """Return whether what is done every so many steps, and after the last one, is to be done now."""
+        step = self.progress.step
+        return step % every == 0 or step == self.total_steps
+
+    def _save_if_due(self, flags: Flags) -> None:
+        """Start to save a checkpoint if one is wanted and the one before it is written."""
+        if self._is_due(self.checkpoint_every) or flags.save:
+            self.save_wanted = True
+        if self.best_wanted and self.saver.busy:
+            self.saver.finish()  # wait, for the weights after the next step are no longer the best ones
             self._note_lost_best()
-            step = progress.step
-            if self._is_log_step():
-                if traced is not None:
-                    self.window_pause += traced.seconds
-                    traced.seconds = 0.0
-                self._log(ready.batch)
-            if self.validation is not None and (step % validate_every == 0 or step == self.total_steps):
-                self._validate()
-            if step % checkpoint_every == 0 or step == self.total_steps or ready.flags.save:
-                self.save_wanted = True
-            stopped = ready.flags.stop and not self._is_over()
-            if self.best_wanted and self.saver.busy:
-                self.saver.finish()  # wait, for the weights after the next step are no longer the best ones
-                self._note_lost_best()
-            if self.save_wanted and not self.saver.busy and not stopped:
-                self._save()
-        if traced is not None:
-            traced.close()
-        # The feeder may also end because a stop came while it waited for text.
-        stopped = not self._is_over()
-        self._save_last()
+        stopping = flags.stop and not self._is_over()  # then `_save_last` follows
+        if self.save_wanted and not self.saver.busy and not stopping:
+            self._save()
+
+    def _note_early_end(self) -> None:
+        """Log that training ends before the last step, if it does."""
+        progress = self.progress
         if self._is_over() and progress.step < self.total_steps:
             self._event(
                 f"{progress.stale} validations without a better perplexity than that of step {progress.best_step}: "
                 f"training ends at step {progress.step} (train.patience)"
             )
-        self._close(stopped)
-        return self._result(stopped)
 
     def _traced_steps(self) -> TracedSteps | None:
         """Return the function that trains and traces the steps of `train.profile`; None where there are none."""
@@ -400,7 +420,7 @@ class _Run:
             self._check_finite()
 
     def _is_log_step(self) -> bool:
-        return self.progress.step % self.config.train.log_every == 0 or self.progress.step == self.total_steps
+        return self._is_due(self.config.train.log_every)
 
     def _check_finite(self) -> None:
         count = int(self.not_finite)

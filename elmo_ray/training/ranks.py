@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from elmo_ray.background import start_thread
 from elmo_ray.data.encode import WaitInterrupted
 from elmo_ray.errors import DataError, ElmoRayError, TrainingError
 
@@ -97,25 +97,13 @@ class Ranks:
         """
         if self.world == 1:
             return work()
-        results: list[T] = []
-        problems: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                results.append(work())
-            except BaseException as error:
-                problems.append(error)
-
-        thread: threading.Thread | None = None
-        if self.rank == 0:
-            thread = threading.Thread(target=run, name="rank-zero", daemon=True)
-            thread.start()
-        self.wait_until(lambda: thread is None or not thread.is_alive())
-        error = problems[0] if problems else None
+        future = start_thread(work, "rank-zero") if self.rank == 0 else None
+        self.wait_until(lambda: future is None or future.done())
+        error = None if future is None else future.exception()
         if error is not None and not isinstance(error, ElmoRayError):
             raise error
         self.agree(error)
-        return self.broadcast(results[0] if results else None)
+        return self.broadcast(None if future is None else future.result())
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """Wait until `ready` returns True on every rank, for hours if necessary."""
@@ -217,7 +205,7 @@ _ERROR, _INTERRUPTED = 1, 2
 
 
 class Exchange:
-    """All-gather of one message for each step, over a group that only the loader thread uses.
+    """Exchange of one message of each rank in each step, over a group that only the loader thread uses.
 
     is_waiting: True while other ranks are waited for.
     """
@@ -281,31 +269,32 @@ class Exchange:
             flags.save,
         ]
         message[self.HEADER : self.HEADER + len(ids)] = ids
-        everything = message[None]
-        if self.world > 1:
-            mine = torch.from_numpy(message)
-            received = torch.empty(self.world, len(message), dtype=torch.int64)
-            self.is_waiting = True
-            with self.ranks.waiting("the exchange of target words", step):
-                dist.all_gather(list(received.unbind(0)), mine, group=self.group)
-            self.is_waiting = False
-            everything = received.numpy()
-        if (everything[:, 4] == _ERROR).any():
+        received = self._send_to_all(message, step)
+        if (received[:, 4] == _ERROR).any():
             self._raise(error)
-        if (everything[:, 4] == _INTERRUPTED).any():
+        if (received[:, 4] == _INTERRUPTED).any():
             raise WaitInterrupted
-        hashes = everything[:, 1]
+        hashes = received[:, 1]
         if (hashes != hashes[0]).any():
             raise RuntimeError(
                 f"ranks drew different negatives (hashes {hashes.tolist()}): their seeds or versions differ"
             )
-        committed, cleaned, save = everything[0, 5:8].tolist()
-        combined = Flags(bool(everything[:, 2].any()), everything[:, 3].tolist(), committed, cleaned, bool(save))
-        return Gathered(everything[:, self.HEADER :], int(everything[:, 0].sum()), combined)
+        committed, cleaned, save = received[0, 5:8].tolist()
+        combined = Flags(bool(received[:, 2].any()), received[:, 3].tolist(), committed, cleaned, bool(save))
+        return Gathered(received[:, self.HEADER :], int(received[:, 0].sum()), combined)
+
+    def _send_to_all(self, message: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+        """Return [W, n] the messages of all ranks, of which this rank's is one."""
+        received = torch.empty(self.world, len(message), dtype=torch.int64)
+        self.is_waiting = True
+        with self.ranks.waiting("the exchange of target words", step):
+            dist.all_gather(list(received.unbind(0)), torch.from_numpy(message), group=self.group)
+        self.is_waiting = False
+        return received.numpy()
 
     def _raise(self, error: ElmoRayError | None) -> None:
-        mine = b"" if error is None else str(error).encode()
-        messages = [mine] if self.world == 1 else gather_bytes(mine, self.world, self.group)
+        """Raise this rank's error, or if it has none that of another rank."""
+        messages = gather_bytes(b"" if error is None else str(error).encode(), self.world, self.group)
         if error is not None:
             raise error
         raise DataError(next(m for m in messages if m).decode())

@@ -79,12 +79,12 @@ def worker_memory(
     rows = -(-config.data.streams // max(1, config.cluster.fewest_workers))
     lstm, directions = config.model.lstm, 2 if config.model.bidirectional else 1
     window = -(-rows // config.train.accumulate) * config.train.unroll * directions
-    negatives = config.softmax.negatives if config.softmax.kind == "sampled" else n_words
+    negatives = config.softmax.negatives if config.softmax.facts.samples_words else n_words
     # tensors kept for backward: gates, their gradients, cells and outputs; logits and their gradient
     activations = window * lstm.n_layers * (10 * lstm.dim + 4 * lstm.projection_dim) + 3 * window * negatives
     block = config.data.block_bytes if block_bytes is None else block_bytes
     gradient_bytes, activation_bytes = dense * width, activations * width
-    if on_gpu and config.train.kernels == "auto" and width == 4 and config.softmax.kind == "sampled":
+    if on_gpu and config.train.kernels == "auto" and width == 4 and config.softmax.facts.samples_words:
         of_tables, activation_bytes = captured_step_memory(config, n_words, rows)
         gradient_bytes += of_tables
     uses = {
@@ -170,7 +170,7 @@ def _cure(config: PretrainConfig, use: str, parameters: dict[str, int]) -> str:
     if use == "text":
         return f"lower data.streams={config.data.streams} or data.block_bytes={config.data.block_bytes}"
     if use == "activations":
-        if config.softmax.kind != "sampled":
+        if not config.softmax.facts.samples_words:
             return f"set softmax.kind=sampled, or raise train.accumulate={config.train.accumulate}"
         return f"raise train.accumulate={config.train.accumulate}, or lower data.streams={config.data.streams}"
     tables = sum(parameters.get(name, 0) for name in ("softmax", "word_embedding"))

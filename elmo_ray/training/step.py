@@ -54,8 +54,6 @@ class StepResult(NamedTuple):
         return {**found, **self.gradients.dense, **self.gradients.tables}
 
 
-__all__ = ["DTYPES", "Gradients", "StepInput", "StepOutput", "TrainStep"]
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Type of parameters, states and sums by `train.precision`; bf16 is the type of matrix products only."""
 
@@ -113,7 +111,7 @@ class TrainStep:
         self.config, self.model, self.rank, self.world, self.total_steps = config, model, rank, world, total_steps
         self.device = next(model.parameters()).device
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-        self.sampled = config.softmax.kind == "sampled"
+        self.sampled = config.softmax.facts.samples_words
         tables = {name: p.detach() for name, p in model.named_parameters() if name in TABLES}
         kernels.use(config.train.kernels)
         self.optimizer = Optimizer(config.optim, model.dense_parameters(), tables)

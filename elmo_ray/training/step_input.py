@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from elmo_ray.kernels.hints import SortedPositions, WindowCounts
 
 @dataclass
 class StepInput:
-    """All data that a step needs, on the device.
+    """Data of a step, on the device.
 
     types [U, C] (for word input [U]: indices into `input_rows`, or ids with a full softmax), type_classes, inputs
     [D, B, T], targets [D, B, T], lengths [B]: as in `streams.Batch`. reset: [B] rows that start from zero state.
@@ -104,22 +105,30 @@ class StepInput:
 
     def copy_to(self, other: StepInput) -> None:
         """Write all numbers into another input of the same shapes."""
-        for each, into in zip(self._parts(), other._parts(), strict=True):
+        for each, into in zip(self.all_inputs, other.all_inputs, strict=True):
             for name, tensor in each.tensors().items():
                 getattr(into, name).copy_(tensor)
 
     def unpacked(self, memory: Tensor) -> StepInput:
         """Return an input of the same shapes whose tensors are views of `memory` [packed_size]."""
         blocks = memory.split(self._sizes())
-        result, *micros = (each.over(block) for each, block in zip(self._parts(), blocks, strict=True))
+        result, *micros = (each.over(block) for each, block in zip(self.all_inputs, blocks, strict=True))
         result.micro_batches = tuple((rows, m) for (rows, _), m in zip(self.micro_batches, micros, strict=True))
         return result
 
-    def _parts(self) -> list[StepInput]:
+    @property
+    def shape_key(self) -> tuple[Any, ...]:
+        """Return all that a captured step depends on besides numbers: equal values mean inputs of one shape."""
+        tensors = tuple((name, tensor.shape, tensor.dtype) for name, tensor in self.tensors().items())
+        return self.type_classes, self.n_windows, tensors
+
+    @property
+    def all_inputs(self) -> list[StepInput]:
+        """Return this input, and those of its micro-batches."""
         return [self, *(micro for _, micro in self.micro_batches)]
 
     def _sizes(self) -> list[int]:
-        return [sum(_aligned(tensor.nbytes) for tensor in each.tensors().values()) for each in self._parts()]
+        return [sum(_aligned(tensor.nbytes) for tensor in each.tensors().values()) for each in self.all_inputs]
 
     def over(self, block: Tensor) -> StepInput:
         """Return an input of the same shapes whose tensors are views of the block, in an order that all inputs have."""
@@ -210,7 +219,7 @@ class PackedInput:
         """Return the input on `device`, sent by one copy which does not block this thread."""
         host = torch.empty(len(self.packed), dtype=torch.uint8, pin_memory=device.type == "cuda")
         result = self.shapes.unpacked(host.copy_(self.packed).to(device, non_blocking=True))
-        for each in (result, *(micro for _, micro in result.micro_batches)):
+        for each in result.all_inputs:
             each.step, each.positions = self.step, self.positions
         return result
 

@@ -32,7 +32,8 @@ from hypothesis import strategies as st
 
 from elmo_ray import storage
 from elmo_ray.checkpoints import write as ck
-from elmo_ray.checkpoints.manifest import MANIFEST, finished_manifest
+from elmo_ray.checkpoints.manifest import MANIFEST, directory_name, finished_manifest, streams_name
+from elmo_ray.checkpoints.read import Checkpoint, newest_checkpoint, open_checkpoint
 from elmo_ray.checkpoints.stores import store_of
 from elmo_ray.errors import CheckpointError
 from elmo_ray.storage import Place, base_name, is_uri, join, read_bytes, write_bytes
@@ -76,11 +77,11 @@ def state_of(streams: int, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def save(root: Place, step: int, attempt: int = 1, streams: int = 5, world: int = 2) -> ck.Checkpoint:
-    folder = join(root, ck.directory_name(step, attempt))
+def save(root: Place, step: int, attempt: int = 1, streams: int = 5, world: int = 2) -> Checkpoint:
+    folder = join(root, directory_name(step, attempt))
     state = state_of(streams, step)
     for rank, (first, last) in enumerate(shares(streams, world)):
-        tensors = {ck.streams_name(first, last): {key: value[first:last] for key, value in state.items()}}
+        tensors = {streams_name(first, last): {key: value[first:last] for key, value in state.items()}}
         texts = {}
         if rank == 0:
             tensors["model.safetensors"] = {"weight": torch.full((4, 3), float(step))}
@@ -93,11 +94,11 @@ def test_round_trip_of_every_dtype_and_shape(root: str) -> None:
     tensors = {f"t{i}": (torch.arange(6).reshape(2, 3) % 2).to(dtype) for i, dtype in enumerate(DTYPES)}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "transposed": torch.randn(3, 5).t()}
     tensors |= {"grad": torch.randn(3, requires_grad=True), "strided": torch.arange(10)[::3]}
-    folder = join(root, ck.directory_name(7, 1))
-    streams = {ck.streams_name(0, 1): {"s": torch.zeros(1)}}
+    folder = join(root, directory_name(7, 1))
+    streams = {streams_name(0, 1): {"s": torch.zeros(1)}}
     ck.write_rank_files(folder, 0, {"model.safetensors": tensors, **streams}, {"vocab.txt": "<S>\nnaïve\n"})
     ck.commit(folder, 1, {"step": 7, "streams": 1}, patience_s=0)
-    checkpoint = ck.open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     assert checkpoint.step == 7
     assert checkpoint.text("vocab.txt") == "<S>\nnaïve\n"
     data = read_bytes(join(folder, "model.safetensors"))
@@ -128,7 +129,7 @@ def test_streams_come_back_for_any_other_number_of_workers(root: str, streams: i
 def test_commit_refuses_what_is_not_whole(root: str) -> None:
     def part(name: str, rank: int, first: int, last: int, **texts: str) -> None:
         ck.write_rank_files(
-            join(root, name), rank, {ck.streams_name(first, last): {"s": torch.zeros(last - first)}}, texts
+            join(root, name), rank, {streams_name(first, last): {"s": torch.zeros(last - first)}}, texts
         )
 
     def refused(name: str, match: str, world: int = 2) -> None:
@@ -148,18 +149,18 @@ def test_commit_refuses_what_is_not_whole(root: str) -> None:
     part("d", 1, 2, 4, config="b")
     refused("d", "config was written by another rank")
     part("e", 0, 0, 4)
-    cut = join(root, "e", ck.streams_name(0, 4))
+    cut = join(root, "e", streams_name(0, 4))
     write_bytes(cut, read_bytes(cut)[:20])
     refused("e", "truncated", world=1)
 
 
 def test_commit_waits_for_a_slow_file_system(root: str) -> None:
     folder = join(root, "x")
-    ck.write_rank_files(folder, 0, {ck.streams_name(0, 1): {"s": torch.zeros(1)}}, {})
+    ck.write_rank_files(folder, 0, {streams_name(0, 1): {"s": torch.zeros(1)}}, {})
 
     def late() -> None:
         time.sleep(0.3)
-        ck.write_rank_files(folder, 1, {ck.streams_name(1, 2): {"s": torch.zeros(1)}}, {})
+        ck.write_rank_files(folder, 1, {streams_name(1, 2): {"s": torch.zeros(1)}}, {})
 
     thread = threading.Thread(target=late)
     thread.start()
@@ -194,34 +195,34 @@ def test_damage_of_any_file_is_found_named_and_walked_past(
     for seed, name in enumerate(names * (5 if how == "flipped" else 1)):
         copy = join(root, f"copy{seed}")
         copy_tree(whole, copy)
-        newest = join(copy, ck.directory_name(20, 1))
+        newest = join(copy, directory_name(20, 1))
         damage(join(newest, name), how, seed)
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-            ck.open_checkpoint(newest)
+            open_checkpoint(newest)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            found = ck.newest_checkpoint(copy)
+            found = newest_checkpoint(copy)
         assert found is not None and found.step == 10
         assert name in caplog.text and base_name(newest) in caplog.text
 
 
 def test_the_search_for_the_newest(root: str) -> None:
-    assert ck.newest_checkpoint(join(root, "nothing")) is None
-    unfinished = join(root, ck.directory_name(5, 1))
+    assert newest_checkpoint(join(root, "nothing")) is None
+    unfinished = join(root, directory_name(5, 1))
     ck.write_rank_files(unfinished, 0, {"model.safetensors": {"w": torch.zeros(2)}}, {})
     write_bytes(join(root, "step-1-attempt-x", "file"), b"")
     write_bytes(join(root, "checkpoint_manager_snapshot.json"), b"{}")
-    assert ck.newest_checkpoint(root) is None, "an unfinished directory is not a checkpoint"
+    assert newest_checkpoint(root) is None, "an unfinished directory is not a checkpoint"
     save(root, 30, attempt=1)
     save(root, 20, attempt=2)
-    found = ck.newest_checkpoint(root)
+    found = newest_checkpoint(root)
     assert found is not None and found.step == 20, "attempt 2 came after attempt 1, although it had walked back"
     for step, attempt in [(30, 1), (20, 2)]:
         # what this machine has fetched from a store is not fetched again to compare its hashes
         how = "longer" if is_uri(root) else "flipped"
-        damage(join(root, ck.directory_name(step, attempt), "model.safetensors"), how, 1)
+        damage(join(root, directory_name(step, attempt), "model.safetensors"), how, 1)
     with pytest.raises(CheckpointError, match="no checkpoint is whole.*model.safetensors"):
-        ck.newest_checkpoint(root)
+        newest_checkpoint(root)
 
 
 @contextlib.contextmanager
@@ -241,21 +242,21 @@ def test_a_failed_write_leaves_no_debris_and_no_harm(root: str) -> None:
     writer = ck.CheckpointWriter(0)
     assert writer.state == "idle" and writer.wait() == "idle"
     big = {"a.safetensors": {"x": torch.ones(10)}, "b.safetensors": {"x": torch.ones(1 << 20)}}
-    directory = join(root, ck.directory_name(20, 1))
+    directory = join(root, directory_name(20, 1))
     with small_disk(1 << 20):
         writer.start(directory, big, {"config.yaml": "x"})
         assert writer.wait() == "failed"
     assert isinstance(writer.error, OSError) and writer.error.strerror == os.strerror(errno.EFBIG)
-    assert contents(root) == before and names_in(root) == [ck.directory_name(10, 1)]
+    assert contents(root) == before and names_in(root) == [directory_name(10, 1)]
     writer.reset()
     if not is_uri(root):
         write_bytes(join(root, "file"), b"in the way")
-        writer.start(join(root, "file", ck.directory_name(20, 1)), big, {})
+        writer.start(join(root, "file", directory_name(20, 1)), big, {})
         assert writer.wait() == "failed" and isinstance(writer.error, OSError)
         remove(join(root, "file"))
     writer.reset()
     assert writer.state == "idle" and writer.error is None
-    writer.start(join(root, ck.directory_name(10, 1)), big, {})
+    writer.start(join(root, directory_name(10, 1)), big, {})
     assert writer.wait() == "failed" and isinstance(writer.error, FileExistsError)
     assert contents(root) == before, "a finished checkpoint is never written again"
     for name in ["../x", "a/b", "manifest.json", "part-00000.json", "", ".hidden", "x\n"]:
@@ -305,16 +306,18 @@ def test_tensors_that_share_memory_and_who_may_read(tmp_path: Path) -> None:
 KILLED = """
 import sys, torch
 from elmo_ray.checkpoints import write as ck
+from elmo_ray.checkpoints.manifest import directory_name
+from elmo_ray.checkpoints.read import newest_checkpoint
 from elmo_ray.storage import join
 root, attempt = sys.argv[1], int(sys.argv[2])
-found = ck.newest_checkpoint(root)
+found = newest_checkpoint(root)
 step = 0 if found is None else found.step
 if found is not None:
     assert float(found.tensors("model.safetensors")["w"].mean()) == step
 print("ready", step, flush=True)
 while True:
     step += 1
-    folder = join(root, ck.directory_name(step, attempt))
+    folder = join(root, directory_name(step, attempt))
     ck.write_rank_files(folder, 0, {"model.safetensors": {"w": torch.full((1 << 18,), float(step))},
                               "streams-00000-00000.safetensors": {"s": torch.zeros(1)}}, {"config.yaml": "x"})
     ck.commit(folder, 1, {"step": step, "streams": 1}, patience_s=0)
@@ -346,7 +349,7 @@ def test_kill_9_while_saving(where: str, request: pytest.FixtureRequest, tmp_pat
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    found = ck.newest_checkpoint(root)
+    found = newest_checkpoint(root)
     assert found is not None
     assert steps == sorted(steps) and found.step >= saved > steps[-1] > 0
     assert len([name for name in names_in(root) if MANIFEST in contents(join(root, name))]) <= 3
@@ -354,7 +357,7 @@ def test_kill_9_while_saving(where: str, request: pytest.FixtureRequest, tmp_pat
 
 def test_prune(root: str) -> None:
     assert ck.prune(join(root, "nothing"), 3) == []
-    names = {step: ck.directory_name(step, 1) for step in (10, 20, 30, 35, 40, 50)}
+    names = {step: directory_name(step, 1) for step in (10, 20, 30, 35, 40, 50)}
     for step in (10, 20, 30, 40):
         save(root, step)
     write_bytes(join(root, "other", "file"), b"")
@@ -372,17 +375,17 @@ def test_damaged_checkpoints_do_not_crowd_out_the_last_good_one(root: str) -> No
     for step in (10, 20, 30, 40):
         save(root, step)
     for step in (30, 40):  # as long as before: only their hashes tell
-        path = join(root, ck.directory_name(step, 1), "model.safetensors")
+        path = join(root, directory_name(step, 1), "model.safetensors")
         data = bytearray(read_bytes(path))
         data[-1] ^= 1
         write_bytes(path, bytes(data))
     damaged: list[Place] = []
-    newest = ck.newest_checkpoint(root, damaged=damaged)
+    newest = newest_checkpoint(root, damaged=damaged)
     assert newest is not None and newest.step == 20
-    assert [base_name(place) for place in damaged] == [ck.directory_name(step, 1) for step in (40, 30)]
+    assert [base_name(place) for place in damaged] == [directory_name(step, 1) for step in (40, 30)]
     save(root, 50)
     ck.prune(root, 2, damaged=damaged)
-    assert names_in(root) == [ck.directory_name(step, 1) for step in (20, 50)]
+    assert names_in(root) == [directory_name(step, 1) for step in (20, 50)]
 
 
 def test_storage_that_does_not_answer_is_no_damage(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +400,7 @@ def test_storage_that_does_not_answer_is_no_damage(root: str, monkeypatch: pytes
         raise OSError(errno.EIO, "no route to host", str(place))
 
     monkeypatch.setattr(storage, "listing", away)
-    for work in (lambda: ck.newest_checkpoint(root), lambda: ck.prune(root, 1)):
+    for work in (lambda: newest_checkpoint(root), lambda: ck.prune(root, 1)):
         with pytest.raises(CheckpointError, match="cannot be read: no route to host"):
             work()
     monkeypatch.setattr(storage, "listing", listing)
@@ -412,20 +415,20 @@ def test_the_best_is_an_independent_copy(root: str) -> None:
     assert [name for name in names_in(root) if "step" not in name] == ["best"]
     damage(join(first.place, "model.safetensors"), "flipped", 0)
     if is_uri(root):  # copied within the store: only who fetches it sees the damage
-        assert ck.open_checkpoint(best).step == 20
+        assert open_checkpoint(best).step == 20
         remove(join(best, MANIFEST))  # killed while it was being replaced
         with pytest.raises(CheckpointError, match="no such checkpoint"):
-            ck.open_checkpoint(best)
-        assert ck.open_checkpoint(ck.copy_best(second, best).place).step == 20
+            open_checkpoint(best)
+        assert open_checkpoint(ck.copy_best(second, best).place).step == 20
         return
     with pytest.raises(CheckpointError, match="model.safetensors"):
         ck.copy_best(first, best)
     with small_disk(64), pytest.raises(OSError):
         ck.copy_best(second, best)
     damage(join(second.place, "model.safetensors"), "flipped", 0)
-    assert ck.open_checkpoint(best).step == 20
+    assert open_checkpoint(best).step == 20
     os.replace(best, join(root, "best.previous"))  # killed between the two renames
-    assert ck.open_checkpoint(best).step == 20
+    assert open_checkpoint(best).step == 20
 
 
 # ---------------------------------------------------------------- strangers
@@ -470,7 +473,7 @@ def test_absurd_manifests(root: str, change: dict[str, object], message: str) ->
     folder = save(root, 1).place
     rewritten(folder, change)
     with pytest.raises(CheckpointError, match=message):
-        ck.open_checkpoint(folder)
+        open_checkpoint(folder)
 
 
 def test_manifests_that_try_the_parser(root: str) -> None:
@@ -480,9 +483,9 @@ def test_manifests_that_try_the_parser(root: str) -> None:
     for data in bad:
         write_bytes(join(folder, MANIFEST), data)
         with pytest.raises(CheckpointError, match="manifest.json"):
-            ck.open_checkpoint(folder)
+            open_checkpoint(folder)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        ck.open_checkpoint(join(root, "nowhere"))
+        open_checkpoint(join(root, "nowhere"))
     if is_uri(root):
         return
     path = Path(folder, MANIFEST)
@@ -490,7 +493,7 @@ def test_manifests_that_try_the_parser(root: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         make(path)
         with pytest.raises(CheckpointError, match="manifest.json"):
-            ck.open_checkpoint(folder)
+            open_checkpoint(folder)
 
 
 json_values = st.recursive(
@@ -521,7 +524,7 @@ def test_fuzzed_manifests_raise_only_our_error(
             text = json.dumps(json.loads(original) | changes)
             write_bytes(place, text.encode()[: -cut or None])
         with contextlib.suppress(CheckpointError):
-            checkpoint = ck.open_checkpoint(stranger)
+            checkpoint = open_checkpoint(stranger)
             for name in checkpoint.files:
                 checkpoint.text(name)
     finally:
@@ -547,7 +550,7 @@ def test_garbage_with_a_right_hash_is_not_read_as_tensors(
         files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = finished_manifest({"format": 1, "step": 1, "world": 1, "streams": 1, "files": files}, folder)
     write_bytes(join(folder, MANIFEST), json.dumps(manifest).encode())
-    checkpoint = ck.open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     with contextlib.suppress(CheckpointError):
         assert sum(tensor.numel() for tensor in checkpoint.tensors("model.safetensors").values()) <= 2
     with contextlib.suppress(CheckpointError):

@@ -21,6 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elmo_ray.checkpoints import write as ck
+from elmo_ray.checkpoints.manifest import directory_name, streams_name
+from elmo_ray.checkpoints.read import newest_checkpoint
 from elmo_ray.cluster import session
 from elmo_ray.cluster import trainer as cluster
 from elmo_ray.cluster.logs import LogFollower, log_to_run
@@ -245,8 +247,8 @@ def eventful(plan: TrainPlan, worker: Worker) -> dict[str, Any]:
     log.info("life %d of rank %d", 1 + second, worker.rank)
     log.warning("warning of rank %d", worker.rank)
     step = 2 if second else 1
-    folder = run_dir / "checkpoints" / ck.directory_name(step, 1 + second)
-    ck.write_rank_files(folder, worker.rank, {ck.streams_name(worker.rank, worker.rank + 1): {"s": torch.zeros(1)}}, {})
+    folder = run_dir / "checkpoints" / directory_name(step, 1 + second)
+    ck.write_rank_files(folder, worker.rank, {streams_name(worker.rank, worker.rank + 1): {"s": torch.zeros(1)}}, {})
     dist.barrier()
     if worker.rank == 0:
         ck.commit(folder, worker.world, {"step": step, "streams": worker.world})
@@ -306,7 +308,7 @@ def test_a_run_on_ray(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "life 1 of rank 1" not in messages
     assert any(message.startswith("failure 1 of 1: restarting all: worker") for message in messages)
     assert any(message.startswith("SIGTERM: training stops") for message in messages)
-    newest = ck.newest_checkpoint(run_dir / "checkpoints")
+    newest = newest_checkpoint(run_dir / "checkpoints")
     assert newest is not None and newest.step == 2
     assert not (run_dir / "checkpoint_manager_snapshot.json").exists(), "Ray writes nothing there that could fail"
 

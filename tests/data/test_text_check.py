@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from elmo_ray.config.softmax import SOFTMAX_KINDS
 from elmo_ray.data import sentence_sample, text_check
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.scan import index_shard
@@ -50,7 +51,7 @@ def checks(folder: Path, train: list[str], valid: list[str], words: list[str]) -
 
 
 def warnings(found: TextChecks, softmax: str = "sampled") -> list[str]:
-    return list(found.warnings("data.vocab=words.txt", softmax))
+    return list(found.warnings("data.vocab=words.txt", softmax, SOFTMAX_KINDS[softmax].order))
 
 
 def test_shares_of_unknown_words(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_another_case_is_told(tmp_path: Path) -> None:
 
 def test_unknown_words_of_a_vocabulary_that_no_user_named(tmp_path: Path) -> None:
     found = checks(tmp_path, ["the cat sees"] * 9, ["a dog"] * 9, ["the"])
-    train, valid = found.warnings("counted from data.train", "sampled", "raise data.max_vocab=4")
+    train, valid = found.warnings("counted from data.train", "sampled", "", "raise data.max_vocab=4")
     assert train.endswith("counted from data.train (such as 'cat', 'sees'): raise data.max_vocab=4")
     assert valid.endswith("(such as 'a', 'dog'): is it text of the same kind, and split alike?")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from helpers import naive_bilm
 from helpers.naive_bilm import close
 
+from elmo_ray.config.softmax import SOFTMAX_KINDS, SoftmaxConfig
 from elmo_ray.kernels.full_softmax import CHUNK, FullSoftmax
-from elmo_ray.model.softmax import full_losses, sampled_losses
+from elmo_ray.model.softmax import KINDS, full_losses, sampled_losses
 from elmo_ray.training.noise import draw_negatives, log_expected_count
 
 
@@ -22,6 +24,11 @@ def one_direction(x, weight, bias, targets, target_logs, negatives, negative_log
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def test_each_kind_that_can_be_set_has_its_class_and_its_facts() -> None:
+    settable = get_args(SoftmaxConfig.model_fields["kind"].annotation)
+    assert list(settable) == list(SOFTMAX_KINDS) == list(KINDS)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])

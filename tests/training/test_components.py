@@ -123,7 +123,7 @@ def test_training_ends_when_validation_no_longer_improves(tmp_path: Path, corpus
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__freeze": ["lstm.2"]}, "train.freeze has lstm.2: the model's parts are char_embedding, "),
+        ({"train__freeze": ["lstm.2"]}, "train.freeze has lstm.2: the model's components are char_embedding, "),
         ({"train__freeze": "word_embedding"}, "train.freeze has word_embedding"),
         ({**WORDS_UNTIED, "train__freeze": ["word_embedding", "lstm.0", "lstm.1", "softmax"]}, "nothing is left"),
         ({"train__freeze": "softmax", "train__softmax_first": 5}, "train.softmax_first=5 trains the softmax"),

@@ -191,7 +191,7 @@ def test_slots_are_kept_or_reset(domain: Domain) -> None:
     ("arguments", "message"),
     [
         (["model.lstm.dim=9"], "model.lstm.dim=9: the source has 8; remove it"),
-        (["train.freeze=[lstm.5]"], "train.freeze has lstm.5: the model's parts are char_embedding"),
+        (["train.freeze=[lstm.5]"], "train.freeze has lstm.5: the model's components are char_embedding"),
         (["softmax.tied=true"], "tied"),
         (["data.max_vocab=9"], "data.max_vocab is set, but the vocabulary is the source's"),
         (["train.validate_every=null"], "train.validate_every=null: the model is measured before and after"),

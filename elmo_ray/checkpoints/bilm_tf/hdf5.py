@@ -21,7 +21,7 @@ from torch import Tensor
 from elmo_ray.checkpoints.bilm_tf.variables import from_variables, to_variables, variable_shapes
 from elmo_ray.config import SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
-from elmo_ray.errors import FormatError, short
+from elmo_ray.errors import FormatError, reason, short
 from elmo_ray.model.bilm import BiLM
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def write_weights(path: str | os.PathLike[str], model: BiLM) -> None:
                 values = np.ascontiguousarray(array, dtype=np.float32)
                 file.create_dataset(_dataset(variable), data=values, track_times=False)
     except _LIBRARY_ERRORS as error:
-        raise FormatError(f"{path}: cannot be written: {_line(error)}") from None
+        raise FormatError(f"{path}: cannot be written: {reason(error)}") from None
 
 
 def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
@@ -132,7 +132,7 @@ def read_weights(path: str | os.PathLike[str], model: ModelConfig) -> BiLM:
     except FormatError:
         raise
     except _LIBRARY_ERRORS as error:
-        raise FormatError(f"{path}: cannot be read as bilm-tf weights: {_line(error)}") from None
+        raise FormatError(f"{path}: cannot be read as bilm-tf weights: {reason(error)}") from None
     bilm.load_state_dict(tensors, assign=True)
     return bilm.requires_grad_(False)
 
@@ -162,7 +162,7 @@ def read_word_vectors(path: str | os.PathLike[str], width: int) -> Tensor:
     except FormatError:
         raise
     except _LIBRARY_ERRORS as error:
-        raise FormatError(f"{path}: cannot be read as word vectors: {_line(error)}") from None
+        raise FormatError(f"{path}: cannot be read as word vectors: {reason(error)}") from None
 
 
 def check_is_hdf5(path: str | os.PathLike[str]) -> None:
@@ -315,7 +315,3 @@ def _bits(model: BiLM) -> dict[str, Tensor]:
     # bits, because a NaN is not equal to itself
     parameters = {name: p for name, p in model.named_parameters() if not name.startswith("softmax")}
     return {name: p.detach().cpu().float().contiguous().view(torch.int32) for name, p in parameters.items()}
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -163,19 +163,11 @@ def _plain(key: str) -> str:
     return "".join(letter for letter in key.lower() if letter.isalnum())
 
 
-def to_options(
-    model: ModelConfig,
-    softmax: SoftmaxConfig,
-    n_words: int,
-    for_training: bool = False,
-    dropout: float = 0.0,
-    unroll: int = 20,
-    rows: int = 128,
-) -> dict[str, Any]:
-    """Return the options of a model for bilm-tf and AllenNLP.
+def to_options(model: ModelConfig, softmax: SoftmaxConfig, n_words: int, for_training: bool = False) -> dict[str, Any]:
+    """Return the options of a model for bilm-tf and AllenNLP, with the original's settings of training.
 
     n_words: size of the vocabulary. for_training: write 261 characters, as bilm-tf's training needs, instead of the 262
-    that its inference needs. dropout, unroll (steps), rows (of a batch): settings of training.
+    that its inference needs.
     """
     lstm: dict[str, Any] = {
         "dim": model.lstm.dim,
@@ -189,12 +181,12 @@ def to_options(
     options: dict[str, Any] = {
         "bidirectional": model.bidirectional,
         "lstm": lstm,
-        "dropout": dropout,
+        "dropout": 0.0,
         "n_tokens_vocab": n_words,
-        "unroll_steps": unroll,
-        "batch_size": rows,
+        "unroll_steps": 20,
+        "batch_size": 128,
         "all_clip_norm_val": 10.0,
-        "sample_softmax": softmax.kind == "sampled",
+        "sample_softmax": softmax.facts.samples_words,
         "n_negative_samples_batch": softmax.negatives,
     }
     if model.input == "characters":

@@ -21,7 +21,7 @@ from torch import Tensor
 from elmo_ray.checkpoints.bilm_tf.variables import from_variables, variable_shapes
 from elmo_ray.config import SoftmaxConfig
 from elmo_ray.config.model import ModelConfig
-from elmo_ray.errors import ConfigError, FormatError
+from elmo_ray.errors import ConfigError, FormatError, reason
 from elmo_ray.model.bilm import BiLM
 
 STATE_FILE = "checkpoint"
@@ -151,7 +151,7 @@ class _Variables(Mapping[str, np.ndarray]):
         try:
             array = np.asarray(self.reader.get_tensor(name))
         except Exception as error:  # damaged bytes may raise anything in TensorFlow
-            raise FormatError(f"{self.prefix}: {name} cannot be read: {_line(error)}") from None
+            raise FormatError(f"{self.prefix}: {name} cannot be read: {reason(error)}") from None
         if array.dtype.kind != "f":
             raise FormatError(f"{self.prefix}: {name} has numbers of type {array.dtype}, not floats")
         return array.astype(np.float32)
@@ -188,12 +188,12 @@ def _open(prefix: Path) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"{prefix.parent}: a TensorFlow checkpoint is read by TensorFlow, which cannot be imported here "
-            f"({_line(error)}): pip install 'elmo-ray[tensorflow]'"
+            f"({reason(error)}): pip install 'elmo-ray[tensorflow]'"
         ) from None
     try:
         return tensorflow.train.load_checkpoint(str(prefix))
     except Exception as error:  # damaged bytes may raise anything in TensorFlow
-        raise FormatError(f"{prefix}: cannot be read as a TensorFlow checkpoint: {_line(error)}") from None
+        raise FormatError(f"{prefix}: cannot be read as a TensorFlow checkpoint: {reason(error)}") from None
 
 
 def _step(variables: _Variables) -> int | None:
@@ -211,8 +211,3 @@ def _fingerprint(prefix: Path) -> str:
         return hashlib.sha256(Path(f"{prefix}.index").read_bytes()).hexdigest()
     except OSError as error:
         raise FormatError(f"{prefix}.index: cannot be read: {error.strerror}") from None
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "..."

@@ -140,7 +140,7 @@ def bound_of(clip: float | None) -> np.float32:
 
 
 def compiled_with(**options: Any) -> Callable[[Function], Function]:
-    """`compiled` with other options of Numba's."""
+    """Return `compiled` with other options of Numba's."""
 
     def compiled(function: Function) -> Function:
         if numba is None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elmo_ray.data.formats import HEAD_BYTES, check_text
+from elmo_ray.data.foreign_formats import HEAD_BYTES, check_text
 from elmo_ray.errors import DataError
 
 ROWS = [{"id": number, "text": f"the cat sees {number} dogs ."} for number in range(9)]

@@ -1,6 +1,7 @@
 """Files of other formats that are given as text: Parquet, JSON, columns, archives, and what else holds text inside.
 
-Most of them are valid UTF-8, or become so with data.on_error=replace, and would be trained on as words without a word.
+Most of them are valid UTF-8, or become so with data.on_error=replace, and would be trained on as if
+they were words, without an error.
 """
 
 from __future__ import annotations
