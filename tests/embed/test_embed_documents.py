@@ -148,8 +148,16 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
         (raw, [], "its documents are not tokenised (words such as 'cat.'); set data.tokenizer=spacy"),
         (good, ["embed.keep=title"], "good.jsonl: has no column title (embed.keep=title); it has id, text"),
         (table, ["embed.keep=[id, page.n]"], "t.parquet: has no column page (embed.keep=page.n); it has id, text"),
-        (table, ["embed.keep=id.n"], "t.parquet: has no column id.n (embed.keep=id.n); it has string"),
-        (table, ["data.column=id.n"], "t.parquet: has no column id.n (data.column=id.n); it has string"),
+        (
+            table,
+            ["embed.keep=id.n"],
+            "t.parquet: id has values of string, with no columns inside, and embed.keep=id.n names one",
+        ),
+        (
+            table,
+            ["data.column=id.n"],
+            "t.parquet: id has values of string, with no columns inside, and data.column=id.n names one",
+        ),
         (good, ["data.column=id"], "good.jsonl, line 1: data.column=id is 1, neither text nor a list of words"),
         (text, ["embed.keep=id"], f"embed.keep=id: {text} is text, which has no columns"),
         (good, ["embed.keep=words"], "embed.keep=words: OUT has a column of this name already"),
