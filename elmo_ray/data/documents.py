@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from elmo_ray.data.text import BYTE_ORDER_MARK, MAX_LINE_BYTES, REPLACEMENT, OnE
 from elmo_ray.data.unpack import compression, unpacked_pieces
 from elmo_ray.errors import ConfigError, DataError, short
 from elmo_ray.text.records import FORMATS, format_of
-from elmo_ray.text.tokenizers import NONE, Tokenizer, describe_tokenizer, remembered_tokenizer
+from elmo_ray.text.tokenizers import NONE, SPACY, Tokenizer, describe_tokenizer, remembered_tokenizer
 from elmo_ray.text.unspaced import UNSPACED_ADVICE, find_unspaced
 
 _READ_BYTES = 1 << 20
@@ -32,6 +33,8 @@ _ROWS = 200
 _BATCH, _BATCH_CHARACTERS = 1000, 1 << 20
 # Words of the first documents that are looked at where no tokenizer is set.
 _LOOKED_AT = 2000
+# Full stops and commas between blanks; fewer may be chance.
+_FEWEST_MARKS = 20
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,29 @@ def tokenised_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterato
         yield made
     if check is not None:
         check.finish()
+
+
+def divided_again(source: str, documents: Iterable[str | None]) -> str | None:
+    """Return what to say of a file that looks tokenised although spaCy's rules divide it; None if it does not.
+
+    documents: of the file; the first ones are read. Rules that meet `" Yes . " he said .` find other sentences than the
+    one of the line.
+    """
+    words = marks = joined = 0
+    for document in itertools.islice(documents, _BATCH):
+        for word in (document or "")[:_BATCH_CHARACTERS].split():
+            words += 1
+            # Some languages have blanks before other marks.
+            marks += word in (".", ",")
+            joined += is_joined(word)
+        if words >= _LOOKED_AT:
+            break
+    if marks < _FEWEST_MARKS or joined > UNTOKENISED_SHARE * marks:
+        return None
+    return (
+        f"{source}: looks tokenised (full stops and commas stand alone), and data.tokenizer={SPACY} divides it once "
+        "more; set data.tokenizer=none to take it as it is"
+    )
 
 
 def _batches(documents: Iterable[str | None], counts: Counts) -> Iterator[list[str]]:

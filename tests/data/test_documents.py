@@ -178,3 +178,16 @@ def test_a_text_that_is_made_is_used_again(tmp_path: Path) -> None:
     assert made.stat().st_mtime_ns == before.st_mtime_ns
     jsonl(source, [{"text": DOCUMENTS[1]}])
     assert text_of(tmp_path / "out", [source]) == LINES[2:]
+
+
+def test_text_that_is_divided_again_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("spacy")
+    tokenised = tmp_path / "tokenised.txt"
+    tokenised.write_text('" Yes , yes . " he said .\n' * 30)
+    raw = jsonl(tmp_path / "raw.jsonl", [{"text": '"Yes, yes," he said. "That is so." He left.'}] * 30)
+    spacy = {"tokenizer": "spacy", "language": "en"}
+    text_of(tmp_path / "out", [raw], **spacy)
+    text_of(tmp_path / "out", [tokenised], tokenizer="none")
+    assert "looks tokenised" not in caplog.text
+    text_of(tmp_path / "out", [tokenised], **spacy)
+    assert f"data.train: {tokenised}: looks tokenised (full stops and commas stand alone)" in caplog.text

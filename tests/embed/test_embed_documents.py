@@ -128,6 +128,37 @@ def test_a_job_with_documents_goes_on(tmp_path: Path, checkpoint: Path, capsys: 
         assert file["1"].attrs["sentence_in_document"] == 1
 
 
+def test_small_files_share_shards(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(40):
+        records = [{"id": f"{number}-{n}", "text": "the dog .\na cat ."} for n in range(number % 3)]
+        jsonl(tmp_path / f"{number:02}.jsonl", records)
+    (tmp_path / "20.txt").write_text("the old house .\n")  # of another kind, in the middle
+    settings = ["embed.layers=top", "embed.output=means"]
+    embed(checkpoint, tmp_path / "*.*", tmp_path / "out", *settings)
+    assert len(list((tmp_path / "out").glob("part-*"))) == 3
+    rows = pq.read_table(tmp_path / "out")
+    documents = [n for n in range(40) for _ in range(n % 3)]
+    assert len(rows) == 2 * len(documents) + 1 and rows["sentence"].to_pylist() == list(range(len(rows)))
+    record = json.loads((tmp_path / "out" / "_embed.json").read_text())
+    assert [Path(file["path"]).name for file in record["in"]] == sorted(path.name for path in tmp_path.glob("*.*"))
+    # 20.jsonl comes before 20.txt
+    for number, file in ((1, 1), (2, 2), (19, 19), (20, 20), (22, 23), (38, 39)):
+        before = sum(n < number for n in documents) + (number > 20)
+        assert record["in"][file]["first_document"] == before, number
+        assert rows["document"].to_pylist()[record["in"][file]["first_sentence"]] == before, number
+    assert record["in"][40]["first_sentence"] is None, "39.jsonl is empty"
+    assert record["in"][21]["first_sentence"] == 2 * sum(n <= 20 for n in documents)
+    # kept columns go with their documents; a carried state ends with its file
+    embed(checkpoint, tmp_path / "*.jsonl", tmp_path / "kept", *settings, "embed.keep=id")
+    kept = pq.read_table(tmp_path / "kept")["id"].to_pylist()
+    assert kept == [f"{number}-{n}" for number in range(40) for n in range(number % 3) for _ in range(2)]
+    embed(checkpoint, tmp_path / "0?.jsonl", tmp_path / "carried", *settings, "embed.state=carry")
+    assert len(list((tmp_path / "carried").glob("part-*"))) == 6  # 0, 3, 6 and 9 are empty
+    (tmp_path / "33.jsonl").write_text("{\n")
+    embed(checkpoint, tmp_path / "*.jsonl", tmp_path / "bad", *settings, code=2)
+    assert "33.jsonl, line 1: is not JSON" in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
 def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = jsonl(tmp_path / "good.jsonl", [{"id": 1, "text": "the dog ."}, {"id": 2, "text": "a cat ."}])
     raw = jsonl(tmp_path / "raw.jsonl", [{"id": 1, "text": RAW[0]}])

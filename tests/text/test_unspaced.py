@@ -63,7 +63,7 @@ def test_scripts_with_spaces_and_one_without(
         assert prepare(jsonl(tmp_path / f"{language}.jsonl", text), tokenizer="spacy", language=language) == 0
         shown = capsys.readouterr().out
         assert all(f"  {line.replace(' ', '|')}|\n" in shown for line in sentences), shown
-        assert f"script: {script}; the commonest other letters: none" in shown
+        assert f"script: {script}; the commonest other characters: none" in shown
         assert "without spaces" not in shown
     thai, japanese = jsonl(tmp_path / "th.jsonl", THAI), jsonl(tmp_path / "ja.jsonl", JAPANESE)
     for source, writing in ((thai, "Thai"), (japanese, "Chinese or Japanese")):
@@ -81,7 +81,7 @@ def test_scripts_with_spaces_and_one_without(
     assert "not divided into words: Thai" in page
     (tmp_path / "ja.txt").write_text(JAPANESE + "\n")
     assert prepare(tmp_path / "ja.txt") == 0
-    assert "script: CJK; the commonest other letters: none" in capsys.readouterr().out
+    assert "script: CJK; the commonest other characters: none" in capsys.readouterr().out
     assert "data.train: Chinese or Japanese is written without spaces" in caplog.text
     # what a segmenter has divided is taken as it is
     caplog.clear()
