@@ -127,10 +127,15 @@ def run(config: EmbedConfig, flags: Flags | None = None) -> EmbedResult | EmbedP
         # The temporary folder of a dry run is on this machine alone.
         runner = _make_here if flags.dry_run else functools.partial(_make_sentences, config.cluster)
         texts = find_files(config.texts, form, job.keep, config.data.block_bytes, unpack_to, runner, job.carry)
-        job = _with_documents(job, texts)
-        units = cut_units(texts.files, config.data.block_bytes, whole=job.carry)
-        if not units:
-            raise DataError(f"in={','.join(config.texts)}: no sentence in {len(texts.sources)} files")
+        try:
+            job = _with_documents(job, texts)
+            units = cut_units(texts.files, config.data.block_bytes, whole=job.carry)
+            if not units:
+                raise DataError(f"in={','.join(config.texts)}: no sentence in {len(texts.sources)} files")
+        except DataError:
+            if old is None:
+                shutil.rmtree(unpack_to, ignore_errors=True)
+            raise
         record = job_record(job, source, config.data.block_bytes, texts.files, units)
         if old is not None:
             check_same(old, record, shard_folder)

@@ -259,14 +259,10 @@ class _Writer:
 
 
 def _longest(array: Any) -> int:
-    """Return the bytes of the longest value of an Arrow array of text or bytes, or 0 where that does not matter."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kind = array.type
-    if array.nbytes <= _LONGEST_KEPT or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    """Return the bytes of the longest value of an Arrow array, or 0 where all of them together are not too long."""
+    if array.nbytes <= _LONGEST_KEPT:
         return 0
-    return int(pc.max(pc.binary_length(array)).as_py() or 0)
+    return max(array.slice(place, 1).nbytes for place in range(len(array)))
 
 
 def read_words(path: str, start: int, end: int) -> Iterator[list[str]]:
@@ -366,7 +362,7 @@ def read_kinds(data: bytes) -> Any:
 def unified_kinds(files: Sequence[tuple[str, SentenceFile]]) -> Any:
     """Return the schema of the kept columns of all files, named by their sources.
 
-    Raises DataError where the types of a column do not go together.
+    Raises DataError where the types of a column do not go together, or cannot be written.
     """
     import pyarrow as pa
 
@@ -379,7 +375,25 @@ def unified_kinds(files: Sequence[tuple[str, SentenceFile]]) -> Any:
                 f"{source}: a column of embed.keep has other values than in the files before it "
                 f"({short(str(error), 120)}); leave it out or embed the files one by one"
             ) from None
+        for kept in kinds:
+            if (why := _not_written(kept)) is not None:
+                raise DataError(
+                    f"{source}: embed.keep={kept.name}: its values are {kept.type}, which Parquet cannot hold ({why}); "
+                    "leave it out"
+                )
     return kinds
+
+
+def _not_written(field: Any) -> str | None:
+    """Return why Parquet cannot hold values of the type of a field, such as objects without keys; None if it can."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.write_table(pa.table([pa.nulls(1, field.type).take(pa.array([0]))], [field.name]), pa.BufferOutputStream())
+    except pa.ArrowException as error:
+        return short(str(error), 120)
+    return None
 
 
 def _remove(place: Path) -> None:

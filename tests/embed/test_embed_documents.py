@@ -50,6 +50,8 @@ def test_sentences_are_joined_with_their_documents(
         "meta": pa.array(meta, pa.struct({"n": pa.float32()})),
         "when": pa.array([DAY, None, DAY, DAY], pa.timestamp("ms", "UTC")),
         "kind": pa.array(["x", "y", "x", "y"]).dictionary_encode(),
+        "tags": pa.array([["x"], [], None, ["y", "z"]]),
+        "view": pa.array(["v", None, "w", "w"], pa.string_view()),
     }
     pq.write_table(pa.table(table), tmp_path / "d.parquet", row_group_size=3)
     records = [dict(zip(("id", "text", "meta"), row, strict=True)) for row in zip(ids, texts, meta, strict=True)]
@@ -57,10 +59,27 @@ def test_sentences_are_joined_with_their_documents(
     plain = jsonl(tmp_path / "d.jsonl", records)
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     (tmp_path / "d.ndjson.zst").write_bytes(zstandard.compress(plain.read_bytes()))
-    settings = ["data.tokenizer=spacy", "data.language=en", "embed.layers=top", "embed.keep=[id, meta.n, kind, when]"]
+    settings = [
+        "data.tokenizer=spacy",
+        "data.language=en",
+        "embed.layers=top",
+        "embed.keep=[id, meta.n, kind, when, tags, view]",
+    ]
     embed(checkpoint, tmp_path / "d.parquet", tmp_path / "rows", *settings)
     rows = pq.read_table(tmp_path / "rows")
-    names = ["sentence", "document", "sentence_in_document", "id", "meta.n", "kind", "when", "words", "vector"]
+    names = [
+        "sentence",
+        "document",
+        "sentence_in_document",
+        "id",
+        "meta.n",
+        "kind",
+        "when",
+        "tags",
+        "view",
+        "words",
+        "vector",
+    ]
     assert rows.column_names == names
     assert rows.schema.field("when").type == pa.timestamp("ms", "UTC")
     assert rows.schema.field("meta.n").type == pa.float32() and rows.schema.field("kind").type == pa.string()
@@ -68,6 +87,8 @@ def test_sentences_are_joined_with_their_documents(
     assert rows["document"].to_pylist() == [0, 0, 0, 1, 2, 3]
     assert rows["sentence_in_document"].to_pylist() == [0, 1, 2, 0, 0, 0]
     assert rows["id"].to_pylist() == ["a", "a", "a", "b", "c", "d"]
+    assert rows["tags"].to_pylist() == [["x"], ["x"], ["x"], [], None, ["y", "z"]]
+    assert rows["view"].to_pylist() == ["v", "v", "v", None, "w", "w"]
     assert rows["meta.n"].to_pylist() == [1.5, 1.5, 1.5, 2, None, 4] and rows["when"].to_pylist()[2:4] == [DAY, None]
     expected = [*(line.split() for line in SPLIT[0]), [], SPLIT[1][0].split(), []]
     assert rows["words"].to_pylist() == expected
@@ -168,12 +189,16 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
     text.write_text("the dog .\n")
     book = jsonl(tmp_path / "book.jsonl", [{"text": "the dog .", "all": "x" * 2_000_000}])
     mixed = jsonl(tmp_path / "mixed.jsonl", [{"id": 1, "text": "the dog ."}, {"id": "x", "text": "the cat ."}])
+    bare = jsonl(tmp_path / "bare.jsonl", [{"text": "the dog .", "meta": [{}]}])
+    blobs = tmp_path / "blobs.parquet"
+    pq.write_table(pa.table({"text": ["the dog ."] * 2, "all": [[b"x"], [b"x" * 2_000_000]]}), blobs)
     half = tmp_path / "half.jsonl"
     half.write_text('{"text": "the \\ud800 dog ."}\n')
     cut = tmp_path / "cut.parquet"
     cut.write_bytes(table.read_bytes()[:-9])
     renamed = tmp_path / "renamed.txt"
     renamed.write_bytes(good.read_bytes())
+    empty = jsonl(tmp_path / "empty.jsonl", [])
     out = tmp_path / "out"
     for source, settings, message in (
         (raw, [], "its documents are not tokenised (words such as 'cat.'); set data.tokenizer=spacy"),
@@ -196,9 +221,12 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
         (mixed, ["embed.keep=id"], "mixed.jsonl: embed.keep=id: its values make no column of one type"),
         (tmp_path / "[gt]*", ["embed.keep=id"], "is text, which has no columns"),
         (book, ["embed.keep=all"], "book.jsonl: embed.keep=all: a document has a value of 2.0 MB there, which each"),
+        (blobs, ["embed.keep=all"], "blobs.parquet: embed.keep=all: a document has a value of 2.0 MB there"),
+        (bare, ["embed.keep=meta"], "bare.jsonl: embed.keep=meta: its values are list<item: struct<>>, which Parquet"),
         (half, [], "half.jsonl, line 1: half of a surrogate pair in the text; mend it, or set data.on_error=replace"),
         (cut, [], "cut.parquet: is no whole Parquet file"),
         (renamed, [], "renamed.txt: is JSON; with an object in each line, name it .jsonl or set data.format=jsonl"),
+        (empty, [], f"in={empty}: no sentence in 1 files"),
         (good, ["data.format=text", "data.column=id"], "data.column is set, but data.format=text has no columns"),
         (good, ["data.tokenizer=nosuch"], "data.tokenizer=nosuch: no such tokenizer"),
     ):
