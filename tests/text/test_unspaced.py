@@ -27,6 +27,8 @@ SPACED = {
 }
 THAI = "แมวนอนหลับอยู่บนเก้าอี้ใกล้หน้าต่าง สุนัขวิ่งเล่นในสวนหลังบ้านทุกวัน"
 THAI_WORDS = "แมว นอนหลับ อยู่ บน เก้าอี้ ใกล้ หน้าต่าง สุนัข วิ่ง เล่น ใน สวน หลัง บ้าน ทุก วัน"
+CHINESE = "今天天气很好。我们去公园散步，孩子们很高兴！你明天来吗？", "他昨天买了一本新书。他非常喜欢读书。"
+JAPANESE_WORDS = "猫 は インターネット の そば の コンピューター で 静か に 眠っ て いる 。"
 JAPANESE = "猫は窓のそばの椅子の上で静かに眠っている。犬は毎日裏庭で元気に走り回っている。"
 CHINESE_WORDS = "猫 在 窗户 旁边 的 椅子 上 睡觉 。 狗 每天 在 后院 里 跑来跑去 。"
 
@@ -42,7 +44,8 @@ def test_which_text_has_no_spaces() -> None:
         return None if found is None else found[0]
 
     assert of(THAI) == "Thai" and of(JAPANESE) == "Chinese or Japanese"
-    assert of(THAI_WORDS * 9) is None and of(CHINESE_WORDS * 9) is None
+    assert of(*CHINESE) == "Chinese or Japanese", "clauses that are no longer than a long word"
+    assert of(THAI_WORDS * 9) is None and of(CHINESE_WORDS * 9) is None and of(JAPANESE_WORDS * 9) is None
     assert of(*(text for text, _, _ in SPACED.values())) is None
     # a quotation in a text of another language
     assert of("The cat sleeps on the chair near the window . " * 9, THAI) is None
