@@ -143,14 +143,16 @@ import sys
 from elmo_ray import prepare
 from elmo_ray.data import units
 units.UNIT_BYTES, units.SMALL_FILE_BYTES = 1 << 16, 0
+prepare.SMALL_BYTES, prepare.BATCH_TASKS = 0, 1
 sys.exit(prepare.main(sys.argv[1:]))
 """
 
 
-def test_a_killed_prepare_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=(pytest.mark.slow, pytest.mark.ray))])
+def test_a_killed_prepare_goes_on(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = jsonl(tmp_path / "d.jsonl", [*some_documents(10_000), *some_documents(5_000)])
     config = tmp_path / "c.yaml"
-    config.write_text("cluster: {workers: 0}\n")
+    config.write_text(f"cluster: {{workers: {workers}}}\n")
     settings = [f"data.train={source}", "data.tokenizer=none", "data.deduplicate=sentences"]
     command = [sys.executable, "-c", _PREPARE, str(config), *settings, f"run.storage_path={tmp_path / 'killed'}"]
 
