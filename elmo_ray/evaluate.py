@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import operator
@@ -228,14 +229,17 @@ def _trained_on(source: Source, corpus: Corpus) -> list[str]:
 
 
 def all_measures(totals: LossTotals, corpus: Corpus) -> dict[str, Any]:
-    """Return the measures of all the text, with `without_unknown`, and with `shards` in the order of the corpus."""
+    """Return the measures of all the text, with `without_unknown`, and with those of each file as `shards`."""
     tokens = np.bincount(corpus.block_shard, corpus.block_tokens, len(corpus.shards)).astype(np.int64)
     characters = np.bincount(corpus.block_shard, corpus.block_characters, len(corpus.shards)).astype(np.int64)
     everything = slice(None)
-    shards = [
-        {"path": shard.source, **_text_measures(totals, tokens, characters, slice(i, i + 1))}
-        for i, shard in enumerate(corpus.shards)
-    ]
+    shards = []
+    start = 0
+    # A large file of documents is several shards, one after the other.
+    for source, group in itertools.groupby(shard.source for shard in corpus.shards):
+        end = start + len(list(group))
+        shards.append({"path": source, **_text_measures(totals, tokens, characters, slice(start, end))})
+        start = end
     return {**_text_measures(totals, tokens, characters, everything), "shards": shards}
 
 

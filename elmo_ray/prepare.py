@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from elmo_ray.errors import ConfigError, DataError, short
 from elmo_ray.storage import is_uri, read_json
 from elmo_ray.storage.files import write_json
 from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
+from elmo_ray.training.console import bar_in_terminal
 
 logger = logging.getLogger("elmo_ray.prepare")  # __name__ is __main__ as a command
 
@@ -611,10 +612,13 @@ def _sha256_of(path: Path) -> str | None:
 def _make_runner(cluster: ClusterConfig) -> Runner:
     """Return a function that performs tasks here if they are small or there are no workers, otherwise on Ray."""
 
-    def runner(todo: Sequence[Task]) -> Iterable[tuple[int, bytes]]:
-        if cluster.workers == 0 or _bytes_of(todo) < SMALL_BYTES:
-            return run_locally(todo)
-        return _run_on_ray(todo, cluster.max_failures)
+    def runner(todo: Sequence[Task]) -> Iterator[tuple[int, bytes]]:
+        is_small = cluster.workers == 0 or _bytes_of(todo) < SMALL_BYTES
+        with bar_in_terminal("task", len(todo)) as bar:
+            for result in run_locally(todo) if is_small else _run_on_ray(todo, cluster.max_failures):
+                if bar is not None:
+                    bar.update()
+                yield result
 
     return runner
 

@@ -1,6 +1,6 @@
 """Documents of JSONL and Parquet files, and raw text, made into text with one tokenised sentence a line.
 
-A file is read as a whole, or a piece of it: the lines that begin in a range of bytes, or row groups of Parquet.
+A file is read as a whole, or a piece of it: the lines that begin in a range of bytes, or rows of Parquet.
 """
 
 from __future__ import annotations
@@ -8,20 +8,21 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from elmo_ray import storage
-from elmo_ray.data.parquet import column_of, column_type, is_text_type, parquet_file
+from elmo_ray.data.parquet import column_of, column_type, is_text_type, missing_column, parquet_file, rows_of
 from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
 from elmo_ray.data.text import BYTE_ORDER_MARK, MAX_LINE_BYTES, REPLACEMENT, OnError
-from elmo_ray.data.unpack import compression, read_pieces, unpacked_pieces
+from elmo_ray.data.unpack import compression, unpacked_pieces
 from elmo_ray.errors import ConfigError, DataError, short
 from elmo_ray.text.records import FORMATS, format_of
-from elmo_ray.text.tokenizers import NONE, Tokenizer, describe_tokenizer, remembered_tokenizer
+from elmo_ray.text.tokenizers import NONE, SPACY, Tokenizer, describe_tokenizer, remembered_tokenizer
 from elmo_ray.text.unspaced import UNSPACED_ADVICE, find_unspaced
 
 _READ_BYTES = 1 << 20
@@ -32,6 +33,8 @@ _ROWS = 200
 _BATCH, _BATCH_CHARACTERS = 1000, 1 << 20
 # Words of the first documents that are looked at where no tokenizer is set.
 _LOOKED_AT = 2000
+# Full stops and commas between blanks; fewer may be chance.
+_FEWEST_MARKS = 20
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,20 @@ class TextForm:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a file: the lines that begin in its bytes [start, end), or the row groups [start, end) of Parquet.
+    """Part of a file: the lines that begin in the bytes [start, end) of its text, or the rows [start, end) of Parquet.
 
-    end: None is the file's end, and the only choice for a compressed file.
+    end: None is the file's end. The bytes of a compressed file are those of its unpacked text, so that a piece of it is
+    read by unpacking all that stands before.
     """
 
     source: str
     start: int = 0
     end: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """True for a whole file."""
+        return self.start == 0 and self.end is None
 
 
 @dataclass
@@ -153,6 +162,29 @@ def tokenised_documents(piece: Piece, form: TextForm, counts: Counts) -> Iterato
         yield made
     if check is not None:
         check.finish()
+
+
+def divided_again(source: str, documents: Iterable[str | None]) -> str | None:
+    """Return what to say of a file that looks tokenised although spaCy's rules divide it; None if it does not.
+
+    documents: of the file; the first ones are read. Rules that meet `" Yes . " he said .` find other sentences than the
+    one of the line.
+    """
+    words = marks = joined = 0
+    for document in itertools.islice(documents, _BATCH):
+        for word in (document or "")[:_BATCH_CHARACTERS].split():
+            words += 1
+            # Some languages have blanks before other marks.
+            marks += word in (".", ",")
+            joined += is_joined(word)
+        if words >= _LOOKED_AT:
+            break
+    if marks < _FEWEST_MARKS or joined > UNTOKENISED_SHARE * marks:
+        return None
+    return (
+        f"{source}: looks tokenised (full stops and commas stand alone), and data.tokenizer={SPACY} divides it once "
+        "more; set data.tokenizer=none to take it as it is"
+    )
 
 
 def _batches(documents: Iterable[str | None], counts: Counts) -> Iterator[list[str]]:
@@ -235,10 +267,10 @@ class DocumentReader:
             if value is MISSING:
                 raise DataError(no_column(self.place(number), setting, self.names, record))
             if value is not None and not isinstance(value, str):
-                shown = short(json.dumps(value, default=str), 40)
+                kind = {dict: "an object", list: "a list", bool: "a truth value"}.get(type(value), "a number")
+                shown = short(json.dumps(value), 40)
                 raise DataError(
-                    f"{self.place(number)}: {setting} is {shown}, a {type(value).__name__} and no text; name a column "
-                    "of text"
+                    f"{self.place(number)}: {setting} is {shown}, {kind} and no text; name a column of text"
                 )
             yield value if value is None else self.checked(value, number)
 
@@ -252,9 +284,8 @@ class DocumentReader:
                     f"{self.source}: data.column={column} has values of {kind} and no text; name another, or write it "
                     "as strings"
                 )
-            groups = range(self.piece.start, table.num_row_groups if self.piece.end is None else self.piece.end)
             number = 0
-            for batch in table.iter_batches(_ROWS, row_groups=list(groups), columns=[column]):
+            for batch in rows_of(table, self.piece.start, self.piece.end, [column], _ROWS):
                 for value in self.values(column_of(batch, self.names), number):
                     yield value if value is None else self.checked(value, number)
                     number += 1
@@ -298,14 +329,13 @@ class DocumentReader:
         """Yield the lines without their ends, None for one that is too long and left out."""
         try:
             with storage.open_read(self.source) as file:
-                kind = compression(self.source)
-                if kind is not None:
-                    pieces = unpacked_pieces(file, self.source, kind)
-                elif self.piece.start == 0 and self.piece.end is None:
-                    pieces = read_pieces(file)
-                else:
-                    pieces = _range_of_lines(file, self.piece.start, self.piece.end)
-                for number, line in enumerate(_split(pieces)):
+                start, end = self.piece.start, self.piece.end
+                kind, at = compression(self.source), 0
+                if kind is None and start:
+                    at = start - 1
+                    file.seek(at)
+                pieces = unpacked_pieces(file, self.source, kind)
+                for number, line in enumerate(_split(_range_of_lines(pieces, at, start, end))):
                     if line is not None:
                         yield line
                         continue
@@ -348,9 +378,7 @@ class DocumentReader:
         """Return the file and the number of the line or row, from 1; `number` counts from the start of the piece."""
         if self.form.kind(self.source) != "parquet":
             return f"{self.source}, line {_lines_before(self.source, self.piece.start) + number + 1}"
-        with parquet_file(self.source) as table:
-            before = sum(table.metadata.row_group(group).num_rows for group in range(self.piece.start))
-        return f"{self.source}, row {before + number + 1}"
+        return f"{self.source}, row {self.piece.start + number + 1}"
 
 
 MISSING = object()
@@ -369,7 +397,7 @@ def value_at(record: Any, names: Sequence[str]) -> Any:
 
 
 def no_column(place: str, setting: str, names: Sequence[str], record: Any) -> str:
-    """Return the message for a missing column of a record, with the columns that are there at the same depth.
+    """Return the message for a column that a record of JSON does not have.
 
     place: the file, or its line. setting: the setting that names the column, with its value.
     """
@@ -377,8 +405,9 @@ def no_column(place: str, setting: str, names: Sequence[str], record: Any) -> st
     while isinstance(record, dict) and names[depth] in record and depth + 1 < len(names):
         record = record[names[depth]]
         depth += 1
-    has = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else f"a {type(record).__name__}"
-    return f"{place}: has no column {'.'.join(names[: depth + 1])} ({setting}); it has {short(has, 200) or 'none'}"
+    if isinstance(record, dict):
+        return missing_column(place, setting, names, depth, [str(name) for name in record])
+    return missing_column(place, setting, names, depth, None, f"is {short(json.dumps(record, default=str), 40)}")
 
 
 def _is_encodable(text: str) -> bool:
@@ -412,42 +441,43 @@ def _split(pieces: Iterable[bytes]) -> Iterator[bytes | None]:
         yield b"".join(rest)
 
 
-def _range_of_lines(file: BinaryIO, start: int, end: int | None) -> Iterator[bytes]:
-    """Yield, in pieces, the lines that begin in the bytes [start, end) of a file; \\n alone ends a line."""
-    at = max(0, start - 1)
-    file.seek(at)
-    while start:  # The line that begins before `start` is not ours.
-        data = file.read(_READ_BYTES)
-        found = data.find(b"\n")
-        at += found + 1 if found >= 0 else len(data)
-        if not data or (end is not None and at >= end):
-            return
-        if found >= 0:
-            file.seek(at)
-            break
-    data = b"\n"
-    while end is None or at < end:
-        data = file.read(_READ_BYTES if end is None else min(_READ_BYTES, end - at))
-        if not data:
-            return
+def _range_of_lines(pieces: Iterable[bytes], at: int, start: int, end: int | None) -> Iterator[bytes]:
+    """Yield, in pieces, the lines that begin in the bytes [start, end) of a text; \\n alone ends a line.
+
+    pieces: of the text from the byte `at`, which stands before `start`, if that is not the text's first.
+    """
+    is_found = start == 0
+    for data in pieces:
+        if not is_found:
+            # The line that begins before `start` is not ours; the byte before `start` may end it.
+            found = data.find(b"\n", max(0, start - 1 - at)) if at + len(data) >= start else -1
+            if found < 0:
+                at += len(data)
+                if end is not None and at >= end:
+                    return
+                continue
+            data, at, is_found = data[found + 1 :], at + found + 1, True
+            if end is not None and at >= end:
+                return
+        if end is not None and at + len(data) >= end:
+            # The last line goes on beyond `end`.
+            found = data.find(b"\n", max(0, end - 1 - at))
+            if found >= 0:
+                yield data[: found + 1]
+                return
         at += len(data)
-        yield data
-    while not data.endswith(b"\n"):  # The last line goes on beyond `end`.
-        data = file.read(_READ_BYTES)
-        if not data:
-            return
-        data = data[: data.find(b"\n") + 1] or data
         yield data
 
 
 def _lines_before(source: str, start: int) -> int:
-    """Return the number of lines that begin before a byte of a file. Reads the file up to there."""
-    if not start:
-        return 0
-    lines, at, data = 0, 0, b""
+    """Return the number of lines that begin before a byte of a text. Reads the file up to there."""
+    lines, at, data = 0, 0, b"\n"
     with storage.open_read(source) as file:
-        while at < start and (data := file.read(min(_READ_BYTES, start - at))):
+        for piece in unpacked_pieces(file, source, compression(source)) if start else ():
+            data = piece[: start - at]
             lines += data.count(b"\n")
             at += len(data)
+            if at >= start:
+                break
     # A line that is cut by `start` begins before it.
     return lines + (not data.endswith(b"\n"))

@@ -27,7 +27,7 @@ from elmo_ray import storage
 from elmo_ray.data import scan
 from elmo_ray.data.corpus import Corpus, Shard, pack_index, read_index_bytes, read_index_fields
 from elmo_ray.data.counts import WordCounter
-from elmo_ray.data.documents import Counts, TextForm
+from elmo_ray.data.documents import Counts, Piece, TextForm, divided_again, read_documents
 from elmo_ray.data.duplicates import (
     Kind,
     Span,
@@ -67,6 +67,7 @@ from elmo_ray.errors import ConfigError, DataError
 from elmo_ray.storage import read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.storage.local_copy import uri_of
+from elmo_ray.text.tokenizers import SPACY
 
 logger = logging.getLogger(__name__)
 
@@ -311,6 +312,7 @@ class Indexer:
         if units:
             n_files = len({piece.source for unit in units for piece in unit.pieces})
             self._count_documents([text.path for text in texts if text.is_made], n_files, key, findings)
+            self._warn_if_tokenised(units[0].source, key)
         if deduplicate != "off":
             texts = self._without_repeated(texts, deduplicate, key, findings)
         todo = self._scan_tasks(texts, counter is not None)
@@ -428,6 +430,12 @@ class Indexer:
         )
         if total.bad:
             logger.warning("%s: %s lines are not JSON or too long and are left out", key, f"{total.bad:,}")
+
+    def _warn_if_tokenised(self, source: str, key: str) -> None:
+        if self.form.tokenizer == SPACY:
+            note = divided_again(source, read_documents(Piece(source), self.form, Counts()))
+            if note is not None:
+                logger.warning("%s: %s", key, note)
 
     # ---------------------------------------------------------------- data.deduplicate
 

@@ -32,8 +32,9 @@ class Look:
     sentences: the words of some. unknown_words: those of them that the vocabulary lacks. sampled: the number of
     sentences of the sample. unknown: lines of the vocabulary, from the top, and the share of the text's words that are
     not among them. lengths: quantiles in percent and the words of a sentence. script: that of most letters, as Unicode
-    names it. foreign: the commonest other letters and their counts. repeated: the share of sentences of the sample that
-    stand in it more than once. unspaced: the writing without spaces whose words were not separated, and an example.
+    names it. foreign: the commonest characters that do not belong to it, and their counts. repeated: the share of
+    sentences of the sample that stand in it more than once. unspaced: the writing without spaces whose words were not
+    separated, and an example.
     """
 
     sentences: list[list[str]]
@@ -55,8 +56,8 @@ class Look:
         lengths = ", ".join(f"{words} ({part} %)" for part, words in self.lengths)
         found.append(f"words of a sentence (at most so many in this part of them): {lengths}")
         found.append(f"sentences that stand more than once: {100 * self.repeated:.1f} %")
-        foreign = ", ".join(f"{character} U+{ord(character):04X} ({count:,})" for character, count in self.foreign)
-        found.append(f"script: {self.script}; the commonest other letters: {foreign or 'none'}")
+        foreign = ", ".join(f"{shown_character(character)} ({count:,})" for character, count in self.foreign)
+        found.append(f"script: {self.script}; the commonest other characters: {foreign or 'none'}")
         return found + self.warnings()
 
     def warnings(self) -> list[str]:
@@ -72,6 +73,13 @@ class Look:
     def to_dict(self) -> dict[str, Any]:
         """Return the look as plain values; a sentence as a text with a mark after each word."""
         return {**asdict(self), "sentences": [_marked(words) for words in self.sentences]}
+
+
+def shown_character(character: str) -> str:
+    """Return a character with its number; one that is invisible, or would change the line, by its number alone."""
+    number = f"U+{ord(character):04X}"
+    category = unicodedata.category(character)
+    return number if category[0] == "C" else f"{chr(0x25CC) if category[0] == 'M' else ''}{character} {number}"
 
 
 def _marked(words: list[str]) -> str:
@@ -112,24 +120,32 @@ def look_at(corpus: Corpus, vocabulary: Vocabulary, on_error: OnError) -> Look:
 
 
 def _scripts(counts: collections.Counter[str]) -> tuple[str, list[tuple[str, int]]]:
-    """Return the script of most letters, and the commonest letters of other scripts with their counts."""
-    letters: collections.Counter[str] = collections.Counter()
+    """Return the script of most letters, and the commonest characters that do not belong to it with their counts.
+
+    These are letters and marks of other scripts, symbols such as emoji, and characters that are invisible; digits,
+    punctuation and ASCII belong to every script.
+    """
+    characters: collections.Counter[str] = collections.Counter()
     for word, count in counts.items():
         for character in word:
-            letters[character] += count
-    by_script: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
-    for character, count in letters.most_common():
+            characters[character] += count
+    scripts: collections.Counter[str] = collections.Counter()
+    for character, count in characters.items():
         if character.isalpha():
-            by_script[_script_of(character)].append((character, count))
-    if not by_script:
-        return "none", []
-    main = max(by_script, key=lambda script: sum(count for _, count in by_script[script]))
-    others = [found for script, found in by_script.items() if script != main]
-    return main, sorted((each for found in others for each in found), key=lambda e: -e[1])[:_CHARACTERS]
+            scripts[_script_of(character)] += count
+    main = max(scripts, key=lambda script: scripts[script], default="none")
+    foreign = [
+        (character, count)
+        for character, count in characters.most_common()
+        if (kind := unicodedata.category(character)[0]) == "C"
+        or (kind in "LM" and _script_of(character) != main)
+        or (kind == "S" and not character.isascii())
+    ]
+    return main, foreign[:_CHARACTERS]
 
 
 def _script_of(character: str) -> str:
-    """Return the script of a letter, such as Latin or Cyrillic; that of Chinese and Japanese is CJK."""
+    """Return the script of a letter or mark, such as Latin or Cyrillic; that of Chinese and Japanese is CJK."""
     # A character's name begins with its script: LATIN SMALL LETTER A, CJK UNIFIED IDEOGRAPH-4E00.
     words = unicodedata.name(character, "UNNAMED").split()
     first = words[1] if words[0] in ("FULLWIDTH", "HALFWIDTH") and len(words) > 1 else words[0]

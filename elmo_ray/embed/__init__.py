@@ -126,11 +126,16 @@ def run(config: EmbedConfig, flags: Flags | None = None) -> EmbedResult | EmbedP
         unpack_to = Path(temporary) if temporary else shard_folder / TEXT_FOLDER
         # The temporary folder of a dry run is on this machine alone.
         runner = _make_here if flags.dry_run else functools.partial(_make_sentences, config.cluster)
-        texts = find_files(config.texts, form, job.keep, config.data.block_bytes, unpack_to, runner)
-        job = _with_documents(job, texts)
-        units = cut_units(texts.files, config.data.block_bytes, whole=job.carry)
-        if not units:
-            raise DataError(f"in={','.join(config.texts)}: no sentence in {len(texts.files)} files")
+        texts = find_files(config.texts, form, job.keep, config.data.block_bytes, unpack_to, runner, job.carry)
+        try:
+            job = _with_documents(job, texts)
+            units = cut_units(texts.files, config.data.block_bytes, whole=job.carry)
+            if not units:
+                raise DataError(f"in={','.join(config.texts)}: no sentence in {len(texts.sources)} files")
+        except DataError:
+            if old is None:
+                shutil.rmtree(unpack_to, ignore_errors=True)
+            raise
         record = job_record(job, source, config.data.block_bytes, texts.files, units)
         if old is not None:
             check_same(old, record, shard_folder)
@@ -204,7 +209,11 @@ def _make_here(todo: Sequence[MakeSentences]) -> Iterable[tuple[int, SentenceFil
 
 def _make_sentences(cluster: ComputeConfig, todo: Sequence[MakeSentences]) -> Iterable[tuple[int, SentenceFile]]:
     """Make the sentences of files: on all CPUs of Ray, or in this process if they are few or there are no workers."""
-    if cluster.workers == 0 or len(todo) < 2 or sum(status(make.source).st_size for make in todo) < prepare.SMALL_BYTES:
+    if (
+        cluster.workers == 0
+        or len(todo) < 2
+        or sum(status(source).st_size for make in todo for source in make.sources) < prepare.SMALL_BYTES
+    ):
         return _make_here(todo)
     free = free_cpus()
     return run_tasks(

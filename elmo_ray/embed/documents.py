@@ -155,7 +155,11 @@ def _parquet(reader: DocumentReader, keep: Sequence[str]) -> Iterator[Documents]
 
 
 def _plain(array: Any) -> Any:
-    """Return an Arrow array without a dictionary, which would be another one in each batch."""
+    """Return an Arrow array without a dictionary, which would be another one in each batch, and without views."""
     import pyarrow as pa
 
+    if pa.types.is_string_view(array.type):
+        return array.cast(pa.string())  # Arrow cannot take rows of views
+    if pa.types.is_binary_view(array.type):
+        return array.cast(pa.binary())
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array

@@ -26,8 +26,8 @@ RECORD, TEXT_FOLDER = "_embed.json", "_unpacked"
 
 # All shards of an output have the same columns: a job that was begun with others, by an older version, begins anew.
 _COLUMNS_VERSION = 2
-# The same of the columns of documents, and of the rules by which these become sentences.
-_DOCUMENTS_VERSION = 1
+# The same of the columns of documents, of the rules by which these become sentences, and of the files that share units.
+_DOCUMENTS_VERSION = 2
 
 BATCH_POSITIONS = 2048
 """Positions that a CPU computes at a time."""
@@ -141,12 +141,18 @@ def job_record(
         firsts.setdefault(each.path, each)
     inputs = []
     for file in files:
-        found, unit = status(file.source), firsts.get(file.path)
-        entry = {"path": file.source, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns,
-                 "first_sentence": None if unit is None else unit.first}  # fmt: skip
-        if job.has_documents:
-            entry["first_document"] = None if unit is None else unit.first_document
-        inputs.append(entry)
+        unit, made = firsts.get(file.path), file.sentences
+        starts = [(0, 0)] if made is None else made.starts
+        ends = [sentence for sentence, _ in starts[1:]]
+        ends.append(sum(count for count, _, _ in made.batches) if made is not None else 1)
+        for name, (sentence, document), end in zip(file.sources, starts, ends, strict=True):
+            found = status(name)
+            first = unit if sentence < end else None  # None: the file has no sentence
+            entry = {"path": name, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns,
+                     "first_sentence": None if first is None else first.first + sentence}  # fmt: skip
+            if job.has_documents:
+                entry["first_document"] = None if first is None else first.first_document + document
+            inputs.append(entry)
     return {
         "format_version": 1,
         "source": source.describe(),

@@ -1,8 +1,9 @@
-"""Sentences of a file of documents as an Arrow file: what `embed` reads where its input is not tokenised text.
+"""Sentences of files of documents as an Arrow file: what `embed` reads where its input is not tokenised text.
 
-`write_sentences` reads a file of documents once and writes its sentences to `PLACE.arrow`, a record batch for each unit
-of work, so that a unit is read without those before it. `PLACE.kept.arrow` has the columns of `embed.keep`, with a row
-for each document. `PLACE.json` is written last; it says what they were made of, so a file that is there is whole.
+`write_sentences` reads files of documents once and writes their sentences to `PLACE.arrow`, a record batch for each
+unit of work, so that a unit is read without those before it. Small files share a place and units. `PLACE.kept.arrow`
+has the columns of `embed.keep`, with a row for each document. `PLACE.json` is written last; it says what they were made
+of, so a file that is there is whole.
 """
 
 from __future__ import annotations
@@ -39,47 +40,52 @@ _JSON = {b"values": b"json"}
 
 @dataclass(frozen=True)
 class SentenceFile:
-    """Sentences of a file of documents, and what is known of them.
+    """Sentences of files of documents, and what is known of them.
 
     place: the path of the files without their ends. batches: for each record batch its number of sentences and the
-    numbers of its first document and of the document after its last. kept: the schema of the kept columns.
+    numbers of its first document and of the document after its last. kept: the schema of the kept columns. starts: for
+    each of the sources the number of its first sentence and of its first document, of those of the place.
     """
 
     place: Path
     counts: Counts
     batches: list[tuple[int, int, int]]
     kept: Any
+    starts: list[tuple[int, int]]
 
 
-def sentence_place(source: str, folder: Path, form: TextForm, keep: Sequence[str], unit_bytes: int) -> Path:
-    """Return the place of a file's sentences, whose name is another one for other settings."""
-    fields = json.dumps([source, form.key(), list(keep), unit_bytes])
-    name = storage.base_name(source).partition(".")[0]
+def sentence_place(sources: Sequence[str], folder: Path, form: TextForm, keep: Sequence[str], unit_bytes: int) -> Path:
+    """Return the place of the sentences of files, whose name is another one for other settings."""
+    fields = json.dumps([list(sources), form.key(), list(keep), unit_bytes])
+    name = storage.base_name(sources[0]).partition(".")[0]
     return folder / f"{name}-{hashlib.sha256(fields.encode()).hexdigest()[:12]}"
 
 
-def read_note(source: str, place: Path) -> SentenceFile | None:
-    """Return the sentences that were written before, or None where they are not whole or the source has changed."""
+def read_note(sources: Sequence[str], place: Path) -> SentenceFile | None:
+    """Return the sentences that were written before, or None where they are not whole or a source has changed."""
     import pyarrow as pa
 
     note = storage.read_json(f"{place}.json")
     try:
-        if note is None or note["source"] != _status(source):
+        if note is None or note["sources"] != _status(sources):
             return None
         kept = read_kinds(base64.b64decode(note["kept"]))
         batches = [(int(rows), int(first), int(end)) for rows, first, end in note["batches"]]
-        return SentenceFile(place, Counts(**note["counts"]), batches, kept)
+        starts = [(int(sentence), int(document)) for sentence, document in note["starts"]]
+        return SentenceFile(place, Counts(**note["counts"]), batches, kept, starts)
     except (KeyError, TypeError, ValueError, OSError, pa.ArrowException):
         return None
 
 
-def _status(source: str) -> list[int]:
-    status = storage.status(source)
-    return [status.st_size, status.st_mtime_ns]
+def _status(sources: Sequence[str]) -> list[list[int]]:
+    statuses = map(storage.status, sources)
+    return [[status.st_size, status.st_mtime_ns] for status in statuses]
 
 
-def write_sentences(source: str, place: Path, form: TextForm, keep: Sequence[str], unit_bytes: int) -> SentenceFile:
-    """Write the sentences of a file of documents to a place, in batches of about `unit_bytes`.
+def write_sentences(
+    sources: Sequence[str], place: Path, form: TextForm, keep: Sequence[str], unit_bytes: int
+) -> SentenceFile:
+    """Write the sentences of files of documents to a place, in batches of about `unit_bytes`.
 
     A document without a word has one sentence without words. Raises DataError, with the file and the line, if the file
     cannot be read, if its documents are not tokenised and no tokenizer is set, or if the disk is full.
@@ -87,35 +93,39 @@ def write_sentences(source: str, place: Path, form: TextForm, keep: Sequence[str
     import pyarrow as pa
 
     counts = Counts()
+    starts: list[tuple[int, int]] = []
     try:
         # The status is that of before the reading: a file that changes meanwhile is read again.
-        status = _status(source)
+        status = _status(sources)
         with contextlib.ExitStack() as stack:
             writer = _Writer(place, keep, stack)
-            _add_documents(source, form, keep, unit_bytes, counts, writer)
+            for source in sources:
+                starts.append((writer.sentences, counts.documents))
+                _add_documents(source, form, keep, unit_bytes, counts, writer)
             writer.finish()
         note = {
-            "source": status,
+            "sources": status,
             "counts": asdict(counts),
             "batches": writer.batches,
+            "starts": starts,
             "kept": base64.b64encode(writer.kinds.serialize().to_pybytes()).decode(),
         }
         write_json(Path(f"{place}.json"), note, DataError)
     except (pa.ArrowException, OSError) as error:
         _remove(place)
         why = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{source}: its sentences cannot be written to {place.parent} ({short(why)})") from None
+        raise DataError(f"{sources[0]}: its sentences cannot be written to {place.parent} ({short(why)})") from None
     except BaseException:
         _remove(place)
         raise
-    return SentenceFile(place, counts, writer.batches, writer.kinds)
+    return SentenceFile(place, counts, writer.batches, writer.kinds, starts)
 
 
 @dataclass(frozen=True)
 class MakeSentences:
-    """Work of `write_sentences` for a file, to be done in any process; the fields are its arguments."""
+    """Work of `write_sentences`, to be done in any process; the fields are its arguments."""
 
-    source: str
+    sources: tuple[str, ...]
     place: Path
     form: TextForm
     keep: tuple[str, ...]
@@ -123,7 +133,7 @@ class MakeSentences:
 
     def __call__(self) -> SentenceFile:
         """Do the work. Raises DataError as `write_sentences` does."""
-        return write_sentences(self.source, self.place, self.form, self.keep, self.unit_bytes)
+        return write_sentences(self.sources, self.place, self.form, self.keep, self.unit_bytes)
 
 
 def _add_documents(
@@ -174,7 +184,7 @@ class _Writer:
         self.schema = pa.schema({"words": pa.list_(pa.string()), "document": pa.int64(), "sentence": pa.int64()})
         self.kinds = pa.schema([])
         self.batches: list[tuple[int, int, int]] = []
-        self.held_bytes = 0
+        self.sentences = self.held_bytes = 0
         self._place, self._stack = place, stack
         self._options = pa.ipc.IpcWriteOptions(compression="zstd")
         self._file = stack.enter_context(pa.ipc.new_file(f"{place}.arrow", self.schema, options=self._options))
@@ -216,11 +226,12 @@ class _Writer:
         self._kept.append(batch)
 
     def add(self, words: list[str], document: int, number: int) -> None:
-        """Add a sentence. document: its number in the file. number: that of the sentence in the document."""
+        """Add a sentence. document: its number in the place. number: that of the sentence in the document."""
         self._words.append(words)
         self._documents.append(document)
         self._numbers.append(number)
         self.held_bytes += sum(map(len, words)) + len(words) + 1
+        self.sentences += 1
 
     def flush(self) -> None:
         """Write the sentences that were added since the last flush, and the kept values of their documents."""
@@ -248,14 +259,10 @@ class _Writer:
 
 
 def _longest(array: Any) -> int:
-    """Return the bytes of the longest value of an Arrow array of text or bytes, or 0 where that does not matter."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kind = array.type
-    if array.nbytes <= _LONGEST_KEPT or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    """Return the bytes of the longest value of an Arrow array, or 0 where all of them together are not too long."""
+    if array.nbytes <= _LONGEST_KEPT:
         return 0
-    return int(pc.max(pc.binary_length(array)).as_py() or 0)
+    return max(array.slice(place, 1).nbytes for place in range(len(array)))
 
 
 def read_words(path: str, start: int, end: int) -> Iterator[list[str]]:
@@ -355,7 +362,7 @@ def read_kinds(data: bytes) -> Any:
 def unified_kinds(files: Sequence[tuple[str, SentenceFile]]) -> Any:
     """Return the schema of the kept columns of all files, named by their sources.
 
-    Raises DataError where the types of a column do not go together.
+    Raises DataError where the types of a column do not go together, or cannot be written.
     """
     import pyarrow as pa
 
@@ -368,7 +375,25 @@ def unified_kinds(files: Sequence[tuple[str, SentenceFile]]) -> Any:
                 f"{source}: a column of embed.keep has other values than in the files before it "
                 f"({short(str(error), 120)}); leave it out or embed the files one by one"
             ) from None
+        for kept in kinds:
+            if (why := _not_written(kept)) is not None:
+                raise DataError(
+                    f"{source}: embed.keep={kept.name}: its values are {kept.type}, which Parquet cannot hold ({why}); "
+                    "leave it out"
+                )
     return kinds
+
+
+def _not_written(field: Any) -> str | None:
+    """Return why Parquet cannot hold values of the type of a field, such as objects without keys; None if it can."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.write_table(pa.table([pa.nulls(1, field.type).take(pa.array([0]))], [field.name]), pa.BufferOutputStream())
+    except pa.ArrowException as error:
+        return short(str(error), 120)
+    return None
 
 
 def _remove(place: Path) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 from elmo_ray import storage
 from elmo_ray.data.corpus import expand_paths
-from elmo_ray.data.documents import Counts, TextForm
+from elmo_ray.data.documents import Counts, TextForm, divided_again
 from elmo_ray.data.foreign_formats import HEAD_BYTES
 from elmo_ray.data.scan import UNTOKENISED_SHARE, is_joined
 from elmo_ray.data.text import OnError, count_lines, cut_blocks, decode, file_status, split_lines
+from elmo_ray.data.units import GROUP_BYTES, GROUP_FILES, SMALL_FILE_BYTES
 from elmo_ray.data.unpack import check_format, check_space, compression, is_unpacked, unpack, unpacked_path
+from elmo_ray.embed.documents import read_kept_documents
 from elmo_ray.embed.sentences import (
     MakeSentences,
     SentenceColumns,
@@ -25,6 +27,7 @@ from elmo_ray.embed.sentences import (
     sentence_place,
 )
 from elmo_ray.errors import ConfigError, DataError, short
+from elmo_ray.text.tokenizers import SPACY
 
 logger = logging.getLogger("elmo_ray.embed")
 
@@ -56,15 +59,20 @@ class Unit:
 
 @dataclass(frozen=True)
 class TextFile:
-    """File of the input.
+    """File of the input, or several small ones whose sentences stand together.
 
-    source: as the user named it. path: the same, or its unpacked text, or the file of its sentences. sentences: None
-    for a text with a tokenised sentence in each line.
+    sources: as the user named them. path: the source, or its unpacked text, or the file of the sentences. sentences:
+    None for a text with a tokenised sentence in each line.
     """
 
-    source: str
+    sources: tuple[str, ...]
     path: str
     sentences: SentenceFile | None = None
+
+    @property
+    def source(self) -> str:
+        """The first of the sources."""
+        return self.sources[0]
 
 
 @dataclass(frozen=True)
@@ -75,18 +83,30 @@ class Texts:
     counts: Counts = field(default_factory=Counts)
 
     @property
+    def sources(self) -> list[str]:
+        """The files as the user named them, in their order."""
+        return [source for file in self.files for source in file.sources]
+
+    @property
     def has_documents(self) -> bool:
         """True if a file is not just tokenised text: sentences then have the numbers of their documents."""
         return any(file.sentences is not None for file in self.files)
 
 
 def find_files(
-    patterns: Sequence[str], form: TextForm, keep: Sequence[str], unit_bytes: int, unpack_to: Path, runner: Runner
+    patterns: Sequence[str],
+    form: TextForm,
+    keep: Sequence[str],
+    unit_bytes: int,
+    unpack_to: Path,
+    runner: Runner,
+    whole: bool = False,
 ) -> Texts:
     """Return the files that `patterns` name, ready to be read by units.
 
     Compressed text and text in a store is unpacked, and documents are made into sentences, as far as it is not done
-    yet. runner: makes the sentences of files. Raises ConfigError and DataError for files that cannot be read so.
+    yet. runner: makes the sentences of files. whole: no unit has sentences of two files. Raises ConfigError and
+    DataError for files that cannot be read so.
     """
     sources = expand_paths(patterns, "in")
     documents = [source for source in sources if form.converts(source)]
@@ -97,38 +117,73 @@ def find_files(
             f"embed.keep={','.join(keep)}: {without} is text, which has no columns; leave one of them out"
         )
     form.check_column(sources)
-    files = {source: TextFile(source, path) for source, path in _unpacked(texts, unpack_to).items()}
+    paths = _unpacked(texts, unpack_to)
     _warn_of_raw_text(texts, form)
+    groups = _grouped(sources, form, keep, whole)
+    made = _made([group for group in groups if group[0] not in paths], form, keep, unit_bytes, unpack_to, runner)
     counts = Counts()
-    for source, made in _made(documents, form, keep, unit_bytes, unpack_to, runner).items():
-        files[source] = TextFile(source, f"{made.place}.arrow", made)
-        counts.add(made.counts)
+    for each in made.values():
+        counts.add(each.counts)
     if documents:
+        _warn_if_tokenised(documents[0], form)
         empty = f", {counts.empty:,} of them empty or null, each of which has one row without words"
         logger.info("in: %s documents%s", f"{counts.documents:,}", empty if counts.empty else "")
     if counts.replaced:
         logger.warning("in: %s invalid UTF-8 sequences or NULs become U+FFFD", f"{counts.replaced:,}")
     if counts.bad:
         logger.warning("in: %s lines are not JSON or too long, and are left out", f"{counts.bad:,}")
-    return Texts([files[source] for source in sources], counts)
+    files = [
+        TextFile(group, f"{made[group].place}.arrow", made[group])
+        if group in made
+        else TextFile(group, paths[group[0]])
+        for group in groups
+    ]
+    return Texts(files, counts)
+
+
+def _grouped(sources: Sequence[str], form: TextForm, keep: Sequence[str], whole: bool) -> list[tuple[str, ...]]:
+    """Return the files in their order, in groups of those whose sentences stand together: many small ones in a row."""
+    groups: list[tuple[str, ...]] = []
+    room = 0  # bytes that may be added to the last group
+    for source in sources:
+        size = file_status(source).st_size
+        # The kept columns of two Parquet files may have types of their own; those of JSON are written as JSON.
+        alone = whole or not form.converts(source) or bool(keep and form.kind(source) == "parquet")
+        if alone or size >= SMALL_FILE_BYTES:
+            groups.append((source,))
+            room = 0
+            continue
+        if room > 0 and len(groups[-1]) < GROUP_FILES:
+            groups[-1] = (*groups[-1], source)
+        else:
+            groups.append((source,))
+            room = GROUP_BYTES
+        room -= size
+    return groups
 
 
 def _made(
-    sources: Sequence[str], form: TextForm, keep: Sequence[str], unit_bytes: int, folder: Path, runner: Runner
-) -> dict[str, SentenceFile]:
-    """Return the sentences of files of documents by their sources; those that are not there yet are made."""
-    if sources:
+    groups: Sequence[tuple[str, ...]],
+    form: TextForm,
+    keep: Sequence[str],
+    unit_bytes: int,
+    folder: Path,
+    runner: Runner,
+) -> dict[tuple[str, ...], SentenceFile]:
+    """Return the sentences of files of documents by these files; those that are not there yet are made."""
+    if groups:
         folder.mkdir(parents=True, exist_ok=True)
-    places = {source: sentence_place(source, folder, form, keep, unit_bytes) for source in sources}
-    found = {source: made for source, place in places.items() if (made := read_note(source, place)) is not None}
-    waiting = [MakeSentences(source, places[source], form, tuple(keep), unit_bytes) for source in sources
-               if source not in found]  # fmt: skip
-    shown = time.monotonic()
-    for done, (number, made) in enumerate(runner(waiting), start=1):
-        found[waiting[number].source] = made
-        if time.monotonic() - shown >= _LINE_EVERY_S and done < len(waiting):
+    places = {group: sentence_place(group, folder, form, keep, unit_bytes) for group in groups}
+    found = {group: made for group, place in places.items() if (made := read_note(group, place)) is not None}
+    waiting = [MakeSentences(group, places[group], form, tuple(keep), unit_bytes) for group in groups
+               if group not in found]  # fmt: skip
+    shown, done, total = time.monotonic(), 0, sum(len(make.sources) for make in waiting)
+    for number, made in runner(waiting):
+        found[waiting[number].sources] = made
+        done += len(waiting[number].sources)
+        if time.monotonic() - shown >= _LINE_EVERY_S and done < total:
             shown = time.monotonic()
-            logger.info("sentences of %d of %d files are made", done, len(waiting))
+            logger.info("sentences of %d of %d files are made", done, total)
     return found
 
 
@@ -169,6 +224,15 @@ def _warn_of_raw_text(sources: Sequence[str], form: TextForm) -> None:
                 short(repr(joined[0]), 40),
             )
             return
+
+
+def _warn_if_tokenised(source: str, form: TextForm) -> None:
+    """Warn if a file that spaCy's rules divide looks tokenised. Lists of words are not divided."""
+    if form.tokenizer == SPACY:
+        batches = read_kept_documents(source, form, (), Counts())
+        texts = (content for batch in batches for content in batch.contents if isinstance(content, str))
+        if (note := divided_again(source, texts)) is not None:
+            logger.warning("%s", note)
 
 
 def cut_units(files: Sequence[TextFile], block_bytes: int, whole: bool) -> list[Unit]:

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from elmo_ray.data.look import Look
+from elmo_ray.data.look import Look, shown_character
 from elmo_ray.report.html import escape, table, write_html
 
 _MOST_WORDS = 200
@@ -38,11 +38,11 @@ def _text(name: str, look: Look) -> list[str]:
     body.append(f"<p>Sentences that stand more than once: {100 * look.repeated:.1f} %.</p>")
     body.append(f"<p>Script of most letters: {escape(look.script)}.</p>")
     if look.foreign:
-        letters = [
-            [f"{letter} U+{ord(letter):04X} {unicodedata.name(letter, '')}", f"{count:,}"]
-            for letter, count in look.foreign
+        rows = [
+            [f"{shown_character(character)} {unicodedata.name(character, '')}", f"{count:,}"]
+            for character, count in look.foreign
         ]
-        body.append(table([["commonest letters of other scripts", "how often"], *letters]))
+        body.append(table([["commonest other characters", "how often"], *rows]))
     return body
 
 

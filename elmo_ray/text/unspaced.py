@@ -18,7 +18,7 @@ _SCRIPTS = {
     "Tibetan": ("\u0f00-\u0fff", 20),
     "Burmese": ("\u1000-\u109f", 20),
     "Khmer": ("\u1780-\u17ff", 20),
-    "Chinese or Japanese": ("\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f", 10),
+    "Chinese or Japanese": ("\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f", 8),
 }
 _RUNS = {name: (re.compile(f"[{letters}]+"), longest) for name, (letters, longest) in _SCRIPTS.items()}
 _ANY = re.compile(f"[{''.join(letters for letters, _ in _SCRIPTS.values())}]")
@@ -40,10 +40,11 @@ def find_unspaced(words: Mapping[str, int]) -> tuple[str, str] | None:
         in_all = in_long = 0
         example = ""
         for word in candidates:
-            sizes = [len(run) for run in letters.findall(word)]
-            in_all += sum(sizes) * words[word]
-            if too_long := sum(size for size in sizes if size > longest):
-                in_long += too_long * words[word]
+            # Marks within it make no words of it, as the clauses between them may be short.
+            size = sum(map(len, letters.findall(word)))
+            in_all += size * words[word]
+            if size > longest:
+                in_long += size * words[word]
                 example = example or word
         enough = in_all >= max(_FEWEST_LETTERS, _SHARE_OF_TEXT * total)
         if enough and in_long > _SHARE_IN_LONG_WORDS * in_all:

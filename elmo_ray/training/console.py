@@ -21,7 +21,7 @@ LOOK_EVERY_S = 0.5
 def show_metrics(run_dir: Path) -> Iterator[None]:
     """Show the records that rank 0 writes in `run_dir` while this context lasts."""
     follower = MetricsFollower(run_dir)
-    with _bar_in_terminal() as bar:
+    with bar_in_terminal("step") as bar:
 
         def look() -> None:
             try:
@@ -61,8 +61,11 @@ def _show(record: Record, bar: Any) -> None:
 
 
 @contextlib.contextmanager
-def _bar_in_terminal() -> Iterator[Any]:
-    """Yield tqdm's bar, with log lines above it; None where stderr is no terminal or tqdm is not installed."""
+def bar_in_terminal(unit: str, total: int | None = None) -> Iterator[Any]:
+    """Yield tqdm's bar, with log lines above it; None where stderr is no terminal or tqdm is not installed.
+
+    unit: the name of what is counted. total: how many there are, as far as it is known.
+    """
     if not sys.stderr.isatty():
         yield None
         return
@@ -72,5 +75,5 @@ def _bar_in_terminal() -> Iterator[Any]:
     except ImportError:
         yield None
         return
-    with logging_redirect_tqdm(), tqdm(unit="step", dynamic_ncols=True, leave=False) as bar:
+    with logging_redirect_tqdm(), tqdm(total=total, unit=unit, dynamic_ncols=True, leave=False) as bar:
         yield bar

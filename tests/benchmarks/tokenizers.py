@@ -1,23 +1,26 @@
 """Quality and speed of `data.tokenizer=spacy` beside spaCy itself, on tokenised text that is written as prose again.
 
-    python tests/benchmarks/tokenizers.py FILE [LANGUAGE]
+    python tests/benchmarks/tokenizers.py FILE [FILE ...] [--language en] [--sentences 20000]
+    python tests/benchmarks/tokenizers.py FILE [FILE ...] --write FOLDER
 
-FILE has one tokenised sentence a line. Its sentences are written as people write them, in documents of 100, and
+Each FILE has one tokenised sentence a line. Its sentences are written as people write them, in documents of 40, and
 tokenised again. sacremoses has a row where it is installed. The table has the F1 of sentences (both ends agree) and of
-tokens against the original, and tokens a second of CPU time on one core.
+tokens against the original, and tokens a second of CPU time on one core. With --write the documents of each file are
+written to a JSONL file of FOLDER instead, for a training on raw text.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import itertools
+import json
 import re
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-SENTENCES = 20_000
-SENTENCES_OF_A_DOCUMENT = 100
+SENTENCES_OF_A_DOCUMENT = 40
 
 _TO_THE_LEFT = re.compile(r" ([,.;:?!%)\]}]|(?<!\. )\.\.\.|n't|'(?:s|m|d|ll|re|ve|S|M|D|LL|RE|VE)|')(?= |$)")
 _TO_THE_RIGHT = re.compile(r"(?<!\S)([(\[{$#]) ")
@@ -49,6 +52,20 @@ def detokenize(sentences: Iterable[str]) -> str:
     return "".join(found)
 
 
+def documents_of(path: str) -> Iterator[list[str]]:
+    """Yield the sentences of each document."""
+    with open(path, encoding="utf-8") as file:
+        lines = (line.rstrip("\n") for line in file if line.split())
+        while document := list(itertools.islice(lines, SENTENCES_OF_A_DOCUMENT)):
+            yield document
+
+
+def write(path: Path, documents: Iterable[str]) -> None:
+    """Write documents as JSONL."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": document}) + "\n" for document in documents)
+
+
 def spans(sentences: Sentences) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     """Return the places of sentences and of tokens, counted in characters that are no blanks."""
     places: tuple[set[tuple[int, int]], set[tuple[int, int]]] = (set(), set())
@@ -67,13 +84,29 @@ def f1(found: set[tuple[int, int]], right: set[tuple[int, int]]) -> float:
     return 2 * len(found & right) / (len(found) + len(right))
 
 
-def main(path: str, language: str = "en") -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--language", default="en")
+    parser.add_argument("--sentences", type=int, default=20_000, help="read so many of all files, at most, and some")
+    parser.add_argument("--write", metavar="FOLDER", type=Path)
+    arguments = parser.parse_args()
+    if arguments.write is None:
+        documents = (document for path in arguments.files for document in documents_of(path))
+        number = -(-arguments.sentences // SENTENCES_OF_A_DOCUMENT)
+        compare(list(itertools.islice(documents, number)), arguments.language)
+        return
+    arguments.write.mkdir(parents=True, exist_ok=True)
+    for path in arguments.files:
+        write(arguments.write / f"{Path(path).stem}.jsonl", map(detokenize, documents_of(path)))
+
+
+def compare(documents: list[list[str]], language: str) -> None:
+    """Print the table of tokenizers on documents of tokenised sentences."""
     import spacy
 
     from elmo_ray.text.tokenizers import make_tokenizer
 
-    lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.split()][:SENTENCES]
-    documents = [lines[at : at + SENTENCES_OF_A_DOCUMENT] for at in range(0, len(lines), SENTENCES_OF_A_DOCUMENT)]
     texts = [detokenize(document) for document in documents]
     right = [[line.split() for line in document] for document in documents]
     pipeline = spacy.blank(language)
@@ -118,4 +151,4 @@ def main(path: str, language: str = "en") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -64,9 +64,12 @@ def test_columns(tmp_path: Path) -> None:
     assert text_of(tmp_path / "two", [table], column="page.body") == LINES[:2]
     for source, column, message in (
         (nested, "text", r"n.jsonl, line 1: has no column text \(data.column=text\); it has page"),
-        (nested, "page.title", r"has no column page.title .*; it has body"),
-        (nested, "page", "data.column=page is .*, a dict and no text"),
+        (nested, "page.title", r"has no column page.title \(data.column=page.title\); page has body"),
+        (nested, "page.body.x", 'line 1: page.body is "the cat.*, with no columns inside, and data.column=page.body.x'),
+        (nested, "page", "data.column=page is .*, an object and no text"),
         (table, "text", r"n.parquet: has no column text \(data.column=text\); it has page, n"),
+        (table, "page.title", r"n.parquet: has no column page.title \(.*\); page has body, n"),
+        (table, "n.x.y", "n.parquet: n has values of int64, with no columns inside, and data.column=n.x.y names one"),
         (table, "n", "data.column=n has values of int64"),
     ):
         with pytest.raises(DataError, match=message):
@@ -175,3 +178,16 @@ def test_a_text_that_is_made_is_used_again(tmp_path: Path) -> None:
     assert made.stat().st_mtime_ns == before.st_mtime_ns
     jsonl(source, [{"text": DOCUMENTS[1]}])
     assert text_of(tmp_path / "out", [source]) == LINES[2:]
+
+
+def test_text_that_is_divided_again_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("spacy")
+    tokenised = tmp_path / "tokenised.txt"
+    tokenised.write_text('" Yes , yes . " he said .\n' * 30)
+    raw = jsonl(tmp_path / "raw.jsonl", [{"text": '"Yes, yes," he said. "That is so." He left.'}] * 30)
+    spacy = {"tokenizer": "spacy", "language": "en"}
+    text_of(tmp_path / "out", [raw], **spacy)
+    text_of(tmp_path / "out", [tokenised], tokenizer="none")
+    assert "looks tokenised" not in caplog.text
+    text_of(tmp_path / "out", [tokenised], **spacy)
+    assert f"data.train: {tokenised}: looks tokenised (full stops and commas stand alone)" in caplog.text

@@ -16,7 +16,8 @@ def test_what_prepare_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     lines = [
         "the cat sat .",
         "the cat sat .",
-        "a \u043a\u043e\u0442 ran",
+        # Cyrillic, a composed and a decomposed letter, a soft hyphen, a sign that turns the line, an emoji
+        "a \u043a\u043e\u0442 ran\u00e9 rane\u0301 ru\u00adn \u202e\u202en \U0001f600",
         *(f"w{number} the end ." for number in range(2000)),
     ]
     (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
@@ -31,19 +32,22 @@ def test_what_prepare_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().out
     assert "data.train, a sample of 2,003 sentences; | stands after each word:\n  the|cat|sat|.|\n" in shown
     assert "sentences that stand more than once: 0.1 %" in shown
-    letters = "\u043a U+043A (1), \u043e U+043E (1), \u0442 U+0442 (1)"
-    assert f"script: Latin; the commonest other letters: {letters}" in shown
+    found = shown.split("script: Latin; the commonest other characters: ")[1].splitlines()[0].split(", ")
+    assert found[0] == "U+202E (2)" and set(found[1:]) == {
+        "\u043a U+043A (1)", "\u043e U+043E (1)", "\u0442 U+0442 (1)", "\u25cc\u0301 U+0301 (1)", "U+00AD (1)",
+        "\U0001f600 U+1F600 (1)",
+    }  # fmt: skip
     look = json.loads(out.read_text())["look"]
-    assert look["valid"]["unknown"][-1] == [2011, 0.25] and look["valid"]["sentences"] == ["the|dog|sat|.|"]
+    assert look["valid"]["unknown"][-1] == [2015, 0.25] and look["valid"]["sentences"] == ["the|dog|sat|.|"]
     # 997 words are in the first 1,000 lines, and each of the rarest is seen once
-    assert look["train"]["unknown"][0] == [1000, pytest.approx((2008 - 997) / (2003 * 4 - 1))]
+    assert look["train"]["unknown"][0] == [1000, pytest.approx((2012 - 997) / (2003 * 4 + 3))]
     assert look["train"]["lengths"] == [[5, 4], [50, 4], [95, 4], [99, 4]]
     # the page shows the same, with the words that the vocabulary lacks in red
     shown_page = Path(json.loads(out.read_text())["page"])
     assert shown_page == tmp_path / "runs" / "prepared" / "look.html" and f"page: {shown_page}\n" in shown
     page = shown_page.read_text(encoding="utf-8")
     assert "<span class=w>cat</span>" in page and "<span class=u>dog</span>" in page
-    assert "<td>2,011</td><td class=n>25.00 %</td>" in page and "CYRILLIC SMALL LETTER KA" in page
+    assert "<td>2,015</td><td class=n>25.00 %</td>" in page and "CYRILLIC SMALL LETTER KA" in page
     assert "http" not in page
     assert main([str(tmp_path / "c.yaml"), "--look", "--dry-run"]) == 2
     assert "--look reads the text that prepare makes, and --dry-run makes none" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from helpers.documents import backwards, index, jsonl, lines_of, texts_of
 
 from elmo_ray.data import units
@@ -43,19 +44,30 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "GROUP_BYTES", 3000)
 
 
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
-def test_every_cut_gives_every_line_once(tmp_path: Path, end: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cut_gives_every_line_once(
+    tmp_path: Path, end: bytes, packed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = random.Random(1)
     lines = [str(number).encode() + b"x" * draw.choice([0, 3, 40, 500]) for number in range(25)]
     monkeypatch.setattr(units, "SMALL_FILE_BYTES", 0)
-    source = tmp_path / "raw.txt"
+    monkeypatch.setattr(units, "MOST_PARTS", 40)
+    source = tmp_path / f"raw.txt{packed}"
     for last in (b"", end, end + end):
-        source.write_bytes(b"\xef\xbb\xbf" + end.join(lines) + last)
+        text = b"\xef\xbb\xbf" + end.join(lines) + last
+        # Two members, so that the size which the .gz file states is too small; that of the .zst file is a guess.
+        make = gzip.compress if packed == ".gz" else zstandard.ZstdCompressor(write_content_size=False).compress
+        source.write_bytes(make(text[:-30]) + make(text[-30:]) if packed else text)
         whole = [line.decode() for line in lines] + ([""] if last == end + end else [])
         for size in (1, 7, 41, 500, 1 << 20):
             monkeypatch.setattr(units, "UNIT_BYTES", size)
             pieces = [piece for unit in cut_units([str(source)], FORM) for piece in unit.pieces]
-            assert size > 1000 or len(pieces) == -(-source.stat().st_size // size)
+            if packed:
+                assert size > 41 or 1 < len(pieces) <= 40
+                assert pieces[-1].end is None
+            else:
+                assert size > 1000 or len(pieces) == -(-source.stat().st_size // size)
             found = [text for piece in pieces for text in read_documents(piece, FORM, Counts())]
             assert [str(text).rstrip("\r") for text in found] == whole, size
 
@@ -85,7 +97,7 @@ def test_texts_do_not_depend_on_the_order_of_work(tmp_path: Path, small_units: N
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     raw = tmp_path / "d.txt"
     raw.write_text("\n".join(documents), "utf-8")
-    for source, count in ((plain, 10), (table, 8), (packed, 1), (raw, 8)):
+    for source, count in ((plain, 10), (table, 8), (packed, 7), (raw, 8)):
         form = {"normalize": ("whitespace",)}  # so that raw text is made into a text, too
         one, two = tmp_path / f"{source.name}-one", tmp_path / f"{source.name}-two"
         corpus, findings = index(one, [source], form=form)
@@ -131,14 +143,16 @@ import sys
 from elmo_ray import prepare
 from elmo_ray.data import units
 units.UNIT_BYTES, units.SMALL_FILE_BYTES = 1 << 16, 0
+prepare.SMALL_BYTES, prepare.BATCH_TASKS = 0, 1
 sys.exit(prepare.main(sys.argv[1:]))
 """
 
 
-def test_a_killed_prepare_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=(pytest.mark.slow, pytest.mark.ray))])
+def test_a_killed_prepare_goes_on(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = jsonl(tmp_path / "d.jsonl", [*some_documents(10_000), *some_documents(5_000)])
     config = tmp_path / "c.yaml"
-    config.write_text("cluster: {workers: 0}\n")
+    config.write_text(f"cluster: {{workers: {workers}}}\n")
     settings = [f"data.train={source}", "data.tokenizer=none", "data.deduplicate=sentences"]
     command = [sys.executable, "-c", _PREPARE, str(config), *settings, f"run.storage_path={tmp_path / 'killed'}"]
 
@@ -198,6 +212,37 @@ def test_the_last_block_of_a_text_holds_a_whole_document(tmp_path: Path) -> None
 
 def test_every_piece_is_read_by_its_own_bounds(tmp_path: Path) -> None:
     table = tmp_path / "t.parquet"
-    pq.write_table(pa.table({"text": [str(number) for number in range(100)]}), table, row_group_size=10)
-    found = [read_documents(Piece(str(table), start, start + 2), FORM, Counts()) for start in range(0, 10, 2)]
-    assert [text for part in found for text in part] == [str(number) for number in range(100)]
+    texts = [str(number) for number in range(1000)]
+    for rows in (1000, 300, 10, 1):
+        pq.write_table(pa.table({"text": texts}), table, row_group_size=rows)
+        for step in (7, 250, 999):
+            pieces = [Piece(str(table), start, min(start + step, 1000)) for start in range(0, 1000, step)]
+            found = [list(read_documents(piece, FORM, Counts())) for piece in [*pieces, Piece(str(table), 400)]]
+            assert [len(part) for part in found[:-2]] == [step] * (len(pieces) - 1)
+            assert [text for part in found[:-1] for text in part] == texts and found[-1] == texts[400:]
+
+
+def test_large_row_groups_and_compressed_files_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 5000)
+    monkeypatch.setattr(units, "SMALL_FILE_BYTES", 0)
+    documents = [f"d{number} {random.Random(number).random()} ." for number in range(2000)]
+    expected = [line for document in documents for line in document.split("\n")]
+    table, packed = tmp_path / "d.parquet", tmp_path / "d.jsonl.gz"
+    # two small row groups, a large one, a small one
+    with pq.ParquetWriter(table, pa.schema({"text": pa.string()})) as writer:
+        for start, end in ((0, 40), (40, 80), (80, 1990), (1990, 2000)):
+            writer.write_table(pa.table({"text": documents[start:end]}))
+    packed.write_bytes(gzip.compress(jsonl(tmp_path / "d.jsonl", documents).read_bytes()))
+    for source, count in ((table, 10), (packed, 8)):
+        cut = cut_units([str(source)], FORM)
+        assert len(cut) == count
+        corpus, findings = index(tmp_path / f"of-{source.name}", [source], runner=backwards)
+        assert lines_of(corpus) == expected and findings.documents == Counts(2000) and not findings.empty_files
+    assert [unit.pieces[0].start for unit in cut_units([str(table)], FORM)][:2] == [0, 80]
+    # The errors name the row, or the line, of the file.
+    documents[1500] = "a \0 ."
+    pq.write_table(pa.table({"text": documents}), table)
+    packed.write_bytes(gzip.compress(jsonl(tmp_path / "d.jsonl", documents).read_bytes()))
+    for source, place in ((table, r"d\.parquet, row 1501"), (packed, r"d\.jsonl\.gz, line 1501")):
+        with pytest.raises(DataError, match=f"{place}: a NUL in the text"):
+            index(tmp_path / "bad", [source])

@@ -50,6 +50,8 @@ def test_sentences_are_joined_with_their_documents(
         "meta": pa.array(meta, pa.struct({"n": pa.float32()})),
         "when": pa.array([DAY, None, DAY, DAY], pa.timestamp("ms", "UTC")),
         "kind": pa.array(["x", "y", "x", "y"]).dictionary_encode(),
+        "tags": pa.array([["x"], [], None, ["y", "z"]]),
+        "view": pa.array(["v", None, "w", "w"], pa.string_view()),
     }
     pq.write_table(pa.table(table), tmp_path / "d.parquet", row_group_size=3)
     records = [dict(zip(("id", "text", "meta"), row, strict=True)) for row in zip(ids, texts, meta, strict=True)]
@@ -57,10 +59,27 @@ def test_sentences_are_joined_with_their_documents(
     plain = jsonl(tmp_path / "d.jsonl", records)
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     (tmp_path / "d.ndjson.zst").write_bytes(zstandard.compress(plain.read_bytes()))
-    settings = ["data.tokenizer=spacy", "data.language=en", "embed.layers=top", "embed.keep=[id, meta.n, kind, when]"]
+    settings = [
+        "data.tokenizer=spacy",
+        "data.language=en",
+        "embed.layers=top",
+        "embed.keep=[id, meta.n, kind, when, tags, view]",
+    ]
     embed(checkpoint, tmp_path / "d.parquet", tmp_path / "rows", *settings)
     rows = pq.read_table(tmp_path / "rows")
-    names = ["sentence", "document", "sentence_in_document", "id", "meta.n", "kind", "when", "words", "vector"]
+    names = [
+        "sentence",
+        "document",
+        "sentence_in_document",
+        "id",
+        "meta.n",
+        "kind",
+        "when",
+        "tags",
+        "view",
+        "words",
+        "vector",
+    ]
     assert rows.column_names == names
     assert rows.schema.field("when").type == pa.timestamp("ms", "UTC")
     assert rows.schema.field("meta.n").type == pa.float32() and rows.schema.field("kind").type == pa.string()
@@ -68,6 +87,8 @@ def test_sentences_are_joined_with_their_documents(
     assert rows["document"].to_pylist() == [0, 0, 0, 1, 2, 3]
     assert rows["sentence_in_document"].to_pylist() == [0, 1, 2, 0, 0, 0]
     assert rows["id"].to_pylist() == ["a", "a", "a", "b", "c", "d"]
+    assert rows["tags"].to_pylist() == [["x"], ["x"], ["x"], [], None, ["y", "z"]]
+    assert rows["view"].to_pylist() == ["v", "v", "v", None, "w", "w"]
     assert rows["meta.n"].to_pylist() == [1.5, 1.5, 1.5, 2, None, 4] and rows["when"].to_pylist()[2:4] == [DAY, None]
     expected = [*(line.split() for line in SPLIT[0]), [], SPLIT[1][0].split(), []]
     assert rows["words"].to_pylist() == expected
@@ -128,6 +149,37 @@ def test_a_job_with_documents_goes_on(tmp_path: Path, checkpoint: Path, capsys: 
         assert file["1"].attrs["sentence_in_document"] == 1
 
 
+def test_small_files_share_shards(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(40):
+        records = [{"id": f"{number}-{n}", "text": "the dog .\na cat ."} for n in range(number % 3)]
+        jsonl(tmp_path / f"{number:02}.jsonl", records)
+    (tmp_path / "20.txt").write_text("the old house .\n")  # of another kind, in the middle
+    settings = ["embed.layers=top", "embed.output=means"]
+    embed(checkpoint, tmp_path / "*.*", tmp_path / "out", *settings)
+    assert len(list((tmp_path / "out").glob("part-*"))) == 3
+    rows = pq.read_table(tmp_path / "out")
+    documents = [n for n in range(40) for _ in range(n % 3)]
+    assert len(rows) == 2 * len(documents) + 1 and rows["sentence"].to_pylist() == list(range(len(rows)))
+    record = json.loads((tmp_path / "out" / "_embed.json").read_text())
+    assert [Path(file["path"]).name for file in record["in"]] == sorted(path.name for path in tmp_path.glob("*.*"))
+    # 20.jsonl comes before 20.txt
+    for number, file in ((1, 1), (2, 2), (19, 19), (20, 20), (22, 23), (38, 39)):
+        before = sum(n < number for n in documents) + (number > 20)
+        assert record["in"][file]["first_document"] == before, number
+        assert rows["document"].to_pylist()[record["in"][file]["first_sentence"]] == before, number
+    assert record["in"][40]["first_sentence"] is None, "39.jsonl is empty"
+    assert record["in"][21]["first_sentence"] == 2 * sum(n <= 20 for n in documents)
+    # kept columns go with their documents; a carried state ends with its file
+    embed(checkpoint, tmp_path / "*.jsonl", tmp_path / "kept", *settings, "embed.keep=id")
+    kept = pq.read_table(tmp_path / "kept")["id"].to_pylist()
+    assert kept == [f"{number}-{n}" for number in range(40) for n in range(number % 3) for _ in range(2)]
+    embed(checkpoint, tmp_path / "0?.jsonl", tmp_path / "carried", *settings, "embed.state=carry")
+    assert len(list((tmp_path / "carried").glob("part-*"))) == 6  # 0, 3, 6 and 9 are empty
+    (tmp_path / "33.jsonl").write_text("{\n")
+    embed(checkpoint, tmp_path / "*.jsonl", tmp_path / "bad", *settings, code=2)
+    assert "33.jsonl, line 1: is not JSON" in capsys.readouterr().err and not (tmp_path / "bad").exists()
+
+
 def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = jsonl(tmp_path / "good.jsonl", [{"id": 1, "text": "the dog ."}, {"id": 2, "text": "a cat ."}])
     raw = jsonl(tmp_path / "raw.jsonl", [{"id": 1, "text": RAW[0]}])
@@ -137,19 +189,31 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
     text.write_text("the dog .\n")
     book = jsonl(tmp_path / "book.jsonl", [{"text": "the dog .", "all": "x" * 2_000_000}])
     mixed = jsonl(tmp_path / "mixed.jsonl", [{"id": 1, "text": "the dog ."}, {"id": "x", "text": "the cat ."}])
+    bare = jsonl(tmp_path / "bare.jsonl", [{"text": "the dog .", "meta": [{}]}])
+    blobs = tmp_path / "blobs.parquet"
+    pq.write_table(pa.table({"text": ["the dog ."] * 2, "all": [[b"x"], [b"x" * 2_000_000]]}), blobs)
     half = tmp_path / "half.jsonl"
     half.write_text('{"text": "the \\ud800 dog ."}\n')
     cut = tmp_path / "cut.parquet"
     cut.write_bytes(table.read_bytes()[:-9])
     renamed = tmp_path / "renamed.txt"
     renamed.write_bytes(good.read_bytes())
+    empty = jsonl(tmp_path / "empty.jsonl", [])
     out = tmp_path / "out"
     for source, settings, message in (
         (raw, [], "its documents are not tokenised (words such as 'cat.'); set data.tokenizer=spacy"),
         (good, ["embed.keep=title"], "good.jsonl: has no column title (embed.keep=title); it has id, text"),
         (table, ["embed.keep=[id, page.n]"], "t.parquet: has no column page (embed.keep=page.n); it has id, text"),
-        (table, ["embed.keep=id.n"], "t.parquet: has no column id.n (embed.keep=id.n); it has string"),
-        (table, ["data.column=id.n"], "t.parquet: has no column id.n (data.column=id.n); it has string"),
+        (
+            table,
+            ["embed.keep=id.n"],
+            "t.parquet: id has values of string, with no columns inside, and embed.keep=id.n names one",
+        ),
+        (
+            table,
+            ["data.column=id.n"],
+            "t.parquet: id has values of string, with no columns inside, and data.column=id.n names one",
+        ),
         (good, ["data.column=id"], "good.jsonl, line 1: data.column=id is 1, neither text nor a list of words"),
         (text, ["embed.keep=id"], f"embed.keep=id: {text} is text, which has no columns"),
         (good, ["embed.keep=words"], "embed.keep=words: OUT has a column of this name already"),
@@ -157,9 +221,12 @@ def test_mistakes_are_one_line(tmp_path: Path, checkpoint: Path, capsys: pytest.
         (mixed, ["embed.keep=id"], "mixed.jsonl: embed.keep=id: its values make no column of one type"),
         (tmp_path / "[gt]*", ["embed.keep=id"], "is text, which has no columns"),
         (book, ["embed.keep=all"], "book.jsonl: embed.keep=all: a document has a value of 2.0 MB there, which each"),
+        (blobs, ["embed.keep=all"], "blobs.parquet: embed.keep=all: a document has a value of 2.0 MB there"),
+        (bare, ["embed.keep=meta"], "bare.jsonl: embed.keep=meta: its values are list<item: struct<>>, which Parquet"),
         (half, [], "half.jsonl, line 1: half of a surrogate pair in the text; mend it, or set data.on_error=replace"),
         (cut, [], "cut.parquet: is no whole Parquet file"),
         (renamed, [], "renamed.txt: is JSON; with an object in each line, name it .jsonl or set data.format=jsonl"),
+        (empty, [], f"in={empty}: no sentence in 1 files"),
         (good, ["data.format=text", "data.column=id"], "data.column is set, but data.format=text has no columns"),
         (good, ["data.tokenizer=nosuch"], "data.tokenizer=nosuch: no such tokenizer"),
     ):

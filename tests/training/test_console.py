@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.terminal import shown_in_terminal
 from helpers.tiny_runs import sentences, tiny_values
 
 pytest.importorskip("tqdm")
@@ -32,21 +28,7 @@ def command(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_bar_in_a_terminal_and_lines_elsewhere(tmp_path: Path) -> None:
     arguments = command(tmp_path)
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=theirs, close_fds=True)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    assert process.wait(60) == 0, shown
-    os.close(ours)
+    shown = shown_in_terminal(arguments)
     bar = [part for part in shown.split(b"\r") if b"/400 [" in part]
     assert bar, shown.decode(errors="replace")
     assert b"positions/s" in shown and b"perplexity" in bar[-1]

@@ -26,6 +26,7 @@ from elmo_ray.checkpoints.bilm_tf.hdf5 import write_weights
 from elmo_ray.checkpoints.bilm_tf.options import to_options
 from elmo_ray.checkpoints.source import open_source
 from elmo_ray.config import EvalConfig, EvaluateConfig, PretrainConfig, TextConfig
+from elmo_ray.data import units
 from elmo_ray.data.characters import encode_words
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.scan import index_shard
@@ -442,7 +443,7 @@ def test_evaluation_needs_no_ray_in_this_process(checkpoint: Path, texts: list[P
     assert done.returncode == 0, done.stderr
 
 
-def test_raw_documents_are_tokenised_as_for_the_training(tmp_path: Path) -> None:
+def test_raw_documents_are_tokenised_as_for_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSONL, Parquet and raw text give what their tokenised sentences give; a function from the Hub does not run."""
     pytest.importorskip("spacy")
     config = tiny_config(data__tokenizer="spacy", data__language="en", data__normalize=["whitespace"])
@@ -471,6 +472,12 @@ def test_raw_documents_are_tokenised_as_for_the_training(tmp_path: Path) -> None
             name: right[name] for name in (*NUMBERS, *COUNTS)
         }
     assert measured(raw, tokenizer="none")["positions"] == 15
+    # a file of several pieces has one row
+    monkeypatch.setattr(units, "UNIT_BYTES", 40)
+    monkeypatch.setattr(units, "SMALL_FILE_BYTES", 0)
+    found = measured(lines, column="body")
+    assert [shard["path"] for shard in found["shards"]] == [str(lines)] and found["positions"] == 20
+    assert found["shards"][0]["perplexity"] == found["perplexity"] and found["shards"][0]["positions"] == 20
     function = tiny_config(data__tokenizer="theirs:cut")
     opened = open_source(save_checkpoint(tmp_path / "theirs", function, WORDS, model))
     assert opened.recorded_form(TextConfig()).tokenizer == "theirs:cut"

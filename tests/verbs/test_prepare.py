@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import zstandard
+from helpers.terminal import shown_in_terminal
 from helpers.tiny_runs import sentences
 
 from elmo_ray import prepare
@@ -514,3 +515,13 @@ def test_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepare.run(config).to_dict() == result.to_dict()
     with pytest.raises(ConfigError, match=r"data\.deduplicate=documents: \S+/runs/prepared/vocab\.txt is text"):
         prepare.plan(configure(tmp_path, **{**train, "data__train": str(result.vocabulary_path)}))
+
+
+@pytest.mark.slow
+def test_a_bar_in_a_terminal(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("the cat sat .\n" * 100 * (number + 1))
+    (tmp_path / "c.yaml").write_text(f"run: {{storage_path: {tmp_path}/runs}}\ncluster: {{workers: 0}}\n")
+    command = [sys.executable, "-m", "elmo_ray.prepare", str(tmp_path / "c.yaml"), f"data.train={tmp_path}/*.txt"]
+    shown = shown_in_terminal(command)
+    assert b"0/3 [" in shown and b"indexing data.train: 3 tasks" in shown
