@@ -96,6 +96,8 @@ class HostSoak(Soak):
         """Start Ray on every host on which it does not run."""
         for host in (self.head, *self.others):
             if host.ray is not None and host.ray.poll() is not None:
+                if host is self.driver and self.commands and self.command.process.poll() is None:
+                    continue  # the command, which has lost its node, must end by itself
                 host.kill()  # what Ray has left
             if host.ray is None:
                 host.start_ray(None if host is self.head else self.head)
