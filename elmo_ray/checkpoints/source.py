@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -171,8 +172,23 @@ def open_source(
     checkpoint: for a run best, last, or the name of a folder in its checkpoints/; for a folder of TensorFlow the name
     of a checkpoint in it, where best and last mean the one that TensorFlow calls the newest. options, vocab: paths
     (init.options, init.vocab) that bilm-tf's files may need. verify: read all of a checkpoint and compare its hashes.
-    Raises ConfigError where nothing can be opened, CheckpointError and FormatError for damaged files.
+    Raises ConfigError where nothing can be opened, CheckpointError and FormatError for damaged files and for parameters
+    that are not finite.
     """
+    opened = _open(source, checkpoint, options, vocab, verify)
+    for name, parameter in opened.model.named_parameters():
+        # the sum costs a tenth of looking at each number, and is finite where they all are and do not overflow it
+        if not math.isfinite(float(parameter.sum())) and not bool(torch.isfinite(parameter).all()):
+            raise FormatError(
+                f"{opened.uri or opened.path}: {name} has numbers that are not finite (NaN or infinity), so all "
+                "results would be; take another checkpoint of that training"
+            )
+    return opened
+
+
+def _open(
+    source: str | os.PathLike[str] | None, checkpoint: str, options: str | None, vocab: str | None, verify: bool
+) -> Source:
     if source is None or not str(source):
         raise ConfigError(f"init.from is empty: name {_KINDS}")
     if str(source).startswith(_HUB_PAGES):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 from helpers.saved_models import random_model, save_checkpoint
@@ -342,3 +344,12 @@ def test_names_of_others_in_an_object_store(tmp_path: Path) -> None:
     storage.upload(weights, "memory://models/se/other.hdf5")
     with pytest.raises(ConfigError, match=r"no run, checkpoint, weights.hdf5 or another .hdf5 file alone"):
         open_source("memory://models/se")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_parameters_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    weights = exported(tmp_path / "export")
+    with h5py.File(weights, "r+") as file:
+        file["CNN/b_cnn_0"][0] = value
+    with pytest.raises(FormatError, match=r"weights.hdf5: char_cnn\.filter_biases\.0 has numbers that are not finite"):
+        open_source(weights)
