@@ -18,6 +18,7 @@ import pytest
 import zstandard
 from helpers.documents import backwards, index, jsonl, lines_of, texts_of
 
+from elmo_ray import prepare
 from elmo_ray.data import units
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.documents import Counts, Piece, TextForm, read_documents
@@ -246,3 +247,19 @@ def test_large_row_groups_and_compressed_files_are_cut(tmp_path: Path, monkeypat
     for source, place in ((table, r"d\.parquet, row 1501"), (packed, r"d\.jsonl\.gz, line 1501")):
         with pytest.raises(DataError, match=f"{place}: a NUL in the text"):
             index(tmp_path / "bad", [source])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_mistake_on_ray_leaves_no_part_of_a_text(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepare, "SMALL_BYTES", 0)
+    monkeypatch.setattr(prepare, "BATCH_TASKS", 1)
+    jsonl(tmp_path / "a.jsonl", some_documents(60_000))  # takes longer than the other
+    (tmp_path / "b.jsonl").write_text("a" * (2 << 20))
+    (tmp_path / "c.yaml").write_text(f"cluster: {{workers: 1}}\nrun: {{storage_path: {tmp_path}/runs}}\n")
+    command = [str(tmp_path / "c.yaml"), f"data.train={tmp_path}/?.jsonl", "data.tokenizer=none"]
+    assert prepare.main(command) == 2
+    assert "b.jsonl, line 1: is not JSON" in capsys.readouterr().err
+    assert not list((tmp_path / "runs" / "prepared" / "text").glob(".*"))
