@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ import pytest
 import zstandard
 from helpers.documents import backwards, index, jsonl, lines_of, texts_of
 
-from elmo_ray import prepare
 from elmo_ray.data import units
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.data.documents import Counts, Piece, TextForm, read_documents
@@ -249,17 +250,20 @@ def test_large_row_groups_and_compressed_files_are_cut(tmp_path: Path, monkeypat
             index(tmp_path / "bad", [source])
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_mistake_on_ray_leaves_no_part_of_a_text(
-    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(prepare, "SMALL_BYTES", 0)
-    monkeypatch.setattr(prepare, "BATCH_TASKS", 1)
-    jsonl(tmp_path / "a.jsonl", some_documents(60_000))  # takes longer than the other
-    (tmp_path / "b.jsonl").write_text("a" * (2 << 20))
-    (tmp_path / "c.yaml").write_text(f"cluster: {{workers: 1}}\nrun: {{storage_path: {tmp_path}/runs}}\n")
-    command = [str(tmp_path / "c.yaml"), f"data.train={tmp_path}/?.jsonl", "data.tokenizer=none"]
-    assert prepare.main(command) == 2
-    assert "b.jsonl, line 1: is not JSON" in capsys.readouterr().err
-    assert not list((tmp_path / "runs" / "prepared" / "text").glob(".*"))
+def test_a_mistake_leaves_no_part_of_a_text(tmp_path: Path) -> None:
+    """The mistake of one task ends others in the middle, and some of these take a moment to end."""
+    source = jsonl(tmp_path / "d.jsonl", some_documents(3))
+    parts = []
+
+    def runner(todo: Any) -> Any:
+        for seconds in ("0", "0.5"):
+            process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"])
+            parts.append(tmp_path / "out" / "text" / f".d.txt.{socket.gethostname()}.{process.pid}.part")
+            parts[-1].write_text("half")
+            threading.Thread(target=process.wait).start()
+        raise DataError("d.jsonl, line 9: a mistake")
+        yield
+
+    with pytest.raises(DataError, match="line 9"):
+        index(tmp_path / "out", [source], runner=runner)
+    assert len(parts) == 2 and not any(part.exists() for part in parts)
