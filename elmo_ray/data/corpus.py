@@ -322,7 +322,9 @@ def expand_paths(patterns: Sequence[str], key: str = "data.train") -> list[str]:
             path = os.path.abspath(name)
             if os.path.isdir(path):
                 folder = name.rstrip("/")
-                raise ConfigError(f"{key}={pattern}: {folder} is a directory; name its files, as in {folder}/*.txt")
+                endings = (os.path.splitext(each)[1] for each in sorted(os.listdir(path)))
+                ending = next(filter(None, endings), ".txt")
+                raise ConfigError(f"{key}={pattern}: {folder} is a directory; name its files, as in {folder}/*{ending}")
             reason = _unreadable_reason(path)
             if reason is not None:
                 raise DataError(f"{path}: {reason} ({key}={pattern}); mend or remove it, or name other files")

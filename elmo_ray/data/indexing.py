@@ -62,7 +62,16 @@ from elmo_ray.data.units import (
     read_lengths,
     space_needed,
 )
-from elmo_ray.data.unpack import check_format, check_free, check_space, compression, is_unpacked, unpack, unpacked_path
+from elmo_ray.data.unpack import (
+    check_format,
+    check_free,
+    check_space,
+    compression,
+    is_unpacked,
+    remove_stale,
+    unpack,
+    unpacked_path,
+)
 from elmo_ray.errors import ConfigError, DataError
 from elmo_ray.storage import read_json
 from elmo_ray.storage.files import write_aside, write_json
@@ -74,6 +83,7 @@ logger = logging.getLogger(__name__)
 # Distinct words that a task holds for its segment, at most; beyond them the rarest are dropped (see WordCounter).
 SEGMENT_WORDS = 1_000_000
 _PROGRESS_SECONDS = 10.0
+_PATIENCE_SECONDS = 5.0
 # Fewer lines of one word, such as names or answers, may well be the sentences of a text.
 ONE_WORD_LINES = 100
 ONE_WORD_AVERAGE = 1.05
@@ -520,11 +530,18 @@ class Indexer:
         if not todo:
             return
         started = reported = time.monotonic()
-        for done, (number, result) in enumerate(self.runner(todo), start=1):
-            store(todo[number], result)
-            if time.monotonic() - reported > _PROGRESS_SECONDS and done < len(todo):
-                reported = time.monotonic()
-                logger.info("%s: %d of %d tasks in %.0f s", title, done, len(todo), reported - started)
+        try:
+            for done, (number, result) in enumerate(self.runner(todo), start=1):
+                store(todo[number], result)
+                if time.monotonic() - reported > _PROGRESS_SECONDS and done < len(todo):
+                    reported = time.monotonic()
+                    logger.info("%s: %d of %d tasks in %.0f s", title, done, len(todo), reported - started)
+        except BaseException:
+            # The mistake of one task ends the others, which takes them a moment.
+            patience = time.monotonic() + _PATIENCE_SECONDS
+            while remove_stale(self.directory / "text") and time.monotonic() < patience:
+                time.sleep(0.1)
+            raise
         logger.info("%s: %d tasks in %.1f s", title, len(todo), time.monotonic() - started)
 
     def _state_path(self, task: Task) -> Path:

@@ -177,12 +177,8 @@ def read_note(target: Place) -> dict[str, Any] | None:
 
 
 def _write(source: str, target: Path, pieces: Iterable[bytes]) -> int:
-    prefix = f".{target.name}.{socket.gethostname()}."
-    for stale in target.parent.glob(f"{glob.escape(prefix)}*.part"):
-        # A run that was killed could not remove its file, which may be large.
-        if not _is_alive(stale.name.removeprefix(prefix).removesuffix(".part")):
-            stale.unlink(missing_ok=True)
-    aside = target.with_name(f"{prefix}{os.getpid()}.part")
+    remove_stale(target.parent, target.name)
+    aside = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         size = 0
         since_check = _CHECK_BYTES
@@ -201,6 +197,24 @@ def _write(source: str, target: Path, pieces: Iterable[bytes]) -> int:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
     return size
+
+
+def remove_stale(folder: Path, name: str | None = None) -> bool:
+    """Remove texts that processes of this machine could not finish, as they were killed; they may be large.
+
+    name: of one text, all by default. Returns whether processes that are alive are writing some.
+    """
+    prefix = "." if name is None else f".{name}."
+    is_written = False
+    for part in folder.glob(f"{glob.escape(prefix)}*.part"):
+        rest, _, pid = part.name.removesuffix(".part").rpartition(".")
+        if not rest.endswith(f".{socket.gethostname()}"):
+            continue
+        if _is_alive(pid):
+            is_written = True
+        else:
+            part.unlink(missing_ok=True)
+    return is_written
 
 
 def read_pieces(file: BinaryIO) -> Iterator[bytes]:

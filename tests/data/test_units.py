@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -246,3 +248,22 @@ def test_large_row_groups_and_compressed_files_are_cut(tmp_path: Path, monkeypat
     for source, place in ((table, r"d\.parquet, row 1501"), (packed, r"d\.jsonl\.gz, line 1501")):
         with pytest.raises(DataError, match=f"{place}: a NUL in the text"):
             index(tmp_path / "bad", [source])
+
+
+def test_a_mistake_leaves_no_part_of_a_text(tmp_path: Path) -> None:
+    """The mistake of one task ends others in the middle, and some of these take a moment to end."""
+    source = jsonl(tmp_path / "d.jsonl", some_documents(3))
+    parts = []
+
+    def runner(todo: Any) -> Any:
+        for seconds in ("0", "0.5"):
+            process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"])
+            parts.append(tmp_path / "out" / "text" / f".d.txt.{socket.gethostname()}.{process.pid}.part")
+            parts[-1].write_text("half")
+            threading.Thread(target=process.wait).start()
+        raise DataError("d.jsonl, line 9: a mistake")
+        yield
+
+    with pytest.raises(DataError, match="line 9"):
+        index(tmp_path / "out", [source], runner=runner)
+    assert len(parts) == 2 and not any(part.exists() for part in parts)
