@@ -66,6 +66,7 @@ class PrepareResult:
     train, valid, test: None if no text is named. With data.holdout, `valid` has the blocks set aside from data.train.
     checks: unknown words and shared sentences of the texts.
     documents: counts of the documents that the texts were made of, and of what data.deduplicate has left out.
+    made_by: the settings and versions of libraries by which texts were made of them; None if there are no documents.
     pruned_words, pruned_tokens, max_missing: losses of counting in bounded memory, all 0 if the counts are exact (see
         `WordCounter`).
     replaced: number of invalid sequences and NULs that data.on_error=replace turns into U+FFFD.
@@ -85,6 +86,7 @@ class PrepareResult:
     max_missing: int = 0
     replaced: int = 0
     documents: dict[str, dict[str, int]] = field(default_factory=dict)
+    made_by: dict[str, str] | None = None
 
     @property
     def corpora(self) -> dict[str, Corpus]:
@@ -141,6 +143,7 @@ class PrepareResult:
             },
             "replaced": self.replaced,
             "documents": self.documents,
+            "made_by": self.made_by,
             "checks": self.checks.to_dict(),
             **texts,
         }
@@ -213,8 +216,11 @@ def run(
     """
     data = config.data
     directory = prepared_dir(config.run.storage_path, data.prepared_dir)
-    indexer = Indexer(directory, data.block_bytes, _make_runner(config.cluster), fresh, text_form(data))
+    form = text_form(data)
+    indexer = Indexer(directory, data.block_bytes, _make_runner(config.cluster), fresh, form)
     files = _files(data, directory)
+    if replaces and not fresh:
+        _check_made_alike(directory, form)
     _check_vocabulary(data, is_models_vocabulary)
     _warn_of_missing_files(directory)
     found = _index(config, files, indexer)
@@ -238,6 +244,7 @@ def run(
         max_missing=counter.max_missing if counter else 0,
         replaced=sum(findings.replaced for findings in found.findings.values()),
         documents={name: counts for name, findings in found.findings.items() if (counts := _document_counts(findings))},
+        made_by=form.describe() if any(each.documents is not None for each in found.findings.values()) else None,
     )
     for name, corpus in result.corpora.items():
         corpus.save(directory / f"{name}.npz")
@@ -515,6 +522,24 @@ def _warn_of_other_unknown_words(counter: WordCounter | None) -> None:
                 f"{counter.counts[word]:,}",
                 special,
             )
+
+
+def _check_made_alike(directory: Path, form: TextForm) -> None:
+    """Raise ConfigError if the folder's last texts were made of documents by other settings or versions."""
+    last = (read_json(directory / "prepare.json") or {}).get("made_by")
+    if not isinstance(last, dict):
+        return
+    now = form.describe()
+    # what is left out does not change the words of a sound document
+    names = (name for name in {**last, **now} if name not in ("format", "on_error"))
+    differs = [name for name in names if last.get(name) != now.get(name)]
+    if not differs:
+        return
+    then, today = (", ".join(f"{name} {each.get(name) or 'none'}" for name in differs) for each in (last, now))
+    raise ConfigError(
+        f"data.prepared_dir={uri_of(directory)}: its texts were made with {short(then)}, and these would be with "
+        f"{short(today)}; name another data.prepared_dir, or add --fresh to replace them"
+    )
 
 
 def _warn_of_missing_files(directory: Path) -> None:

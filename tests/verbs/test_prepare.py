@@ -525,3 +525,19 @@ def test_a_bar_in_a_terminal(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "elmo_ray.prepare", str(tmp_path / "c.yaml"), f"data.train={tmp_path}/*.txt"]
     shown = shown_in_terminal(command)
     assert b"0/3 [" in shown and b"indexing data.train: 3 tasks" in shown
+
+
+def test_texts_of_other_settings_are_not_replaced_in_a_folder(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"The ship left the harbour at {n} . Nobody waved ."}) for n in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
+    train = {"data__train": str(tmp_path / "a.jsonl"), "data__tokenizer": "none"}
+    first = prepare.run(configure(tmp_path, **train)).vocabulary_path.read_bytes()
+    other = configure(tmp_path, **train, data__normalize=["nfc"])
+    with pytest.raises(
+        ConfigError, match=r"runs/prepared: its texts were made with normalize none, .* normalize nfc; na"
+    ):
+        prepare.run(other)
+    assert (tmp_path / "runs/prepared/vocab.txt").read_bytes() == first
+    # a training has texts of its own beside them
+    assert prepare.run(other, replaces=False).made_by != prepare.run(configure(tmp_path, **train), True).made_by
+    assert json.loads((tmp_path / "runs/prepared/prepare.json").read_text())["made_by"]["normalize"] == ""
