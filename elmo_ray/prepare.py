@@ -219,10 +219,11 @@ def run(
     form = text_form(data)
     indexer = Indexer(directory, data.block_bytes, _make_runner(config.cluster), fresh, form)
     files = _files(data, directory)
+    last = read_json(directory / "prepare.json") or {}
     if replaces and not fresh:
-        _check_made_alike(directory, form)
+        _check_made_alike(last, directory, form)
     _check_vocabulary(data, is_models_vocabulary)
-    _warn_of_missing_files(directory)
+    _warn_of_missing_files(last)
     found = _index(config, files, indexer)
     vocabulary, counter = found.vocabulary, found.counter
     if counter is None:
@@ -524,9 +525,12 @@ def _warn_of_other_unknown_words(counter: WordCounter | None) -> None:
             )
 
 
-def _check_made_alike(directory: Path, form: TextForm) -> None:
-    """Raise ConfigError if the folder's last texts were made of documents by other settings or versions."""
-    last = (read_json(directory / "prepare.json") or {}).get("made_by")
+def _check_made_alike(result: dict[str, Any], directory: Path, form: TextForm) -> None:
+    """Raise ConfigError if the folder's texts were made of documents by other settings or versions.
+
+    result: of the last `prepare` there, as it was written.
+    """
+    last = result.get("made_by")
     if not isinstance(last, dict):
         return
     now = form.describe()
@@ -542,9 +546,8 @@ def _check_made_alike(directory: Path, form: TextForm) -> None:
     )
 
 
-def _warn_of_missing_files(directory: Path) -> None:
-    """Warn if files of the last `prepare` are gone: a glob does not notice it."""
-    last = read_json(directory / "prepare.json") or {}
+def _warn_of_missing_files(last: dict[str, Any]) -> None:
+    """Warn if files of the last `prepare`, whose result is given, are gone: a glob does not notice it."""
     try:
         before = [(name, shard["source"]) for name in TEXTS if name in last for shard in last[name]["shards"]]
     except (KeyError, TypeError):

@@ -171,12 +171,12 @@ def open_source(
 
     checkpoint: for a run best, last, or the name of a folder in its checkpoints/; for a folder of TensorFlow the name
     of a checkpoint in it, where best and last mean the one that TensorFlow calls the newest. options, vocab: paths
-    (init.options, init.vocab) that bilm-tf's files may need. verify: read all of a checkpoint and compare its hashes.
-    Raises ConfigError where nothing can be opened, CheckpointError and FormatError for damaged files and for parameters
-    that are not finite.
+    (init.options, init.vocab) that bilm-tf's files may need. verify: read all of a checkpoint, compare its hashes, and
+    look whether all parameters are finite; workers need not do again what the command has done. Raises ConfigError
+    where nothing can be opened, CheckpointError and FormatError for damaged files and parameters that are not finite.
     """
     opened = _open(source, checkpoint, options, vocab, verify)
-    for name, parameter in opened.model.named_parameters():
+    for name, parameter in opened.model.named_parameters() if verify else ():
         # the sum costs a tenth of looking at each number, and is finite where they all are and do not overflow it
         if not math.isfinite(float(parameter.sum())) and not bool(torch.isfinite(parameter).all()):
             raise FormatError(
@@ -195,7 +195,7 @@ def _open(
         raise ConfigError(f"{source}: write a model of the Hub as {SCHEME}OWNER/NAME")
     if str(source).startswith(SCHEME):
         folder, place = fetched(str(source))
-        return dataclasses.replace(open_source(folder, checkpoint, options, vocab, verify), uri=place)
+        return dataclasses.replace(_open(folder, checkpoint, options, vocab, verify), uri=place)
     place = absolute(source)
     try:
         is_checkpoint, is_run = _is_checkpoint(place), _is_run(place)

@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-STORE_PATIENCE_S = 900.0
-"""Seconds for which text is read again from an object store that does not answer."""
-
-_AGAIN_S = 5.0  # between two of these tries, each of which is some tries of the store's library
+# Seconds for which text is read again from an object store that does not answer, and between two of these tries, each
+# of which is some tries of the store's library.
+_STORE_PATIENCE_S = 900.0
+_AGAIN_S = 5.0
 
 # Longest wait for a thread that is told to stop, and time between two looks for a stop while text is waited for.
 CLOSE_S = 10.0
@@ -138,10 +138,10 @@ def read_block(block: Block) -> bytes:
 
     An object store that does not answer is asked again for some minutes: a run of weeks must outlast it.
     """
-    until = time.monotonic() + STORE_PATIENCE_S
+    until = time.monotonic() + _STORE_PATIENCE_S
     while True:
         try:
-            data = _read_block(block)
+            data = read_range(block.path, block.start, block.end)
             break
         except OSError as error:
             # an error of another kind, such as a missing object or a revoked key, stays
@@ -158,14 +158,6 @@ def read_block(block: Block) -> bytes:
             "(with --fresh if the file's time of change was set back)"
         )
     return data
-
-
-def _read_block(block: Block) -> bytes:
-    if is_uri(block.path):
-        return read_range(block.path, block.start, block.end)
-    with open(block.path, "rb") as file:
-        file.seek(block.start)
-        return file.read(block.end - block.start)
 
 
 def load_block(

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers.hosts import Host, Hosts, child_of, lines_of, recommended, wait_for, workers_of
 from helpers.soak_runs import Watch
-from helpers.tiny_runs import newest, sentences, tiny_values
+from helpers.tiny_runs import newest, write_command
 
 LONGEST_S = 240.0
 """Seconds after which a run that neither trains nor ends is given up."""
@@ -103,21 +103,15 @@ def fault(kind: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
 
 
 def write_config(folder: Path, workers: str) -> Path:
-    (folder / "train.txt").write_text("".join(f"{line}\n" for line in sentences(2000)))
-    values = tiny_values(
-        run__storage_path=str(folder / "runs"),
+    return write_command(
+        folder,
+        2000,
         run__name="faults",
-        run__export=False,
-        data__train=str(folder / "train.txt"),
-        data__prepared_dir=str(folder / "prepared"),
         train__duration="1000000 steps",
         train__checkpoint_every="20 steps",
         train__log_every=5,
         cluster={"workers": yaml.safe_load(workers), "cpus_per_worker": 1.2, "max_failures": 10, "timeout_s": 60},
     )
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 # ---------------------------------------------------------------- faults that pass

@@ -31,12 +31,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers.hosts import Host, Hosts, lines_of
-from helpers.tiny_runs import sentences, tiny_values
+from helpers.tiny_runs import write_command
 
 LONGEST_S = 420.0
 """Seconds after which a run that does not end is given up."""
@@ -65,7 +63,8 @@ def run(form: str, folder: Path) -> dict[str, Any]:
             other.start_ray(head)
             if form in AFTER_RAY:
                 AFTER_RAY[form](other, folder)
-            config = write_config(folder)
+            cluster = {"workers": 2, "cpus_per_worker": 1.5, "timeout_s": 60}
+            config = write_command(folder, run__name="forms", cluster=cluster)
             began = time.monotonic()
             command = [sys.executable, "-m", "elmo_ray.pretrain", str(config), *settings]
             try:
@@ -77,21 +76,6 @@ def run(form: str, folder: Path) -> dict[str, Any]:
     finally:
         if mounted:
             subprocess.run(["umount", "--lazy", str(runs)], check=False)
-
-
-def write_config(folder: Path) -> Path:
-    (folder / "train.txt").write_text("".join(f"{line}\n" for line in sentences(400)))
-    values = tiny_values(
-        run__storage_path=str(folder / "runs"),
-        run__name="forms",
-        run__export=False,
-        data__train=str(folder / "train.txt"),
-        data__prepared_dir=str(folder / "prepared"),
-        cluster={"workers": 2, "cpus_per_worker": 1.5, "timeout_s": 60},
-    )
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 # ---------------------------------------------------------------- the forms

@@ -5,6 +5,7 @@ What works only because all processes are on one machine fails here as on severa
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,10 +46,11 @@ def need_hosts() -> None:
     for program in ("ip", "unshare", "nsenter"):
         if shutil.which(program) is None:
             pytest.skip(f"test hosts need the program {program} (Debian: iproute2, util-linux)")
-    done = subprocess.run(["ip", "netns", "add", "elmo-probe"], capture_output=True, text=True)
+    probe = f"elmo-probe-{os.getpid()}"  # of this process alone, as others may look at the same moment
+    done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
-    subprocess.run(["ip", "netns", "del", "elmo-probe"], check=True)
+    subprocess.run(["ip", "netns", "del", probe], check=True)
 
 
 class Host:
@@ -174,6 +176,15 @@ class Host:
         """Mount something that only the Ray of this host sees."""
         enter = ["nsenter", "--mount", "--pid", f"--target={child_of(self.ray)}"]
         subprocess.run([*enter, "mount", *arguments], check=True)
+
+    @contextlib.contextmanager
+    def mounted(self, place: str | Path, *arguments: str) -> Iterator[None]:
+        """Mount something at a place, which only the Ray of this host sees, while this context lasts."""
+        self.mount(*arguments, str(place))
+        try:
+            yield
+        finally:
+            self.unmount(place)
 
     def unmount(self, place: str | Path) -> None:
         enter = ["nsenter", "--mount", "--pid", f"--target={child_of(self.ray)}"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from elmo_ray.checkpoints.read import Checkpoint, open_checkpoint
 from elmo_ray.config import PretrainConfig
@@ -94,6 +95,22 @@ def tiny_values(**changes: Any) -> dict[str, Any]:
         else:
             place[key] = value
     return values
+
+
+def write_command(folder: Path, lines: int = 400, **changes: Any) -> Path:
+    """Write a text and the YAML of a run on it, for a command, into a folder; return the path of the YAML.
+
+    Everything else of the run goes to the folder as well. lines: of the text. changes: as in `tiny_values`.
+    """
+    (folder / "train.txt").write_text("".join(f"{line}\n" for line in sentences(lines)))
+    places = {
+        "run__storage_path": str(folder / "runs"),
+        "data__train": str(folder / "train.txt"),
+        "data__prepared_dir": str(folder / "prepared"),
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(**{**places, "run__export": False, **changes})))
+    return path
 
 
 def tiny_config(**changes: Any) -> PretrainConfig:

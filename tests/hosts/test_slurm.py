@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers.hosts import REPOSITORY, Hosts, need_hosts, wait_for
 from helpers.slurm import Slurm, need_slurm
-from helpers.tiny_runs import newest, sentences, tiny_values
+from helpers.tiny_runs import newest, write_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.hosts]
 SCRIPT = str(REPOSITORY / "cluster" / "slurm.sbatch")
@@ -27,19 +26,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    (tmp_path / "train.txt").write_text("".join(f"{line}\n" for line in sentences(400)))
-    values = tiny_values(
-        run__storage_path=str(tmp_path / "runs"),
-        run__name="queued",
-        run__export=False,
-        data__train=str(tmp_path / "train.txt"),
-        data__prepared_dir=str(tmp_path / "prepared"),
-        train__log_every=1,
-        cluster={"workers": 2, "cpus_per_worker": 1.5},
-    )
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    cluster = {"workers": 2, "cpus_per_worker": 1.5}
+    return write_command(tmp_path, run__name="queued", train__log_every=1, cluster=cluster)
 
 
 def submit(slurm: Slurm, config: Path, *arguments: str, options: tuple[str, ...] = ()) -> int:

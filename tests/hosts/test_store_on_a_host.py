@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers.hosts import Hosts, lines_of, need_hosts, wait_for
 from helpers.store_host import StoreHost
-from helpers.tiny_runs import sentences, tiny_values
+from helpers.tiny_runs import write_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.hosts]
 
@@ -35,18 +34,13 @@ class Run:
 
     def __init__(self, store: StoreHost, folder: Path, name: str) -> None:
         self.store, self.host, self.log, self.name = store, store.host.hosts.all[0], folder / "log.txt", name
-        (folder / "train.txt").write_text("".join(f"{line}\n" for line in sentences(400)))
-        values = tiny_values(
+        self.config = write_command(
+            folder,
             run__name=name,
             run__storage_path="s3://elmo-test/runs",
-            run__export=False,
-            data__train=str(folder / "train.txt"),
-            data__prepared_dir=str(folder / "prepared"),
             train__duration="40 steps",
             train__checkpoint_every="10 steps",
         )
-        self.config = folder / "config.yaml"
-        self.config.write_text(yaml.safe_dump(values))
 
     def start(self) -> subprocess.Popen[bytes]:
         command = self.host.command(sys.executable, "-m", "elmo_ray.pretrain", str(self.config), "--resume")

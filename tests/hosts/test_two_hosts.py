@@ -94,11 +94,8 @@ def test_hosts_that_do_not_reach_each_other(hosts: Hosts, config: Path, wanted: 
 def test_a_host_that_does_not_see_the_files(hosts: Hosts, config: Path, hidden: str) -> None:
     place = config.parent / hidden
     place.mkdir(exist_ok=True)
-    hosts.all[1].mount("-t", "tmpfs", "tmpfs", str(place))
-    try:
+    with hosts.all[1].mounted(place, "-t", "tmpfs", "tmpfs"):
         done = pretrain(hosts.all[0], config)
-    finally:
-        hosts.all[1].unmount(place)
     assert done.returncode == 2, done.stderr[-3000:]
     last = lines_of(done.stderr)[-1]
     assert "host nodeb (10.83.0.3) does not see what the driver sees" in last and str(place) in last
@@ -108,12 +105,9 @@ def test_a_host_that_does_not_see_the_files(hosts: Hosts, config: Path, hidden: 
 def test_a_host_that_cannot_write_to_the_runs(hosts: Hosts, config: Path) -> None:
     runs = config.parent / "runs"
     runs.mkdir()
-    hosts.all[1].mount("--bind", str(runs), str(runs))
-    hosts.all[1].mount("-o", "remount,ro,bind", str(runs))
-    try:
+    with hosts.all[1].mounted(runs, "--bind", str(runs)):
+        hosts.all[1].mount("-o", "remount,ro,bind", str(runs))
         done = pretrain(hosts.all[0], config)
-    finally:
-        hosts.all[1].unmount(runs)
     assert done.returncode == 2, done.stderr[-3000:]
     last = lines_of(done.stderr)[-1]
     assert f"host nodeb (10.83.0.3) cannot write to {runs}" in last and "Read-only file system" in last
@@ -124,10 +118,7 @@ def test_a_host_with_another_version(hosts: Hosts, config: Path) -> None:
     package = REPOSITORY / "elmo_ray" / "__init__.py"
     other = config.parent / "other.py"
     other.write_text(package.read_text().replace("__version__ = ", '__version__ = "0.0.1" or '))
-    hosts.all[1].mount("--bind", str(other), str(package))
-    try:
+    with hosts.all[1].mounted(package, "--bind", str(other)):
         done = pretrain(hosts.all[0], config)
-    finally:
-        hosts.all[1].unmount(package)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "host nodeb (10.83.0.3) has elmo_ray 0.0.1" in lines_of(done.stderr)[-1]
