@@ -81,6 +81,9 @@ class LostHosts(ControllerCallback):  # type: ignore[misc]
             hosts = {node["NodeID"]: describe_host(node) for node in ray.nodes()}
             self._open_log()
             logger.warning("%s", describe(info, hosts))
+            # the controller of Ray Train, which this is, runs on the host of the driver
+            if ray.get_runtime_context().get_node_id() in info.preempted_node_ids:
+                logger.warning("this command runs there too and ends with the host; give it with --resume on another")
 
     def _open_log(self) -> None:
         with contextlib.suppress(OSError):  # an error here would end training

@@ -56,8 +56,8 @@ sys.stdin.read()
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("stays", [False, True], ids=["it goes", "it stays beyond its end"])
-def test_a_node_is_taken_away_with_a_notice(tmp_path: Path, stays: bool) -> None:
+@pytest.mark.parametrize("case", ["it goes", "it stays beyond its end", "the host of the driver stays"])
+def test_a_node_is_taken_away_with_a_notice(tmp_path: Path, case: str) -> None:
     from ray.cluster_utils import Cluster
 
     (tmp_path / "train.txt").write_text("".join(line + "\n" for line in sentences(1500)), encoding="utf-8")
@@ -74,7 +74,8 @@ def test_a_node_is_taken_away_with_a_notice(tmp_path: Path, stays: bool) -> None
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     node = {"num_cpus": 1, "object_store_memory": 150_000_000, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
-    spot = cluster.add_node(**node)
+    spot, is_driver = cluster.add_node(**node), case == "the host of the driver stays"
+    drained = cluster.head_node if is_driver else spot
     environment = {**os.environ, "RAY_ADDRESS": cluster.address, "RAY_worker_niceness": "0"}
     driver = other = None
     log, run = tmp_path / "log.txt", tmp_path / "runs" / "spot"
@@ -84,7 +85,7 @@ def test_a_node_is_taken_away_with_a_notice(tmp_path: Path, stays: bool) -> None
         return (run / "checkpoints").exists() and bool(checkpoints(run))
 
     try:
-        if stays:
+        if case == "it stays beyond its end":
             hold = [sys.executable, "-c", HOLD, cluster.address, spot.node_id]
             pipe = subprocess.PIPE
             other = subprocess.Popen(hold, env=environment, stdin=pipe, stdout=pipe, text=True)
@@ -99,7 +100,7 @@ def test_a_node_is_taken_away_with_a_notice(tmp_path: Path, stays: bool) -> None
 
         seen("step +25")
         assert not saved()
-        drain = ["ray", "drain-node", f"--address={cluster.address}", f"--node-id={spot.node_id}"]
+        drain = ["ray", "drain-node", f"--address={cluster.address}", f"--node-id={drained.node_id}"]
         drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=30"]
         program = Path(sys.executable).parent / "ray"
         subprocess.run([program, *drain[1:]], check=True, capture_output=True, env=environment)
@@ -107,17 +108,20 @@ def test_a_node_is_taken_away_with_a_notice(tmp_path: Path, stays: bool) -> None
         wait_for(saved, written, 25)
         at_once = newest(run).step
         seen("announced to be taken away in [0-9]+ s, with worker [01]: ")
+        if is_driver:
+            seen("this command runs there too")
         wait_for(lambda: time.monotonic() >= end, "the end of the node")
-        if not stays:
+        if case == "it goes":
             cluster.remove_node(spot, allow_graceful=False)
         seen("resume from step [0-9]+ of")
         found = re.search("resume from step ([0-9]+) of .* 1 worker", written())
         assert found and int(found[1]) > at_once, written()
         seen(r"(?s)resume from step.*step +[0-9]+")
-        if stays:
-            assert spot.any_processes_alive() and not spot.dead_processes(), "the node was to be there still"
+        if case != "it goes":
+            assert drained.any_processes_alive() and not drained.dead_processes(), "the node was to be there still"
         driver.send_signal(signal.SIGTERM)
         assert driver.wait(60) == 0, written()
+        assert newest(run).step > int(found[1]), "a checkpoint of the end"
         assert "failure 1" not in written()
     finally:
         for process in (driver, other):
