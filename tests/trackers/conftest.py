@@ -23,7 +23,7 @@ def mlflow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[M
     folder.mkdir()
     server = MlflowServer(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # the first answers of a server on a busy machine take long
     yield server
     server.stop()
 

@@ -121,10 +121,15 @@ def test_a_tracker_that_is_away_is_told_and_caught_up(
 
 
 def test_training_does_not_wait_for_a_tracker(
-    mlflow_server: MlflowServer, config: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    mlflow_server: MlflowServer,
+    config: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # a server that takes connections and never says a word
-    with socket.create_server(("127.0.0.1", mlflow_server.port)):
+    with socket.create_server(("127.0.0.1", mlflow_server.port)), monkeypatch.context() as impatient:
+        impatient.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
         begun = time.monotonic()
         assert pretrain.main([str(config), "run.report_to=mlflow", "data.test=null"]) == 0
         assert time.monotonic() - begun < 60
