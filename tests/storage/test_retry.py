@@ -18,6 +18,7 @@ from helpers.hosts import REPOSITORY, wait_for
 from helpers.places import BUCKET
 
 from elmo_ray import storage
+from elmo_ray.cluster.stopping import stop_check
 from elmo_ray.storage import StoreAway, retry, store_lock
 
 
@@ -164,6 +165,21 @@ def test_what_is_done_from_time_to_time_is_not_waited_for(server: Server, caplog
     finally:
         server.tell("well")
     assert f"{BUCKET} is away" in caplog.text
+
+
+def test_a_look_for_a_stop_does_not_wait_for_the_store(server: Server) -> None:
+    """Workers look before each step, and training goes on without a store."""
+    run = f"{BUCKET}/stopping/run"
+    storage.write_bytes(f"{run}/stop", b"")
+    asked = stop_check(run)
+    server.tell("hang")
+    try:
+        begun = time.monotonic()
+        assert not asked() and not asked()
+        assert time.monotonic() - begun < 1.0
+    finally:
+        server.tell("well")
+    wait_for(asked, "the stop")
 
 
 def test_a_lock_whose_answer_was_lost_is_held(server: Server) -> None:
