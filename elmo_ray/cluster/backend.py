@@ -17,6 +17,7 @@ from ray.train.torch.config import _TorchBackend
 from elmo_ray import storage
 from elmo_ray.cluster import hosts, network
 from elmo_ray.cluster.logs import log_to_run
+from elmo_ray.cluster.stopping import outlast_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class _CheckedBackend(_TorchBackend):  # type: ignore[misc]
         count = len(worker_group)
         files = backend_config.files
         if files is not None:
+            outlast_sigterm()
             _log(files.run_dir)
             asked_at = time.time()
             found = run(_facts, [(files, backend_config.expected)] * count)
@@ -86,6 +88,7 @@ def _log(run_dir: str) -> None:
 
 def _facts(given: tuple[hosts.RunFiles, dict[str, str]]) -> hosts.Facts:
     storage.expect_answers()
+    outlast_sigterm()
     _log(given[0].run_dir)
     return hosts.facts(ray.util.get_node_ip_address(), *given)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import math
 import os
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STOP_FILE = "stop"
+
+_SIG_IGN = 1
+"""SIG_IGN of C."""
 
 WAIT_AFTER_STOP_S = 3.0
 """Seconds after a stop in which text may still come for the step that is being prepared."""
@@ -119,6 +123,16 @@ def stop_on_signals(stop_file: str) -> Iterator[threading.Event]:
         restore()
         with contextlib.suppress(OSError), storage.at_once():
             _remove(stop_file)
+
+
+def outlast_sigterm() -> None:
+    """Let this process of Ray go on after SIGTERM, which the shutdown of a cluster sends to all processes at once.
+
+    The command, which gets it as well, asks for a last checkpoint, and that needs this process. Whoever means this
+    process alone, as Ray does, sends SIGKILL some seconds later.
+    """
+    # Python's own function is for main threads, and Ray calls ours in others.
+    ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(_SIG_IGN))
 
 
 def make_stop_file(stop_file: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.hosts import REPOSITORY, Host, Hosts, lines_of, need_hosts
-from helpers.tiny_runs import sentences, tiny_values
+from helpers.hosts import REPOSITORY, Host, Hosts, child_of, lines_of, need_hosts, title, wait_for, workers_of
+from helpers.same_runs import differences
+from helpers.tiny_runs import newest, sentences, tiny_values
 
 from elmo_ray.training.metrics import read_metrics
 
@@ -73,6 +76,40 @@ def test_hosts_that_have_ipv6_only(tmp_path: Path, config: Path) -> None:
         )  # fmt: skip
     assert wrong.returncode == 2
     assert "an IPv6 address stands in brackets, as in [fd00:83::2]:6379" in lines_of(wrong.stderr)[-1]
+
+
+def test_sigterm_to_all_processes_of_a_run_on_both_hosts(hosts: Hosts, config: Path) -> None:
+    """As the shutdown of a cluster sends it: to the command and to all that Ray runs for it."""
+    settings = ("train.duration=600 steps", "train.checkpoint_every=100000 steps")
+    whole = pretrain(hosts.all[0], config, "run.name=whole", *settings)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+
+    driver, run = hosts.all[0], config.parent / "runs" / "stopped"
+    command = [sys.executable, "-m", "elmo_ray.pretrain", str(config), "run.name=stopped", *settings]
+    log = config.parent / "log.txt"
+    with open(log, "wb") as out:
+        environment = hosts.environment | {"RAY_ADDRESS": driver.at(6379)}
+        process = subprocess.Popen(driver.command(*command), stdout=out, stderr=out, env=environment)
+
+    def trains() -> bool:
+        metrics = run / "metrics" / "attempt-001.jsonl"
+        return process.poll() is not None or (metrics.exists() and '"train"' in metrics.read_text())
+
+    wait_for(trains, log.read_text, 240)
+    pid = child_of(process)
+    assert pid is not None and all(workers_of(host) for host in hosts.all), log.read_text()
+    of_ray = [pid for host in hosts.all for pid in host.processes() if title(pid).startswith("ray::")]
+    for each in [pid, *of_ray]:
+        os.kill(each, signal.SIGTERM)
+    assert process.wait(120) == 0, log.read_text()[-3000:]
+    said, saved = log.read_text(), newest(run).step
+    assert 0 < saved < 600 and "go on with the same command and --resume" in said and "Traceback" not in said
+    assert "failure" not in said
+
+    done = pretrain(hosts.all[0], config, "run.name=stopped", *settings, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resume from step {saved} of" in done.stderr
+    assert differences(run.with_name("whole"), run) == []
 
 
 @pytest.mark.parametrize(
