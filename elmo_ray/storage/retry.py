@@ -77,7 +77,7 @@ class _Store:
             self._told = now
             then = f"trying again for {left / 60:.0f} minutes" if left > 0 else "giving up"
             logger.warning(
-                "%s is away for %.0f s (%s): %s", self.name, now - since, short(str(error.strerror), 200), then
+                "%s has been away for %.0f s (%s): %s", self.name, now - since, short(str(error.strerror), 200), then
             )
         return left
 

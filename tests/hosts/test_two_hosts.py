@@ -47,9 +47,9 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def pretrain(host: Host, config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def pretrain(host: Host, config: Path, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "elmo_ray.pretrain", str(config), *arguments]
-    return host.run(*command, RAY_ADDRESS=host.hosts.all[0].at(6379))
+    return host.run(*command, timeout_s=timeout_s, RAY_ADDRESS=host.hosts.all[0].at(6379))
 
 
 def test_workers_of_two_hosts_train(hosts: Hosts, config: Path) -> None:
@@ -80,8 +80,8 @@ def test_hosts_that_have_ipv6_only(tmp_path: Path, config: Path) -> None:
 
 def test_sigterm_to_all_processes_of_a_run_on_both_hosts(hosts: Hosts, config: Path) -> None:
     """As the shutdown of a cluster sends it: to the command and to all that Ray runs for it."""
-    settings = ("train.duration=600 steps", "train.checkpoint_every=100000 steps")
-    whole = pretrain(hosts.all[0], config, "run.name=whole", *settings)
+    settings = ("train.duration=400 steps", "train.checkpoint_every=100000 steps")
+    whole = pretrain(hosts.all[0], config, "run.name=whole", *settings, timeout_s=600)
     assert whole.returncode == 0, whole.stderr[-3000:]
 
     driver, run = hosts.all[0], config.parent / "runs" / "stopped"
@@ -95,7 +95,7 @@ def test_sigterm_to_all_processes_of_a_run_on_both_hosts(hosts: Hosts, config: P
         metrics = run / "metrics" / "attempt-001.jsonl"
         return process.poll() is not None or (metrics.exists() and '"train"' in metrics.read_text())
 
-    wait_for(trains, log.read_text, 240)
+    wait_for(trains, log.read_text, 400)
     pid = child_of(process)
     assert pid is not None and all(workers_of(host) for host in hosts.all), log.read_text()
     of_ray = [pid for host in hosts.all for pid in host.processes() if title(pid).startswith("ray::")]
@@ -103,10 +103,10 @@ def test_sigterm_to_all_processes_of_a_run_on_both_hosts(hosts: Hosts, config: P
         os.kill(each, signal.SIGTERM)
     assert process.wait(120) == 0, log.read_text()[-3000:]
     said, saved = log.read_text(), newest(run).step
-    assert 0 < saved < 600 and "go on with the same command and --resume" in said and "Traceback" not in said
+    assert 0 < saved < 400 and "go on with the same command and --resume" in said and "Traceback" not in said
     assert "failure" not in said
 
-    done = pretrain(hosts.all[0], config, "run.name=stopped", *settings, "--resume")
+    done = pretrain(hosts.all[0], config, "run.name=stopped", *settings, "--resume", timeout_s=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resume from step {saved} of" in done.stderr
     assert differences(run.with_name("whole"), run) == []
