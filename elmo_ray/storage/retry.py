@@ -122,7 +122,7 @@ def retried(name: str, request: Callable[[], T]) -> T:
         asked_at = time.monotonic()
         try:
             result = request()
-        except (FileNotFoundError, FileExistsError):
+        except (FileNotFoundError, FileExistsError, PermissionError):
             store.answers()
             raise
         except StoreAway as error:
