@@ -58,7 +58,7 @@ def set_environment() -> None:
 def ensure_ray() -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine for this process alone; do nothing in a session.
 
-    Raises ConfigError if nothing answers at RAY_ADDRESS.
+    Raises ConfigError if nothing answers at RAY_ADDRESS, or if Ray cannot write its own files.
     """
     set_environment()
     address = os.environ.get("RAY_ADDRESS") or None
@@ -91,6 +91,11 @@ def ensure_ray() -> None:
                 ray.init(**options, logging_level="ERROR", log_to_driver=False)
                 break
             except Exception as error:
+                if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+                    raise ConfigError(
+                        f"Ray cannot keep its files where temporary files are: {last_line(error)}; set RAY_TMPDIR to a "
+                        "folder of this machine that can be written, whose path has at most 40 characters"
+                    ) from None
                 # Ray gives its own processes 30 s, which a busy machine may need for their imports alone.
                 ray.shutdown()
                 if not tries_left:
