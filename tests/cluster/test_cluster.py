@@ -340,6 +340,7 @@ def test_a_run_on_ray(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_errors_of_ray_become_one_line(caplog: pytest.LogCaptureFixture) -> None:
     from ray.train import ControllerError, WorkerGroupError
 
+    session.ensure_ray()  # the errors name the nodes
     try:
         raise ValueError("bad\nshape [2, 3]")
     except ValueError as problem:
