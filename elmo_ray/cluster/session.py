@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from elmo_ray.config import ClusterConfig, DeviceConfig, WorkersConfig
-from elmo_ray.errors import ConfigError, TrainingError, short
+from elmo_ray.errors import ClusterError, ConfigError, TrainingError, short
 from elmo_ray.machine import signals_blocked, starting_in_background
 
 logger = logging.getLogger(__name__)
@@ -151,6 +151,25 @@ def _report_lost_head(address: str) -> None:
             watcher.communicate(b".")
 
     atexit.register(end)
+
+
+@contextlib.contextmanager
+def losses_as_errors(advice: str) -> Iterator[None]:
+    """Raise ClusterError in place of what Ray raises where it has lost the node of this process, or its connection.
+
+    advice: for the message. What a task or an actor raises is let through.
+    """
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        host = socket.gethostname()
+        raise ClusterError(
+            f"Ray on host {host} is lost, and this command with it ({last_line(error)}); {advice}"
+        ) from error
 
 
 def in_cluster() -> bool:
