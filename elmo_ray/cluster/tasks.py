@@ -5,6 +5,7 @@ Errors of users are returned as values, so that Ray neither wraps nor logs them;
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from elmo_ray.cluster.session import Device, alive_nodes
+from elmo_ray.cluster.session import Device, alive_nodes, losses_as_errors
 from elmo_ray.errors import ElmoRayError, short
 from elmo_ray.machine import available_cores, leave_background
 from elmo_ray.storage import expect_answers
@@ -69,7 +70,7 @@ def run_tasks(
         pool.add_place()
     failures: Counter[int | None] = Counter()
     todo, done = deque(range(len(items))), 0
-    try:
+    with losses_as_errors(advice), contextlib.closing(pool):
         while done < len(items):
             while todo and pool.has_place:
                 number = todo.popleft()
@@ -90,8 +91,6 @@ def run_tasks(
                 if ended.number is not None:
                     done += 1
                     yield ended.number, ended.result
-    finally:
-        pool.close()
 
 
 @dataclass(frozen=True)

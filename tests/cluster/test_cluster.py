@@ -44,6 +44,23 @@ def make_plan(folder: Path, **cluster_keys: Any) -> TrainPlan:
     return TrainPlan(config, str(run_dir), str(folder / "corpus.npz"), None, str(folder / "vocab.txt"))
 
 
+# ---------------------------------------------------------------- Ray's start
+
+
+@pytest.mark.parametrize("folder", ["/proc", "deep/" * 20])
+def test_a_folder_in_which_ray_cannot_keep_its_files_is_one_line(folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    program = "from elmo_ray.cluster.session import ensure_ray\nfrom elmo_ray.errors import ElmoRayError\n"
+    program += "try: ensure_ray()\nexcept ElmoRayError as error: print(type(error).__name__, error)"
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / folder)}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout.startswith("ConfigError Ray cannot keep its files"), done.stderr
+    assert "set RAY_TMPDIR" in done.stdout and "trying once more" not in done.stderr
+
+
 # ---------------------------------------------------------------- resources
 
 
@@ -341,6 +358,7 @@ def test_a_run_on_ray(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_errors_of_ray_become_one_line(caplog: pytest.LogCaptureFixture) -> None:
     from ray.train import ControllerError, WorkerGroupError
 
+    session.ensure_ray()  # the errors name the nodes
     try:
         raise ValueError("bad\nshape [2, 3]")
     except ValueError as problem:
