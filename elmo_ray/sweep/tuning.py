@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray.background import repeating
-from elmo_ray.cluster.session import Device, alive_nodes, check_cluster, describe_cpus, fits
+from elmo_ray.cluster.session import Device, alive_nodes, check_cluster, describe_cpus, fits, losses_as_errors
 from elmo_ray.cluster.stopping import STOP_FILE, in_thread, make_stop_file, stop_on_signals
 from elmo_ray.errors import ConfigError
 from elmo_ray.report.trials import (
@@ -109,7 +109,8 @@ def run_session(
         logger.info("%s so far\n%s", clock(seconds()), table(read_trials(sweep_dir)))
 
     with repeating(note, config.sweep.show_every_s, "table"), stop_on_signals(str(stop_file)) as asked:
-        in_thread(tuner.fit, lambda: None)
+        with losses_as_errors("when Ray runs again, give the same command with --resume"):
+            in_thread(tuner.fit, lambda: None)
     write_json(sweep_dir / SESSION, {"seconds": seconds()})
     ended = sum(trial.status in (FINISHED, STOPPED, FAILED) for trial in read_trials(sweep_dir))
     return seconds(), asked.is_set() and ended < total
