@@ -78,9 +78,9 @@ def test_hosts_that_have_ipv6_only(tmp_path: Path, config: Path) -> None:
     assert "an IPv6 address stands in brackets, as in [fd00:83::2]:6379" in lines_of(wrong.stderr)[-1]
 
 
-@pytest.mark.parametrize("kinds", [("ray::RayTrainWorker", "ray::TrainController", "ray::MapBatches"), ("ray::",)])
-def test_sigterm_to_all_processes_of_a_run_on_both_hosts(hosts: Hosts, config: Path, kinds: tuple[str, ...]) -> None:
-    """As the shutdown of a cluster sends it: to the command, its workers, and what else Ray runs for it."""
+def test_sigterm_to_all_processes_of_a_run_on_both_hosts(hosts: Hosts, config: Path) -> None:
+    """As the shutdown of a cluster sends it; Ray's own processes get it later or not at all."""
+    of_run = ("ray::RayTrainWorker", "ray::TrainController", "ray::MapBatches")
     settings = ("train.duration=400 steps", "train.checkpoint_every=100000 steps")
     driver, run = hosts.all[0], config.parent / "runs" / "stopped"
     command = [sys.executable, "-m", "elmo_ray.pretrain", str(config), "run.name=stopped", *settings]
@@ -96,13 +96,12 @@ def test_sigterm_to_all_processes_of_a_run_on_both_hosts(hosts: Hosts, config: P
     wait_for(trains, log.read_text, 400)
     pid = child_of(process)
     assert pid is not None and all(workers_of(host) for host in hosts.all), log.read_text()
-    of_ray = {each: title(each) for host in hosts.all for each in host.processes()}
-    print(sorted(set(of_ray.values())))
-    for each in [pid, *(each for each, name in of_ray.items() if name.startswith(kinds))]:
+    of_ray = [each for host in hosts.all for each in host.processes() if title(each).startswith(of_run)]
+    for each in [pid, *of_ray]:
         os.kill(each, signal.SIGTERM)
     assert process.wait(200) == 0, log.read_text()[-3000:]
     said, saved = log.read_text(), newest(run).step
-    print(said)
+    assert "failure" not in said
     assert 0 < saved < 400 and "go on with the same command and --resume" in said and "Traceback" not in said
 
     for arguments in (["run.name=stopped", "--resume"], ["run.name=whole"]):
