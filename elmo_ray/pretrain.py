@@ -25,7 +25,7 @@ from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.machine import total_memory
-from elmo_ray.storage import is_uri, join, read_json
+from elmo_ray.storage import at_once, is_uri, join, read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
 from elmo_ray.trackers import check_trackers
@@ -256,7 +256,7 @@ def fit_and_show(plan: TrainPlan, device: Device) -> dict[str, Any]:
         finally:
             if copy is not None:
                 copy.stop()
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError), at_once():
                     copy.pull("metrics/*", "logs/*")
 
 

@@ -17,6 +17,7 @@ import torch
 from elmo_ray.cluster.session import Device, alive_nodes, losses_as_errors
 from elmo_ray.errors import ElmoRayError, short
 from elmo_ray.machine import available_cores, leave_background
+from elmo_ray.storage import expect_answers
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +218,7 @@ class _Process:
 def _perform(work: _Work[T, R], item: T) -> tuple[R | None, ElmoRayError | None]:
     """Return (result, None), or (None, the user's mistake)."""
     leave_background()
+    expect_answers()
     # Ray sets one OpenMP thread for each process, whatever the machine has.
     torch.set_num_threads(work.threads or max(1, available_cores() // work.share))
     try:

@@ -231,6 +231,7 @@ def _failure_log(run_dir: str, max_failures: int) -> Any:
 def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train in a worker process of Ray Train; return {"result": ...}, or {"error": class, "message": text}."""
     set_environment()
+    storage.expect_answers()
     import ray.exceptions
     import ray.train
     import ray.train.torch

@@ -208,6 +208,24 @@ def test_the_first_signal_asks_to_stop(
     assert number.name in caplog.text
 
 
+_OUTLAST = """
+import os, signal, threading
+from elmo_ray.cluster.stopping import outlast_sigterm
+signal.signal(signal.SIGTERM, lambda *_: os._exit(3))  # as Ray does in its processes
+thread = threading.Thread(target=outlast_sigterm)
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGTERM)
+print("goes on")
+"""
+
+
+def test_a_process_of_ray_outlasts_sigterm() -> None:
+    """Ray calls our code in threads, in which Python's own signal.signal fails."""
+    done = subprocess.run([sys.executable, "-c", _OUTLAST], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
+
+
 def test_logs_of_workers_are_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     package = logging.getLogger("elmo_ray")
     before = (package.level, package.handlers, package.propagate)
