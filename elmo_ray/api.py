@@ -27,7 +27,7 @@ from elmo_ray.config import EvaluateConfig, PretrainConfig
 from elmo_ray.config.command_line import Flags, find_config, load_config
 from elmo_ray.config.schema import Root, keys
 from elmo_ray.embed.config import EmbedConfig
-from elmo_ray.errors import ConfigError, ElmoRayError
+from elmo_ray.errors import ConfigError, ElmoRayError, short
 
 __all__ = ["ElmoRayError", "Embedded", "Evaluated", "Pretrained", "embed", "evaluate", "pretrain"]
 
@@ -236,7 +236,11 @@ def _dotted(values: Mapping[str, Any], known: set[str], prefix: str = "") -> Ite
 
 
 def _paths(text: PathLike | Sequence[PathLike]) -> list[str]:
-    return [os.fspath(text)] if isinstance(text, str | os.PathLike) else [os.fspath(path) for path in text]
+    """Return the paths of a text as strings. Raises TypeError for anything else, such as sentences in memory."""
+    try:
+        return [str(os.fspath(path)) for path in ([text] if isinstance(text, str | os.PathLike) else text)]
+    except TypeError:
+        raise TypeError(f"text is {short(repr(text))}; it must be a path or a glob, or several") from None
 
 
 @contextlib.contextmanager

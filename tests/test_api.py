@@ -109,6 +109,9 @@ def test_mistakes_in_places(work: Path, tmp_path: Path) -> None:
         api.evaluate(tmp_path / "nothing", work / "test.txt")
     with pytest.raises(TypeError, match="source is None; it must be a path"):
         api.evaluate(None, work / "test.txt")  # type: ignore[arg-type]
+    for text in (3, None, b"t.txt", [["The", "cat"]]):
+        with pytest.raises(TypeError, match="text is .*; it must be a path or a glob, or several"):
+            api.evaluate(tmp_path, text)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="give a path, a name"):
         api.pretrain(3)  # type: ignore[arg-type]
     with pytest.raises(ElmoRayError, match="in is empty"):

@@ -178,6 +178,8 @@ def _read_dictionary(path: Path, needed: tuple[str, ...]) -> dict[str, int]:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise FormatError(f"{path}: is not UTF-8") from None
+    if not text.startswith("\ufeff\t"):  # that would be an entry, and no mark by an editor
+        text = text.removeprefix("\ufeff")
     found: dict[str, int] = {}
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         fields = line.strip().split("\t")

@@ -18,7 +18,8 @@ HUB_WEIGHTS, HUB_CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 MODEL_TYPE = "elmo_ray"
 
 _PLACE = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?/?", re.ASCII)
-_PATTERNS = ["*.safetensors", "*.json", "*.yaml", "*.hdf5", "*.h5", "vocab*.txt", "vocab*.txt.gz"]
+_WEIGHTS = ("*.safetensors", "*.hdf5", "*.h5")
+_PATTERNS = [*_WEIGHTS, "*.json", "*.yaml", "vocab*.txt", "vocab*.txt.gz"]
 """Files that a SOURCE can consist of; others of a repository are not fetched."""
 
 
@@ -57,12 +58,24 @@ def fetched(source: str) -> tuple[Path, str]:
         raise ConfigError(f"{source}: {short(str(error))}") from None
     except Exception as error:  # the network library's own exceptions, which change with its versions
         raise ConfigError(f"{source}: cannot be fetched: {reason(error)}") from None
+    if not any(path for pattern in _WEIGHTS for path in folder.rglob(pattern)):
+        raise ConfigError(f"{source}: has no weights; a model there has one of {', '.join(_WEIGHTS)}")
     return folder, f"{SCHEME}{name}@{folder.name}"
 
 
 def is_hub_folder(folder: Path) -> bool:
     """Return True for a folder in our form for the Hub."""
-    return (folder / HUB_WEIGHTS).is_file() and _model_type(folder / HUB_CONFIG) == MODEL_TYPE
+    path = folder / HUB_CONFIG
+    return (folder / HUB_WEIGHTS).is_file() and path.is_file() and _json(path).get("model_type") == MODEL_TYPE
+
+
+def model_type(folder: Path) -> str | None:
+    """Return the kind of model that config.json names, or None where it names none or cannot be read."""
+    try:
+        found = _json(folder / HUB_CONFIG).get("model_type")
+    except FormatError:
+        return None
+    return found if isinstance(found, str) else None
 
 
 def read_hub_config(folder: Path) -> dict[str, Any]:
@@ -72,10 +85,6 @@ def read_hub_config(folder: Path) -> dict[str, Any]:
         if not isinstance(values.get(name), dict):
             raise FormatError(f"{folder / HUB_CONFIG}: {name} must be a mapping of settings")
     return values
-
-
-def _model_type(path: Path) -> object:
-    return _json(path).get("model_type") if path.is_file() else None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -36,7 +36,16 @@ from elmo_ray.checkpoints.bilm_tf.tensorflow import (
 )
 from elmo_ray.checkpoints.check import check_forms
 from elmo_ray.checkpoints.elmo_many_langs import is_model_file, is_model_folder, read_model
-from elmo_ray.checkpoints.hub import HUB_CONFIG, HUB_WEIGHTS, SCHEME, fetched, is_hub_folder, read_hub_config
+from elmo_ray.checkpoints.hub import (
+    HUB_CONFIG,
+    HUB_WEIGHTS,
+    MODEL_TYPE,
+    SCHEME,
+    fetched,
+    is_hub_folder,
+    model_type,
+    read_hub_config,
+)
 from elmo_ray.checkpoints.identity import saved_config
 from elmo_ray.checkpoints.manifest import MANIFEST, MODEL_FILE, OPTIMIZER_FILE
 from elmo_ray.checkpoints.read import Checkpoint, listed_checkpoints, newest_checkpoint, open_checkpoint
@@ -194,9 +203,20 @@ def _open(
     if str(source).startswith(_HUB_PAGES):
         raise ConfigError(f"{source}: write a model of the Hub as {SCHEME}OWNER/NAME")
     if str(source).startswith(SCHEME):
-        folder, place = fetched(str(source))
-        return dataclasses.replace(_open(folder, checkpoint, options, vocab, verify), uri=place)
-    place = absolute(source)
+        folder, uri = fetched(str(source))
+        return dataclasses.replace(_open_place(str(folder), source, checkpoint, options, vocab, verify), uri=uri)
+    return _open_place(absolute(source), source, checkpoint, options, vocab, verify)
+
+
+def _open_place(
+    place: str,
+    source: str | os.PathLike[str],
+    checkpoint: str,
+    options: str | None,
+    vocab: str | None,
+    verify: bool,
+) -> Source:
+    """Open the model at an absolute path or a URI. source: the place as given, for messages."""
     try:
         is_checkpoint, is_run = _is_checkpoint(place), _is_run(place)
         if is_checkpoint or is_run:
@@ -260,6 +280,9 @@ def _hint_at(folder: Path) -> str:
         return "; it is a SavedModel of TensorFlow, as TensorFlow Hub has them, from which no biLM can be read"
     if torch_files := [name for name in names if name.endswith((".th", ".pt", ".pth", ".bin"))]:
         return f"; {torch_files[0]} is a file of PyTorch, by its name, and not bilm-tf's weights"
+    if kind := model_type(folder):
+        without = f" without {HUB_WEIGHTS}" if kind == MODEL_TYPE else ""
+        return f"; {HUB_CONFIG} says that it is a model of {short(kind, 40)}{without}"
     if runs := [path for path in inside if path.is_dir() and (_is_run(str(path)) or (path / MANIFEST).is_file())]:
         return f"; name one of the runs in it, such as {runs[0]}"
     return ""

@@ -1,7 +1,8 @@
 """Lost hosts: Ray's view of the cluster is brought up to date before workers start again, and waiting is reported.
 
 Ray Train decides how many workers there can be by a list of nodes that is up to 20 s old, and Ray itself learns late
-that a host is gone. Workers that are placed on such a host would never start.
+that a host is gone. Workers that are placed on such a host would never start. A host that is still there after its
+announced end has room by this list too, and Ray places nothing on it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState, RunningState
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
 from elmo_ray.cluster.logs import log_to_run
 from elmo_ray.cluster.network import unreachable
@@ -40,6 +42,9 @@ class LostHosts(ControllerCallback):  # type: ignore[misc]
         self._waiting_since: float | None = None
         self._told = 0.0
         self._announced: list[str] = []
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        _count_no_room_on_ended_nodes()
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         try:
@@ -76,6 +81,9 @@ class LostHosts(ControllerCallback):  # type: ignore[misc]
             hosts = {node["NodeID"]: describe_host(node) for node in ray.nodes()}
             self._open_log()
             logger.warning("%s", describe(info, hosts))
+            # the controller of Ray Train, which this is, runs on the host of the driver
+            if ray.get_runtime_context().get_node_id() in info.preempted_node_ids:
+                logger.warning("this command runs there too and ends with the host; give it with --resume on another")
 
     def _open_log(self) -> None:
         with contextlib.suppress(OSError):  # an error here would end training
@@ -115,3 +123,25 @@ def _refresh_reservations() -> None:
     # The name and the method are Ray's own (2.60); by itself the coordinator looks every 20 s.
     coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
     ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=10)
+
+
+def _count_no_room_on_ended_nodes() -> None:
+    """Let Ray Train, in the process of its controller, leave out nodes that are there after their announced end."""
+    # Ray's own name (2.60): it decides how many elastic workers have room, and has no setting for this.
+    count = ElasticScalingPolicy._count_possible_workers
+
+    def count_elsewhere(policy: Any, room: dict[str, Any]) -> int:
+        try:
+            ended = _ended_nodes()
+        except Exception as error:  # an error here would end training
+            logger.warning("the announced ends of hosts could not be looked at: %s", error)
+            ended = set()
+        return int(count(policy, {node: resources for node, resources in room.items() if node not in ended}))
+
+    ElasticScalingPolicy._count_possible_workers = count_elsewhere
+
+
+def _ended_nodes() -> set[str]:
+    """Return the ids of nodes that Ray still has although their announced end is over, or has no time."""
+    now_ms = time.time() * 1000
+    return {node for node, end_ms in ray._private.state.state.get_draining_nodes().items() if end_ms <= now_ms}

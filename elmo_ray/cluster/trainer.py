@@ -232,6 +232,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train in a worker process of Ray Train; return {"result": ...}, or {"error": class, "message": text}."""
     set_environment()
     storage.expect_answers()
+    import ray.exceptions
     import ray.train
     import ray.train.torch
 
@@ -259,7 +260,9 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     def register(step: int, path: str, metrics: dict[str, Any]) -> None:
         # Not as one of Ray's Checkpoints: the loop finds, checks and prunes them itself. Ray would write a list of them
         # to the storage, where an error (a full disk) ends training, and a missing directory prevents the next start.
-        ray.train.report({**metrics, "checkpoint_path": path})
+        with contextlib.suppress(ray.exceptions.ActorUnschedulableError):
+            # That actor of Ray Train starts on the driver's host alone, where nothing starts after a notice of its end.
+            ray.train.report({**metrics, "checkpoint_path": path})
 
     device = ray.train.torch.get_device()
     save_requested = SaveRequests(announced_end()) if rank == 0 else lambda: False

@@ -27,6 +27,7 @@ from elmo_ray.serve.messages import (
     RequestError,
     Wanted,
     answer_type,
+    check_encoding,
     read_request,
     too_much,
     write_answer,
@@ -105,6 +106,7 @@ class Replica:
         self._waiting += 1
         try:
             kind = answer_type(request.headers.get("accept"))
+            check_encoding(request.headers.get("content-encoding"))
             body = await asyncio.wait_for(self._body(request), _BODY_S)
             wanted = read_request(body, self._limits, self._model.config)
             vectors: Sequence[Any] = await self._together(wanted) if wanted.sentences else []

@@ -86,7 +86,15 @@ def too_much(count: int | None, what: str, name: str, limits: ServeOptions) -> R
     return RequestError(413, f"the request has {number} {what} and may have serve.{name}={limit}; send it in parts")
 
 
+def check_encoding(encoding: str | None) -> None:
+    """Raise RequestError (415) if the header Content-Encoding names a compression: bodies are read as they come."""
+    if (encoding or "identity").strip().lower() != "identity":
+        raise RequestError(415, f"Content-Encoding: {encoding}: send the body without compression")
+
+
 def _parse(body: bytes) -> Any:
+    if not body:
+        raise RequestError(400, 'the request has no body; send {"sentences": [["The", "cat"], ["Yes"]]}')
     try:
         return json.loads(body.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -218,6 +218,28 @@ def test_a_pickle_that_would_run_code_is_refused(folder: Path, tmp_path: Path, f
     assert ran.exists(), "the file is one that runs code"
 
 
+def test_dictionaries_and_configurations_with_a_byte_order_mark(folder: Path) -> None:
+    for name in ("char.dic", "word.dic", "config.json", "model.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    source = open_source(folder)
+    for ours, theirs in zip(
+        embed_sentences(source.model, SENTENCES, source.words), golden("words", "reset"), strict=True
+    ):
+        assert np.abs(ours - theirs).max() < 1e-5
+
+
+def test_an_entry_that_is_the_byte_order_mark(folder: Path) -> None:
+    lines = (folder / "char.dic").read_text("utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines) if line[0] not in "<")
+    entry, number = lines.pop(first).split("\t")
+    (folder / "char.dic").write_text("\n".join([f"\ufeff\t{number}", *lines]) + "\n", "utf-8")
+    vectors = [
+        list(embed_sentences(source.model, [[word]], source.words))[0][0]
+        for source, word in [(open_source(GOLDEN / "words"), entry * 3), (open_source(folder), "\ufeff" * 3)]
+    ]
+    np.testing.assert_array_equal(*vectors)
+
+
 def test_damaged_pickles_are_one_line(folder: Path) -> None:
     random = np.random.default_rng(1)
     for name in ("encoder.pkl", "token_embedder.pkl"):

@@ -118,7 +118,8 @@ def test_the_layer_gives_the_same_vectors(tmp_path: Path, changes: dict[str, obj
     [
         ("config.json", "{", FormatError, "config.json: is not readable JSON"),
         ("config.json", '{"model_type": "elmo_ray"}', FormatError, "model must be a mapping"),
-        ("config.json", '{"model_type": "bert"}', ConfigError, "no run"),
+        ("config.json", '{"model_type": "bert"}', ConfigError, "no run.*; config.json says that it is a model of bert"),
+        ("model.safetensors", None, ConfigError, "it is a model of elmo_ray without model.safetensors"),
         ("model.safetensors", "xx", FormatError, "is not a readable safetensors file"),
         ("vocab.txt", "<S>\n</S>\n<UNK>\na\n", CheckpointError, "ask for"),
         ("vocab.txt", "\n".join([*WORDS[:-1], "another"]) + "\n", FormatError, "vocab.txt: has other words than"),
@@ -157,7 +158,13 @@ def test_the_hub_the_cache_and_offline(folder: Path, tmp_path: Path) -> None:
     export.export_model(tmp_path / "run", published)
     (folder / "other.bin").write_text("a file that no SOURCE has")
     where = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    with hub_of({"me/ours": folder, "me/theirs": published}) as (address, sent):
+    other, empty = tmp_path / "bert", tmp_path / "empty"
+    other.mkdir(), empty.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    (other / "model.safetensors").write_text("xx")
+    (empty / "README.md").write_text("soon")
+    folders = {"me/ours": folder, "me/theirs": published, "me/bert": other, "me/empty": empty}
+    with hub_of(folders) as (address, sent):
         done = run_export("hf://me/ours", tmp_path / "a", **where, HF_ENDPOINT=address)
         assert done.returncode == 0, done.stderr
         assert sorted(sent) == ["config.json", "model.safetensors", "vocab.txt"]
@@ -166,6 +173,10 @@ def test_the_hub_the_cache_and_offline(folder: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         done = run_export("hf://me/nobody", tmp_path / "c", **where, HF_ENDPOINT=address)
         assert_one_line(done, "hf://me/nobody: ", "has no model of this name")
+        done = run_export("hf://me/bert", tmp_path / "c", **where, HF_ENDPOINT=address)
+        assert_one_line(done, "error: hf://me/bert: no run", "config.json says that it is a model of bert")
+        done = run_export("hf://me/empty", tmp_path / "c", **where, HF_ENDPOINT=address)
+        assert_one_line(done, "error: hf://me/empty: has no weights; a model there has one of *.safetensors")
     assert same_files(tmp_path / "a", folder)
     assert not open_source(tmp_path / "b").has_softmax  # a weights.hdf5 has none
     # The Hub is gone: what is in the cache is still used, with and without the offline mode.

@@ -36,6 +36,26 @@ def test_requests_come_with_the_notice_and_at_each_half_of_the_rest() -> None:
     assert asked == [0, 16, 24, 28, 30]
 
 
+HOLD = """
+import sys
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+address, node = sys.argv[1:]
+ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+
+@ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+class Other:
+    def ready(self):
+        return True
+
+other = Other.remote()
+print(ray.get(other.ready.remote()), flush=True)
+sys.stdin.read()
+"""
+"""Program that keeps a node in Ray beyond its announced end, as another job's actor does: an idle one leaves then."""
+
+
 class Clock:
     """A host's clock, which is set, and its time since the start, which is not."""
 
@@ -74,7 +94,8 @@ def test_a_clock_that_is_wrong_or_is_set_costs_no_checkpoint(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_node_is_taken_away_with_a_notice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["it goes", "it stays beyond its end", "the host of the driver stays"])
+def test_a_node_is_taken_away_with_a_notice(tmp_path: Path, case: str) -> None:
     from ray.cluster_utils import Cluster
 
     (tmp_path / "train.txt").write_text("".join(line + "\n" for line in sentences(1500)), encoding="utf-8")
@@ -91,8 +112,10 @@ def test_a_node_is_taken_away_with_a_notice(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     node = {"num_cpus": 1, "object_store_memory": 150_000_000, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
-    spot = cluster.add_node(**node)
+    spot, is_driver = cluster.add_node(**node), case == "the host of the driver stays"
+    drained = cluster.head_node if is_driver else spot
     environment = {**os.environ, "RAY_ADDRESS": cluster.address, "RAY_worker_niceness": "0"}
+    driver = other = None
     log, run = tmp_path / "log.txt", tmp_path / "runs" / "spot"
     written = log.read_text
 
@@ -100,6 +123,11 @@ def test_a_node_is_taken_away_with_a_notice(tmp_path: Path) -> None:
         return (run / "checkpoints").exists() and bool(checkpoints(run))
 
     try:
+        if case == "it stays beyond its end":
+            hold = [sys.executable, "-c", HOLD, cluster.address, spot.node_id]
+            pipe = subprocess.PIPE
+            other = subprocess.Popen(hold, env=environment, stdin=pipe, stdout=pipe, text=True)
+            assert other.stdout is not None and other.stdout.readline() == "True\n"
         with open(log, "w") as output:
             command = [sys.executable, "-m", "elmo_ray.pretrain", str(tmp_path / "config.yaml")]
             driver = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -110,7 +138,7 @@ def test_a_node_is_taken_away_with_a_notice(tmp_path: Path) -> None:
 
         seen("step +25")
         assert not saved()
-        drain = ["ray", "drain-node", f"--address={cluster.address}", f"--node-id={spot.node_id}"]
+        drain = ["ray", "drain-node", f"--address={cluster.address}", f"--node-id={drained.node_id}"]
         drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=30"]
         program = Path(sys.executable).parent / "ray"
         subprocess.run([program, *drain[1:]], check=True, capture_output=True, env=environment)
@@ -118,15 +146,24 @@ def test_a_node_is_taken_away_with_a_notice(tmp_path: Path) -> None:
         wait_for(saved, written, 25)
         at_once = newest(run).step
         seen("announced to be taken away in [0-9]+ s, with worker [01]: ")
+        if is_driver:
+            seen("this command runs there too")
         wait_for(lambda: time.monotonic() >= end, "the end of the node")
-        cluster.remove_node(spot, allow_graceful=False)
+        if case == "it goes":
+            cluster.remove_node(spot, allow_graceful=False)
         seen("resume from step [0-9]+ of")
         found = re.search("resume from step ([0-9]+) of .* 1 worker", written())
         assert found and int(found[1]) > at_once, written()
         seen(r"(?s)resume from step.*step +[0-9]+")
+        if case != "it goes":
+            assert drained.any_processes_alive() and not drained.dead_processes(), "the node was to be there still"
         driver.send_signal(signal.SIGTERM)
         assert driver.wait(60) == 0, written()
+        assert newest(run).step > int(found[1]), "a checkpoint of the end"
         assert "failure 1" not in written()
     finally:
-        driver.kill()
+        for process in (driver, other):
+            if process is not None:
+                process.kill()
+                process.wait()
         cluster.shutdown()

@@ -13,9 +13,6 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-SERVER_PACKAGES = ("mlflow", "flask", "sqlalchemy", "alembic")
-"""What `mlflow server` needs; the extra `mlflow` has its client alone."""
-
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until a condition holds; fail with its name if it does not for so long."""

@@ -5,6 +5,7 @@ One server answers all requests of this file.
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import importlib.util
 import json
@@ -168,6 +169,9 @@ class TestServer:
     @pytest.mark.parametrize(
         ("body", "headers", "status", "message"),
         [
+            (None, {}, 400, 'the request has no body; send {"sentences"'),
+            (gzip.compress(b"{}"), {"Content-Encoding": "gzip"}, 415, "Content-Encoding: gzip: send the body without"),
+            ({"sentence": []}, {"Content-Encoding": "identity"}, 400, "an object such as"),
             (b'{"sentences": ', {}, 400, "no JSON: Expecting value at line 1, column 15"),
             (b"\xff{}", {}, 400, "byte 0 is not UTF-8"),
             (b"[" * 5000, {}, 400, "JSON"),
