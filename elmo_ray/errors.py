@@ -1,6 +1,6 @@
-"""Errors that users can cause.
+"""Errors that users can cause, or the machines that they use.
 
-A verb prints such an error as one line and exits with code 2; any other exception is a defect of this package.
+A verb prints such an error as one line and exits with its code; any other exception is a defect of this package.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,9 @@ from types import MappingProxyType
 
 
 class ElmoRayError(Exception):
-    """Base of every error that a user's input can cause."""
+    """Base of every error that a user's input can cause. exit_code: of the verb that it ends."""
+
+    exit_code = 2
 
 
 class ConfigError(ElmoRayError):
@@ -34,6 +36,12 @@ class FormatError(ElmoRayError):
 
 class TrainingError(ElmoRayError):
     """Error that ends training: a loss or gradient is not finite, or checkpoints cannot be written."""
+
+
+class ClusterError(ElmoRayError):
+    """Error of a Ray cluster that is lost under a command: nothing that the user has given is wrong."""
+
+    exit_code = 1
 
 
 def one_line(text: str) -> str:

@@ -25,7 +25,7 @@ from elmo_ray.config.command_line import Flags, run_verb
 from elmo_ray.data.corpus import Corpus
 from elmo_ray.errors import ConfigError, FormatError
 from elmo_ray.machine import total_memory
-from elmo_ray.storage import is_uri, join, read_json
+from elmo_ray.storage import at_once, is_uri, join, read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.storage.local_copy import local_copy_of, local_folder, push, uri_of
 from elmo_ray.trackers import check_trackers
@@ -35,7 +35,7 @@ from elmo_ray.training.dry_run import DryRun, dry_run, largest_block
 from elmo_ray.training.metrics import flops_text
 from elmo_ray.training.plan import TrainPlan
 from elmo_ray.training.run_folder import RunFolder, open_run
-from elmo_ray.training.sizes import WorkerMemory, check_memory, check_streams, worker_memory
+from elmo_ray.training.sizes import check_memory, check_streams, worker_memory
 
 logger = logging.getLogger("elmo_ray.pretrain")  # __name__ is __main__ as a command
 
@@ -186,12 +186,10 @@ def check_room_for(config: PretrainConfig, n_words: int, corpus: Corpus | None, 
     on_gpu = config.cluster.device != "cpu" and torch.cuda.device_count() >= workers
     memory = worker_memory(config, n_words, largest_block(corpus), on_gpu)
     if on_gpu:
-        # The text stays in the memory of the machine, and the rest is on the GPU.
-        gpu = {use: count for use, count in memory.uses.items() if use != "text"}
         if looks_at_gpus:
             size = torch.cuda.get_device_properties(0).total_memory
-            check_memory(config, WorkerMemory(memory.parameters, gpu), size, "the GPU")
-        memory = WorkerMemory(memory.parameters, {"text": memory.uses["text"]})
+            check_memory(config, memory.on_gpu, size, "the GPU")
+        memory = memory.on_host
     whose = "this machine" if workers == 1 else f"this machine, for each of {workers} workers,"
     check_memory(config, memory, total_memory() // workers, whose)
 
@@ -258,7 +256,7 @@ def fit_and_show(plan: TrainPlan, device: Device) -> dict[str, Any]:
         finally:
             if copy is not None:
                 copy.stop()
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError), at_once():
                     copy.pull("metrics/*", "logs/*")
 
 

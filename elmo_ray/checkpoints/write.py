@@ -37,7 +37,7 @@ from elmo_ray.checkpoints.manifest import (
 from elmo_ray.checkpoints.read import Checkpoint, listed_checkpoints, open_checkpoint
 from elmo_ray.checkpoints.stores import StorageError, Store, store_of
 from elmo_ray.errors import CheckpointError
-from elmo_ray.storage import Place, base_name, join
+from elmo_ray.storage import Place, at_once, base_name, join
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +76,13 @@ def write_rank_files(directory: Place, rank: int, tensors: Tensors, texts: Mappi
         about = as_json({"format": FORMAT, "rank": rank, "files": files})
         store.put(join(place, own_manifest), partial(_write_bytes, data=about))
     except BaseException:
-        for name in [own_manifest, *names]:
-            with contextlib.suppress(OSError):
-                store.remove(join(place, name))
-        with contextlib.suppress(OSError, CheckpointError):
-            if not store.files(place):  # no other rank has written there
-                store.remove_directory(place)
+        with at_once():
+            for name in [own_manifest, *names]:
+                with contextlib.suppress(OSError):
+                    store.remove(join(place, name))
+            with contextlib.suppress(OSError, CheckpointError):
+                if not store.files(place):  # no other rank has written there
+                    store.remove_directory(place)
         raise
 
 
@@ -260,7 +261,8 @@ def discard(directory: Place) -> None:
     """Remove a checkpoint's directory, finished or not; one that cannot be removed is logged and left."""
     place = os.fspath(directory)
     try:
-        store_of(place).remove_directory(place)
+        with at_once():  # training may wait for it
+            store_of(place).remove_directory(place)
     except OSError as error:
         logger.warning("%s could not be removed: %s", place, error.strerror or error)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from ray.train.torch.config import _TorchBackend
 from elmo_ray import storage
 from elmo_ray.cluster import hosts, network
 from elmo_ray.cluster.logs import log_to_run
+from elmo_ray.cluster.stopping import outlast_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +57,8 @@ class _CheckedBackend(_TorchBackend):  # type: ignore[misc]
         count = len(worker_group)
         files = backend_config.files
         if files is not None:
-            if storage.exists(files.run_dir):  # else the hosts below say so
-                log_to_run(files.run_dir, None)
+            outlast_sigterm()
+            _log(files.run_dir)
             asked_at = time.time()
             found = run(_facts, [(files, backend_config.expected)] * count)
             for warning in hosts.compare(found, backend_config.versions, asked_at, time.time()):
@@ -76,7 +79,17 @@ class _CheckedBackend(_TorchBackend):  # type: ignore[misc]
         super().on_start(worker_group, backend_config)
 
 
+def _log(run_dir: str) -> None:
+    """Let this process log to the run, for it may have to wait for a store; a host that cannot do so says it later."""
+    if storage.is_uri(run_dir) or os.path.isdir(run_dir):
+        with contextlib.suppress(OSError):
+            log_to_run(run_dir, None)
+
+
 def _facts(given: tuple[hosts.RunFiles, dict[str, str]]) -> hosts.Facts:
+    storage.expect_answers()
+    outlast_sigterm()
+    _log(given[0].run_dir)
     return hosts.facts(ray.util.get_node_ip_address(), *given)
 
 

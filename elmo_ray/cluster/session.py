@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from elmo_ray.config import ClusterConfig, DeviceConfig, WorkersConfig
-from elmo_ray.errors import ConfigError, TrainingError, short
+from elmo_ray.errors import ClusterError, ConfigError, TrainingError, short
 from elmo_ray.machine import signals_blocked, starting_in_background
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def set_environment() -> None:
 def ensure_ray() -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine for this process alone; do nothing in a session.
 
-    Raises ConfigError if nothing answers at RAY_ADDRESS.
+    Raises ConfigError if nothing answers at RAY_ADDRESS, or if Ray cannot write its own files.
     """
     set_environment()
     address = os.environ.get("RAY_ADDRESS") or None
@@ -91,6 +91,11 @@ def ensure_ray() -> None:
                 ray.init(**options, logging_level="ERROR", log_to_driver=False)
                 break
             except Exception as error:
+                if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+                    raise ConfigError(
+                        f"Ray cannot keep its files where temporary files are: {last_line(error)}; set RAY_TMPDIR to a "
+                        "folder of this machine that can be written, whose path has at most 40 characters"
+                    ) from None
                 # Ray gives its own processes 30 s, which a busy machine may need for their imports alone.
                 ray.shutdown()
                 if not tries_left:
@@ -146,6 +151,25 @@ def _report_lost_head(address: str) -> None:
             watcher.communicate(b".")
 
     atexit.register(end)
+
+
+@contextlib.contextmanager
+def losses_as_errors(advice: str) -> Iterator[None]:
+    """Raise ClusterError in place of what Ray raises where it has lost the node of this process, or its connection.
+
+    advice: for the message. What a task or an actor raises is let through.
+    """
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        host = socket.gethostname()
+        raise ClusterError(
+            f"Ray on host {host} is lost, and this command with it ({last_line(error)}); {advice}"
+        ) from error
 
 
 def in_cluster() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import math
 import os
@@ -25,6 +26,9 @@ T = TypeVar("T")
 
 STOP_FILE = "stop"
 
+_SIG_IGN = 1
+"""SIG_IGN of C."""
+
 WAIT_AFTER_STOP_S = 3.0
 """Seconds after a stop in which text may still come for the step that is being prepared."""
 
@@ -35,16 +39,37 @@ def stop_check(run_dir: str) -> Callable[[], bool]:
     It looks at the storage at most once a second, and at an object store at most every 5 seconds.
     """
     path = join(run_dir, STOP_FILE)
-    every = 5.0 if is_uri(path) else 1.0
+    if is_uri(path):
+        return _store_check(path)
     seen, looked = False, -math.inf
 
     def stop_requested() -> bool:
         nonlocal seen, looked
         now = time.monotonic()
-        if not seen and now - looked >= every:
+        if not seen and now - looked >= 1.0:
             looked = now
-            with contextlib.suppress(OSError):  # a store that does not answer
-                seen = storage.exists(path)
+            seen = os.path.exists(path)
+        return seen
+
+    return stop_requested
+
+
+def _store_check(path: str) -> Callable[[], bool]:
+    """Return the function of `stop_check` for an object store: each look is a thread's, as a store may not answer."""
+    seen, looked, look = False, -math.inf, None
+
+    def exists() -> bool:
+        with storage.at_once():
+            return storage.exists(path)
+
+    def stop_requested() -> bool:
+        nonlocal seen, looked, look
+        now = time.monotonic()
+        if look is not None and look.done():
+            seen = look.exception() is None and look.result()
+            look = None
+        if not seen and look is None and now - looked >= 5.0:
+            looked, look = now, start_thread(exists, "stop-check")
         return seen
 
     return stop_requested
@@ -96,13 +121,23 @@ def stop_on_signals(stop_file: str) -> Iterator[threading.Event]:
         yield asked
     finally:
         restore()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), storage.at_once():
             _remove(stop_file)
+
+
+def outlast_sigterm() -> None:
+    """Let this process of Ray go on after SIGTERM, which the shutdown of a cluster sends to all processes at once.
+
+    The command, which gets it as well, asks for a last checkpoint, and that needs this process. Whoever means this
+    process alone, as Ray does, sends SIGKILL some seconds later.
+    """
+    # Python's own function is for main threads, and Ray calls ours in others.
+    ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(_SIG_IGN))
 
 
 def make_stop_file(stop_file: str) -> None:
     """Make the stop file, if the storage answers."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), storage.at_once():
         if is_uri(stop_file):
             storage.write_bytes(stop_file, b"")
         else:

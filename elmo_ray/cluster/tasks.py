@@ -5,6 +5,7 @@ Errors of users are returned as values, so that Ray neither wraps nor logs them;
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
@@ -13,9 +14,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from elmo_ray.cluster.session import Device, alive_nodes
+from elmo_ray.cluster.session import Device, alive_nodes, losses_as_errors
 from elmo_ray.errors import ElmoRayError, short
 from elmo_ray.machine import available_cores, leave_background
+from elmo_ray.storage import expect_answers
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def run_tasks(
         pool.add_place()
     failures: Counter[int | None] = Counter()
     todo, done = deque(range(len(items))), 0
-    try:
+    with losses_as_errors(advice), contextlib.closing(pool):
         while done < len(items):
             while todo and pool.has_place:
                 number = todo.popleft()
@@ -89,8 +91,6 @@ def run_tasks(
                 if ended.number is not None:
                     done += 1
                     yield ended.number, ended.result
-    finally:
-        pool.close()
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,7 @@ class _Process:
 def _perform(work: _Work[T, R], item: T) -> tuple[R | None, ElmoRayError | None]:
     """Return (result, None), or (None, the user's mistake)."""
     leave_background()
+    expect_answers()
     # Ray sets one OpenMP thread for each process, whatever the machine has.
     torch.set_num_threads(work.threads or max(1, available_cores() // work.share))
     try:

@@ -25,6 +25,7 @@ from elmo_ray.cluster.session import (
     check_cluster,
     describe_cpus,
     last_line,
+    losses_as_errors,
     lost_hosts,
     set_environment,
     shown_workers,
@@ -103,7 +104,8 @@ def _fit_on_ray(plan: TrainPlan, run_dir: str, device: Device, function: TrainFu
 
     trainer = _trainer(plan, run_dir, device, function)
     try:
-        returned = trainer.fit().return_value
+        with losses_as_errors("when Ray runs again, give the same command with --resume"):
+            returned = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _training_error(error, plan.config.cluster) from error
     if "error" in returned:
@@ -229,6 +231,7 @@ def _failure_log(run_dir: str, max_failures: int) -> Any:
 def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train in a worker process of Ray Train; return {"result": ...}, or {"error": class, "message": text}."""
     set_environment()
+    storage.expect_answers()
     import ray.exceptions
     import ray.train
     import ray.train.torch

@@ -150,8 +150,9 @@ def run_verb(
 ) -> int:
     """Parse `argv` (default: the arguments of the process), run the verb, print its result, and return the exit code.
 
-    0: done. 2: mistakes of the user, one line each on stderr. 130: interrupted. 141: nobody reads stdout any more. A
-    result may have an `exit_code` of its own. Other exceptions are defects and are not caught.
+    0: done. 2: mistakes of the user, one line each on stderr. 1: the Ray cluster is lost, in one line. 130:
+    interrupted. 141: nobody reads stdout any more. A result may have an `exit_code` of its own. Other exceptions are
+    defects and are not caught.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
@@ -172,8 +173,9 @@ def run_verb(
     except ElmoRayError as error:
         # Ray raises a mixture of its error and ours, with a remote traceback as its text. Our error is its cause.
         cause = getattr(error, "cause", None)
-        print_errors(str(cause if isinstance(cause, ElmoRayError) else error))
-        return 2
+        error = cause if isinstance(cause, ElmoRayError) else error
+        print_errors(str(error))
+        return error.exit_code
     except KeyboardInterrupt:
         print_errors("interrupted")
         return 130

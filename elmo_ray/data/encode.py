@@ -5,12 +5,9 @@
 """
 
 import contextlib
-import errno
 import itertools
-import logging
 import queue
 import threading
-import time
 import zlib
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
@@ -24,17 +21,10 @@ from elmo_ray.data.corpus import Block
 from elmo_ray.data.lookup import MISSING, word_bounds
 from elmo_ray.data.text import BYTE_ORDER_MARK, OnError, decode, has_wide_spaces, split_lines
 from elmo_ray.data.vocabulary import Vocabulary
-from elmo_ray.errors import DataError, short
-from elmo_ray.storage import is_uri, read_range
+from elmo_ray.errors import DataError
+from elmo_ray.storage import read_range
 
 T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
-
-# Seconds for which text is read again from an object store that does not answer, and between two of these tries, each
-# of which is some tries of the store's library.
-_STORE_PATIENCE_S = 900.0
-_AGAIN_S = 5.0
 
 # Longest wait for a thread that is told to stop, and time between two looks for a stop while text is waited for.
 CLOSE_S = 10.0
@@ -134,22 +124,11 @@ def get_unless(interrupted: Callable[[], bool], items: queue.Queue[T]) -> T:
 
 
 def read_block(block: Block) -> bytes:
-    """Return the bytes of a block. Raises DataError when the file is gone or has changed since it was indexed.
-
-    An object store that does not answer is asked again for some minutes: a run of weeks must outlast it.
-    """
-    until = time.monotonic() + _STORE_PATIENCE_S
-    while True:
-        try:
-            data = read_range(block.path, block.start, block.end)
-            break
-        except OSError as error:
-            # an error of another kind, such as a missing object or a revoked key, stays
-            may_pass = is_uri(block.path) and error.errno == errno.EIO
-            if not may_pass or time.monotonic() > until:
-                raise DataError(f"{block.path}: {error.strerror}; it was there when the corpus was indexed") from None
-            logger.warning("%s: %s; reading it again", block.path, short(str(error.strerror), 200))
-            time.sleep(_AGAIN_S)
+    """Return the bytes of a block. Raises DataError when the file is gone or has changed since it was indexed."""
+    try:
+        data = read_range(block.path, block.start, block.end)
+    except OSError as error:
+        raise DataError(f"{block.path}: {error.strerror}; it was there when the corpus was indexed") from None
     if len(data) != block.end - block.start:
         raise DataError(f"{block.path}: shorter than when it was indexed; run prepare again")
     if zlib.crc32(data) != block.crc32:

@@ -219,6 +219,7 @@ class EncodeTask:
         """Return a table with a row for each block, up to the first error, which is a row with only the message."""
         rows: list[dict[str, Any]] = []
         _lower_priority()
+        storage.expect_answers()
         try:
             vocabulary = _vocabulary(self.vocabulary_path, self.vocabulary_sha256)
             for fields in itertools.chain.from_iterable(map(json.loads, batch.column("blocks").to_pylist())):

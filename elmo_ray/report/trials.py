@@ -24,7 +24,7 @@ FINISHED, STOPPED, FAILED, INTERRUPTED = "finished", "stopped", "failed", "inter
 """Ends of a trial: at its last step or by patience, early because other trials are better, with an error, or with the
 sweep, which has been stopped and can go on."""
 
-_ALIVE_S = 60.0
+ALIVE_S = 60.0
 """A trial that runs writes session.json every second; after this time without a change it no longer runs."""
 
 
@@ -103,7 +103,7 @@ def is_alive(folder: Path) -> bool:
         age = time.time() - (folder / SESSION).stat().st_mtime
     except OSError:
         return False
-    return age < _ALIVE_S and not (folder / OUTCOME).exists()
+    return age < ALIVE_S and not (folder / OUTCOME).exists()
 
 
 def read_trials(sweep_dir: Path) -> list[Trial]:

@@ -26,16 +26,20 @@ from elmo_ray.storage.places import (
     upload,
     write_bytes,
 )
+from elmo_ray.storage.retry import StoreAway, at_once, expect_answers
 
 __all__ = [
     "Place",
     "Status",
+    "StoreAway",
     "absolute",
     "absolute_or_none",
+    "at_once",
     "base_name",
     "copy",
     "download",
     "exists",
+    "expect_answers",
     "file_hash",
     "file_system",
     "folders",

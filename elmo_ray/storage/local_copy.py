@@ -20,6 +20,7 @@ from pathlib import Path
 
 from elmo_ray.storage import places as storage
 from elmo_ray.storage.places import Place, is_uri
+from elmo_ray.storage.retry import at_once
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +134,9 @@ class LocalCopy:
         failing = False
         while not self._ended.wait(COPY_EVERY_S):
             try:
-                for work in self._works:
-                    work()
+                with at_once():
+                    for work in self._works:
+                        work()
                 failing = False
             except OSError as error:
                 if not failing:

@@ -4,8 +4,9 @@ A *place* is a path or a URI. Plain paths go to the operating system. An object 
 appended to or renamed, and is read by ranges of bytes. The store's own library takes credentials and endpoints from its
 environment variables and files (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, an instance's role).
 
-Errors of a store are OSErrors with `strerror`, like those of a disk. A place that can never be right (no such protocol,
-a library that is not installed) raises ConfigError.
+Errors of a store are OSErrors with `strerror`, like those of a disk. A request to a store that is away is made again,
+see `elmo_ray.storage.retry`; StoreAway is the error of a store that does not come back. A place that can never be right
+(no such protocol, a library that is not installed) raises ConfigError.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from elmo_ray.errors import ConfigError, ElmoRayError, reason
 from elmo_ray.storage.files import atomic_write, make_folder
+from elmo_ray.storage.retry import StoreAway, is_away, retried, store_name
 from elmo_ray.storage.retry_log import log_retries
+
+T = TypeVar("T")
 
 Place = str | os.PathLike[str]
 
@@ -96,8 +100,7 @@ def status(place: Place) -> Status | os.stat_result:
     if not is_uri(place):
         return os.stat(place)
     system, path = file_system(place)
-    with _explained(place):
-        return _status(system.info(path))
+    return _ask(place, lambda: _status(system.info(path)))
 
 
 def exists(place: Place) -> bool:
@@ -105,14 +108,14 @@ def exists(place: Place) -> bool:
     if not is_uri(place):
         return os.path.exists(place)
     system, path = file_system(place)
-    with _explained(place):
-        return bool(system.exists(path))
+    return _ask(place, lambda: bool(system.exists(path)))
 
 
 def matches(pattern: str) -> list[str]:
     """Return the sorted URIs of all objects that match a URI with `*`, `**` and `?`."""
     system, path = file_system(pattern)
-    with _explained(pattern):
+
+    def request() -> list[str]:
         if not any(character in path for character in "*?["):
             try:
                 # isfile would take any refusal for a file that is not there
@@ -124,27 +127,29 @@ def matches(pattern: str) -> list[str]:
         found = system.glob(path, detail=True)
         return sorted(system.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file")
 
+    return _ask(pattern, request)
+
 
 def listing(place: Place) -> dict[str, Status]:
     """Return name -> status of all objects below a URI, where names have slashes; an empty dict if there are none."""
     system, path = file_system(place)
-    with _explained(place):
-        try:
-            found = system.find(path, detail=True)
-        except FileNotFoundError:
-            return {}
+    found: dict[str, Any] = _ask(place, lambda: _or_empty(system.find, path, {}))
     return {name[len(path) + 1 :]: _status(info) for name, info in found.items() if name.startswith(path + "/")}
 
 
 def folders(place: Place) -> list[str]:
     """Return the sorted names of the folders directly below a URI."""
     system, path = file_system(place)
-    with _explained(place):
-        try:
-            found = system.ls(path, detail=True)
-        except FileNotFoundError:
-            return []
+    found: list[dict[str, Any]] = _ask(place, lambda: _or_empty(system.ls, path, []))
     return sorted(base_name(info["name"]) for info in found if info["type"] == "directory")
+
+
+def _or_empty(find: Callable[..., T], path: str, empty: T) -> T:
+    """Return what a file system finds at a path, with details, or `empty` if there is nothing."""
+    try:
+        return find(path, detail=True)
+    except FileNotFoundError:
+        return empty
 
 
 def read_bytes(place: Place) -> bytes:
@@ -170,15 +175,18 @@ def read_range(place: Place, start: int, end: int | None) -> bytes:
     system, path = file_system(place)
     if end is not None and end <= start:
         return b""
-    with _explained(place):
+    # the file system of the Hub would read ahead by itself
+    how = {"cache_type": "none"} if "hf" in _protocols(system) else {}
+
+    def request() -> bytes:
         try:
-            # the file system of the Hub would read ahead by itself
-            how = {"cache_type": "none"} if "hf" in _protocols(system) else {}
             return bytes(system.cat_file(path, start=start, end=end, **how))
         except Exception as error:
-            if start and start >= system.info(path)["size"]:
+            if start and not is_away(error) and start >= system.info(path)["size"]:
                 return b""  # a range beyond the end, which stores refuse each in their own way
             raise error
+
+    return _ask(place, request)
 
 
 def file_hash(place: Place) -> str:
@@ -237,7 +245,7 @@ def write_bytes(place: Place, data: bytes, only_new: bool = False) -> None:
     """Write an object or file of these bytes, which appears whole or not at all.
 
     only_new (for few bytes): raise FileExistsError if it exists already. This is certain in folders and in S3; in other
-    stores two writers at the same moment may both succeed.
+    stores two writers at the same moment may both succeed. If a store's answer was lost, what exists may be one's own.
     """
     if not is_uri(place):
         if not only_new:
@@ -249,7 +257,8 @@ def write_bytes(place: Place, data: bytes, only_new: bool = False) -> None:
             file.write(data)
         return
     system, path = file_system(place)
-    with _explained(place):
+
+    def request() -> None:
         if only_new and system.exists(path):
             raise FileExistsError(errno.EEXIST, "exists already", os.fspath(place))
         if only_new and "s3" in _protocols(system):
@@ -257,33 +266,33 @@ def write_bytes(place: Place, data: bytes, only_new: bool = False) -> None:
         else:
             system.pipe_file(path, data)
 
+    _ask(place, request)
+
 
 def upload(source: Path, place: Place) -> None:
     """Copy a local file to an object."""
     system, path = file_system(place)
-    with _explained(place):
-        system.put_file(os.fspath(source), path)
+    _ask(place, lambda: system.put_file(os.fspath(source), path))
 
 
 def download(place: Place, target: Path) -> None:
     """Copy an object to a local file, which appears whole or not at all."""
     system, path = file_system(place)
-    with atomic_write(target, None) as temporary, _explained(place):
-        system.get_file(path, os.fspath(temporary))
+    with atomic_write(target, None) as temporary:
+        _ask(place, lambda: system.get_file(path, os.fspath(temporary)))
 
 
 def copy(source: Place, target: Place) -> None:
     """Copy an object to another place of the same store, without a transfer through this machine."""
     system, path = file_system(source)
-    with _explained(source):
-        system.cp_file(path, file_system(target)[1])
+    _ask(source, lambda: system.cp_file(path, file_system(target)[1]))
 
 
 def remove(place: Place) -> None:
     """Remove an object if it is there."""
     system, path = file_system(place)
-    with _explained(place), contextlib.suppress(FileNotFoundError):
-        system.rm_file(path)
+    with contextlib.suppress(FileNotFoundError):
+        _ask(place, lambda: system.rm_file(path))
 
 
 # ---------------------------------------------------------------- fsspec
@@ -323,6 +332,19 @@ def _status(info: dict[str, Any]) -> Status:
     return Status(int(info.get("size") or 0), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16))
 
 
+def _ask(place: Place, request: Callable[[], T]) -> T:
+    """Return the result of a request to the store of a URI, which is made again while the store is away.
+
+    A store's exceptions become OSErrors of one line.
+    """
+
+    def explained() -> T:
+        with _explained(place):
+            return request()
+
+    return retried(store_name(place), explained)
+
+
 @contextlib.contextmanager
 def _explained(place: Place) -> Iterator[None]:
     """Turn a store's exceptions into OSErrors of one line."""
@@ -334,7 +356,9 @@ def _explained(place: Place) -> Iterator[None]:
     except FileNotFoundError as error:
         why = next((why for sign, why in _MISSING_ON_THE_HUB.items() if sign in str(error)), "no such object or bucket")
         raise FileNotFoundError(errno.ENOENT, why, text) from None
-    except PermissionError as error:
-        raise PermissionError(errno.EACCES, f"access denied ({reason(error)})", text) from None
     except Exception as error:  # each store's library has its own exceptions for failures
+        if is_away(error):
+            raise StoreAway(errno.EIO, f"{type(error).__name__}: {reason(error)}", text) from None
+        if isinstance(error, PermissionError):
+            raise PermissionError(errno.EACCES, f"access denied ({reason(error)})", text) from None
         raise OSError(errno.EIO, f"{type(error).__name__}: {reason(error)}", text) from None

@@ -6,6 +6,7 @@ import logging
 import time
 
 from elmo_ray.errors import short
+from elmo_ray.storage.retry import PATIENCE_S, waits_for
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,11 @@ class _RetryLog(logging.Handler):
             if time.monotonic() - self._told < MESSAGE_EVERY_S:
                 return
             logger.warning(
-                "the object store does not answer well (%s): trying again in %.1f s; %d such requests since the last "
+                "the object store does not answer well (%s): trying again in %.1f s%s; %d such requests since the last "
                 "message",
                 short(self._reason, 200),
                 record.args[0],
+                f", for up to {PATIENCE_S / 60:.0f} minutes" if waits_for("s3") else "",
                 self._count,
             )
             self._told, self._count = time.monotonic(), 0

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from elmo_ray.background import repeating
 from elmo_ray.errors import ConfigError
 from elmo_ray.storage import places as storage
+from elmo_ray.storage.retry import at_once
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +43,22 @@ def store_lock(place: str) -> Iterator[None]:
         return json.dumps({"id": mine, "host": socket.gethostname(), "pid": os.getpid(), "at": time.time()}).encode()
 
     _wait_for_end(lock, name)
+    data = text()
     try:
-        storage.write_bytes(lock, text(), only_new=True)
+        storage.write_bytes(lock, data, only_new=True)
     except FileExistsError:
-        raise _taken(name, lock) from None
+        if storage.read_bytes(lock) != data:  # else the answer was lost, and it was written a second time
+            raise _taken(name, lock) from None
 
     def renew() -> None:
-        with contextlib.suppress(OSError):  # it is renewed the next time
+        with contextlib.suppress(OSError), at_once():  # it is renewed the next time
             storage.write_bytes(lock, text())
 
     try:
         with repeating(renew, RENEW_S, "store-lock", patience_s=RENEW_S):
             yield
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), at_once():
             storage.remove(lock)
 
 
@@ -66,10 +69,13 @@ def _wait_for_end(lock: str, name: str) -> None:
     """
     seen, since = b"", time.monotonic()
     while True:
+        asked = time.monotonic()
         try:
             now = storage.read_bytes(lock)
         except FileNotFoundError:
             return
+        if time.monotonic() - asked > RENEW_S / 2:  # the store was away, perhaps for the lock's holder as well
+            since = time.monotonic()
         if seen and now != seen:
             raise _taken(name, lock)
         if not seen:

@@ -42,7 +42,7 @@ from elmo_ray.finetune import (
 from elmo_ray.machine import available_cores
 from elmo_ray.pretrain import NO_FLAGS, check_sizes, estimate_for, make_plan, measured
 from elmo_ray.report.trials import FAILED, FINISHED, INTERRUPTED, Trial, read_trials, table
-from elmo_ray.storage import absolute_or_none, is_uri, read_json
+from elmo_ray.storage import absolute_or_none, expect_answers, is_uri, read_json
 from elmo_ray.storage.files import write_aside, write_json
 from elmo_ray.sweep.config import SweepConfig
 from elmo_ray.sweep.trials import add_trial, best_of, end_trial, results, try_lost_again, write_results
@@ -337,6 +337,7 @@ def run_trial(values: dict[str, Any], job: dict[str, Any]) -> None:
     """Run a trial from its newest checkpoint to its end, with a report to Tune for each validation; called by Tune."""
     # Several trials start at once, and a busy machine may need more than Ray's minute to start their workers.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    expect_answers()
     from elmo_ray.cluster.trainer import fit
 
     config = SweepConfig.from_dict(job["config"])

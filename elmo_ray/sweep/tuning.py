@@ -5,7 +5,9 @@ The state that lasts is on the disk (`trials`); a session that was killed is fol
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray.background import repeating
-from elmo_ray.cluster.session import Device, alive_nodes, check_cluster, describe_cpus, fits
+from elmo_ray.cluster.session import Device, alive_nodes, check_cluster, describe_cpus, fits, losses_as_errors
 from elmo_ray.cluster.stopping import STOP_FILE, in_thread, make_stop_file, stop_on_signals
 from elmo_ray.errors import ConfigError
-from elmo_ray.report.trials import FAILED, FINISHED, SESSION, STOPPED, TRIALS, Trial, is_alive, read_trials, table
+from elmo_ray.report.trials import (
+    ALIVE_S,
+    FAILED,
+    FINISHED,
+    OUTCOME,
+    SESSION,
+    STOPPED,
+    TRIALS,
+    Trial,
+    read_trials,
+    table,
+)
 from elmo_ray.storage import read_json
 from elmo_ray.storage.files import write_json
 from elmo_ray.sweep.config import SweepConfig
@@ -96,7 +109,8 @@ def run_session(
         logger.info("%s so far\n%s", clock(seconds()), table(read_trials(sweep_dir)))
 
     with repeating(note, config.sweep.show_every_s, "table"), stop_on_signals(str(stop_file)) as asked:
-        in_thread(tuner.fit, lambda: None)
+        with losses_as_errors("when Ray runs again, give the same command with --resume"):
+            in_thread(tuner.fit, lambda: None)
     write_json(sweep_dir / SESSION, {"seconds": seconds()})
     ended = sum(trial.status in (FINISHED, STOPPED, FAILED) for trial in read_trials(sweep_dir))
     return seconds(), asked.is_set() and ended < total
@@ -236,9 +250,42 @@ def _optuna(config: SweepConfig, trials: Sequence[Trial]) -> Any:
     return search
 
 
+class SignsOfLife:
+    """Signs of the trials that run now: their processes write session.json every second.
+
+    Only this process's own time counts, because the clocks of other hosts may differ, and clocks are set.
+    """
+
+    def __init__(self, sweep_dir: Path) -> None:
+        self.trials = sweep_dir / TRIALS
+        # folder -> content, and when it was first seen; what is there at the beginning is of an earlier session
+        self._seen = {folder: (_read(folder), -math.inf) for folder in self.trials.glob("trial-*")}
+
+    def running(self) -> list[Path]:
+        """Return the folders of the trials that have no outcome and wrote session.json less than ALIVE_S ago."""
+        now = time.monotonic()
+        for folder in self.trials.glob("trial-*"):
+            content, before = _read(folder), self._seen.get(folder, (None, -math.inf))
+            if content != before[0]:
+                self._seen[folder] = content, now
+        return [
+            folder
+            for folder, (_, since) in self._seen.items()
+            if now - since < ALIVE_S and not (folder / OUTCOME).exists()
+        ]
+
+
+def _read(folder: Path) -> bytes | None:
+    with contextlib.suppress(OSError):
+        return (folder / SESSION).read_bytes()
+    return None
+
+
 def _session(sweep_dir: Path, stop_file: Path) -> Any:
     """Return an object that Tune asks after each of its steps whether the sweep ends, and tells how trials end."""
     from ray.tune import Callback, Stopper
+
+    signs = SignsOfLife(sweep_dir)
 
     class Session(Callback, Stopper):
         """Session that writes the outcome of a trial whose own process cannot: Tune ended it, or it died.
@@ -250,8 +297,7 @@ def _session(sweep_dir: Path, stop_file: Path) -> Any:
             return False
 
         def stop_all(self) -> bool:
-            folders = (sweep_dir / TRIALS).iterdir() if stop_file.exists() else ()
-            return stop_file.exists() and not any(is_alive(each) and (each / "metrics").exists() for each in folders)
+            return stop_file.exists() and not any((each / "metrics").exists() for each in signs.running())
 
         def _trial(self, trial: Any) -> Trial | None:
             number = (trial.last_result or {}).get("number", trial.config.get("number"))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from elmo_ray.config.training import SENT_TO
-from elmo_ray.storage import base_name
+from elmo_ray.storage import at_once, base_name
 from elmo_ray.storage.local_copy import local_copy_of, uri_of
 from elmo_ray.trackers.sender import COPIED, FOLDER, unsent
 
@@ -117,7 +117,7 @@ def following(run_dir: str, report_to: Sequence[str] | None, name: str | None = 
     trackers = [name for name in SENT_TO if name in (report_to or ())]
     copy = local_copy_of(run_dir)
     if trackers:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), at_once():
             copy.pull(*COPIED)
     senders = Senders(copy.folder, name or base_name(run_dir), trackers)
     if trackers:
@@ -133,5 +133,5 @@ def following(run_dir: str, report_to: Sequence[str] | None, name: str | None = 
     finally:
         senders.close()
         if trackers:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), at_once():
                 copy.push(*COPIED)

@@ -16,7 +16,7 @@ from elmo_ray.data.streams import StreamPlan
 from elmo_ray.machine import available_cores
 from elmo_ray.storage import is_uri
 from elmo_ray.training.optimizer import METHODS, count_slots
-from elmo_ray.training.sizes import check_streams, show_bytes, worker_memory
+from elmo_ray.training.sizes import WorkerMemory, check_streams, show_bytes, worker_memory
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ class DryRun:
             f"positions per step: {step:,} ({config.data.streams} streams x {config.train.unroll})",
             f"steps: {about}{self.steps_per_epoch:,} per epoch, {self.steps:,} in all "
             f"(train.duration={config.train.duration})",
-            "memory of a worker: "
-            + ", ".join(f"{k} {show_bytes(v)}" for k, v in self.memory.items())
-            + f"; in all about {show_bytes(sum(self.memory.values()))}",
+            *self._memory_lines(),
             f"disk: {show_bytes(self.checkpoint_bytes)} a checkpoint, {config.train.keep_last} kept, "
             "one being written and the best: "
             f"{show_bytes(self.checkpoint_bytes * (config.train.keep_last + 2))}; "
@@ -66,6 +64,12 @@ class DryRun:
             rest = "trains the dense parameters; the word tables keep Adagrad (optim.table_lr)"
             lines.append(f"optim.name={config.optim.name} {rest}")
         return "\n".join(lines)
+
+    def _memory_lines(self) -> list[str]:
+        memory = WorkerMemory(self.parameters, self.memory)
+        if trains_on_gpu(self.config):
+            return [f"memory of a worker's GPU: {memory.on_gpu}", f"memory of a worker on its host: {memory.on_host}"]
+        return [f"memory of a worker: {memory}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as plain values."""

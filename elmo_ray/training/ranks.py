@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Ranks:
         self.control: dist.ProcessGroup | None = None
         self.exchange: dist.ProcessGroup | None = None
         self._store: torch.distributed.distributed_c10d.Store | None = None
-        self._beat = 0.0
+        self._beat = -math.inf
         if world > 1:
             # two groups, for the loader thread must not share one with the training thread
             self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -117,10 +118,10 @@ class Ranks:
 
     def heartbeat(self, step: int) -> None:
         """Tell the other ranks that this one has come to `step`. A rank that times out names it in its error."""
-        now = time.time()
+        now = time.monotonic()
         if self._store is not None and now - self._beat >= _HEARTBEAT_S:
             self._beat = now
-            self._store.set(f"elmo_ray/{self.rank}", json.dumps([step, now]))
+            self._store.set(f"elmo_ray/{self.rank}", json.dumps([step, time.time()]))
 
     @contextlib.contextmanager
     def waiting(self, what: str, step: int | None = None) -> Iterator[None]:
@@ -157,7 +158,7 @@ class Ranks:
             return ""
         least = min(step for step, _ in notes.values())
         behind = [
-            f"worker {rank} was at step {step} {time.time() - at:.0f} s ago"
+            f"worker {rank} was at step {step} {max(0.0, time.time() - at):.0f} s ago"
             for rank, (step, at) in notes.items()
             if step == least
         ]

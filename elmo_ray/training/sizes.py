@@ -28,9 +28,23 @@ class WorkerMemory:
     uses: dict[str, int]
 
     @property
+    def on_host(self) -> WorkerMemory:
+        """The uses that stay in the memory of the machine where a GPU trains."""
+        return WorkerMemory(self.parameters, {use: self.uses[use] for use in self.uses if use in _HOST_USES})
+
+    @property
+    def on_gpu(self) -> WorkerMemory:
+        """The uses of the GPU's memory where one trains."""
+        return WorkerMemory(self.parameters, {use: self.uses[use] for use in self.uses if use not in _HOST_USES})
+
+    @property
     def total(self) -> int:
         """Bytes of all uses."""
         return sum(self.uses.values())
+
+    def __str__(self) -> str:
+        uses = ", ".join(f"{use} {show_bytes(size)}" for use, size in self.uses.items())
+        return f"{uses}; in all about {show_bytes(self.total)}"
 
 
 def check_streams(config: PretrainConfig, positions: int, exact: bool = True) -> None:
@@ -63,8 +77,8 @@ def worker_memory(
 ) -> WorkerMemory:
     """Return an estimate of the memory of one worker.
 
-    block_bytes: size of the largest block of text; None takes data.block_bytes. on_gpu: all but the text is in a GPU's
-    memory, where steps are captured if they can be.
+    block_bytes: size of the largest block of text; None takes data.block_bytes. on_gpu: all but the text and the
+    process that feeds captured steps is in a GPU's memory, where steps are captured if they can be.
     """
     with torch.device("meta"):
         model = BiLM(config.model, config.softmax, n_words)
@@ -84,18 +98,27 @@ def worker_memory(
     activations = window * lstm.n_layers * (10 * lstm.dim + 4 * lstm.projection_dim) + 3 * window * negatives
     block = config.data.block_bytes if block_bytes is None else block_bytes
     gradient_bytes, activation_bytes = dense * width, activations * width
+    word_bytes, feed_process = 2 * config.model.char_cnn.max_characters + 150, 0
     if on_gpu and config.train.kernels == "auto" and width == 4 and config.softmax.facts.samples_words:
         of_tables, activation_bytes = captured_step_memory(config, n_words, rows)
         gradient_bytes += of_tables
+        feed_process = _FEED_PROCESS_BYTES + n_words * word_bytes
     uses = {
         "parameters": total * width,
         "optimizer": total * slots * width,
         "gradients": gradient_bytes,
         "activations": activation_bytes,
-        "text": n_words * (2 * config.model.char_cnn.max_characters + 150) + rows * 3 * block * 6,
+        "text": n_words * word_bytes + rows * 3 * block * 6,
     }
+    if feed_process:
+        uses["feed process"] = feed_process
     return WorkerMemory(parameters, uses)
 
+
+_HOST_USES = ("text", "feed process")
+
+_FEED_PROCESS_BYTES = 300_000_000
+"""Memory of Python, PyTorch and compiled loops in the process that makes inputs; its text counts as the worker's."""
 
 _WINDOWS_OF_WORD = 9.5
 """Windows of characters of a distinct word, as batches of English have them."""

@@ -197,7 +197,7 @@ def dry_run_gigabytes(config: PretrainConfig, words: int) -> float:
     from elmo_ray.training.sizes import worker_memory
 
     memory = worker_memory(config, words, on_gpu=True)
-    return round((memory.total - memory.uses["text"]) / 1e9, 2)
+    return round(memory.on_gpu.total / 1e9, 2)
 
 
 def text_and_model(folder: Path, small: bool, device: torch.device) -> tuple[BiLM, Vocabulary, Corpus]:

@@ -44,6 +44,23 @@ def make_plan(folder: Path, **cluster_keys: Any) -> TrainPlan:
     return TrainPlan(config, str(run_dir), str(folder / "corpus.npz"), None, str(folder / "vocab.txt"))
 
 
+# ---------------------------------------------------------------- Ray's start
+
+
+@pytest.mark.parametrize("folder", ["/proc", "deep/" * 20])
+def test_a_folder_in_which_ray_cannot_keep_its_files_is_one_line(folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    program = "from elmo_ray.cluster.session import ensure_ray\nfrom elmo_ray.errors import ElmoRayError\n"
+    program += "try: ensure_ray()\nexcept ElmoRayError as error: print(type(error).__name__, error)"
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path / folder)}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout.startswith("ConfigError Ray cannot keep its files"), done.stderr
+    assert "set RAY_TMPDIR" in done.stdout and "trying once more" not in done.stderr
+
+
 # ---------------------------------------------------------------- resources
 
 
@@ -191,6 +208,24 @@ def test_the_first_signal_asks_to_stop(
     assert number.name in caplog.text
 
 
+_OUTLAST = """
+import os, signal, threading
+from elmo_ray.cluster.stopping import outlast_sigterm
+signal.signal(signal.SIGTERM, lambda *_: os._exit(3))  # as Ray does in its processes
+thread = threading.Thread(target=outlast_sigterm)
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGTERM)
+print("goes on")
+"""
+
+
+def test_a_process_of_ray_outlasts_sigterm() -> None:
+    """Ray calls our code in threads, in which Python's own signal.signal fails."""
+    done = subprocess.run([sys.executable, "-c", _OUTLAST], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
+
+
 def test_logs_of_workers_are_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     package = logging.getLogger("elmo_ray")
     before = (package.level, package.handlers, package.propagate)
@@ -323,6 +358,7 @@ def test_a_run_on_ray(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_errors_of_ray_become_one_line(caplog: pytest.LogCaptureFixture) -> None:
     from ray.train import ControllerError, WorkerGroupError
 
+    session.ensure_ray()  # the errors name the nodes
     try:
         raise ValueError("bad\nshape [2, 3]")
     except ValueError as problem:

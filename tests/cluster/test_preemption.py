@@ -14,8 +14,10 @@ import pytest
 import yaml
 from helpers.hosts import wait_for
 from helpers.tiny_runs import checkpoints, newest, sentences, tiny_values
+from ray.train.v2.api.preemption import PreemptionInfo
 
-from elmo_ray.cluster.preemption import SaveRequests
+from elmo_ray.cluster import preemption
+from elmo_ray.cluster.preemption import SaveRequests, announced_by
 
 
 def test_requests_come_with_the_notice_and_at_each_half_of_the_rest() -> None:
@@ -52,6 +54,42 @@ print(ray.get(other.ready.remote()), flush=True)
 sys.stdin.read()
 """
 """Program that keeps a node in Ray beyond its announced end, as another job's actor does: an idle one leaves then."""
+
+
+class Clock:
+    """A host's clock, which is set, and its time since the start, which is not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall, self.since_start = 1e9, 50.0
+        monkeypatch.setattr(preemption, "time", self)
+
+    def time(self) -> float:
+        return self.wall
+
+    def monotonic(self) -> float:
+        return self.since_start
+
+
+@pytest.mark.parametrize(
+    ("wrong_by", "expected"),
+    [(0, [0, 16, 24, 28, 30]), (-3600, [0]), (3600, [0, 60])],
+    ids=["right", "behind", "ahead"],
+)
+@pytest.mark.parametrize("set_by", [0, 300, -300])
+def test_a_clock_that_is_wrong_or_is_set_costs_no_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, wrong_by: int, expected: list[int], set_by: int
+) -> None:
+    """Ray names the deadline as a time of day: it is compared with the clock once, when the notice comes."""
+    clock = Clock(monkeypatch)
+    info = PreemptionInfo(deadline_ms=int((clock.wall + 33) * 1000), preempted_node_to_ranks={"node": [0]})
+    clock.wall += wrong_by
+    requests = SaveRequests(announced_by(lambda: info), clock.monotonic)
+    asked = []
+    for second in range(62):
+        clock.since_start, clock.wall = 50.0 + second, clock.wall + 1 + (set_by if second == 5 else 0)
+        if requests():
+            asked.append(second)
+    assert asked == expected
 
 
 @pytest.mark.ray

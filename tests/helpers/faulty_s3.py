@@ -1,8 +1,9 @@
 """An S3 server (moto) that misbehaves as a file says: `python -m helpers.faulty_s3 ADDRESS PORT FILE`.
 
-FILE holds one word, which is read at each request: `well`; `slow` (503 SlowDown to every third request); `hang` (no
-answer until the word changes); `denied` (403 for the key); `hold` (the first PUT below `checkpoints/` makes the file
-FILE.held and waits until the word changes). The bucket `elmo-test` is there from the start.
+FILE holds one word, which is read at each request: `well`; `slow` (503 SlowDown to every third request); `down` (503
+ServiceUnavailable to all); `unheard` (what a PUT asks for is done, and 503 is answered); `hang` (no answer until the
+word changes); `denied` (403 for the key); `hold` (the first PUT below `checkpoints/` makes the file FILE.held and waits
+until the word changes). The bucket `elmo-test` is there from the start.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ class Misbehaving:
         word = self.word()
         if word == "slow" and next(self.requests) % 3 == 0:
             return self.refuse(environ, start, "503 Slow Down", "SlowDown", "Please reduce your request rate.")
+        if word == "unheard" and environ["REQUEST_METHOD"] == "PUT":
+            list(self.application(environ, lambda *_: None))
+            return self.refuse({}, start, "503 Service Unavailable", "ServiceUnavailable", "Please try again.")
+        if word == "down":
+            return self.refuse(environ, start, "503 Service Unavailable", "ServiceUnavailable", "Please try again.")
         if word == "denied":
             return self.refuse(environ, start, "403 Forbidden", "InvalidAccessKeyId", "The key does not exist.")
         held = word == "hold" and environ["REQUEST_METHOD"] == "PUT" and "/checkpoints/" in environ["PATH_INFO"]
@@ -46,7 +52,7 @@ class Misbehaving:
         if length:
             environ["wsgi.input"].read(length)
         start(status, [("Content-Type", "application/xml")])
-        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else _ERROR.format(code, message).encode()]
+        return [b"" if environ.get("REQUEST_METHOD") == "HEAD" else _ERROR.format(code, message).encode()]
 
 
 def main(address: str, port: str, control: str) -> None:

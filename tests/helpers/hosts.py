@@ -296,14 +296,14 @@ def recommended() -> dict[str, str]:
 
 def workers_of(host: Host) -> list[int]:
     """Return the process ids of the training workers on a host."""
-    found = []
-    for pid in host.processes():
-        try:
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::RayTrainWorker"):
-                found.append(pid)
-        except OSError:
-            continue
-    return found
+    return [pid for pid in host.processes() if title(pid).startswith("ray::RayTrainWorker")]
+
+
+def title(pid: int) -> str:
+    """Return the title of a process, which Ray sets for its own; empty if the process has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
 
 
 def lines_of(output: str) -> Sequence[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.hosts import REPOSITORY, Host, Hosts, lines_of, need_hosts
-from helpers.tiny_runs import sentences, tiny_values
+from helpers.hosts import REPOSITORY, Host, Hosts, child_of, lines_of, need_hosts, title, wait_for, workers_of
+from helpers.same_runs import differences
+from helpers.tiny_runs import newest, sentences, tiny_values
 
 from elmo_ray.training.metrics import read_metrics
 
@@ -44,9 +47,9 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def pretrain(host: Host, config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def pretrain(host: Host, config: Path, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "elmo_ray.pretrain", str(config), *arguments]
-    return host.run(*command, RAY_ADDRESS=host.hosts.all[0].at(6379))
+    return host.run(*command, timeout_s=timeout_s, RAY_ADDRESS=host.hosts.all[0].at(6379))
 
 
 def test_workers_of_two_hosts_train(hosts: Hosts, config: Path) -> None:
@@ -73,6 +76,39 @@ def test_hosts_that_have_ipv6_only(tmp_path: Path, config: Path) -> None:
         )  # fmt: skip
     assert wrong.returncode == 2
     assert "an IPv6 address stands in brackets, as in [fd00:83::2]:6379" in lines_of(wrong.stderr)[-1]
+
+
+def test_sigterm_to_all_processes_of_a_run_on_both_hosts(hosts: Hosts, config: Path) -> None:
+    """As the shutdown of a cluster sends it; Ray's own processes get it later or not at all."""
+    of_run = ("ray::RayTrainWorker", "ray::TrainController", "ray::MapBatches")
+    settings = ("train.duration=400 steps", "train.checkpoint_every=100000 steps")
+    driver, run = hosts.all[0], config.parent / "runs" / "stopped"
+    command = [sys.executable, "-m", "elmo_ray.pretrain", str(config), "run.name=stopped", *settings]
+    log = config.parent / "log.txt"
+    with open(log, "wb") as out:
+        environment = hosts.environment | {"RAY_ADDRESS": driver.at(6379)}
+        process = subprocess.Popen(driver.command(*command), stdout=out, stderr=out, env=environment)
+
+    def trains() -> bool:
+        metrics = run / "metrics" / "attempt-001.jsonl"
+        return process.poll() is not None or (metrics.exists() and '"train"' in metrics.read_text())
+
+    wait_for(trains, log.read_text, 400)
+    pid = child_of(process)
+    assert pid is not None and all(workers_of(host) for host in hosts.all), log.read_text()
+    of_ray = [each for host in hosts.all for each in host.processes() if title(each).startswith(of_run)]
+    for each in [pid, *of_ray]:
+        os.kill(each, signal.SIGTERM)
+    assert process.wait(200) == 0, log.read_text()[-3000:]
+    said, saved = log.read_text(), newest(run).step
+    assert "failure" not in said
+    assert 0 < saved < 400 and "go on with the same command and --resume" in said and "Traceback" not in said
+
+    for arguments in (["run.name=stopped", "--resume"], ["run.name=whole"]):
+        done = pretrain(hosts.all[0], config, *arguments, *settings, timeout_s=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("--resume" in arguments) == (f"resume from step {saved} of" in done.stderr)
+    assert differences(run.with_name("whole"), run) == []
 
 
 @pytest.mark.parametrize(

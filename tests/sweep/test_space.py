@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from elmo_ray.config import PretrainConfig
 from elmo_ray.config.command_line import Flags, load_config
 from elmo_ray.config.finetune import FinetuneConfig
 from elmo_ray.errors import ConfigError
-from elmo_ray.report.trials import FAILED, FINISHED, INTERRUPTED, STOPPED, read_trials, table
-from elmo_ray.sweep import best_yaml, run
+from elmo_ray.report.trials import FAILED, FINISHED, INTERRUPTED, STOPPED, Trial, read_trials, table
+from elmo_ray.sweep import best_yaml, run, tuning
 from elmo_ray.sweep.config import SweepConfig, draw_trials, parse_domain
 from elmo_ray.sweep.picture import draw
 from elmo_ray.sweep.trials import add_trial, best_of, end_trial, results, try_lost_again, write_results
+from elmo_ray.sweep.tuning import SignsOfLife
 from elmo_ray.training.metrics import MetricsWriter
 
 SPACE = {"optim.lr": {"loguniform": [0.01, 1]}, "train.freeze": {"choice": [[], ["lstm.0"]]}}
@@ -147,6 +149,28 @@ def write_metrics(folder: Path, perplexities: list[float], total: int = 40) -> N
             if step:
                 writer.write({"kind": "train", **about, "positions_per_second": 50.0})
             writer.write({"kind": "valid", **about})
+
+
+@pytest.mark.parametrize("wrong_by", [-3600, 0, 3600])
+def test_a_trial_runs_while_it_writes_whatever_the_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong_by: int
+) -> None:
+    def write(trial: Trial, seconds: float) -> None:
+        path = trial.folder / "session.json"
+        path.write_text(json.dumps({"seconds": seconds}))
+        os.utime(path, (time.time() + wrong_by,) * 2)  # by the clock of its host
+
+    earlier, ended, running = (add_trial(tmp_path, number, {}) for number in range(3))
+    for trial in (earlier, ended, running):
+        write(trial, 1.0)
+    signs = SignsOfLife(tmp_path)
+    assert signs.running() == []
+    for trial in (ended, running):
+        write(trial, 2.0)
+    end_trial(ended, FINISHED)
+    assert signs.running() == [running.folder]
+    monkeypatch.setattr(tuning, "ALIVE_S", 0.0)
+    assert signs.running() == [], "it has not written for so long"
 
 
 def test_what_is_on_the_disk_is_the_sweep(tmp_path: Path) -> None:

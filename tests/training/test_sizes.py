@@ -109,8 +109,7 @@ def test_memory_of_a_captured_step_is_that_of_its_tensors() -> None:
         windows = int(9.5 * words)
         values = {"values": config.to_dict(), "n_words": n_words, "words": words, "windows": windows, "rows": rows}
         lines.append(json.dumps(values))
-        uses = worker_memory(config, n_words, on_gpu=True).uses
-        counted.append(sum(uses.values()) - uses["text"] - (4 << 25))
+        counted.append(worker_memory(config, n_words, on_gpu=True).on_gpu.total - (4 << 25))
     program = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "step_memory.py")]
     done = subprocess.run(program, input="\n".join(lines), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -122,5 +121,5 @@ def test_memory_of_a_captured_step_is_that_of_its_tensors() -> None:
 def test_memory_on_an_h200() -> None:
     """The figures are of a trial of these kernels (gpu, tests/benchmarks/README.md)."""
     for streams, measured in ((128, 6.5e9), (512, 9.7e9)):
-        uses = worker_memory(tiny_config(**{**ORIGINAL, "data__streams": streams}), 793_471, on_gpu=True).uses
-        assert sum(uses.values()) - uses["text"] == pytest.approx(measured, rel=0.1)
+        memory = worker_memory(tiny_config(**{**ORIGINAL, "data__streams": streams}), 793_471, on_gpu=True)
+        assert memory.on_gpu.total == pytest.approx(measured, rel=0.1)

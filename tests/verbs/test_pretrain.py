@@ -172,6 +172,16 @@ def test_dry_run_shows_what_would_be_and_writes_no_run(config: Path, capsys: pyt
     assert not (config.parent / "runs" / "tiny").exists()
 
 
+def test_dry_run_of_a_gpu_counts_its_memory_and_that_of_the_host_apart(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config), "cluster.device=gpu", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    of_gpu, of_host = re.findall(r"^memory of a worker(?:'s GPU| on its host): (.*)$", shown, re.MULTILINE)
+    assert "parameters" in of_gpu and "text" not in of_gpu
+    assert re.fullmatch(r"text [^,]+, feed process [^,]+; in all about [^,]+", of_host)
+
+
 @pytest.mark.parametrize("dry", [True, False])
 @pytest.mark.parametrize(
     ("override", "expected"),
