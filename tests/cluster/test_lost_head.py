@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -80,7 +81,7 @@ def kill(folder: Path, name: str) -> int:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the head's processes in /proc")
-@pytest.mark.parametrize(("lost", "said"), [("gcs_server", "error: the Ray head at"), ("raylet", "error: Ray on")])
+@pytest.mark.parametrize(("lost", "said"), [("gcs_server", "error: (the Ray head|Ray on)"), ("raylet", "error: Ray on")])
 def test_training_says_what_is_lost(lost: str, said: str, head: tuple[str, Path], tmp_path: Path) -> None:
     address, folder = head
     (tmp_path / "train.txt").write_text("".join(line + "\n" for line in sentences(300)), "utf-8")
@@ -112,11 +113,11 @@ def test_training_says_what_is_lost(lost: str, said: str, head: tuple[str, Path]
     while wait_for(b"step " in (tmp_path / "log.txt").read_bytes() or driver.poll() is not None, "no step"):
         pass
     assert driver.poll() is None, (tmp_path / "log.txt").read_text()
-    assert kill(folder, lost) == 1
+    assert kill(folder, lost) == 1  # `ray start` then ends the others, and either loss may be noticed first
     while wait_for(driver.poll() is not None, "the driver goes on"):
         pass
     assert driver.returncode == 1
-    while wait_for(said in (tmp_path / "log.txt").read_text(), "no line"):
+    while wait_for(re.search(said, (tmp_path / "log.txt").read_text()) is not None, "no line"):
         pass
     text = (tmp_path / "log.txt").read_text()
     assert "is lost, and this command with it" in text and "with --resume" in text and "Traceback" not in text
