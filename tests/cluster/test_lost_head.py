@@ -81,7 +81,9 @@ def kill(folder: Path, name: str) -> int:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the head's processes in /proc")
-@pytest.mark.parametrize(("lost", "said"), [("gcs_server", "error: (the Ray head|Ray on)"), ("raylet", "error: Ray on")])
+@pytest.mark.parametrize(
+    ("lost", "said"), [("gcs_server", "error: (the Ray head|Ray on)"), ("raylet", "error: Ray on")]
+)
 def test_training_says_what_is_lost(lost: str, said: str, head: tuple[str, Path], tmp_path: Path) -> None:
     address, folder = head
     (tmp_path / "train.txt").write_text("".join(line + "\n" for line in sentences(300)), "utf-8")
