@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -91,13 +92,13 @@ def ensure_ray() -> None:
                 ray.init(**options, logging_level="ERROR", log_to_driver=False)
                 break
             except Exception as error:
-                if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+                ray.shutdown()
+                if _is_of_files(error):
                     raise ConfigError(
                         f"Ray cannot keep its files where temporary files are: {last_line(error)}; set RAY_TMPDIR to a "
                         "folder of this machine that can be written, whose path has at most 40 characters"
                     ) from None
                 # Ray gives its own processes 30 s, which a busy machine may need for their imports alone.
-                ray.shutdown()
                 if not tries_left:
                     raise TrainingError(
                         f"Ray did not start on this machine in three tries: {last_line(error)}; try again when the "
@@ -105,6 +106,17 @@ def ensure_ray() -> None:
                     ) from None
                 logger.warning("Ray did not start (%s); trying once more", last_line(error))
     _report_lost_head(ray.get_runtime_context().gcs_address)
+
+
+_OF_FILES = (
+    errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT,
+)  # fmt: skip
+
+
+def _is_of_files(error: Exception) -> bool:
+    """Return whether a start of Ray failed for want of a folder, and not of processes or files that may be open."""
+    # Ray's own check of the paths of its sockets has no number
+    return isinstance(error, OSError) and (error.errno in _OF_FILES or "AF_UNIX path length" in str(error))
 
 
 _LOST_HEAD = """

@@ -108,9 +108,9 @@ def run_session(
         write_json(sweep_dir / SESSION, {"seconds": seconds()})
         logger.info("%s so far\n%s", clock(seconds()), table(read_trials(sweep_dir)))
 
-    with repeating(note, config.sweep.show_every_s, "table"), stop_on_signals(str(stop_file)) as asked:
-        with losses_as_errors("when Ray runs again, give the same command with --resume"):
-            in_thread(tuner.fit, lambda: None)
+    lost = losses_as_errors("when Ray runs again, give the same command with --resume")
+    with repeating(note, config.sweep.show_every_s, "table"), stop_on_signals(str(stop_file)) as asked, lost:
+        in_thread(tuner.fit, lambda: None)
     write_json(sweep_dir / SESSION, {"seconds": seconds()})
     ended = sum(trial.status in (FINISHED, STOPPED, FAILED) for trial in read_trials(sweep_dir))
     return seconds(), asked.is_set() and ended < total

@@ -98,20 +98,20 @@ def worker_memory(
     activations = window * lstm.n_layers * (10 * lstm.dim + 4 * lstm.projection_dim) + 3 * window * negatives
     block = config.data.block_bytes if block_bytes is None else block_bytes
     gradient_bytes, activation_bytes = dense * width, activations * width
-    word_bytes, feed_process = 2 * config.model.char_cnn.max_characters + 150, 0
+    word_bytes = 2 * config.model.char_cnn.max_characters + 150
+    of_process: dict[str, int] = {}
     if on_gpu and config.train.kernels == "auto" and width == 4 and config.softmax.facts.samples_words:
         of_tables, activation_bytes = captured_step_memory(config, n_words, rows)
         gradient_bytes += of_tables
-        feed_process = _FEED_PROCESS_BYTES + n_words * word_bytes
+        of_process = {"feed process": _FEED_PROCESS_BYTES + n_words * word_bytes}
     uses = {
         "parameters": total * width,
         "optimizer": total * slots * width,
         "gradients": gradient_bytes,
         "activations": activation_bytes,
         "text": n_words * word_bytes + rows * 3 * block * 6,
+        **of_process,
     }
-    if feed_process:
-        uses["feed process"] = feed_process
     return WorkerMemory(parameters, uses)
 
 

@@ -56,7 +56,7 @@ def test_workers_of_two_hosts_train(hosts: Hosts, config: Path) -> None:
     done = pretrain(hosts.all[0], config)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 workers" in done.stderr and "step 24/24" in done.stderr
-    assert "failure 1 of" not in done.stderr
+    assert "failure" not in done.stderr
     steps = [record["step"] for record in read_metrics(config.parent / "runs" / "two") if record["kind"] == "train"]
     assert steps[-1] == 24
 
@@ -101,7 +101,7 @@ def test_sigterm_to_all_processes_of_a_run_on_both_hosts(hosts: Hosts, config: P
         os.kill(each, signal.SIGTERM)
     assert process.wait(200) == 0, log.read_text()[-3000:]
     said, saved = log.read_text(), newest(run).step
-    assert "failure 1 of" not in said
+    assert "failure 1 of" not in said  # ours: Ray says "unrecoverable failure" of a data task that gets SIGTERM
     assert 0 < saved < 400 and "go on with the same command and --resume" in said and "Traceback" not in said
 
     for arguments in (["run.name=stopped", "--resume"], ["run.name=whole"]):
@@ -147,7 +147,7 @@ def test_a_host_that_cannot_write_to_the_runs(hosts: Hosts, config: Path) -> Non
     assert done.returncode == 2, done.stderr[-3000:]
     last = lines_of(done.stderr)[-1]
     assert f"host nodeb (10.83.0.3) cannot write to {runs}" in last and "Read-only file system" in last
-    assert "failure 1 of" not in done.stderr
+    assert "failure" not in done.stderr
 
 
 def test_a_host_with_another_version(hosts: Hosts, config: Path) -> None:
