@@ -32,7 +32,7 @@ from elmo_ray.cluster.session import (
 )
 from elmo_ray.cluster.stopping import STOP_FILE, for_seconds, in_thread, make_stop_file, stop_check, stop_on_signals
 from elmo_ray.config import ClusterConfig
-from elmo_ray.data.encode import thread_source
+from elmo_ray.data.encode import ThreadSource
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import ElmoRayError, TrainingError
 from elmo_ray.machine import available_cores, leave_background
@@ -88,9 +88,8 @@ def _local_worker(plan: TrainPlan, device: Device, asked: Callable[[], bool]) ->
     cluster = plan.config.cluster
     if cluster.threads is not None:
         torch.set_num_threads(cluster.threads)
-    source = functools.partial(
-        thread_source,
-        vocabulary=Vocabulary.read(plan.vocabulary_path),
+    source = ThreadSource(
+        Vocabulary.read(plan.vocabulary_path),
         max_characters=plan.config.model.char_cnn.max_characters,
         on_error=plan.config.data.on_error,
         interrupted=for_seconds(asked),

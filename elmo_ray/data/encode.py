@@ -114,6 +114,10 @@ class WaitInterrupted(Exception):
     """A stop was requested while text was waited for."""
 
 
+def never() -> bool:
+    return False
+
+
 def get_unless(interrupted: Callable[[], bool], items: queue.Queue[T]) -> T:
     """Return the next item of a queue, however long that takes. Raises WaitInterrupted when `interrupted` says so."""
     while True:
@@ -163,7 +167,7 @@ def thread_source(
     max_characters: int = 50,
     look_ahead: int = 8,
     on_error: OnError = "fail",
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Callable[[], bool] = never,
 ) -> Generator[EncodedBlock, None, None]:
     """Yield encoded `blocks` in order, from a background thread that is `look_ahead` blocks ahead of the consumer.
 
@@ -201,3 +205,19 @@ def thread_source(
         stop.set()
         # A storage that does not answer may hold the thread for ever.
         thread.join(timeout=CLOSE_S)
+
+
+@dataclass(frozen=True)
+class ThreadSource:
+    """`thread_source` with its arguments: a source of blocks that can be given to another process."""
+
+    vocabulary: Vocabulary
+    max_characters: int = 50
+    look_ahead: int = 8
+    on_error: OnError = "fail"
+    interrupted: Callable[[], bool] = never
+
+    def __call__(self, blocks: Iterable[Block]) -> Generator[EncodedBlock, None, None]:
+        return thread_source(
+            blocks, self.vocabulary, self.max_characters, self.look_ahead, self.on_error, self.interrupted
+        )

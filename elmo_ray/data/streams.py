@@ -280,7 +280,7 @@ class StreamLoader:
         characters: TypeTable | None,
         directions: int = 2,
     ):
-        self.plan, self.streams, self.unroll, self.directions = plan, streams, unroll, directions
+        self.plan, self.streams, self.source, self.unroll, self.directions = plan, streams, source, unroll, directions
         self.vocabulary, self.characters = vocabulary, characters
         self.cursors = cursors.copy()
         self.is_waiting = False

@@ -215,13 +215,82 @@ class PackedInput:
     positions: int
     packed: Tensor
 
-    def to(self, device: torch.device) -> StepInput:
-        """Return the input on `device`, sent by one copy which does not block this thread."""
-        host = torch.empty(len(self.packed), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        result = self.shapes.unpacked(host.copy_(self.packed).to(device, non_blocking=True))
-        for each in result.all_inputs:
-            each.step, each.positions = self.step, self.positions
-        return result
+
+class InputBuffers:
+    """Buffers on a device into which packed inputs are copied in turn, for the thread that trains on them.
+
+    An input is there until `release` is called for it and another one is copied into the same buffer. So a step
+    allocates no memory, and makes no views either, unless its shapes are new.
+    """
+
+    def __init__(self, device: torch.device, count: int):
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffers = [_InputBuffer(device) for _ in range(count)]
+        self._copied = self._released = 0
+
+    def copy(self, packed: PackedInput) -> tuple[StepInput, torch.cuda.Event | None]:
+        """Return the input on the device, and the event of its arrival on a GPU, which may be still to come.
+
+        The arrival is to be waited for by `wait_for_arrival`. This thread does not wait.
+        """
+        buffer = self._buffers[self._copied % len(self._buffers)]
+        self._copied += 1
+        assert self._copied - self._released <= len(self._buffers)
+        return buffer.copy(packed, self._stream), buffer.arrived
+
+    def release(self) -> None:
+        """Give back the buffer of the oldest input. What this thread starts from here on must not use it."""
+        self._buffers[self._released % len(self._buffers)].release()
+        self._released += 1
+
+    def close(self) -> None:
+        """Wait for copies that are under way, whose memory is freed after this."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+class _InputBuffer:
+    """Memory for one input, on the host (pinned for a GPU) and on the device; on a CPU they are the same."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.arrived, self.released = (torch.cuda.Event() if device.type == "cuda" else None for _ in range(2))
+        self._host = self._block = torch.empty(0, dtype=torch.uint8)
+        self._shapes: StepInput | None = None
+        self._input: StepInput | None = None
+
+    def copy(self, packed: PackedInput, stream: torch.cuda.Stream | None) -> StepInput:
+        if self.arrived is not None:
+            self.arrived.synchronize()  # the copy of the input before it, some steps ago, has left the pinned memory
+        if self._input is None or packed.shapes is not self._shapes:
+            self._make_views(packed.shapes)
+            assert self._input is not None
+        self._host.copy_(packed.packed)
+        if stream is not None:
+            assert self.arrived is not None and self.released is not None
+            with torch.cuda.stream(stream):
+                stream.wait_event(self.released)
+                self._block.copy_(self._host, non_blocking=True)
+                self.arrived.record(stream)
+        for each in self._input.all_inputs:
+            each.step, each.positions = packed.step, packed.positions
+        return self._input
+
+    def _make_views(self, shapes: StepInput) -> None:
+        size = shapes.packed_size
+        if len(self._host) != size:
+            self._host = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            self._block = (
+                self._host if self.device.type == "cpu" else torch.empty(size, dtype=torch.uint8, device=self.device)
+            )
+            # the stream that trains may have work to do with the memory that it had before
+            self.release()
+        self._shapes, self._input = shapes, shapes.unpacked(self._block)
+
+    def release(self) -> None:
+        if self.released is not None:
+            self.released.record(torch.cuda.current_stream(self.device))
 
 
 device_lock = threading.Lock()
@@ -235,13 +304,13 @@ class Transfer:
         self.device = device
         self._stream: torch.cuda.Stream | None = None
 
-    def __call__(self, batch: StepInput | PackedInput) -> tuple[StepInput, torch.cuda.Event | None]:
+    def __call__(self, batch: StepInput) -> tuple[StepInput, torch.cuda.Event | None]:
         """Return the input on the device, and the event of its arrival on a GPU, which may be still to come.
 
         The arrival is to be waited for by `wait_for_arrival`.
         """
         if self.device.type != "cuda":
-            return batch if isinstance(batch, StepInput) else batch.to(self.device), None
+            return batch, None
         with device_lock, torch.cuda.device(self.device):  # a new thread begins with device 0
             if self._stream is None:
                 self._stream = torch.cuda.Stream()
@@ -253,7 +322,7 @@ class Transfer:
 
 
 def wait_for_arrival(batch: StepInput, arrived: torch.cuda.Event | None) -> None:
-    """Let the operations that this thread starts from here on use an input sent by `Transfer`.
+    """Let the operations that this thread starts from here on use an input sent by `Transfer` or `InputBuffers`.
 
     The current stream of the device waits, this thread does not.
     """

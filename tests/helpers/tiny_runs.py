@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from elmo_ray.checkpoints.read import Checkpoint, open_checkpoint
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.corpus import Corpus
-from elmo_ray.data.encode import thread_source
+from elmo_ray.data.encode import ThreadSource
 from elmo_ray.data.scan import index_shard
 from elmo_ray.data.vocabulary import SPECIAL_WORDS, Vocabulary
 from elmo_ray.training.metrics import read_metrics
@@ -145,11 +144,7 @@ def worker_of(
     stop: Callable[[], bool] | None = None,
     register: Callable[[int, str, dict[str, Any]], None] | None = None,
 ) -> Worker:
-    source = functools.partial(
-        thread_source,
-        vocabulary=Vocabulary.read(plan.vocabulary_path),
-        max_characters=plan.config.model.char_cnn.max_characters,
-    )
+    source = ThreadSource(Vocabulary.read(plan.vocabulary_path), plan.config.model.char_cnn.max_characters)
     return Worker(
         rank,
         world,

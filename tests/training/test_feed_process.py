@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +28,8 @@ from helpers.tiny_runs import (
 
 from elmo_ray.config import PretrainConfig
 from elmo_ray.data.corpus import Block, Corpus
-from elmo_ray.data.encode import EncodedBlock, WaitInterrupted, thread_source
-from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
+from elmo_ray.data.encode import ThreadSource, WaitInterrupted
+from elmo_ray.data.streams import BlockSource, StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import DataError
@@ -63,7 +64,7 @@ def feeder_of(
     files: Files,
     config: PretrainConfig,
     own_process: bool,
-    wrap: Callable[[Iterator[Block]], Iterator[Block]] = lambda blocks: blocks,
+    wrap: Callable[[Iterator[Block]], Iterator[Block]] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     flags: Callable[[], Flags] = Flags,
 ) -> Feeder:
@@ -71,15 +72,20 @@ def feeder_of(
     most = config.model.char_cnn.max_characters
     table = TypeTable(words, most, 3) if config.model.input == "characters" else None
 
-    def source(blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
-        return thread_source(wrap(blocks), words, most, look_ahead=1, interrupted=interrupted)
-
+    # without `wrap` a process reads the text itself, as in runs without Ray; otherwise it asks for blocks
+    source: BlockSource = ThreadSource(words, most, look_ahead=1, interrupted=interrupted)
+    if wrap is not None:
+        source = of_wrapped(source, wrap)
     plan = StreamPlan(text, n, config.run.seed)
     loader = StreamLoader(plan, range(n), StreamCursors.start(n), source, words, config.train.unroll, table)
     assembler = StepAssembler(config, words.size, range(n), Exchange())
     capacities = Capacities.of(config, words.size, table, n)
     cpu = torch.device("cpu")
     return Feeder(loader, assembler, range(3, 1000), flags, cpu, capacities=capacities, own_process=own_process)
+
+
+def of_wrapped(source: BlockSource, wrap: Callable[[Iterator[Block]], Iterator[Block]]) -> BlockSource:
+    return lambda blocks: source(wrap(blocks))
 
 
 def children() -> set[int]:
@@ -100,10 +106,11 @@ def assert_equal(ours: StepInput, theirs: StepInput) -> None:
         assert_equal(mine, other)
 
 
-def test_the_same_inputs(files: Files) -> None:
+@pytest.mark.parametrize("wrap", [None, iter], ids=["reads itself", "asks for blocks"])
+def test_the_same_inputs(files: Files, wrap: Callable[[Iterator[Block]], Iterator[Block]] | None) -> None:
     config = tiny_config(train__accumulate=2)
     looks = [iter([Flags(number == 59, save=number == 7) for number in range(100)]) for _ in range(2)]
-    feeders = (feeder_of(files, config, own, flags=looks[own].__next__) for own in (True, False))
+    feeders = (feeder_of(files, config, own, wrap, flags=looks[own].__next__) for own in (True, False))
     steps = 0
     for ours, theirs in zip(*feeders, strict=True):
         assert_equal(ours.batch, theirs.batch)
@@ -142,6 +149,30 @@ def test_a_stop_ends_a_wait_for_text(files: Files) -> None:
 
     steps = sum(1 for _ in feeder_of(files, tiny_config(), True, interrupted))
     assert steps == sum(1 for _ in feeder_of(files, tiny_config(), False, interrupted)) > 0
+
+
+def test_text_that_has_changed_is_an_error_of_the_process(tmp_path: Path) -> None:
+    files, done = write_corpus(tmp_path, [200, 200]), []
+    shard = tmp_path / "shard-1.txt"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"!\n")
+    for own_process in (True, False):
+        done.append(0)
+        with pytest.raises(DataError, match=r"shard-1\.txt: bytes \d+ to \d+ have changed since they were indexed"):
+            for _ in feeder_of(files, tiny_config(), own_process):
+                done[-1] += 1
+    assert done[0] == done[1] > 0
+
+
+def test_a_stop_ends_a_wait_for_text_that_the_process_reads(tmp_path: Path) -> None:
+    files, stop = write_corpus(tmp_path, [200, 200]), threading.Event()
+    feeder = feeder_of(files, tiny_config(), True, interrupted=stop.is_set)
+    for number, _ in enumerate(feeder):
+        if number == 0:
+            for shard in tmp_path.glob("shard-*"):
+                shard.unlink()
+                os.mkfifo(shard)  # a storage that does not answer
+            threading.Timer(1.5, stop.set).start()
+    assert stop.is_set() and feeder.loader.is_waiting and not children()
 
 
 def test_a_killed_process_is_an_error_and_a_left_one_ends(files: Files) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elmo_ray.training.step_input import StepInput, Transfer, device_lock, wait_for_arrival
+from elmo_ray.training.step_input import InputBuffers, PackedInput, StepInput, Transfer, device_lock, wait_for_arrival
 
 
 def made() -> StepInput:
@@ -57,6 +57,70 @@ def test_another_input_over_the_same_block() -> None:
     assert here.block is not None and sent.block is not None
     here.block.copy_(sent.block)
     assert all(torch.equal(here.tensors()[name], value) for name, value in second.tensors().items())
+
+
+def packed(batch: StepInput, shapes: StepInput, step: int) -> PackedInput:
+    block = torch.empty(batch.packed_size, dtype=torch.uint8)
+    batch.copy_to(batch.unpacked(block))
+    return PackedInput(shapes, step, step + 1, block)
+
+
+def test_packed_inputs_stay_until_their_buffer_is_used_again() -> None:
+    batches = [made().each(lambda tensor, number=number: tensor + number) for number in range(6)]
+    shapes = batches[0].each(lambda tensor: torch.empty_like(tensor, device="meta"))
+    buffers = InputBuffers(torch.device("cpu"), 3)
+    copied = []
+    for step, batch in enumerate(batches):
+        source = packed(batch, shapes, step)
+        sent, arrived = buffers.copy(source)
+        wait_for_arrival(sent, arrived)
+        source.packed.zero_()  # the process writes the next one there
+        copied.append(sent)
+        for each, theirs in zip(copied[-2:], batches[step - 1 : step + 1] if step else batches[:1], strict=True):
+            assert_packed(each, theirs)
+        assert (sent.step, sent.positions, sent.micro_batches[0][1].step) == (step, step + 1, step)
+        if step:
+            buffers.release()
+    assert copied[5] is copied[2] is not copied[4], "no views are made in a step"
+    buffers.copy(packed(batches[0], shapes, 6))
+    with pytest.raises(AssertionError):
+        for step in (7, 8):
+            buffers.copy(packed(batches[0], shapes, step))
+    buffers.close()
+
+
+def test_inputs_of_other_shapes_in_the_same_buffers() -> None:
+    buffers, sizes = InputBuffers(torch.device("cpu"), 2), []
+    for step, length in enumerate((6, 6, 300, 4, 6, 300)):
+        batch = made().each(lambda tensor, n=length: tensor.repeat(n)[:n])
+        shapes = batch.each(lambda tensor: torch.empty_like(tensor, device="meta"))
+        sent, _ = buffers.copy(packed(batch, shapes, step))
+        assert_packed(sent, batch)
+        sizes.append(sent.packed_size)
+        buffers.release()
+    assert sizes[0] == sizes[1] == sizes[4] < sizes[2] == sizes[5]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here (or not -m gpu)")
+def test_a_step_has_its_input_until_it_is_done() -> None:
+    """Steps that take long on the GPU: no copy of a later input comes before they have read theirs."""
+    device = torch.device("cuda")
+    numbers = torch.arange(1 << 16)
+    first = StepInput(0, numbers, (), numbers, numbers, numbers, numbers > 2, 6)
+    shapes = first.each(lambda tensor: torch.empty_like(tensor + 0, device="meta"))
+    buffers, sums, busy = InputBuffers(device, 3), [], torch.randn(4096, 4096, device=device)
+    for step in range(20):
+        batch = first.each(lambda tensor, n=step: tensor + n)
+        sent, arrived = buffers.copy(packed(batch, shapes, step))
+        assert arrived is not None and sent.inputs.is_cuda
+        wait_for_arrival(sent, arrived)
+        for _ in range(10):
+            busy = busy @ busy / 100
+        sums.append(sent.inputs.sum())
+        buffers.release()
+    assert [int(each) for each in sums] == [int((numbers + step).sum()) for step in range(20)]
+    buffers.close()
 
 
 @pytest.mark.gpu
