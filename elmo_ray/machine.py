@@ -68,15 +68,25 @@ def keep_freed_memory() -> None:
     """
     # A training step allocates and frees the same blocks every time, and glibc returns big ones at once: at the sizes
     # of the original model the system cleared a gigabyte in each step, which was a fifth of the step's time.
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Threads keep arenas of their own: with a single arena the threads of `run_parallel` would wait for its lock.
+    # Blocks above 64 MB that such a thread allocates itself are still returned to the system.
+    _set_malloc((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
+
+
+def join_freed_memory() -> None:
+    """Let this process join each small block of memory that it frees to its neighbours at once, not thousands later.
+
+    It holds until the process ends. Does nothing where the C library is not glibc.
+    """
+    # By default they are joined when a block above a kilobyte is asked for. After the small calls of a step that took
+    # up to half a millisecond, for five kilobytes.
+    _set_malloc((_M_MXFAST, 0))
+
+
+def _set_malloc(*values: tuple[int, int]) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        # Threads keep arenas of their own: with a single arena the threads of `run_parallel` would wait for its lock.
-        # Blocks above 64 MB that such a thread allocates itself are still returned to the system.
-        # Small blocks are not kept apart: with some thousands of them free, the first larger block that is asked for
-        # joins them to their neighbours, which took up to half a millisecond of every step.
-        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_MXFAST, 0)):
+        for parameter, value in values:
             mallopt(parameter, value)
 
 

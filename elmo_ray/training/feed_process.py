@@ -11,14 +11,15 @@ steps; it knows of stops; and with several workers it exchanges ids and flags wi
 has. Without Ray the process reads and encodes the text itself. Errors, stops and the order of everything are those of
 the loader thread.
 
-Messages are pickled; they pass through two pairs of sockets that nobody else can open: questions to the thread, and
-inputs to the training thread. The process ends with its worker, however that ends, for then the sockets are closed.
+Messages pass through two pairs of sockets that nobody else can open: questions to the thread, and inputs to the
+training thread. The process ends with its worker, however that ends, for then the sockets are closed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import mmap
 import os
 import queue
@@ -49,7 +50,7 @@ from elmo_ray.data.streams import StreamCursors, StreamLoader, StreamPlan
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.data.word_types import TypeTable
 from elmo_ray.errors import ElmoRayError
-from elmo_ray.machine import keep_freed_memory, signals_blocked
+from elmo_ray.machine import join_freed_memory, keep_freed_memory, signals_blocked
 from elmo_ray.training.assembler import StepAssembler, step_inputs
 from elmo_ray.training.capacities import Capacities
 from elmo_ray.training.ranks import Exchange, Flags, Gathered
@@ -71,39 +72,48 @@ _RELEASED_AT_ONCE = 2
 
 
 class _Place:
-    """A place for one packed input in a file of memory that the worker and the process share."""
+    """A place in memory that the worker and the process share, for one packed input and the numbers beside it.
 
-    def __init__(self, file: int):
+    file: of the memory; each place has its own, which grows with the input. n_streams: of the worker.
+    """
+
+    def __init__(self, file: int, n_streams: int):
         self.file = file
-        self._shapes: list[tuple[Any, ...]] = []
-        self._whole = self._packed = torch.empty(0, dtype=torch.uint8)
+        # the positions of all ranks, then the cursors of the streams, a field after the other
+        self._shape = len(dataclasses.fields(StreamCursors)), n_streams
+        self._begin = -(-8 * (1 + math.prod(self._shape)) // 256) * 256
+        self._memory, self._packed = (torch.empty(0, dtype=torch.uint8) for _ in range(2))
+        self._numbers = np.empty(0, np.int64)
+        self._keys: list[tuple[Any, ...]] = []
         self._input: StepInput | None = None
 
-    def write(self, batch: StepInput) -> StepInput | None:
-        """Copy a step's input into the memory; return its shapes without numbers if they differ from those before."""
-        shapes, new = [each.shape_key for each in batch.all_inputs], None
-        if self._input is None or shapes != self._shapes:
-            size = batch.packed_size
-            if len(self._whole) < size:
+    def write(self, batch: StepInput, cursors: StreamCursors) -> StepInput | None:
+        """Copy a step's input and numbers; return its shapes, without numbers, if they differ from those before."""
+        keys, new = [each.shape_key for each in batch.all_inputs], None
+        if self._input is None or keys != self._keys:
+            size = self._begin + batch.packed_size
+            if len(self._memory) < size:
                 os.ftruncate(self.file, size)
-                self._map()
-            self._shapes, self._input = shapes, batch.unpacked(self._whole[:size])
             new = batch.each(lambda tensor: torch.empty_like(tensor, device="meta"))
+            self.use(new)
+            self._keys, self._input = keys, batch.unpacked(self._packed)
         batch.copy_to(self._input)
+        self._numbers[0] = batch.positions
+        np.stack(list(cursors.arrays().values()), out=self._numbers[1:].reshape(self._shape))
         return new
 
-    def read(self, new_shapes: StepInput | None, step: int, positions: int) -> PackedInput:
-        """Return the input in the memory, whose bytes are there until the place is free again."""
-        if new_shapes is not None:
-            size = new_shapes.packed_size
-            if len(self._whole) < size:
-                self._map()
-            self._input, self._packed = new_shapes, self._whole[:size]
-        assert self._input is not None
-        return PackedInput(self._input, step, positions, self._packed)
+    def use(self, shapes: StepInput) -> None:
+        """Expect inputs of these shapes from here on."""
+        if len(self._memory) < self._begin + shapes.packed_size:
+            self._memory = torch.frombuffer(mmap.mmap(self.file, 0), dtype=torch.uint8)
+            self._numbers = self._memory.numpy()[: self._begin].view(np.int64)[: 1 + math.prod(self._shape)]
+        self._input, self._packed = shapes, self._memory[self._begin :][: shapes.packed_size]
 
-    def _map(self) -> None:
-        self._whole = torch.frombuffer(mmap.mmap(self.file, 0), dtype=torch.uint8)
+    def read(self, step: int) -> tuple[PackedInput, StreamCursors]:
+        """Return the input, whose bytes are there until the place is free again, and the cursors after it."""
+        assert self._input is not None
+        cursors = StreamCursors(*self._numbers[1:].copy().reshape(self._shape))
+        return PackedInput(self._input, step, int(self._numbers[0]), self._packed), cursors
 
 
 @dataclass(frozen=True)
@@ -152,9 +162,10 @@ class InputProcess:
         # with several workers the others must hear of errors and of stops that end a wait for text
         self._own_source = loader.source if isinstance(loader.source, ThreadSource) and self._world == 1 else None
         self._received = self._released = 0
+        join_freed_memory()
         # with several workers: their flags, for each step whose ids are exchanged
         self._of_all: queue.SimpleQueue[Flags] = queue.SimpleQueue()
-        self._places = [_Place(os.memfd_create("elmo_ray_step")) for _ in range(PLACES)]
+        self._places = [_Place(os.memfd_create("elmo_ray_step"), len(loader.streams)) for _ in range(PLACES)]
         self._process, self._questions, self._inputs = _start([place.file for place in self._places])
         self._poll = select.poll()
         self._poll.register(self._inputs, select.POLLIN)
@@ -170,23 +181,24 @@ class InputProcess:
         Raises an error of any rank on every rank, WaitInterrupted where one was to stop while it waited for text, and
         RuntimeError where the process ends before its work.
         """
-        step = self._steps.start + self._received
+        step, place = self._steps.start + self._received, self._places[self._received % PLACES]
         try:
-            kind, *values = self._inputs.recv()
+            while (message := self._inputs.recv()) is not None:  # None: the next input is in its place
+                kind, *values = message
+                if kind == "shapes":
+                    place.use(values[0])
+                elif kind == "end":
+                    return None
+                else:
+                    error, trace = values
+                    raise error or RuntimeError(f"the process that makes the inputs of steps failed:\n{trace}")
         except (EOFError, ConnectionError):
             raise self._failure(step) from None
-        if kind == "end":
-            return None
-        if kind == "failed":
-            error, trace = values
-            raise error or RuntimeError(f"the process that makes the inputs of steps failed:\n{trace}")
-        new_shapes, positions, numbers = values
-        place = self._places[self._received % PLACES]
         self._received += 1
         if self._own_source is not None:
             self._loader.is_waiting = False
-        flags = self._flags_of_one() if self._world == 1 else self._of_all.get()
-        return place.read(new_shapes, step, positions), _cursors_from(numbers), flags
+        packed, cursors = place.read(step)
+        return packed, cursors, self._flags_of_one() if self._world == 1 else self._of_all.get()
 
     def release(self) -> None:
         """Give back the place of the input that came last; its bytes are not valid from here on."""
@@ -379,7 +391,7 @@ def _own_source(source: ThreadSource, questions: Connection, blocks: Iterator[Bl
         yield block
 
 
-def _make_inputs(work: _Work, questions: Connection, inputs: Connection, places: list[_Place]) -> None:
+def _make_inputs(work: _Work, questions: Connection, inputs: Connection, files: list[int]) -> None:
     if work.source is None:
         source = partial(_asking_source, questions)
     else:
@@ -394,34 +406,28 @@ def _make_inputs(work: _Work, questions: Connection, inputs: Connection, places:
     exchange = Exchange() if work.world == 1 else _WorkersExchange(questions, work.world)
     assembler = StepAssembler(work.config, work.vocabulary.size, work.streams, exchange, noise_ahead=True)
     made = step_inputs(loader, assembler, work.steps, Flags, work.capacities)
+    places = [_Place(file, len(work.streams)) for file in files]
     free = len(places)
     for number, (batch, cursors, _) in enumerate(made):
         if free == 0:
             free = len(inputs.recv_bytes())
         free -= 1
-        new_shapes = places[number % len(places)].write(batch)
-        inputs.send(("input", new_shapes, batch.positions, _numbers_of(cursors)))
+        if (new_shapes := places[number % len(places)].write(batch, cursors)) is not None:
+            inputs.send(("shapes", new_shapes))
+        inputs.send(None)
     inputs.send(("end",))
-
-
-# One array is unpickled in a fifth of the time of the cursors.
-def _numbers_of(cursors: StreamCursors) -> bytearray:
-    return bytearray(np.stack(list(cursors.arrays().values())).tobytes())
-
-
-def _cursors_from(numbers: bytearray) -> StreamCursors:
-    return StreamCursors(*np.frombuffer(numbers, np.int64).reshape(len(dataclasses.fields(StreamCursors)), -1))
 
 
 def main() -> None:
     """Make the inputs for the worker that has started this process, until it closes the connections."""
-    questions, inputs = (Connection(int(handle)) for handle in sys.argv[1:3])
-    places = [_Place(int(file)) for file in sys.argv[3:]]
+    handles = list(map(int, sys.argv[1:]))
+    questions: Connection = Connection(handles[0])
+    inputs: Connection = Connection(handles[1])
     keep_freed_memory()
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        _make_inputs(questions.recv(), questions, inputs, places)
+        _make_inputs(questions.recv(), questions, inputs, handles[2:])
     except (EOFError, ConnectionError):
         pass  # the worker has closed the connections, or is gone
     except BaseException as error:
