@@ -211,7 +211,7 @@ class InputProcess:
         self._released = 0
 
     def close(self) -> None:
-        """End the process and the thread. Text that does not come holds them up for `_CLOSE_S` at most."""
+        """End the process and the thread. Text that does not come holds this up, for 40 seconds at most."""
         self._inputs.close()
         with contextlib.suppress(Exception):
             self._answers.exception(timeout=3 * _CLOSE_S)
