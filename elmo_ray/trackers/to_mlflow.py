@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from elmo_ray import __version__
+from elmo_ray.errors import DataError
 from elmo_ray.trackers.tracker import EVALUATION_COLUMNS, Memory, evaluation_rows, numbers, without_secrets
-from elmo_ray.training.metrics import Record
+from elmo_ray.training.metrics import Record, read_metrics
 
 _KEY_TAG = "elmo_ray.key"
 _TABLE = "evaluation.json"
+_OF_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+"""Tags of an experiment whose runs MLflow's pages show as trained models, and not as evaluations of a chat."""
 _STATES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _PARAMETERS_AT_ONCE, _LONGEST_VALUE = 100, 500
 
@@ -30,7 +33,7 @@ class MlflowTracker:
         from mlflow import MlflowClient
 
         self.address = without_secrets(os.environ["MLFLOW_TRACKING_URI"])
-        self._name = name
+        self._run_dir, self._name = run_dir, name
         self._client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
         self._run = ""
 
@@ -65,12 +68,26 @@ class MlflowTracker:
 
     def _make(self, memory: Memory) -> str:
         tags = {_KEY_TAG: memory.key, "elmo_ray.version": __version__}
-        return str(self._client.create_run(self._experiment(), tags=tags, run_name=self._name).info.run_id)
+        begin, _ = self._times()
+        return str(self._client.create_run(self._experiment(), begin, tags, self._name).info.run_id)
+
+    def _times(self) -> tuple[int | None, int | None]:
+        """Return when the run began and when it last recorded something, in milliseconds; None before its start.
+
+        The run may be sent long after it was made, and MLflow shows the time between the two.
+        """
+        try:
+            times = [record["time"] for record in read_metrics(self._run_dir)]
+        except DataError:
+            return None, None
+        return (round(min(times) * 1000), round(max(times) * 1000)) if times else (None, None)
 
     def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "elmo_ray")
         known = self._client.get_experiment_by_name(name)
-        return str(known.experiment_id if known is not None else self._client.create_experiment(name))
+        return str(
+            known.experiment_id if known is not None else self._client.create_experiment(name, tags=_OF_TRAINING)
+        )
 
     def write(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
@@ -118,7 +135,7 @@ class MlflowTracker:
         self._client.log_artifact(self._run, str(path))
 
     def close(self, outcome: str) -> None:
-        self._client.set_terminated(self._run, _STATES[outcome])
+        self._client.set_terminated(self._run, _STATES[outcome], self._times()[1])
 
 
 def _text(value: Any) -> str:
