@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from helpers.ray_clusters import NO_DASHBOARD
 
 # Before anything imports Ray: without it a token is written to the home directory and usage is reported.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -74,7 +75,7 @@ def ray_session() -> Iterator[None]:
         num_cpus=4,
         num_gpus=0,
         object_store_memory=200_000_000,
-        include_dashboard=False,
+        **NO_DASHBOARD,
         log_to_driver=False,
         logging_level="ERROR",
     )

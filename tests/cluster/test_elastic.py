@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.ray_clusters import NO_DASHBOARD
 from helpers.tiny_runs import checkpoints, newest, progress_of, sentences, tiny_values
 
 from elmo_ray.data.corpus import Corpus
@@ -53,7 +54,7 @@ def config(tmp_path: Path) -> Path:
 def test_a_node_is_lost_and_another_comes(config: Path, tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 150_000_000, "include_dashboard": False}
+    node = {"num_cpus": 1, "object_store_memory": 150_000_000, **NO_DASHBOARD}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     lost = cluster.add_node(**node)
     environment = {

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.hosts import wait_for
+from helpers.ray_clusters import NO_DASHBOARD
 from helpers.tiny_runs import checkpoints, newest, sentences, tiny_values
 from ray.train.v2.api.preemption import PreemptionInfo
 
@@ -110,7 +111,7 @@ def test_a_node_is_taken_away_with_a_notice(tmp_path: Path, case: str) -> None:
         cluster={"workers": [1, 2], "max_failures": 0},
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    node = {"num_cpus": 1, "object_store_memory": 150_000_000, "include_dashboard": False}
+    node = {"num_cpus": 1, "object_store_memory": 150_000_000, **NO_DASHBOARD}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     spot, is_driver = cluster.add_node(**node), case == "the host of the driver stays"
     drained = cluster.head_node if is_driver else spot

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.ray_clusters import NO_DASHBOARD
 from helpers.tiny_runs import sentences, write_corpus
 
 from elmo_ray.data.corpus import Corpus
@@ -32,7 +33,7 @@ def main(index: str, words: str) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 0, "object_store_memory": 100_000_000, "include_dashboard": False}
+    head = {"num_cpus": 0, "object_store_memory": 100_000_000, **NO_DASHBOARD}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         # one worker takes all CPUs of its node, as cluster.cpus_per_worker can say

@@ -73,6 +73,7 @@ def restarts(slurm: Slurm, number: int, times: int) -> None:
     slurm.command("scontrol", "update", f"jobid={number}", "starttime=now+10")
 
 
+@pytest.mark.long
 def test_a_job_is_queued_again_near_its_end_and_when_a_node_is_taken_away(slurm: Slurm, config: Path) -> None:
     run = config.parent / "runs" / "queued"
     never = ("train.duration=1000000 steps", "train.checkpoint_every=900000 steps")

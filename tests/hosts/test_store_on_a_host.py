@@ -124,6 +124,7 @@ def test_a_start_without_the_store_is_one_line(store: StoreHost, tmp_path: Path)
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_worker_is_killed_while_the_store_is_away(store: StoreHost, tmp_path: Path) -> None:
     """The workers that start in its place wait for the checkpoint, the index, the vocabulary and the text."""
     host, text = store.host.hosts.all[0], f"{BUCKET}/text/train.txt"

@@ -78,6 +78,7 @@ def test_hosts_that_have_ipv6_only(tmp_path: Path, config: Path) -> None:
     assert "an IPv6 address stands in brackets, as in [fd00:83::2]:6379" in lines_of(wrong.stderr)[-1]
 
 
+@pytest.mark.long
 def test_sigterm_to_all_processes_of_a_run_on_both_hosts(hosts: Hosts, config: Path) -> None:
     """As the shutdown of a cluster sends it; Ray's own processes get it later or not at all."""
     of_run = ("ray::RayTrainWorker", "ray::TrainController", "ray::MapBatches")

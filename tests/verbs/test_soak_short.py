@@ -47,6 +47,7 @@ def never_stopped(rank: int, folder: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_three_interruptions(tmp_path: Path) -> None:
     """A worker killed during a save, the driver killed and the newest checkpoint damaged, and a SIGTERM."""
     for name, count in {"train": 3000, "valid": 60}.items():
