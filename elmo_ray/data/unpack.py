@@ -200,20 +200,20 @@ def _write(source: str, target: Path, pieces: Iterable[bytes]) -> int:
 
 
 def remove_stale(folder: Path, name: str | None = None) -> bool:
-    """Remove texts that processes of this machine could not finish, as they were killed; they may be large.
+    """Remove the texts and notes that processes of this machine could not finish, as they were killed; some are large.
 
     name: of one text, all by default. Returns whether processes that are alive are writing some.
     """
     prefix = "." if name is None else f".{name}."
     is_written = False
-    for part in folder.glob(f"{glob.escape(prefix)}*.part"):
-        rest, _, pid = part.name.removesuffix(".part").rpartition(".")
-        if not rest.endswith(f".{socket.gethostname()}"):
+    for aside in folder.glob(f"{glob.escape(prefix)}*"):
+        rest, _, writer = aside.stem.rpartition(".")
+        if aside.suffix not in (".part", ".tmp") or not rest.endswith(f".{socket.gethostname()}"):
             continue
-        if _is_alive(pid):
+        if _is_alive(writer.partition("-")[0]):
             is_written = True
         else:
-            part.unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
     return is_written
 
 

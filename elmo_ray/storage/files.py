@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def atomic_write(
     """
     path = Path(target)
     # Processes of several machines may write the same file on a network file system: a process id is not enough.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    who = f"{socket.gethostname()}.{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{path.name}.{who}.tmp")
     kinds: tuple[type[Exception], ...] = (OSError, *also)
     try:
         make_folder(path.parent)

@@ -119,8 +119,9 @@ def test_pieces_of_killed_runs_are_removed(tmp_path: Path) -> None:
     target = Path(unpack.unpacked_path(str(source), tmp_path))
     prefix = f".{target.name}.{os.uname().nodename}."
     dead = tmp_path / f"{prefix}999999999.part"
+    note = tmp_path / f"{prefix}999999999-ab12cd34.tmp"
     alive = tmp_path / f"{prefix}{os.getppid()}.part"
-    for piece in (dead, alive):
+    for piece in (dead, note, alive):
         piece.write_bytes(b"half")
     unpack.unpack(str(source), target)
-    assert not dead.exists() and alive.exists()
+    assert not dead.exists() and not note.exists() and alive.exists()
