@@ -15,8 +15,6 @@ from elmo_ray.training.metrics import Record, read_metrics
 
 _KEY_TAG = "elmo_ray.key"
 _TABLE = "evaluation.json"
-_OF_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
-"""Tags of an experiment whose runs MLflow's pages show as trained models, and not as evaluations of a chat."""
 _STATES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _PARAMETERS_AT_ONCE, _LONGEST_VALUE = 100, 500
 
@@ -85,9 +83,7 @@ class MlflowTracker:
     def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "elmo_ray")
         known = self._client.get_experiment_by_name(name)
-        return str(
-            known.experiment_id if known is not None else self._client.create_experiment(name, tags=_OF_TRAINING)
-        )
+        return str(known.experiment_id if known is not None else self._client.create_experiment(name))
 
     def write(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
