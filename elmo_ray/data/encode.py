@@ -115,6 +115,7 @@ class WaitInterrupted(Exception):
 
 
 def never() -> bool:
+    """Return False: nothing interrupts a wait for text. A function by name, for another process can have it."""
     return False
 
 

@@ -27,7 +27,7 @@ import ray.exceptions
 
 from elmo_ray import storage
 from elmo_ray.data.corpus import Block
-from elmo_ray.data.encode import CLOSE_S, EncodedBlock, WaitInterrupted, get_unless, load_block
+from elmo_ray.data.encode import CLOSE_S, EncodedBlock, WaitInterrupted, get_unless, load_block, never
 from elmo_ray.data.text import OnError
 from elmo_ray.data.vocabulary import Vocabulary
 from elmo_ray.errors import DataError
@@ -69,7 +69,7 @@ class RaySource(Iterator[EncodedBlock]):
         data_cpus: float,
         segment_bytes: int,
         group_bytes: int,
-        interrupted: Callable[[], bool] = lambda: False,
+        interrupted: Callable[[], bool] = never,
     ) -> None:
         self._max_characters = task.max_characters
         self._interrupted = interrupted
@@ -126,7 +126,7 @@ def ray_source(
     on_error: OnError = "fail",
     segment_bytes: int = 64 << 20,
     group_bytes: int = 1 << 20,
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Callable[[], bool] = never,
 ) -> RaySource:
     """Return a source that encodes `blocks` in Ray Data tasks of `data_cpus` logical CPUs, one task at a time.
 

@@ -11,9 +11,9 @@ cores; the first batches, while Ray starts, are left out. A word here is a posit
 The whole feed of the original's sizes in one process without Ray: files to the inputs of training steps, on the text of
 `gpu_check.py` (made in FOLDER, or found there). ELMO_RAY_KERNELS=off leaves the compiled loops out. One line, with
 medians of the rounds: `positions_per_second`, as fast as the feed can; `step_ms` of steps of small PyTorch calls in the
-main thread, some 6 ms, `with_feed_ms` of the same with a new input for each step, and `longer`, their ratio less one;
-`blocked_ms` of a step with the feed the main thread waited for Python's lock or for its input, which other programs on
-the machine change less.
+main thread, some 6 ms, `with_feed_ms` of the same with a new input for each step, and `longer`, their ratio less one,
+over turns of a quarter of a second each (`quartiles_longer`); `blocked_ms` of a step with the feed the main thread
+waited for Python's lock or for its input, which other programs on the machine change less.
 """
 
 from __future__ import annotations
